@@ -1,0 +1,36 @@
+# Each target sets up what it needs. `make demo` and `make test` are enough on their own.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SEEDS  ?= 0
+STEPS  ?=
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo demo-smollm2 test lint clean-test
+demo: $(VENV)/.train
+	$(BIN)/python -m hsd.demo small $(if $(STEPS),--steps $(STEPS)) $(if $(ARGS),$(ARGS))
+
+demo-smollm2: $(VENV)/.train
+	$(BIN)/python -m hsd.demo smollm2 $(if $(STEPS),--steps $(STEPS)) $(if $(ARGS),$(ARGS))
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+# A bare machine: a new clone with a new environment.
+clean-test:
+	dir=$$(mktemp -d) && git clone -q . $$dir/clone && $(MAKE) -C $$dir/clone test && rm -rf $$dir
+
+# torch first and alone: an unconstrained request, also inside an isolated build, would pull CUDA packages.
+$(VENV)/.train: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	touch $@

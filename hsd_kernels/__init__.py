@@ -1,0 +1,6 @@
+"""Fused self-distillation losses: head projection, log-softmax and per-token KL without full logits."""
+
+from hsd_kernels.api import HSDKLOutput, fused_hsd_kl
+from hsd_kernels.divergence import RowStats
+
+__all__ = ["HSDKLOutput", "RowStats", "fused_hsd_kl"]

@@ -1,0 +1,41 @@
+"""Row backends: one pass for the statistics of a chunk of logits, one that turns the logits into their gradient.
+
+Each backend module has the same two functions, over raw head outputs ``x_student, x_teacher`` of shape (C, V):
+
+    statistics(x_student, x_teacher, spec, bias, teacher_bias, target_ids, rows) -> RowStats
+    gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out) -> None
+
+``gradient_`` writes ``weights[:, None] * d kl / d x_student`` to ``out`` (C, V), which may be a view of the memory of
+``x_student`` in the same or a narrower dtype: its contents are no longer needed afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+IMPLS = ("auto", "torch", "triton")
+
+
+def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The row backend for ``impl``. "auto" is Triton for fp32, bf16 and fp16 on CUDA where triton is installed,
+    torch otherwise. An explicit choice that cannot run raises and says why."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
+    if impl == "auto":
+        fits = device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton")
+        impl = "triton" if fits else "torch"
+    elif impl == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("impl='triton': expected triton to be installed, it is not; use impl='torch'")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"impl='triton': expected CUDA tensors (or TRITON_INTERPRET=1 for the interpreter), got {device}"
+            )
+        if dtype == torch.float64:
+            raise TypeError("impl='triton': expected float32, bfloat16 or float16 inputs, got float64")
+    return importlib.import_module(f"hsd_kernels.rows.{impl}")

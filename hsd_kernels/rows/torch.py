@@ -1,0 +1,118 @@
+"""Row backend in plain PyTorch: any device, fp32 or fp64 logits. See `hsd_kernels.divergence` for the mathematics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hsd_kernels.divergence import RowSpec, RowStats
+
+# Temporaries of (rows, V) stay in the last-level cache of a CPU at this size; a GPU wants fewer, larger launches.
+BLOCK_BYTES = {"cpu": 4 << 20}
+DEFAULT_BLOCK_BYTES = 256 << 20
+
+
+def statistics(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    target_ids: Tensor | None,
+    rows: Tensor,
+) -> RowStats:
+    n = x_student.shape[0]
+    names = ("kl", "student_logps", "teacher_logps", "student_entropy", "teacher_entropy")
+    cols = {name: x_student.new_empty(n) for name in (*names, "student_lse", "teacher_lse", "grad_sum")}
+    for at in _blocks(x_student):
+        z_s = _logits(_scaled(x_student[at], bias, spec), spec)
+        z_t = _logits(_scaled(x_teacher[at], teacher_bias, spec), spec)
+        lse_s, lse_t = torch.logsumexp(z_s, -1), torch.logsumexp(z_t, -1)
+        ls, lt = z_s - lse_s.unsqueeze(-1), z_t - lse_t.unsqueeze(-1)
+        ps, pt = ls.exp(), lt.exp()
+        f, g = _summands(spec, ls, lt, ps, pt)
+        kl = f.sum(-1)
+        cols["kl"][at] = kl if spec.kl_clip is not None else kl.clamp_min_(0.0)
+        cols["grad_sum"][at] = 0.0 if _no_grad_sum(spec) else g.sum(-1)
+        cols["student_lse"][at], cols["teacher_lse"][at] = lse_s, lse_t
+        cols["student_entropy"][at] = -_times(ps, ls).sum(-1)
+        cols["teacher_entropy"][at] = -_times(pt, lt).sum(-1)
+        if target_ids is not None:
+            ids = target_ids[at].unsqueeze(-1)
+            cols["student_logps"][at] = ls.gather(-1, ids).squeeze(-1)
+            cols["teacher_logps"][at] = lt.gather(-1, ids).squeeze(-1)
+    if target_ids is None:
+        cols["student_logps"] = cols["teacher_logps"] = None
+    return RowStats(rows=rows, **cols)
+
+
+def gradient_(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    stats: RowStats,
+    weights: Tensor,
+    out: Tensor,
+) -> None:
+    for at in _blocks(x_student):
+        scaled = _scaled(x_student[at], bias, spec)
+        ls = _logits(scaled, spec) - stats.student_lse[at].unsqueeze(-1)
+        lt = _logits(_scaled(x_teacher[at], teacher_bias, spec), spec) - stats.teacher_lse[at].unsqueeze(-1)
+        ps, pt = ls.exp(), lt.exp()
+        _, g = _summands(spec, ls, lt, ps, pt)
+        dz = g if _no_grad_sum(spec) else g - ps * stats.grad_sum[at].unsqueeze(-1)
+        dz *= (weights[at] * (spec.logit_scale / spec.temperature)).unsqueeze(-1)
+        if spec.softcap is not None:
+            dz *= 1.0 - torch.tanh(scaled / spec.softcap).square()
+        out[at] = dz
+
+
+def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor, Tensor]:
+    """(f, g) of the table in `divergence`."""
+    if spec.divergence == "forward_kl":
+        f, g, clipped_g = _times(pt, lt - ls), ps - pt, ps
+    elif spec.divergence == "reverse_kl":
+        f = g = _times(ps, ls - lt)
+        clipped_g = -ps
+    else:
+        d = lt - ls
+        above = -d - torch.log1p((1.0 - spec.beta) * torch.expm1(-d))
+        s_minus_m = torch.where(d > 0, above, -torch.log1p(spec.beta * torch.expm1(d)))
+        g = (1.0 - spec.beta) * _times(ps, s_minus_m)
+        f = g + spec.beta * _times(pt, d + s_minus_m)
+        clipped_g = torch.zeros_like(ps)
+    if spec.kl_clip is not None:
+        g = torch.where(f <= spec.kl_clip, g, clipped_g)
+        f = f.clamp_max(spec.kl_clip)
+    return f, g
+
+
+def _no_grad_sum(spec: RowSpec) -> bool:
+    return spec.divergence == "forward_kl" and spec.kl_clip is None
+
+
+def _times(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """p * log_ratio with 0 log 0 = 0: a probability of exactly zero may meet an infinite or undefined ratio."""
+    return torch.where(p > 0, p * log_ratio, 0.0)
+
+
+def _scaled(x: Tensor, bias: Tensor | None, spec: RowSpec) -> Tensor:
+    x = x if bias is None else x + bias
+    return x if spec.logit_scale == 1.0 else x * spec.logit_scale
+
+
+def _logits(scaled: Tensor, spec: RowSpec) -> Tensor:
+    z = scaled if spec.softcap is None else spec.softcap * torch.tanh(scaled / spec.softcap)
+    return z if spec.temperature == 1.0 else z / spec.temperature
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    budget = BLOCK_BYTES.get(x.device.type, DEFAULT_BLOCK_BYTES)
+    step = max(1, budget // (x.shape[1] * x.element_size()))
+    for start in range(0, x.shape[0], step):
+        yield slice(start, start + step)
