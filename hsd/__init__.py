@@ -1,0 +1,1 @@
+"""Hindsight Self-Distillation: a thin trainer on top of TRL."""

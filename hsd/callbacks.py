@@ -1,0 +1,102 @@
+"""What a run shows and leaves behind: a line per step, metrics.jsonl, alarms, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from hsd.alarms import alarms
+
+STEP_COLUMNS = {
+    "loss": "loss",
+    "kl": "hsd/kl",
+    "success": "hsd/success_rate",
+    "coverage": "hsd/coverage",
+    "|A| at tau": "hsd/credit_at_tau",
+    "mass(8)": "hsd/credit_mass_8",
+    "entropy": "hsd/student_entropy",
+    "length": "completions/mean_length",
+    "s": "step_time",
+}
+
+
+class StepLine(ProgressCallback):
+    """A progress bar with one short line per logged step, instead of the whole dictionary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        cells = [f"{name} {logs[key]:.3g}" for name, key in STEP_COLUMNS.items() if logs.get(key) is not None]
+        self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(cells))
+
+
+class RunFiles(TrainerCallback):
+    """Appends every logged step to ``metrics.jsonl`` and names a collapse when the metrics show one.
+
+    On resume, lines after the checkpoint's step are dropped, so the file reads like that of an uninterrupted run.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+        self.raised: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.history = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        part.replace(self.path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        row = {"step": state.global_step, **logs}
+        self.history.append(row)
+        new = {k: v for k, v in alarms(self.history).items() if k not in self.raised}
+        if new:
+            row["alarms"] = new
+            for sentence in new.values():
+                print(f"ALARM at step {state.global_step}: {sentence}", flush=True)
+        self.raised |= new
+        with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+class StopOnSignal(TrainerCallback):
+    """The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one at once."""
+
+    def __init__(self):
+        self.stopped = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def _stop(self, number, frame):
+        if self.stopped:
+            raise KeyboardInterrupt
+        print("\nStopping after this step; run the same command again to resume.", flush=True)
+        self.stopped = True
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of a metrics file; a half-written last line, from a killed run, is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

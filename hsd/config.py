@@ -1,0 +1,92 @@
+"""`HSDConfig`: GRPO's configuration plus what Hindsight Self-Distillation adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl.trainer.grpo_config import GRPOConfig
+
+from hsd.loss import Objective
+from hsd.peers import PEER_RULES
+
+TEACHERS = ("live", "ema", "fixed")
+
+
+@dataclass
+class HSDConfig(GRPOConfig):
+    """Defaults are the paper's (arXiv 2606.15576, section on the training set-up), on top of TRL's `GRPOConfig`.
+
+    Args:
+        peer_rule: how a rollout's peer is drawn from the other successes of its group: "uniform", "paired",
+            "shortest", "highest_perplexity" or "lowest_perplexity".
+        divergence: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), or "jsd".
+        jsd_beta: the teacher's share of the mixture, for "jsd".
+        kl_temperature: divides the logits of both sides in the loss (sampling has its own ``temperature``).
+        kl_clip: OPSD's pointwise clip of the vocabulary summands.
+        teacher: whose weights read the privileged context. "live" is the student of the moment, the paper's setting
+            at learning rate 1e-6; at the learning rates of the small world it runs away (docs/teachers.md), and
+            "ema" or "fixed" (the initial policy; with LoRA, adapters off) hold.
+        teacher_ema_rate: share of the student that enters an "ema" teacher at each optimizer step.
+        reference_coef: weight of the exact KL(student || initial policy). GRPO's own ``beta`` must stay 0.
+        success_reward: a rollout whose (weighted) reward reaches this is a success and may be a peer.
+        max_teacher_prompt_length: tokens; a longer teacher prompt has its demonstration's tail cut.
+        with_peer_template, answer_only_template: `str.format` templates of the privileged context, see
+            `hsd.context.ContextTemplate`; both or neither.
+        kernel_impl, chunk_bytes: passed to `hsd_kernels.fused_hsd_kl`.
+    """
+
+    learning_rate: float = 1e-6
+    lr_scheduler_type: str = "constant"
+    adam_beta2: float = 0.95
+    top_p: float = 0.95
+    peer_rule: str = "uniform"
+    divergence: str = "forward_kl"
+    jsd_beta: float = 0.5
+    kl_temperature: float = 1.0
+    kl_clip: float | None = None
+    teacher: str = "live"
+    teacher_ema_rate: float = 0.005
+    reference_coef: float = 0.001
+    success_reward: float = 1.0
+    max_teacher_prompt_length: int | None = None
+    with_peer_template: str | None = None
+    answer_only_template: str | None = None
+    kernel_impl: str = "auto"
+    chunk_bytes: int | None = None
+    logging_steps: float = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        _one_of("peer_rule", self.peer_rule, PEER_RULES)
+        _one_of("divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd"))
+        _one_of("teacher", self.teacher, TEACHERS)
+        if self.beta != 0.0:
+            raise ValueError(
+                f"beta: expected 0 (GRPO's beta loads a second reference and samples its KL), got {self.beta}; "
+                "use reference_coef for the exact KL(student || initial policy)"
+            )
+        if not 0.0 < self.teacher_ema_rate <= 1.0:
+            raise ValueError(f"teacher_ema_rate: expected a number in (0, 1], got {self.teacher_ema_rate}")
+        if self.reference_coef < 0.0:
+            raise ValueError(f"reference_coef: expected a number >= 0, got {self.reference_coef}")
+        if not self.num_generations or self.num_generations < 2:
+            raise ValueError(f"num_generations: expected at least 2 rollouts a group, got {self.num_generations}")
+        if (self.with_peer_template is None) != (self.answer_only_template is None):
+            raise ValueError("with_peer_template, answer_only_template: expected both or neither")
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(
+            divergence=self.divergence,
+            beta=self.jsd_beta,
+            temperature=self.kl_temperature,
+            kl_clip=self.kl_clip,
+            reference_coef=self.reference_coef,
+            chunk_bytes=self.chunk_bytes,
+            impl=self.kernel_impl,
+        )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")

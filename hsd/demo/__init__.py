@@ -1,0 +1,1 @@
+"""The two worlds of the demo: model, data and verifier of each."""

@@ -1,0 +1,156 @@
+"""Watch a language model get better at reasoning by Hindsight Self-Distillation.
+
+    python -m hsd.demo small   [--steps 150] [--seed 0]
+    python -m hsd.demo smollm2 [--steps 30] [--model ID_OR_PATH] [--data FILE.jsonl]
+
+Evaluate, measure credit, train, evaluate, report; everything lands in ``runs/WORLD-seedN``. Ctrl-C stops after the
+current step and leaves a checkpoint; the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from datasets import Dataset
+from transformers.trainer_callback import ProgressCallback
+
+from hsd.callbacks import RunFiles, StepLine, StopOnSignal
+from hsd.config import HSDConfig
+from hsd.demo import report, worlds
+from hsd.evaluate import Success, end_token_ids, sample, score, success
+from hsd.groups import Group, Rollout
+from hsd.measure import measure_credit
+from hsd.trainer import HSDTrainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    world = getattr(worlds, args.world)(args, say)
+    say(world.title)
+
+    before = once(args.out / "before.json", lambda: evaluate(world, world.eval_samples, args.seed))
+    say(f"success before: {before}")
+    credit_file = args.out / "credit.json"
+    if not credit_file.exists():
+        groups = sample_groups(world, world.held_out[: world.credit_questions], args.seed)
+        say("measuring credit on the failing rollouts of held-out groups")
+        measured = measure_credit(world.model, world.tokenizer, groups, world.template, seed=args.seed)
+        report.save_credit(credit_file, measured, groups, world.tokenizer)
+
+    trainer = make_trainer(world, args)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.out))
+    done = trainer.state.global_step
+    if done < trainer.state.max_steps:
+        say(f"stopped at step {done}; the same command resumes")
+        return
+    trainer.save_model(str(args.out / "model"))
+    after = once(args.out / f"after-{done}.json", lambda: evaluate(world, world.eval_samples, args.seed))
+    seconds = time.time() - started
+    print(report.write(args.out, world, args, before, after, seconds))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m hsd.demo", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("world", choices=("small", "smollm2"))
+    parser.add_argument("--steps", type=int, help="optimizer steps in all; a run that has fewer goes on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="run folder (runs/WORLD-seedN)")
+    parser.add_argument("--model", help="hub id or path, instead of the packaged SmolLM2 (smollm2)")
+    parser.add_argument("--data", help="JSONL with question and answer, instead of the times table (smollm2)")
+    parser.add_argument("--questions", type=int, help="use the first N of --data")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="(smollm2)")
+    for name, kind in (("learning-rate", float), ("teacher", str), ("teacher-ema-rate", float)):
+        parser.add_argument(f"--{name}", type=kind, help="as in HSDConfig")
+    for name, kind in (("reference-coef", float), ("peer-rule", str), ("divergence", str)):
+        parser.add_argument(f"--{name}", type=kind, help="as in HSDConfig")
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs") / f"{args.world}-seed{args.seed}"
+    return args
+
+
+def make_trainer(world: worlds.World, args: argparse.Namespace) -> HSDTrainer:
+    asked = ("learning_rate", "teacher", "teacher_ema_rate", "reference_coef", "peer_rule", "divergence")
+    overrides = {name: value for name in asked if (value := getattr(args, name)) is not None}
+    config = HSDConfig(
+        output_dir=str(args.out),
+        max_steps=args.steps or world.steps,
+        save_steps=world.save_steps,
+        save_total_limit=2,
+        seed=args.seed,
+        num_generations=8,
+        max_completion_length=world.sampling.max_new_tokens,
+        temperature=world.sampling.temperature,
+        top_p=world.sampling.top_p,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        **(world.config | overrides),
+    )
+    trainer = HSDTrainer(
+        model=world.model,
+        reward_funcs=world.reward,
+        args=config,
+        train_dataset=Dataset.from_list(world.train),
+        processing_class=world.tokenizer,
+        context_template=world.template,
+        callbacks=[RunFiles(args.out), StopOnSignal()],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StepLine())
+    return trainer
+
+
+def evaluate(world: worlds.World, samples: int, seed: int) -> Success:
+    questions = [q for q in world.held_out for _ in range(samples)]
+    rollouts = sample(
+        world.model, world.tokenizer, [q["prompt"] for q in questions], world.sampling, seed=seed, progress=counter
+    )
+    rewards = score(world.tokenizer, questions, rollouts, world.reward)
+    return success(rewards, rollouts, samples, end_token_ids(world.model, world.tokenizer))
+
+
+def sample_groups(world: worlds.World, questions: list[dict], seed: int, size: int = 8) -> list[Group]:
+    repeated = [q for q in questions for _ in range(size)]
+    prompts = [q["prompt"] for q in repeated]
+    rollouts = sample(world.model, world.tokenizer, prompts, world.sampling, seed=seed + 1, progress=counter)
+    rewards = score(world.tokenizer, repeated, rollouts, world.reward)
+    scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
+    return [
+        Group(q["prompt"], q["answer"], tuple(scored[g * size : (g + 1) * size])) for g, q in enumerate(questions)
+    ]
+
+
+def once(path: Path, compute: Callable[[], Success]) -> Success:
+    """Computed the first time, read back when the run is resumed."""
+    if path.exists():
+        return Success(**json.loads(path.read_text()))
+    result = compute()
+    path.write_text(json.dumps(asdict(result), indent=1))
+    return result
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return None if newest is None else str(newest)
+
+
+def counter(done: int, total: int) -> None:
+    print(f"  sampled {done}/{total}", flush=True)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
+

@@ -1,0 +1,209 @@
+"""The demo's report: success before and after, coverage, and where the credit lands. Text, JSON and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hsd.callbacks import read_metrics
+from hsd.credit import coverage
+from hsd.evaluate import Success
+from hsd.groups import Group
+from hsd.measure import WINDOWS, MeasuredCredit
+from hsd.plots import plot_credit_mass, plot_credit_profile, plot_training
+
+if TYPE_CHECKING:
+    from hsd.demo.worlds import World
+
+TEACHERS = {"with_peer": "peer + answer", "answer_only": "answer only"}
+PROFILE_ROWS = (-8, -4, -2, -1, 0, 1, 2, 4, 8, 16)
+EXAMPLES = 3
+CURVES = {
+    "loss": "loss (nats)",
+    "hsd/success_rate": "success of rollouts",
+    "hsd/coverage": "coverage: failing with a peer",
+    "hsd/credit_at_tau": "|A| at tau (nats)",
+    "hsd/student_entropy": "student entropy (nats/token)",
+    "completions/mean_length": "rollout length (tokens)",
+}
+
+
+def save_credit(
+    path: Path, measured: MeasuredCredit | None, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What the report needs of a credit measurement, as JSON."""
+    size = len(groups[0].rollouts)
+    rates = [len(g.successes) / size for g in groups]
+    kept: dict[str, Any] = {
+        "questions": len(groups),
+        "group_size": size,
+        "success": sum(rates) / len(rates),
+        "coverage": sum(len(g.failures) for g in groups if g.successes) / (size * len(groups)),
+        "expected_coverage": sum(coverage(p, size) for p in rates) / len(rates),
+        "mixed_groups": sum(g.is_mixed for g in groups) / len(groups),
+        "failing_with_peer": 0 if measured is None else len(measured.rollout),
+    }
+    if measured is not None:
+        tau = measured.tau[measured.tau >= 0]
+        kept["median_tau"] = tau.float().median().item() if tau.numel() else None
+        kept["windows"] = WINDOWS
+        kept["mean_abs"] = {name: measured.mean_abs(name) for name in TEACHERS}
+        kept["mass"] = {name: measured.mass(name) for name in TEACHERS}
+        kept["profile"] = {name: measured.profile(name) for name in TEACHERS}
+        kept["examples"] = [_example(measured, i, tokenizer) for i in _spread(measured)]
+    path.write_text(json.dumps(kept, indent=1))
+
+
+def write(folder: Path, world: World, args: argparse.Namespace, before: Success, after: Success, seconds: float) -> str:
+    """Write report.json, report.md and the pictures; return the text of report.md."""
+    credit = json.loads((folder / "credit.json").read_text())
+    rows = read_metrics(folder / "metrics.jsonl")
+    alarms = {name: f"step {r['step']}: {text}" for r in rows for name, text in r.get("alarms", {}).items()}
+    settings = {**world.config, "seed": args.seed, "steps": len(rows)}
+    settings |= {k: v for k, v in vars(args).items() if k in world.config and v is not None}
+    pictures = _pictures(folder, credit, rows)
+    command = f"python -m hsd.demo {args.world} --seed {args.seed} --steps {len(rows)}"
+    text = "\n".join(
+        [
+            f"# {world.title}",
+            "",
+            f"`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+            f"{seconds:.0f} s for this command.",
+            "Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + ".",
+            "",
+            *_success_table(before, after, world),
+            "",
+            *_alarm_lines(alarms),
+            "",
+            *_credit_lines(credit),
+            "",
+            *(f"![{p.stem}]({p.name})" for p in pictures),
+            "",
+        ]
+    )
+    (folder / "report.md").write_text(text)
+    facts = {"settings": settings, "before": asdict(before), "after": asdict(after), "alarms": alarms}
+    (folder / "report.json").write_text(json.dumps({**facts, "seconds": seconds, "credit": credit}, indent=1))
+    return text
+
+
+def _success_table(before: Success, after: Success, world: World) -> list[str]:
+    same = world.train == world.held_out
+    where = "training questions (too few to hold any out)" if same else "held-out questions"
+    return [
+        f"| {before.questions} {where} x {before.samples} | before | after |",
+        "|---|---|---|",
+        f"| success [95 % interval] | {before} | {after} |",
+        f"| truncated | {before.truncated:.3f} | {after.truncated:.3f} |",
+        f"| mean length (tokens) | {before.mean_length:.1f} | {after.mean_length:.1f} |",
+    ]
+
+
+def _alarm_lines(alarms: dict[str, str]) -> list[str]:
+    if not alarms:
+        return ["No alarm was raised (success, entropy, length)."]
+    return [f"ALARM, {text}." for text in alarms.values()]
+
+
+def _credit_lines(credit: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Before training, {credit['questions']} questions x {credit['group_size']} rollouts: success "
+        f"{credit['success']:.3f}, coverage (failing, with a successful peer) {credit['coverage']:.3f} of all rollouts "
+        f"(f(p, G) at each question's own rate: {credit['expected_coverage']:.3f}), mixed groups "
+        f"{credit['mixed_groups']:.3f}; {credit['failing_with_peer']} failing rollouts with a peer."
+    ]
+    if not credit["failing_with_peer"]:
+        return [*lines, "No failing rollout has a successful peer: there is no credit profile to show."]
+    profiles = {name: dict(zip(*credit["profile"][name][:2], strict=True)) for name in TEACHERS}
+    shown = [o for o in PROFILE_ROWS if o in profiles["with_peer"]]
+    return [
+        *lines,
+        f"Median divergence position: {credit['median_tau']:.0f}. Rollout-averaged |A|: "
+        + ", ".join(f"{credit['mean_abs'][n]:.3f} ({label})" for n, label in TEACHERS.items())
+        + " nats.",
+        "",
+        "| mean \\|A\\| (nats) at t - tau | " + " | ".join(map(str, shown)) + " |",
+        "|---" * (len(shown) + 1) + "|",
+        *(
+            f"| {label} | " + " | ".join(f"{profiles[name][o]:.3f}" for o in shown) + " |"
+            for name, label in TEACHERS.items()
+        ),
+        "",
+        "| credit mass within w of tau | " + " | ".join(f"w = {w}" for w in credit["windows"]) + " |",
+        "|---" * (len(credit["windows"]) + 1) + "|",
+        *(
+            f"| {label} | " + " | ".join(f"{m:.0%}" for m in credit["mass"][name]) + " |"
+            for name, label in TEACHERS.items()
+        ),
+        "",
+        "Failing rollouts, their peer, and where they part (`>>` marks tau; the number is A in nats there):",
+        "",
+        "```",
+        *(line for example in credit["examples"] for line in _example_lines(example)),
+        "```",
+    ]
+
+
+def _example_lines(example: dict[str, Any]) -> list[str]:
+    return [
+        f"question  {example['question']}   answer {example['answer']}",
+        f"rollout   {example['rollout']}   A {example['credit']:+.2f}; answer only {example['credit_answer_only']:+.2f}",
+        f"peer      {example['peer']}",
+        "",
+    ]
+
+
+def _pictures(folder: Path, credit: dict[str, Any], rows: list[dict]) -> list[Path]:
+    pictures = []
+    if credit["failing_with_peer"]:
+        profiles = {label: tuple(credit["profile"][name][:2]) for name, label in TEACHERS.items()}
+        masses = {label: credit["mass"][name] for name, label in TEACHERS.items()}
+        count = credit["failing_with_peer"]
+        pictures += [folder / "credit_profile.png", folder / "credit_mass.png"]
+        plot_credit_profile(pictures[0], profiles, title=f"Where the credit lands ({count} failing rollouts)")
+        plot_credit_mass(pictures[1], masses, credit["windows"], title=f"Credit near tau ({count} failing rollouts)")
+    if rows:
+        nan = float("nan")
+        curves: dict[str, Sequence[float]] = {
+            label: [nan if row.get(key) is None else row[key] for row in rows] for key, label in CURVES.items()
+        }
+        pictures.append(folder / "training.png")
+        plot_training(pictures[-1], [row["step"] for row in rows], curves)
+    return pictures
+
+
+def _spread(measured: MeasuredCredit) -> list[int]:
+    """A few failing rollouts that part from their peer, from different questions."""
+    seen, chosen = set(), []
+    for i, group in enumerate(measured.groups):
+        if measured.tau[i] >= 0 and id(group) not in seen and len(chosen) < EXAMPLES:
+            seen.add(id(group))
+            chosen.append(i)
+    return chosen
+
+
+def _example(measured: MeasuredCredit, i: int, tokenizer: Any) -> dict[str, Any]:
+    group, tau = measured.groups[i], int(measured.tau[i])
+    question = group.prompt if isinstance(group.prompt, str) else group.prompt[-1]["content"]
+
+    def marked(index: int) -> str:
+        ids = list(group.rollouts[index].token_ids)
+        left = tokenizer.decode(ids[:tau], skip_special_tokens=True)
+        return (left + ">>" + tokenizer.decode(ids[tau:], skip_special_tokens=True)).replace("\n", "\\n")
+
+    at = min(tau, int(measured.mask[i].sum()) - 1)
+    return {
+        "question": question.replace("\n", "\\n"),
+        "answer": group.answer,
+        "rollout": marked(measured.rollout[i]),
+        "peer": marked(measured.peer[i]),
+        "credit": measured.with_peer[i, at].item(),
+        "credit_answer_only": measured.answer_only[i, at].item(),
+    }

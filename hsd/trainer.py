@@ -1,0 +1,293 @@
+"""`HSDTrainer`: TRL's GRPO rollouts, rewards, logging and checkpoints; the update is Hindsight Self-Distillation.
+
+Two hooks carry the method. After a batch is generated and scored, every rollout gets a peer from its own group and the
+teacher's prompt ``[q ; c_i]`` is built. In the loss, teacher and student read the same rollout tokens and meet in
+`hsd.loss.hsd_loss`, over hidden states; logits are never made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import TrainerCallback
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import pad
+
+from hsd.body import check_split, split_model
+from hsd.config import HSDConfig
+from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, build_context
+from hsd.credit import credit, credit_at_divergence, credit_mass, divergence_position
+from hsd.frozen import adapters_off, ema_update_, frozen_copy, load_policy_, save_policy
+from hsd.groups import Group, Rollout
+from hsd.loss import LossOutput, Side, frozen_side, hsd_loss, read_rollouts
+from hsd.peers import choose_peers, peer_rng
+from hsd_kernels import HSDKLOutput, fused_hsd_kl
+
+INITIAL_POLICY = "initial_policy.safetensors"
+EMA_TEACHER = "ema_teacher.safetensors"
+
+
+class HSDTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` with the HSD update (arXiv 2606.15576). The data set needs a ``prompt`` and an ``answer``.
+
+    Args: as `GRPOTrainer`, with an `HSDConfig`, and
+
+        context_template: words of the privileged context; by default the config's templates, else one that suits
+            chat or plain-text prompts.
+
+    Raises ValueError for a data set without ``answer``, a model whose logits are not a plain head over its hidden
+    states, and combinations that are not supported, by name.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: HSDConfig,
+        train_dataset: Any = None,
+        *,
+        context_template: ContextTemplate | None = None,
+        **kwargs: Any,
+    ):
+        columns = getattr(train_dataset, "column_names", None) or ()
+        if train_dataset is not None and columns and not {"prompt", "answer"} <= set(columns):
+            raise ValueError(f"train_dataset: expected columns 'prompt' and 'answer' (a*), got {sorted(columns)}")
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        self.args: HSDConfig
+        if self._is_vlm:
+            raise ValueError("model: expected a text model, got a vision-language one")
+        if context_template is None and args.with_peer_template and args.answer_only_template:
+            context_template = ContextTemplate(args.with_peer_template, args.answer_only_template)
+        self.context_template = context_template
+        policy = self.accelerator.unwrap_model(self.model)
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # sharded weights cannot be read here
+            check_split(policy, split_model(policy))
+        self._make_frozen_policies(policy)
+        self._redirect = _ForwardRedirection()
+        self.add_callback(_EMA(self))
+
+    # -- frozen policies ------------------------------------------------------------------------------------------
+
+    def _make_frozen_policies(self, policy: Any) -> None:
+        """`teacher_model` and `initial_model` are copies, or None where the student's own module serves."""
+        peft = hasattr(policy, "peft_config")
+        needs_initial = self.args.teacher == "fixed" or self.args.reference_coef > 0.0
+        needs_copy = (needs_initial and not peft) or self.args.teacher == "ema"
+        if needs_copy and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "teacher, reference_coef: expected 'live' and 0 (or LoRA) under FSDP and DeepSpeed, where a frozen copy "
+                f"of sharded weights is not supported, got {self.args.teacher!r} and {self.args.reference_coef}"
+            )
+        if self.args.teacher == "ema" and peft:
+            raise ValueError("teacher: expected 'live' or 'fixed' (adapters off) with LoRA, got 'ema'")
+        self.initial_model = frozen_copy(policy) if needs_initial and not peft else None
+        self.teacher_model = frozen_copy(policy) if self.args.teacher == "ema" else None
+
+    def _read_initial(self, policy: Any, ids: Tensor, mask: Tensor, length: int) -> Side:
+        if self.initial_model is not None:
+            split = split_model(self.initial_model)
+            return frozen_side(split, read_rollouts(split, ids, mask, length))
+        with adapters_off(policy):
+            split = split_model(policy)
+            return Side(read_rollouts(split, ids, mask, length))
+
+    def _read_teacher(self, policy: Any, ids: Tensor, mask: Tensor, length: int) -> Side:
+        if self.args.teacher == "fixed":
+            return self._read_initial(policy, ids, mask, length)
+        if self.teacher_model is not None:
+            split = split_model(self.teacher_model)
+            return frozen_side(split, read_rollouts(split, ids, mask, length))
+        return Side(read_rollouts(split_model(policy), ids, mask, length))
+
+    # -- rollouts -> groups -> privileged contexts ----------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
+        self._scored = (weighted.tolist(), [list(ids) for ids in completion_ids_list])  # rewards of all ranks
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        rewards, completion_ids = self._scored
+        mode = self._mode
+        size: Any = self.num_generations if mode == "train" else self.num_generations_eval
+        mean_logps = None
+        if self.args.peer_rule.endswith("perplexity"):
+            mean_logps = gather_object(self._mean_logps(batch).tolist())
+
+        first = self.accelerator.process_index * len(inputs)
+        rollouts = [
+            Rollout(tuple(ids), reward=r, mean_logp=None if mean_logps is None else mean_logps[i])
+            for i, (ids, r) in enumerate(zip(gather_object(completion_ids), rewards, strict=True))
+        ]
+        contexts, taus, successes = [], [], []
+        for i, example in enumerate(inputs):
+            g, place = divmod(first + i, size)  # a group may be split between ranks: all of them see it whole
+            members = tuple(rollouts[g * size : (g + 1) * size])
+            group = Group(example["prompt"], str(example["answer"]), members, self.args.success_reward)
+            rng = peer_rng(self.args.seed, self.state.global_step, g)
+            peer = choose_peers(group, self.args.peer_rule, rng=rng)[place]
+            shown = None if peer is None else members[peer].token_ids
+            contexts.append(
+                build_context(
+                    self._tokenizer,
+                    example["prompt"],
+                    group.answer,
+                    shown,
+                    self._template_for(example["prompt"]),
+                    max_length=self.args.max_teacher_prompt_length,
+                    chat_template_kwargs=self._rendering,
+                )
+            )
+            seen = shown is not None and contexts[-1].kind == "peer"  # it may have been left out for length
+            tau = divergence_position(members[place].token_ids, shown) if seen else None  # type: ignore[arg-type]
+            taus.append(-1 if tau is None else tau)
+            successes.append(place in group.successes)
+
+        ids = [torch.tensor(c.prompt_ids) for c in contexts]
+        device = batch["completion_ids"].device
+        pad_id: Any = self._tokenizer.pad_token_id
+        batch["teacher_prompt_ids"] = pad(ids, pad_id, padding_side="left").to(device)
+        masks = [torch.ones_like(x) for x in ids]
+        batch["teacher_prompt_mask"] = pad(masks, 0, padding_side="left").to(device)
+        batch["divergence_position"] = torch.tensor(taus, device=device)
+        batch["success"] = torch.tensor(successes, device=device)
+        has_peer = torch.tensor([c.kind == "peer" for c in contexts], device=device)
+        self._log_coverage(mode, batch["success"], has_peer, size, [c.truncated for c in contexts])
+        return batch
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"  # type: ignore[union-attr]
+
+    @property
+    def _rendering(self) -> dict[str, Any]:
+        """What TRL passes to the chat template for the student's prompt; the teacher's must be rendered alike."""
+        given: Any = self.chat_template_kwargs
+        return {**given, "chat_template": self.chat_template, "tools": self.tools or None}
+
+    def _template_for(self, prompt: str | list) -> ContextTemplate:
+        if self.context_template is not None:
+            return self.context_template
+        return DEFAULT_TEXT_TEMPLATE if isinstance(prompt, str) else DEFAULT_CHAT_TEMPLATE
+
+    @torch.no_grad()
+    def _mean_logps(self, batch: dict[str, Any]) -> Tensor:
+        """Mean log-prob (B,) of each rollout under the policy, for the perplexity rules."""
+        split = split_model(self.accelerator.unwrap_model(self.model))
+        ids, mask, targets, weights = _student_inputs(batch)
+        h = read_rollouts(split, ids, mask, targets.shape[1])
+        form = {"logit_scale": split.logit_scale, "softcap": split.softcap, "impl": self.args.kernel_impl}
+        out = fused_hsd_kl(h, h, split.weight, split.bias, target_ids=targets, return_stats=True, **form)
+        assert isinstance(out, HSDKLOutput) and out.student_logps is not None
+        return (out.student_logps * weights).sum(-1) / weights.sum(-1).clamp_min(1)
+
+    def _log_coverage(self, mode: str, success: Tensor, has_peer: Tensor, size: int, truncated: list[bool]) -> None:
+        gathered: Any = self.accelerator.gather((success, has_peer))
+        success, has_peer = gathered
+        solved = success.reshape(-1, size).float().mean(-1)
+        self._record(
+            mode,
+            success_rate=success.float().mean(),
+            # f(p, G) of hsd.credit.coverage is the expectation of this share of all rollouts.
+            coverage=(~success & has_peer).float().mean(),
+            failing_with_peer=(~success & has_peer).sum() / (~success).sum(),
+            mixed_groups=((solved > 0) & (solved < 1)).float().mean(),
+            fallback_share=(~has_peer).float().mean(),
+            demonstration_truncated=sum(truncated) / len(truncated),
+        )
+
+    # -- the loss -------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError("return_outputs: expected False, HSDTrainer computes no model outputs")
+        policy = self.accelerator.unwrap_model(model)
+        # Through the wrapper's forward, so that DDP and FSDP hooks and autocast apply.
+        return self._redirect(model, policy, self._hsd_loss, policy, inputs)
+
+    def _hsd_loss(self, policy: Any, batch: dict[str, Any]) -> Tensor:
+        mode = self._mode
+        ids, mask, targets, loss_mask = _student_inputs(batch)
+        length = targets.shape[1]
+        with torch.no_grad():
+            teacher_ids = torch.cat([batch["teacher_prompt_ids"], targets], 1)
+            teacher_mask = torch.cat([batch["teacher_prompt_mask"], batch["completion_mask"]], 1)
+            teacher = self._read_teacher(policy, teacher_ids, teacher_mask, length)
+            reference = self._read_initial(policy, ids, mask, length) if self.args.reference_coef > 0.0 else None
+        split = split_model(policy)
+        student = read_rollouts(split, ids, mask, length)
+        out = hsd_loss(student, split, teacher, targets, loss_mask, self.args.objective, reference)
+        self._log_loss(mode, out, batch, loss_mask)
+        # As in GRPOTrainer: the mean over the micro-batches of one optimizer step.
+        return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
+
+    def _log_loss(self, mode: str, out: LossOutput, batch: dict[str, Any], mask: Tensor) -> None:
+        t = out.teacher
+        assert t.student_logps is not None and t.teacher_logps is not None
+        a = credit(t.teacher_logps, t.student_logps)
+        failing = torch.where(batch["success"], -1, batch["divergence_position"])
+        tokens = mask.sum().clamp_min(1)
+        self._record(
+            mode,
+            kl=(t.per_token_kl * mask).sum() / tokens,
+            student_entropy=(t.student_entropy * mask).sum() / tokens,
+            teacher_entropy=(t.teacher_entropy * mask).sum() / tokens,
+            credit_at_tau=credit_at_divergence(a, mask, failing),
+            credit_mass_8=credit_mass(a, mask, failing, windows=(8,))[0],
+        )
+        if out.reference_kl is not None:
+            self._record(mode, reference_kl=(out.reference_kl * mask).sum() / tokens)
+
+    def _record(self, mode: str, **values: Tensor | float) -> None:
+        """Mean over ranks, ignoring NaN (no rollout to measure); one collective for all of them."""
+        device = self.accelerator.device
+        mine = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values.values()])
+        gathered: Any = self.accelerator.gather(mine.unsqueeze(0))
+        means = gathered.nanmean(0).tolist()
+        for name, value in zip(values, means, strict=True):
+            self._metrics[mode][f"hsd/{name}"].append(value)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if not self.args.should_save:
+            return
+        out = Path(self._get_output_dir(trial=trial))
+        if self.teacher_model is not None:
+            save_policy(self.teacher_model, out / f"checkpoint-{self.state.global_step}" / EMA_TEACHER)
+        if self.initial_model is not None and not (out / INITIAL_POLICY).exists():
+            save_policy(self.initial_model, out / INITIAL_POLICY)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoint = Path(resume_from_checkpoint)
+        if self.teacher_model is not None:
+            load_policy_(self.teacher_model, checkpoint / EMA_TEACHER)
+        if self.initial_model is not None:
+            load_policy_(self.initial_model, checkpoint.parent / INITIAL_POLICY)
+
+
+class _EMA(TrainerCallback):
+    def __init__(self, trainer: HSDTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        t = self.trainer
+        if t.teacher_model is not None:
+            ema_update_(t.teacher_model, t.accelerator.unwrap_model(t.model), t.args.teacher_ema_rate)
+
+
+def _student_inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(input ids, attention mask, rollout tokens, loss mask) of a GRPO batch; a tool's tokens carry no loss."""
+    targets, completion_mask = batch["completion_ids"], batch["completion_mask"]
+    ids = torch.cat([batch["prompt_ids"], targets], 1)
+    mask = torch.cat([batch["prompt_mask"], completion_mask], 1)
+    return ids, mask, targets, completion_mask * batch["tool_mask"] if "tool_mask" in batch else completion_mask

@@ -1,0 +1,79 @@
+"""Scoring by the last number of an answer, for the times table and GSM8K-style data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# A sign counts only where no operand stands before it ("7-5" ends in 5). Thousands groups come before plain digits,
+# so that "1,234" is one number; a comma or a period with no digit after it is punctuation.
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]}%$])[-\u2212](?=\$?\.?\d)|(?<=\$)[-\u2212](?=\.?\d))?\$?"
+    r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))"
+    r"(?:\.(?P<fraction>\d+))?",
+    re.ASCII,
+)
+
+
+def last_number(text: str) -> str | None:
+    """The last decimal number in `text`, in its shortest form, or None: `"costs $1,234.50."` gives `"1234.5"`.
+
+    Reads thousands commas, decimals, a leading minus and a leading `$`; 18.0 and 18 give the same string. Fractions,
+    exponents and words are not numbers: `3/4` gives `"4"`.
+    """
+    match = None
+    for match in _NUMBER.finditer(text):
+        pass
+    if match is None:
+        return None
+    whole = match["whole"].replace(",", "").lstrip("0") or "0"
+    fraction = (match["fraction"] or "").rstrip("0")
+    number = f"{whole}.{fraction}" if fraction else whole
+    return f"-{number}" if match["sign"] and number != "0" else number
+
+
+def numbers_equal(a: str | None, b: str | None) -> bool:
+    """Whether the last numbers of `a` and `b` are the same, digit by digit; False where either has none."""
+    number = None if a is None else last_number(a)
+    return number is not None and b is not None and number == last_number(b)
+
+
+def final_answer(text: str) -> str:
+    """The final answer of a worked solution: what stands after the last `####` (GSM8K), else the last number.
+
+    Raises ValueError where that holds no number.
+    """
+    _, mark, tail = text.rpartition("####")
+    answer = tail.strip() if mark else last_number(text)
+    if answer is None or last_number(answer) is None:
+        raise ValueError(f"text: expected an answer that holds a number, got {text[-80:]!r}")
+    return answer
+
+
+def number_reward(
+    completions: Sequence[str | Sequence[Mapping[str, Any]]], answer: Sequence[str | int | float], **kwargs: Any
+) -> list[float]:
+    """1.0 where the last number of the completion equals the final answer, else 0.0. A TRL reward function.
+
+    A completion is a string, or a chat of which the last message counts; an answer is a number or a text for
+    `final_answer`.
+    """
+    if len(answer) != len(completions):
+        raise ValueError(f"answer: expected {len(completions)} entries, one per completion, got {len(answer)}")
+    return [
+        float(numbers_equal(_completion_text(completion), final_answer(str(target))))
+        for completion, target in zip(completions, answer, strict=True)
+    ]
+
+
+def _completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    text: Any = completion
+    if isinstance(completion, Sequence) and not isinstance(completion, str) and completion:
+        text = completion[-1].get("content") if isinstance(completion[-1], Mapping) else None
+    if not isinstance(text, str):
+        raise TypeError(
+            "completions: expected strings or lists of messages whose last one has a string as content, "
+            f"got {completion!r}"
+        )
+    return text

@@ -1,0 +1,284 @@
+"""HSDTrainer against the paper's equation on full logits, its privileged contexts, and exact resume."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from hsd.config import HSDConfig
+from hsd.context import ContextTemplate
+from hsd.demo import small_world
+from hsd.trainer import HSDTrainer
+
+TOKENIZER = small_world.build_tokenizer()
+TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
+QUESTIONS = small_world.make_questions(6, seed=0)
+SMALL = {
+    "vocab_size": len(TOKENIZER),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": TOKENIZER.eos_token_id,
+    "pad_token_id": TOKENIZER.pad_token_id,
+}
+
+
+def qwen3():
+    torch.manual_seed(1)
+    return Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True)).float()
+
+
+def llama():
+    torch.manual_seed(2)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)).float()
+
+
+def half(completion_ids, **kwargs):
+    """A verifier that a random model passes about half the time: the parity of the first two tokens."""
+    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
+
+
+class Recorder(HSDTrainer):
+    """Keeps the generated batches."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        self.batches = [*getattr(self, "batches", []), batch]
+        return batch
+
+
+def make(model, tmp_path, cls=Recorder, peft_config=None, **kwargs):
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 9,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0.0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    } | kwargs
+    return cls(
+        model=model,
+        reward_funcs=half,
+        args=HSDConfig(**settings),
+        train_dataset=Dataset.from_list(QUESTIONS),
+        processing_class=TOKENIZER,
+        context_template=TEMPLATE,
+        peft_config=peft_config,
+    )
+
+
+def log_probs(model, prompt, prompt_mask, completion, completion_mask):
+    """Full logits of the rollout's positions from the model itself."""
+    ids = torch.cat([prompt, completion], 1)
+    mask = torch.cat([prompt_mask, completion_mask], 1)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return logits[:, -(completion.shape[1] + 1) : -1].log_softmax(-1)
+
+
+def paper_loss(student, teacher, reference, batch, coef):
+    """1/G sum_i 1/|o_i| sum_t KL(teacher || student), plus coef KL(student || reference)."""
+    rollout = (batch["completion_ids"], batch["completion_mask"])
+    mask = rollout[1].float()
+    ls = log_probs(student, batch["prompt_ids"], batch["prompt_mask"], *rollout)
+    with torch.no_grad():
+        lt = log_probs(teacher, batch["teacher_prompt_ids"], batch["teacher_prompt_mask"], *rollout)
+        lr = log_probs(reference, batch["prompt_ids"], batch["prompt_mask"], *rollout)
+    per_token = (lt.exp() * (lt - ls)).sum(-1) + coef * (ls.exp() * (ls - lr)).sum(-1)
+    return ((per_token * mask).sum(-1) / mask.sum(-1)).mean()
+
+
+ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("build", [qwen3, llama])
+@pytest.mark.parametrize(
+    ("peft_config", "options"),
+    [
+        (None, {"teacher": "live", "reference_coef": 0.0}),
+        (None, {"teacher": "fixed", "reference_coef": 0.5}),
+        (None, {"teacher": "ema", "reference_coef": 0.0, **ACCUMULATED}),
+        (None, {"teacher": "live", "reference_coef": 0.5, **ACCUMULATED, **CHECKPOINTED}),
+        (LORA, {"teacher": "live", "reference_coef": 0.5}),
+        (LORA, {"teacher": "fixed", "reference_coef": 0.0, **ACCUMULATED, **CHECKPOINTED}),
+    ],
+    ids=["live", "fixed+reference", "ema+accumulation", "accumulation+checkpointing", "lora", "lora+all"],
+)
+def test_one_step_is_the_gradient_of_the_papers_equation(build, peft_config, options, tmp_path):
+    """One SGD step at learning rate 1 moves every trained weight by minus the gradient of the plain computation."""
+    trainer = make(build(), tmp_path, peft_config=peft_config, **options)
+    if peft_config is not None:  # LoRA's B starts at 0, where adapters on and off agree: start elsewhere
+        torch.manual_seed(3)
+        for name, p in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.05)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    (batch,) = trainer.batches
+
+    # Plain computation at the weights before the step: restore them.
+    moved = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    model = trainer.model
+    model.eval()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(before[n])
+    initial = model if peft_config is None else _Off(model)
+    teacher = initial if options["teacher"] == "fixed" else model
+    loss = paper_loss(model, teacher, initial, batch, options["reference_coef"])
+    names = list(before)
+    grads = torch.autograd.grad(loss, [dict(model.named_parameters())[n] for n in names])
+
+    logged = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    assert logged == pytest.approx(loss.item(), rel=1e-4)
+    scale = max(g.abs().max() for g in grads)
+    assert scale > 1e-4  # a vanishing gradient would pass any comparison
+    for name, g in zip(names, grads, strict=True):
+        torch.testing.assert_close(before[name] - moved[name], g, rtol=2e-3, atol=2e-5 * scale.item(), msg=name)
+
+
+class _Off:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **kwargs):
+        with self.model.disable_adapter():
+            return self.model(**kwargs)
+
+
+def test_each_rollout_reads_a_successful_peer_of_its_own_group_and_the_answer(tmp_path):
+    trainer = make(qwen3(), tmp_path, max_steps=3)
+    trainer.train()
+    peers = 0
+    for batch in trainer.batches:
+        texts = TOKENIZER.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+        for i, ids in enumerate(batch["teacher_prompt_ids"]):
+            question = TOKENIZER.decode(batch["prompt_ids"][i], skip_special_tokens=True)
+            answer = next(q["answer"] for q in QUESTIONS if q["prompt"] == question)
+            group = range(i - i % 4, i - i % 4 + 4)
+            allowed = {texts[j] for j in group if j != i and batch["success"][j]}
+            context = TOKENIZER.decode(ids, skip_special_tokens=True).removeprefix(question)
+            if context == f"[{answer}]":
+                assert not allowed or "" in allowed  # a peer that is only an end token shows nothing
+                assert batch["divergence_position"][i] == -1
+                continue
+            peers += 1
+            assert context in {f"[{answer}|{t}]" for t in allowed}
+    assert peers > 5
+
+
+def test_metrics_are_logged_and_bounded(tmp_path):
+    trainer = make(qwen3(), tmp_path, max_steps=2, reference_coef=0.1)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    shares = ("success_rate", "coverage", "failing_with_peer", "mixed_groups", "fallback_share", "credit_mass_8")
+    for name in shares:
+        assert 0.0 <= row[f"hsd/{name}"] <= 1.0, name
+    for name in ("kl", "reference_kl", "student_entropy", "teacher_entropy", "credit_at_tau"):
+        assert row[f"hsd/{name}"] >= 0.0, name
+    assert {"completions/mean_length", "completions/clipped_ratio", "reward"} <= row.keys()
+
+
+@pytest.mark.parametrize("rule", ["paired", "shortest", "lowest_perplexity"])
+def test_peer_rules_run(rule, tmp_path):
+    make(qwen3(), tmp_path, peer_rule=rule, reference_coef=0.0).train()
+
+
+@pytest.mark.parametrize("teacher", ["ema", "fixed"])
+def test_resume_continues_exactly(teacher, tmp_path):
+    """Four steps in one go, and two, then two more in a new process-like trainer: same weights, same peers."""
+    options = {
+        "teacher": teacher,
+        "teacher_ema_rate": 0.5,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = make(qwen3(), tmp_path / "whole", max_steps=4, **options)
+    whole.train()
+    first = make(qwen3(), tmp_path / "parts", max_steps=2, **options)
+    first.train()
+    stranger = qwen3()  # other initial weights: a resumed run must not depend on what it is handed
+    torch.nn.init.normal_(stranger.model.embed_tokens.weight)
+    second = make(stranger, tmp_path / "parts", max_steps=4, **options)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+
+    for mine, theirs in zip(whole.batches[2:], second.batches, strict=True):
+        torch.testing.assert_close(mine["completion_ids"], theirs["completion_ids"], rtol=0, atol=0)
+        torch.testing.assert_close(mine["teacher_prompt_ids"], theirs["teacher_prompt_ids"], rtol=0, atol=0)
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    frozen = "teacher_model" if teacher == "ema" else "initial_model"
+    for a, b in zip(getattr(whole, frozen).parameters(), getattr(second, frozen).parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_checkpoint_loads_with_from_pretrained(tmp_path):
+    trainer = make(qwen3(), tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    loaded = Qwen3ForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+    for a, b in zip(trainer.model.parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_ema_teacher_moves_and_fixed_does_not(tmp_path):
+    ema = make(qwen3(), tmp_path, teacher="ema", teacher_ema_rate=0.25, reference_coef=0.0)
+    start = [p.clone() for p in ema.teacher_model.parameters()]
+    ema.train()
+    for old, mine, theirs in zip(start, ema.teacher_model.parameters(), ema.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, 0.75 * old + 0.25 * theirs)
+    fixed = make(qwen3(), tmp_path, teacher="fixed", reference_coef=0.0)
+    start = [p.clone() for p in fixed.initial_model.parameters()]
+    fixed.train()
+    for old, mine in zip(start, fixed.initial_model.parameters(), strict=True):
+        assert torch.equal(old, mine)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"beta": 0.1}, "beta"),
+        ({"teacher": "frozen"}, "teacher"),
+        ({"peer_rule": "best"}, "peer_rule"),
+        ({"divergence": "kl"}, "divergence"),
+        ({"teacher_ema_rate": 0.0}, "teacher_ema_rate"),
+        ({"reference_coef": -1.0}, "reference_coef"),
+        ({"with_peer_template": "{answer}{demonstration}"}, "answer_only_template"),
+    ],
+)
+def test_bad_options_are_named(options, named, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        make(qwen3(), tmp_path, **options)
+
+
+def test_refusals_are_named(tmp_path):
+    with pytest.raises(ValueError, match="answer"):
+        HSDTrainer(
+            model=qwen3(),
+            reward_funcs=half,
+            args=HSDConfig(output_dir=str(tmp_path), bf16=False, report_to="none", use_cpu=True),
+            train_dataset=Dataset.from_list([{"prompt": "1+1="}]),
+            processing_class=TOKENIZER,
+        )
+    with pytest.raises(ValueError, match="teacher"):
+        make(qwen3(), tmp_path, peft_config=LORA, teacher="ema")
+    with pytest.raises(ValueError, match="lm_head"):
+        make(llama(), tmp_path, peft_config=LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
