@@ -80,8 +80,8 @@ class HSDTrainer(GRPOTrainer):
         needs_copy = (needs_initial and not peft) or self.args.teacher == "ema"
         if needs_copy and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
-                "teacher, reference_coef: expected 'live' and 0 (or LoRA) under FSDP and DeepSpeed, where a frozen copy "
-                f"of sharded weights is not supported, got {self.args.teacher!r} and {self.args.reference_coef}"
+                "teacher, reference_coef: expected 'live' and 0 (or LoRA) under FSDP and DeepSpeed, where a frozen "
+                f"copy of sharded weights is not supported, got {self.args.teacher!r} and {self.args.reference_coef}"
             )
         if self.args.teacher == "ema" and peft:
             raise ValueError("teacher: expected 'live' or 'fixed' (adapters off) with LoRA, got 'ema'")

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from datasets import Dataset
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging as transformers_logging
 
 from hsd.callbacks import RunFiles, StepLine, StopOnSignal
 from hsd.config import HSDConfig
@@ -30,6 +32,9 @@ from hsd.trainer import HSDTrainer
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    # TRL 1.16 still uses names that transformers 5.23 deprecates; a bar for saving a shard would break the step's line.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     world = getattr(worlds, args.world)(args, say)
@@ -91,6 +96,7 @@ def make_trainer(world: worlds.World, args: argparse.Namespace) -> HSDTrainer:
         bf16=False,
         gradient_checkpointing=False,
         report_to="none",
+        dataloader_pin_memory=False,
         **(world.config | overrides),
     )
     trainer = HSDTrainer(

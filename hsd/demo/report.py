@@ -152,9 +152,10 @@ def _credit_lines(credit: dict[str, Any]) -> list[str]:
 
 
 def _example_lines(example: dict[str, Any]) -> list[str]:
+    credit = f"A {example['credit']:+.2f}, answer only {example['credit_answer_only']:+.2f}"
     return [
         f"question  {example['question']}   answer {example['answer']}",
-        f"rollout   {example['rollout']}   A {example['credit']:+.2f}; answer only {example['credit_answer_only']:+.2f}",
+        f"rollout   {example['rollout']}   {credit}",
         f"peer      {example['peer']}",
         "",
     ]
