@@ -7,6 +7,7 @@ compares the last `WINDOW` steps with the run's own past.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 WINDOW = 5
@@ -32,7 +33,8 @@ def alarms(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def _window(history: Sequence[Mapping[str, float]], key: str, start: int) -> float | None:
-    values = [h[key] for h in history[start : start + WINDOW] if h.get(key) is not None]
+    # None and NaN are steps that had nothing to measure.
+    values = [v for h in history[start : start + WINDOW] if (v := h.get(key)) is not None and not math.isnan(v)]
     return sum(values) / len(values) if values else None
 
 

@@ -45,13 +45,16 @@ class RunFiles(TrainerCallback):
         self.raised: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
         self.history = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+        self.raised = {name: text for row in self.history for name, text in row.get("alarms", {}).items()}
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in self.history))
         part.replace(self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         row = {"step": state.global_step, **logs}
         self.history.append(row)
@@ -72,6 +75,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.stopped = False
         self.before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -51,32 +51,36 @@ def sample(
     """One rollout per prompt: token ids up to and including the first end token. The caller's RNG is left alone."""
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            rollouts: list[list[int]] = []
+            for start in range(0, len(prompts), sampling.batch_size):
+                rollouts += _sample_batch(model, tokenizer, prompts[start : start + sampling.batch_size], sampling)
+                if progress is not None:
+                    progress(len(rollouts), len(prompts))
+            return rollouts
+    finally:
+        model.train(was_training)
+
+
+def _sample_batch(model: Any, tokenizer: Any, prompts: Sequence[Any], sampling: Sampling) -> list[list[int]]:
     pad_id, end_ids = tokenizer.pad_token_id, end_token_ids(model, tokenizer)
-    rollouts: list[list[int]] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), sampling.batch_size):
-            ids = [tokenize_prompt(tokenizer, p) for p in prompts[start : start + sampling.batch_size]]
-            width = max(map(len, ids))
-            padded = torch.tensor([[pad_id] * (width - len(x)) + list(x) for x in ids], device=device)
-            mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=device)
-            out = model.generate(
-                input_ids=padded,
-                attention_mask=mask,
-                do_sample=True,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=0,
-                max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=pad_id,
-                eos_token_id=end_ids,
-            )
-            rollouts += [_until_end(row, end_ids) for row in out[:, width:].tolist()]
-            if progress is not None:
-                progress(len(rollouts), len(prompts))
-    model.train(was_training)
-    return rollouts
+    ids = [tokenize_prompt(tokenizer, p) for p in prompts]
+    width = max(map(len, ids))
+    out = model.generate(
+        input_ids=torch.tensor([[pad_id] * (width - len(x)) + list(x) for x in ids], device=model.device),
+        attention_mask=torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=model.device),
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0,
+        repetition_penalty=1.0,  # as in training: a model may declare another one
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=end_ids,
+    )
+    return [_until_end(row, end_ids) for row in out[:, width:].tolist()]
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -104,8 +108,9 @@ def score(
 def success(rewards: Sequence[float], rollouts: Sequence[Sequence[int]], samples: int, end_ids: list[int]) -> Success:
     """Summary of ``samples`` consecutive rollouts per question."""
     r = torch.tensor(rewards, dtype=torch.float64).reshape(-1, samples).mean(1)
-    draw = torch.randint(len(r), (10_000, len(r)), generator=torch.Generator().manual_seed(0))
-    low, high = r[draw].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    g = torch.Generator().manual_seed(0)
+    means = torch.stack([r[torch.randint(len(r), (len(r),), generator=g)].mean() for _ in range(2000)])
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Success(
         mean=r.mean().item(),
         low=low,

@@ -46,8 +46,9 @@ def save_policy(model: nn.Module, path: Path) -> None:
 def load_policy_(model: nn.Module, path: Path) -> None:
     stored = load_file(path)
     own = dict(model.named_parameters())
-    if stored.keys() != own.keys():
-        odd = sorted(stored.keys() ^ own.keys())[:3]
+    shapes, expected = ({name: t.shape for name, t in tensors.items()} for tensors in (stored, own))
+    if shapes != expected:
+        odd = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))[:3]
         raise ValueError(f"{path}: expected the parameters of {type(model).__name__}, differs in {odd}")
     for name, p in own.items():
         p.copy_(stored[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def measure_credit(
         (group, i, peer)
         for group in groups
         for i, peer in enumerate(choose_peers(group, "uniform", rng=rng))
-        if peer is not None and i in group.failures
+        if peer is not None and i in group.failures and _says_something(tokenizer, group.rollouts[peer].token_ids)
     ]
     if not found:
         return None
@@ -101,6 +102,11 @@ def measure_credit(
         **{name: pad(rows, batch_first=True) for name, rows in columns.items()},
         tau=torch.tensor([-1 if t is None else t for t in tau]),
     )
+
+
+def _says_something(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """A peer of only end tokens and white space is no demonstration: its context would be the answer alone."""
+    return bool(tokenizer.decode(list(ids), skip_special_tokens=True).strip())
 
 
 def _log_probs(model, tokenizer, prompts, rollouts) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# A sign counts only where no operand stands before it ("7-5" ends in 5). Thousands groups come before plain digits,
-# so that "1,234" is one number; a comma or a period with no digit after it is punctuation.
+# A sign counts only where no operand stands before it ("7-5" ends in 5). Thousands groups come before plain
+# digits, so that "1,234" is one number; a comma or a period with no digit after it is punctuation.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]}%$])[-\u2212](?=\$?\.?\d)|(?<=\$)[-\u2212](?=\.?\d))?\$?"
     r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))"
@@ -17,16 +18,15 @@ _NUMBER = re.compile(
 
 
 def last_number(text: str) -> str | None:
-    """The last decimal number in `text`, in its shortest form, or None: `"costs $1,234.50."` gives `"1234.5"`.
+    """The last decimal number in `text`, in its shortest form, or None: `"pay $1,234.50."` gives `"1234.5"`.
 
-    Reads thousands commas, decimals, a leading minus and a leading `$`; 18.0 and 18 give the same string. Fractions,
-    exponents and words are not numbers: `3/4` gives `"4"`.
+    Reads thousands commas, decimals, a leading minus and a leading `$`; 18.0 and 18 give the same string.
+    Fractions, exponents and words are not numbers: `3/4` gives `"4"`.
     """
-    match = None
-    for match in _NUMBER.finditer(text):
-        pass
-    if match is None:
+    matches = deque(_NUMBER.finditer(text), maxlen=1)
+    if not matches:
         return None
+    match = matches[0]
     whole = match["whole"].replace(",", "").lstrip("0") or "0"
     fraction = (match["fraction"] or "").rstrip("0")
     number = f"{whole}.{fraction}" if fraction else whole
@@ -52,7 +52,9 @@ def final_answer(text: str) -> str:
 
 
 def number_reward(
-    completions: Sequence[str | Sequence[Mapping[str, Any]]], answer: Sequence[str | int | float], **kwargs: Any
+    completions: Sequence[str | Sequence[Mapping[str, Any]]],
+    answer: Sequence[str | int | float],
+    **kwargs: Any,
 ) -> list[float]:
     """1.0 where the last number of the completion equals the final answer, else 0.0. A TRL reward function.
 
@@ -60,7 +62,7 @@ def number_reward(
     `final_answer`.
     """
     if len(answer) != len(completions):
-        raise ValueError(f"answer: expected {len(completions)} entries, one per completion, got {len(answer)}")
+        raise ValueError(f"answer: expected {len(completions)} entries, got {len(answer)}")
     return [
         float(numbers_equal(_completion_text(completion), final_answer(str(target))))
         for completion, target in zip(completions, answer, strict=True)

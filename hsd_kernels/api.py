@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hsd_kernels.driver import Head, Problem, TokenWeightFn
 
 REDUCTIONS = ("none", "sum", "mean")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NO_GRADIENT = "{name}: expected a tensor without gradient, got requires_grad=True; pass {name}.detach()"
 
 
 class HSDKLOutput(NamedTuple):
@@ -80,8 +82,8 @@ def fused_hsd_kl(
         kl_clip: OPSD's pointwise clip: every vocabulary summand is replaced by min(., kl_clip) before the sum. The
             per-token value may then be negative.
         target_ids: (...), integers in [0, V): the tokens whose log-probs the statistics report.
-        token_weights: (...), finite; multiplies each token's divergence. Tokens of weight 0 are dropped before the
-            GEMM. Costs one host synchronization.
+        token_weights: (...), finite, without gradient; multiplies each token's divergence. Tokens of weight 0 are
+            dropped before the GEMM. Costs one host synchronization.
         token_weight_fn: called once per chunk with `RowStats` (including ``rows``, the flat token positions); returns
             the (C,) weights that multiply those of ``token_weights``. No gradient flows through it.
         reduction: "mean" over the tokens of nonzero ``token_weights`` (or ``num_items``), "sum", or "none".
@@ -95,11 +97,12 @@ def fused_hsd_kl(
 
     Source: the loss of Hindsight Self-Distillation, arXiv 2606.15576; JSD and clip as in OPSD, arXiv 2601.18734.
     """
-    student_hidden, teacher_hidden, lm_head_weight, bias, teacher_weight, teacher_bias = _autocast(
-        student_hidden, teacher_hidden, lm_head_weight, bias, teacher_weight, teacher_bias
-    )
+    tensors = (student_hidden, teacher_hidden, lm_head_weight, bias, teacher_weight, teacher_bias)
+    student_hidden, teacher_hidden, lm_head_weight, bias, teacher_weight, teacher_bias = _autocast(*tensors)
     _check_tensors(student_hidden, teacher_hidden, lm_head_weight, bias, teacher_weight, teacher_bias)
     _check_options(divergence, beta, temperature, kl_clip, reduction, num_items, logit_scale, softcap, chunk_bytes)
+    if token_weight_fn is not None and not callable(token_weight_fn):
+        raise TypeError(f"token_weight_fn: expected a callable or None, got {type(token_weight_fn).__name__}")
     shape = student_hidden.shape[:-1]
     tokens = shape.numel()
     vocab = lm_head_weight.shape[0]
@@ -108,39 +111,43 @@ def fused_hsd_kl(
     flat_targets = None if target_ids is None else _checked_targets(target_ids.reshape(-1), vocab)
     rows, weights = _live_rows(token_weights, tokens, student_hidden)
 
-    count = max(rows.numel(), 1) if num_items is None else num_items
-    student = student_hidden.reshape(tokens, -1)
+    count = max(rows.numel(), 1) if num_items is None else float(num_items)
+    student = student_hidden.reshape(tokens, student_hidden.shape[-1])
     problem = Problem(
         student_hidden=student.detach(),
-        teacher_hidden=teacher_hidden.detach().reshape(tokens, -1),
+        teacher_hidden=teacher_hidden.detach().reshape(tokens, teacher_hidden.shape[-1]),
         head=Head(lm_head_weight.detach(), None if bias is None else bias.detach()),
         teacher_head=None if teacher_weight is None else Head(teacher_weight, teacher_bias),
         spec=RowSpec.resolve(
             divergence,
             float(beta),
             temperature=float(temperature),
-            kl_clip=kl_clip,
+            kl_clip=None if kl_clip is None else float(kl_clip),
             logit_scale=float(logit_scale),
-            softcap=softcap,
+            softcap=None if softcap is None else float(softcap),
         ),
         rows_impl=row_backends.resolve(impl, student_hidden.device, student_hidden.dtype),
         target_ids=flat_targets,
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=None if chunk_bytes is None else int(chunk_bytes),
     )
     scale = 1.0 / count if reduction == "mean" else 1.0
-    loss, _, *stats = FusedHSDKL.apply(
-        student, lm_head_weight, bias, problem, rows, weights, token_weight_fn, scale, reduction == "none"
-    )
+    inputs = (student, lm_head_weight, bias)
+    if not torch.is_grad_enabled():  # an autograd.Function sees requires_grad alone and would make the gradients
+        inputs = tuple(None if t is None else t.detach() for t in inputs)
+    loss, _, *stats = FusedHSDKL.apply(*inputs, problem, rows, weights, token_weight_fn, scale, reduction == "none")
     loss = loss.reshape(shape) if reduction == "none" else loss
     if not return_stats:
         return loss
-    return HSDKLOutput(loss, *(None if s is None else s.reshape(shape) for s in stats[:-1]))
+    per_token: list[Any] = [None if s is None else s.reshape(shape) for s in stats[:-1]]
+    return HSDKLOutput(loss, *per_token)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast a linear layer runs in the autocast dtype; so does the head here."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
+        return tensors
+    if not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     low = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,7 +170,7 @@ def _check_tensors(student_hidden, teacher_hidden, lm_head_weight, bias, teacher
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(t).__name__}")
         if hasattr(t, "device_mesh"):
-            raise TypeError(f"{name}: expected a plain tensor, got a DTensor; gather it first with {name}.full_tensor()")
+            raise TypeError(f"{name}: expected a plain tensor, got a DTensor; gather it with {name}.full_tensor()")
         if t.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {[str(d) for d in DTYPES]}, got {t.dtype}")
         if t.dtype != student_hidden.dtype:
@@ -174,7 +181,7 @@ def _check_tensors(student_hidden, teacher_hidden, lm_head_weight, bias, teacher
         if t.device != student_hidden.device:
             raise ValueError(f"{name}: expected the device of student_hidden, {student_hidden.device}, got {t.device}")
         if name.startswith("teacher") and t.requires_grad:
-            raise ValueError(f"{name}: expected a tensor without gradient, got requires_grad=True; pass {name}.detach()")
+            raise ValueError(_NO_GRADIENT.format(name=name))
     if student_hidden.dim() < 1:
         raise ValueError("student_hidden: expected shape (..., D), got a scalar")
     if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0:
@@ -199,21 +206,32 @@ def _check_tensors(student_hidden, teacher_hidden, lm_head_weight, bias, teacher
 def _check_options(
     divergence, beta, temperature, kl_clip, reduction, num_items, logit_scale, softcap, chunk_bytes
 ) -> None:
+    numeric = {
+        "beta": beta,
+        "temperature": temperature,
+        "logit_scale": logit_scale,
+        "kl_clip": kl_clip,
+        "num_items": num_items,
+        "softcap": softcap,
+        "chunk_bytes": chunk_bytes,
+    }
+    for name, value in numeric.items():
+        optional = name in ("kl_clip", "num_items", "softcap", "chunk_bytes")
+        kind = numbers.Integral if name == "chunk_bytes" else numbers.Real
+        if not (isinstance(value, kind) and not isinstance(value, bool)) and not (value is None and optional):
+            expected = "an integer" if kind is numbers.Integral else "a number"
+            got = f"{value!r} ({type(value).__name__})"
+            raise TypeError(f"{name}: expected {expected}{' or None' if optional else ''}, got {got}")
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: expected one of {DIVERGENCES}, got {divergence!r}")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    positive = {
-        "temperature": temperature,
-        "kl_clip": kl_clip,
-        "num_items": num_items,
-        "softcap": softcap,
-        "chunk_bytes": chunk_bytes,
-    }
-    for name, value in positive.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
+    for name, value in numeric.items():
+        if name in ("beta", "logit_scale") or value is None:
+            continue
+        if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
@@ -244,6 +262,8 @@ def _live_rows(token_weights: Tensor | None, tokens: int, like: Tensor) -> tuple
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     if token_weights is None:
         return torch.arange(tokens, device=like.device), torch.ones(tokens, device=like.device, dtype=wide)
+    if token_weights.requires_grad:
+        raise ValueError(_NO_GRADIENT.format(name="token_weights"))
     if token_weights.is_complex():
         raise TypeError(f"token_weights: expected real numbers, got {token_weights.dtype}")
     w = token_weights.detach().reshape(-1).to(wide)

@@ -40,17 +40,22 @@ class FusedHSDKL(torch.autograd.Function):
 
         if rerun:
             # Saved through autograd, so that an in-place change before the backward is an error, not a wrong gradient.
-            saved = (student_hidden, weight, bias, problem.teacher_hidden, rows, result.weights)
-            ctx.problem = replace(problem, student_hidden=None, head=None, teacher_hidden=None)  # type: ignore[arg-type]
+            own = problem.teacher_head
+            teacher = (problem.teacher_hidden, *((None, None) if own is None else (own.weight, own.bias)))
+            saved = (student_hidden, weight, bias, *teacher, rows, result.weights)
+            ctx.problem = replace(  # type: ignore[arg-type]
+                problem, student_hidden=None, head=None, teacher_hidden=None, teacher_head=None
+            )
         else:
             grads = (result.grad_hidden, result.grad_weight, result.grad_bias)
             kinds = (student_hidden, weight, bias)
             saved = tuple(
-                None if g is None or like is None else g.mul_(scale).to(like.dtype)
+                None if g is None or like is None else g.mul_(scale).to(_storage_dtype(like))
                 for g, like in zip(grads, kinds, strict=True)
             )
+            saved = (*saved, result.weights if per_token else None)
         ctx.save_for_backward(*saved)
-        ctx.rerun, ctx.per_token, ctx.wanted, ctx.scale = rerun, per_token, wanted, scale
+        ctx.rerun, ctx.per_token, ctx.wanted, ctx.dtype = rerun, per_token, wanted, student_hidden.dtype
 
         terms = result.weights * result.stats.kl
         loss = terms if per_token else terms.sum() * scale
@@ -67,20 +72,36 @@ class FusedHSDKL(torch.autograd.Function):
         elif ctx.rerun:
             grads = _rerun(ctx, grad)
         elif ctx.per_token:
-            grad_hidden = ctx.saved_tensors[0]
-            grads = (grad_hidden * grad.unsqueeze(-1).to(grad_hidden.dtype), None, None)
+            grad_hidden, _, _, weights = ctx.saved_tensors
+            grad = grad.masked_fill(weights == 0, 0.0)  # a NaN upstream of a dropped row reaches nothing
+            grads = (_times_upstream(grad_hidden, grad, ctx.dtype), None, None)
         else:
-            grads = tuple(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+            grads = tuple(None if g is None else _times_upstream(g, grad, ctx.dtype) for g in ctx.saved_tensors[:3])
         return *grads, None, None, None, None, None, None
 
 
+def _storage_dtype(like: Tensor) -> torch.dtype:
+    """fp16 gradients wait for the upstream gradient, often a loss scale of 65,536, in fp32."""
+    return torch.float32 if like.dtype == torch.float16 else like.dtype
+
+
+def _times_upstream(g: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """g (R, ...) times a scalar or (R,) in the precision of ``grad``, rounded once: an upstream gradient rounded to
+    bf16 would be off by up to 0.2 % in every entry alike."""
+    grad = grad.reshape(-1, *(1,) * (g.dim() - 1))
+    return torch.mul(g, grad, out=torch.empty_like(g, dtype=dtype))
+
+
 def _rerun(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    student_hidden, weight, bias, teacher_hidden, rows, weights = ctx.saved_tensors
+    student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, rows, weights = ctx.saved_tensors
     problem = replace(
-        ctx.problem, student_hidden=student_hidden, head=Head(weight, bias), teacher_hidden=teacher_hidden
+        ctx.problem,
+        student_hidden=student_hidden,
+        head=Head(weight, bias),
+        teacher_hidden=teacher_hidden,
+        teacher_head=None if teacher_weight is None else Head(teacher_weight, teacher_bias),
     )
     result = run(problem, rows, (weights * grad)[rows], None, ctx.wanted)
     found = (result.grad_hidden, result.grad_weight, result.grad_bias)
     kinds = (student_hidden, weight, bias)
     return tuple(None if g is None else g.to(like.dtype) for g, like in zip(found, kinds, strict=True))
-

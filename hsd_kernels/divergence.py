@@ -15,7 +15,8 @@ divergence is a sum of summands ``f_v(ls_v, lt_v)``, and the gradient to the stu
 
 The multiples of ps are chosen so that equal rows give exactly zero. For the same reason, and to stay finite where both
 log-probs are far below the range of exp, the mixture is taken relative to the larger side: with d = lt - ls,
-ls - lm = -log1p(beta expm1(d)) for d <= 0 and -d - log1p((1 - beta) expm1(-d)) for d > 0, and lt - lm = d + (ls - lm).
+lt - lm = d + (ls - lm) with ls - lm = -log1p(beta expm1(d)) for d <= 0, and ls - lm = -d + (lt - lm) with
+lt - lm = -log1p((1 - beta) expm1(-d)) for d > 0: never inf - inf where one side alone is -inf.
 
 A pointwise clip replaces f_v by min(f_v, kl_clip) before the sum (OPSD's form: the sum may then be negative). Every row
 backend implements this table; the eager reference does not use it and so checks it.

@@ -9,8 +9,10 @@ forward and backward, and no (N, V) tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +78,20 @@ def run(
 
     ``weights`` is (R,). Rows left out are never read: a NaN there reaches nothing.
     """
+    with _without_autocast(problem.student_hidden.device):
+        return _run(problem, rows, weights, token_weight_fn, wanted)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Operands are in the right dtype here: autocast would run the GEMMs of upcast operands in bf16 (CPU)."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _run(
+    problem: Problem, rows: Tensor, weights: Tensor, token_weight_fn: TokenWeightFn | None, wanted: Wanted
+) -> Result:
     p = problem
     hidden, weight = p.student_hidden, p.head.weight
     tokens, vocab = hidden.shape[0], weight.shape[0]
@@ -102,6 +118,12 @@ def run(
 
         targets = None if p.target_ids is None else p.target_ids[at]
         stats = p.rows_impl.statistics(x_s, x_t, p.spec, bias, teacher_bias, targets, at)
+        silent = None
+        if p.teacher_head is None:
+            # A GEMM may sum the same row in another order at another position (MKL: D = 13), leaving 1e-7 of noise
+            # where the answer is 0. inf - inf is not 0: such a row keeps its NaN.
+            silent = (h_s - h_t).eq(0).all(-1)
+            stats = stats._replace(kl=stats.kl.masked_fill(silent, 0.0))
         if token_weight_fn is not None:
             w = w * _hook_weights(token_weight_fn, stats)
         out.weights[at] = w
@@ -112,9 +134,10 @@ def run(
             continue
 
         dz = _gradient_view(x_s, hidden.dtype)
+        w = w if silent is None else w.masked_fill(silent, 0.0)
         p.rows_impl.gradient_(x_s, x_t, p.spec, bias, teacher_bias, stats, w, dz)
         if out.grad_hidden is not None:
-            out.grad_hidden[at] = _backproject(dz, weight).to(hidden.dtype)
+            out.grad_hidden[at] = _backproject(dz, weight).to(out.grad_hidden.dtype)
         if out.grad_weight is not None:
             _accumulate_(out.grad_weight, dz, h_s)
         if out.grad_bias is not None:
@@ -126,14 +149,16 @@ def _empty_result(p: Problem, tokens: int, wide: torch.dtype, wanted: Wanted) ->
     def zeros(*shape: int, dtype: torch.dtype = wide) -> Tensor:
         return p.student_hidden.new_zeros(shape, dtype=dtype)
 
-    fields = {name: zeros(tokens) for name in RowStats._fields[1:]}
+    fields: dict[str, Any] = {name: zeros(tokens) for name in RowStats._fields[1:]}
     if p.target_ids is None:
         fields["student_logps"] = fields["teacher_logps"] = None
     weight = p.head.weight
+    # fp16 has no room for a gradient that is yet to be divided by the token count and multiplied by a loss scale.
+    narrow = wide if p.student_hidden.dtype == torch.float16 else p.student_hidden.dtype
     return Result(
         stats=RowStats(rows=torch.arange(tokens, device=weight.device), **fields),
         weights=zeros(tokens),
-        grad_hidden=torch.zeros_like(p.student_hidden) if wanted.hidden else None,
+        grad_hidden=torch.zeros_like(p.student_hidden, dtype=narrow) if wanted.hidden else None,
         grad_weight=zeros(*weight.shape) if wanted.weight else None,
         grad_bias=zeros(weight.shape[0]) if wanted.bias else None,
     )

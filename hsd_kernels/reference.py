@@ -96,4 +96,4 @@ def hsd_kl(
 
 def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0)
+    return torch.where(p == 0, 0.0, p * (log_p - log_q))

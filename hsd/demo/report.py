@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -58,7 +59,7 @@ def save_credit(
         kept["mass"] = {name: measured.mass(name) for name in TEACHERS}
         kept["profile"] = {name: measured.profile(name) for name in TEACHERS}
         kept["examples"] = [_example(measured, i, tokenizer) for i in _spread(measured)]
-    path.write_text(json.dumps(kept, indent=1))
+    path.write_text(json.dumps(_strict(kept), indent=1))
 
 
 def write(folder: Path, world: World, args: argparse.Namespace, before: Success, after: Success, seconds: float) -> str:
@@ -94,6 +95,15 @@ def write(folder: Path, world: World, args: argparse.Namespace, before: Success,
     return text
 
 
+def _strict(value: Any) -> Any:
+    """NaN (an offset that no rollout reaches) as null: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _success_table(before: Success, after: Success, world: World) -> list[str]:
     same = world.train == world.held_out
     where = "training questions (too few to hold any out)" if same else "held-out questions"
@@ -121,18 +131,21 @@ def _credit_lines(credit: dict[str, Any]) -> list[str]:
     ]
     if not credit["failing_with_peer"]:
         return [*lines, "No failing rollout has a successful peer: there is no credit profile to show."]
-    profiles = {name: dict(zip(*credit["profile"][name][:2], strict=True)) for name in TEACHERS}
-    shown = [o for o in PROFILE_ROWS if o in profiles["with_peer"]]
+    if credit["median_tau"] is None:
+        return [*lines, "No failing rollout leaves its peer: there is no credit profile to show."]
+    profiles = {name: _profile(credit, name) for name in TEACHERS}
     return [
         *lines,
         f"Median divergence position: {credit['median_tau']:.0f}. Rollout-averaged |A|: "
         + ", ".join(f"{credit['mean_abs'][n]:.3f} ({label})" for n, label in TEACHERS.items())
         + " nats.",
         "",
-        "| mean \\|A\\| (nats) at t - tau | " + " | ".join(map(str, shown)) + " |",
-        "|---" * (len(shown) + 1) + "|",
+        "| mean \\|A\\| (nats) at t - tau | " + " | ".join(map(str, PROFILE_ROWS)) + " |",
+        "|---" * (len(PROFILE_ROWS) + 1) + "|",
         *(
-            f"| {label} | " + " | ".join(f"{profiles[name][o]:.3f}" for o in shown) + " |"
+            f"| {label} | "
+            + " | ".join(f"{profiles[name][o]:.3f}" if o in profiles[name] else "-" for o in PROFILE_ROWS)
+            + " |"
             for name, label in TEACHERS.items()
         ),
         "",
@@ -151,6 +164,12 @@ def _credit_lines(credit: dict[str, Any]) -> list[str]:
     ]
 
 
+def _profile(credit: dict[str, Any], name: str) -> dict[int, float]:
+    """Mean |A| by offset, where any rollout reaches it."""
+    offsets, mean_abs, _ = credit["profile"][name]
+    return {o: a for o, a in zip(offsets, mean_abs, strict=True) if a is not None}
+
+
 def _example_lines(example: dict[str, Any]) -> list[str]:
     credit = f"A {example['credit']:+.2f}, answer only {example['credit_answer_only']:+.2f}"
     return [
@@ -163,8 +182,9 @@ def _example_lines(example: dict[str, Any]) -> list[str]:
 
 def _pictures(folder: Path, credit: dict[str, Any], rows: list[dict]) -> list[Path]:
     pictures = []
-    if credit["failing_with_peer"]:
-        profiles = {label: tuple(credit["profile"][name][:2]) for name, label in TEACHERS.items()}
+    if credit.get("median_tau") is not None:  # some failing rollout leaves its peer
+        points = {label: _profile(credit, name) for name, label in TEACHERS.items()}
+        profiles = {label: (list(p), list(p.values())) for label, p in points.items()}
         masses = {label: credit["mass"][name] for name, label in TEACHERS.items()}
         count = credit["failing_with_peer"]
         pictures += [folder / "credit_profile.png", folder / "credit_mass.png"]

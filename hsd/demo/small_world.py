@@ -1,10 +1,11 @@
-"""The small world: chains of additions, answered by a Qwen3 of 0.86 M parameters.
+"""The small world: chains of additions, answered by a Qwen3 of 0.8 M parameters.
 
-A question is `47+38+25+61=`, its solution `47+38=85;85+25=110;110+61=171;#171$`, where `$` ends the sequence. The
-warm start teaches the model to add but also to slip: alone, it gets the tens digit of a step wrong in 30 % of the
-steps, and later steps go on from the wrong number. With a correct solution in context it is taught the error-free
-continuation of *any* prefix: its sequences slip too, but the target at a slip is the digit that would have been right.
-A teacher that merely copied its demonstration would ask a rollout that has left it for impossible steps.
+A question is `47+38+25+61=`, its solution `47+38=85;85+25=110;110+61=171;#171$`, where `$` ends the
+sequence. The warm start teaches the model to add but also to slip: alone, it gets the tens digit of a result
+wrong in 30 % of the steps, and later steps go on from the wrong number. With a correct solution in context it
+is taught the error-free continuation of *any* prefix: its sequences slip too, but the target at a slip is the
+digit that would have been right. A teacher that merely copied its demonstration would ask a rollout that has
+left it for impossible steps.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ EOS_ID = VOCABULARY.index(EOS)
 WITH_PEER = "[{answer}|{demonstration}]"
 ANSWER_ONLY = "[{answer}]"
 
-MAX_COMPLETION = 40  # tokens; a solution has 31 to 35
+MAX_COMPLETION = 40  # tokens; a solution has 37 at most
 SLIP_RATE = 0.3  # of the steps, without a solution in context
 PLAIN_SHARE, ANSWER_SHARE = 0.4, 0.2  # of the warm-start examples; the rest has a solution in context
 TERMS = 4
@@ -40,8 +41,8 @@ SHORT_PROMPT = 20  # characters; the question and an answer have 17 at most, a s
 class Example:
     """One warm-start sequence: `prompt` (question and context) and `solution` (with the eos).
 
-    `targets[i]` is the distribution that character `i` of the solution is trained on; a character that is not a key
-    is its own target. Targets, not samples, say how often the model slips: the same optimum with less variance.
+    `targets[i]` is the distribution that character `i` of the solution is trained on; a character that is not
+    a key is its own target. Slips are in the targets as well as in the samples: same optimum, less variance.
     """
 
     prompt: str
@@ -50,24 +51,24 @@ class Example:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of `VOCABULARY`; eos `$`, a pad token, no bos; any other character is an error."""
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))  # type: ignore[call-arg]
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    """One token per character of `VOCABULARY`; eos `$`, a pad token, no bos. Other characters raise."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
     )
 
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
-    """A randomly initialised Qwen3, fp32: 4 layers, hidden size 128, tied embeddings. Leaves the global RNG alone."""
+    """A randomly initialised Qwen3, fp32: 4 layers, hidden size 128, tied. Leaves the global RNG alone."""
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=4,
+        num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -85,8 +86,8 @@ def make_questions(
 ) -> list[dict[str, str]]:
     """`n` different questions, the same for the same arguments.
 
-    `held_out` chooses the side of a fixed split (a hash of the question): one in eight questions is held out, and
-    neither the warm start nor a call with `held_out=False` ever draws it. `exclude`: further prompts to leave out.
+    `held_out` chooses the side of the split (`is_held_out`): neither the warm start nor a call with
+    `held_out=False` ever draws a held-out question. `exclude`: further prompts to leave out.
 
     Returns a list of `{"prompt": "47+38+25+61=", "answer": "171"}`.
     """
@@ -110,17 +111,12 @@ def reward(
 ) -> list[float]:
     """1.0 where the completion has exactly one `#`, followed by exactly the answer and the end; else 0.0.
 
-    A TRL reward function. TRL strips `$` from the text, so with `completion_ids` the last token must be the eos: a
-    truncated rollout scores 0.
+    A TRL reward function. TRL strips `$` from the text, so with `completion_ids` the last token must be the
+    eos: a truncated rollout scores 0.
     """
-    if len(answer) != len(completions):
-        raise ValueError(
-            f"answer: expected {len(completions)} entries, one per completion, got {len(answer)}"
-        )
-    if completion_ids is not None and len(completion_ids) != len(completions):
-        raise ValueError(
-            f"completion_ids: expected {len(completions)} entries, one per completion, got {len(completion_ids)}"
-        )
+    for name, given in (("answer", answer), ("completion_ids", completion_ids)):
+        if given is not None and len(given) != len(completions):
+            raise ValueError(f"{name}: expected {len(completions)} entries, got {len(given)}")
     scores = []
     for i, (text, target) in enumerate(zip(completions, answer, strict=True)):
         ended = completion_ids is None or (len(completion_ids[i]) > 0 and completion_ids[i][-1] == EOS_ID)
@@ -134,15 +130,16 @@ def warm_start(
     tokenizer: PreTrainedTokenizerFast,
     *,
     seed: int,
-    steps: int = 1500,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
+    steps: int = 1800,
+    batch_size: int = 16,
+    learning_rate: float = 4e-3,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Supervised training on `draw_example`, in place; the same for the same seed, device and number of threads.
+    """Supervised training on `draw_example`, in place; repeats exactly for one seed, device and thread count.
 
-    AdamW (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and cosine
-    decay to 0. `progress(step, loss)` is called after each step. Returns the losses, nats per character of the solutions.
+    AdamW (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
+    cosine decay to 0. `progress(step, loss)` is called after each step. Returns the losses, cross-entropy in
+    nats per character of the solutions.
     """
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps, batch_size: expected positive integers, got {steps} and {batch_size}")
@@ -158,7 +155,7 @@ def warm_start(
     model.train()
     for step in range(steps):
         examples = [draw_example(rng) for _ in range(batch_size)]
-        # Two passes instead of one padded to the longest: a sequence with a solution in context is twice as long.
+        # Two passes, not one padded to the longest: a sequence with a solution in context is twice as long.
         parts = (
             [e for e in examples if len(e.prompt) <= SHORT_PROMPT],
             [e for e in examples if len(e.prompt) > SHORT_PROMPT],
@@ -186,15 +183,15 @@ def draw_example(rng: random.Random) -> Example:
     """One warm-start example of a random kind: plain, answer in context, or correct solution in context."""
     numbers = _draw_numbers(rng, held_out=False)
     prompt, answer = _prompt(numbers), str(sum(numbers))
-    solution, tens = solve(numbers, rng, slip_rate=SLIP_RATE)
-    kind, slip_rate = rng.random(), SLIP_RATE
+    kind, sampled, taught = rng.random(), SLIP_RATE, SLIP_RATE
     if kind >= PLAIN_SHARE + ANSWER_SHARE:
         demonstration, _ = solve(numbers, rng, slip_rate=0.0)
-        prompt, slip_rate = prompt + WITH_PEER.format(answer=answer, demonstration=demonstration), 0.0
+        prompt, sampled, taught = prompt + WITH_PEER.format(answer=answer, demonstration=demonstration), 0.5, 0.0
     elif kind >= PLAIN_SHARE:
         prompt += ANSWER_ONLY.format(answer=answer)
+    solution, tens = solve(numbers, rng, slip_rate=sampled)
     targets = {
-        index: {right: 1 - slip_rate} | {digit: slip_rate / len(wrong) for digit in wrong}
+        index: {right: 1 - taught} | {digit: taught / len(wrong) for digit in wrong}
         for index, (right, wrong) in tens.items()
     }
     return Example(prompt, solution + EOS, targets)
@@ -203,10 +200,10 @@ def draw_example(rng: random.Random) -> Example:
 def solve(
     numbers: Sequence[int], rng: random.Random, *, slip_rate: float
 ) -> tuple[str, dict[int, tuple[str, list[str]]]]:
-    """The chain for `numbers`, without the eos, and for the index of each result's tens digit what would have been
-    right there and what a slip would have put.
+    """The chain for `numbers`, without the eos; and, by the index of each result's tens digit, the right
+    digit and those that a slip can put there.
 
-    A slip moves the tens digit of a result by one, a carry forgotten or invented; the next step starts from it.
+    A slip moves the digit by one, as if a carry were forgotten or invented; the next step starts from it.
     """
     total, text, tens = numbers[0], "", {}
     for number in numbers[1:]:
@@ -223,9 +220,8 @@ def solve(
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Input ids `[batch, longest]`, int64, padded on the right, and targets `[batch, longest, vocabulary]`, fp32.
-
-    `targets[b, t]` is the distribution that token `t` is trained on, 0 on the prompt and the padding. On the CPU.
+    """Input ids `[batch, longest]`, int64, padded on the right, and targets `[batch, longest, vocabulary]`,
+    fp32, both on the CPU. `targets[b, t]` is what token `t` is trained on, 0 on the prompt and the padding.
     """
     encoded = tokenizer([e.prompt + e.solution for e in examples], add_special_tokens=False)["input_ids"]
     longest = max(len(ids) for ids in encoded)
@@ -242,10 +238,15 @@ def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerF
     return input_ids, targets
 
 
+def is_held_out(prompt: str) -> bool:
+    """Whether a question is kept out of training: a hash of its text chooses one in eight."""
+    return zlib.crc32(prompt.encode()) % 8 == 0
+
+
 def _draw_numbers(rng: random.Random, *, held_out: bool) -> list[int]:
     while True:
         numbers = [rng.randint(10, 99) for _ in range(TERMS)]
-        if (zlib.crc32(_prompt(numbers).encode()) % 8 == 0) == held_out:
+        if is_held_out(_prompt(numbers)) == held_out:
             return numbers
 
 

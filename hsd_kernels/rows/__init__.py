@@ -16,18 +16,18 @@ import importlib.util
 import os
 from types import ModuleType
 
-import torch
+import torch as pytorch  # importing the submodule binds the name "torch" in this package to it
 
 IMPLS = ("auto", "torch", "triton")
 
 
-def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def resolve(impl: str, device: pytorch.device, dtype: pytorch.dtype) -> ModuleType:
     """The row backend for ``impl``. "auto" is Triton for fp32, bf16 and fp16 on CUDA where triton is installed,
     torch otherwise. An explicit choice that cannot run raises and says why."""
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if impl == "auto":
-        fits = device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton")
+        fits = device.type == "cuda" and dtype != pytorch.float64 and importlib.util.find_spec("triton")
         impl = "triton" if fits else "torch"
     elif impl == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -36,6 +36,6 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
             raise ValueError(
                 f"impl='triton': expected CUDA tensors (or TRITON_INTERPRET=1 for the interpreter), got {device}"
             )
-        if dtype == torch.float64:
+        if dtype == pytorch.float64:
             raise TypeError("impl='triton': expected float32, bfloat16 or float16 inputs, got float64")
     return importlib.import_module(f"hsd_kernels.rows.{impl}")

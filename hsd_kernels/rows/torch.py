@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def statistics(
 ) -> RowStats:
     n = x_student.shape[0]
     names = ("kl", "student_logps", "teacher_logps", "student_entropy", "teacher_entropy")
-    cols = {name: x_student.new_empty(n) for name in (*names, "student_lse", "teacher_lse", "grad_sum")}
+    cols: dict[str, Any] = {name: x_student.new_empty(n) for name in (*names, "student_lse", "teacher_lse", "grad_sum")}
     for at in _blocks(x_student):
         z_s = _logits(_scaled(x_student[at], bias, spec), spec)
         z_t = _logits(_scaled(x_teacher[at], teacher_bias, spec), spec)
@@ -34,9 +34,17 @@ def statistics(
         ls, lt = z_s - lse_s.unsqueeze(-1), z_t - lse_t.unsqueeze(-1)
         ps, pt = ls.exp(), lt.exp()
         f, g = _summands(spec, ls, lt, ps, pt)
+        # The rounding of lse shifts a row's log-probs, and the sums of ps and pt are not quite 1. That was 7 % of the
+        # gradient where one token has nearly all of ps (jsd, temperature 0.1, fp32), and 0.4 % of a KL of 1e-4.
+        sum_s, sum_t = ps.sum(-1), pt.sum(-1)
         kl = f.sum(-1)
-        cols["kl"][at] = kl if spec.kl_clip is not None else kl.clamp_min_(0.0)
-        cols["grad_sum"][at] = 0.0 if _no_grad_sum(spec) else g.sum(-1)
+        if spec.kl_clip is None:
+            if spec.divergence != "jsd":
+                shift = torch.log1p((sum_s - sum_t) / sum_t)
+                kl += shift if spec.divergence == "forward_kl" else -shift
+            kl.clamp_min_(0.0)
+        cols["kl"][at] = kl
+        cols["grad_sum"][at] = 0.0 if _no_grad_sum(spec) else g.sum(-1) / sum_s
         cols["student_lse"][at], cols["teacher_lse"][at] = lse_s, lse_t
         cols["student_entropy"][at] = -_times(ps, ls).sum(-1)
         cols["teacher_entropy"][at] = -_times(pt, lt).sum(-1)
@@ -81,10 +89,12 @@ def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> 
         clipped_g = -ps
     else:
         d = lt - ls
-        above = -d - torch.log1p((1.0 - spec.beta) * torch.expm1(-d))
-        s_minus_m = torch.where(d > 0, above, -torch.log1p(spec.beta * torch.expm1(d)))
+        over_s = torch.log1p(spec.beta * torch.expm1(d))  # lm - ls, for d <= 0
+        over_t = torch.log1p((1.0 - spec.beta) * torch.expm1(-d))  # lm - lt, for d > 0
+        s_minus_m = torch.where(d > 0, -d - over_t, -over_s)
+        t_minus_m = torch.where(d > 0, -over_t, d - over_s)
         g = (1.0 - spec.beta) * _times(ps, s_minus_m)
-        f = g + spec.beta * _times(pt, d + s_minus_m)
+        f = g + spec.beta * _times(pt, t_minus_m)
         clipped_g = torch.zeros_like(ps)
     if spec.kl_clip is not None:
         g = torch.where(f <= spec.kl_clip, g, clipped_g)
@@ -97,8 +107,8 @@ def _no_grad_sum(spec: RowSpec) -> bool:
 
 
 def _times(p: Tensor, log_ratio: Tensor) -> Tensor:
-    """p * log_ratio with 0 log 0 = 0: a probability of exactly zero may meet an infinite or undefined ratio."""
-    return torch.where(p > 0, p * log_ratio, 0.0)
+    """p * log_ratio with 0 log 0 = 0: a probability of exactly zero may meet an undefined ratio. A NaN stays."""
+    return torch.where(p == 0, 0.0, p * log_ratio)
 
 
 def _scaled(x: Tensor, bias: Tensor | None, spec: RowSpec) -> Tensor:

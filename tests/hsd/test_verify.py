@@ -46,7 +46,9 @@ def test_last_number_is_linear_in_the_text():
 def test_numbers_equal_compares_values():
     assert numbers_equal("18", "18.0") and numbers_equal("1,234", "1234") and numbers_equal("-0", "0")
     assert not numbers_equal("18", "-18") and not numbers_equal("18", "180")
-    assert not numbers_equal(None, None) and not numbers_equal("5", None) and not numbers_equal("none", "none")
+    assert (
+        not numbers_equal(None, None) and not numbers_equal("5", None) and not numbers_equal("none", "none")
+    )
     assert not numbers_equal("1" * 40 + "1", "1" * 40 + "2")  # beyond the precision of a float
 
 
@@ -69,7 +71,7 @@ def test_number_reward_reads_strings_and_chats():
 
 
 def test_number_reward_names_what_is_wrong():
-    with pytest.raises(ValueError, match="answer: expected 2 entries, one per completion, got 1"):
+    with pytest.raises(ValueError, match="answer: expected 2 entries, got 1"):
         number_reward(["1", "2"], ["1"])
     for completion in (None, 12, [], [{"role": "assistant"}], ["12"]):
         with pytest.raises(TypeError, match="completions: expected strings or lists of messages"):

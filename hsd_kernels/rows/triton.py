@@ -1,0 +1,422 @@
+"""Row backend in Triton: fp32, bf16 or fp16 logits, fp32 arithmetic. Mathematics: `hsd_kernels.divergence`.
+
+One program per row. A logit is read as ``y`` with ``z = kappa * y`` (`_read`, `_scales`): ``y`` minus its
+maximum is exact for large probabilities, and the temperature multiplies that difference, not a large logit.
+"""
+
+# Triton's reductions are inferred to return tuples:
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hsd_kernels import configs
+from hsd_kernels.divergence import DIVERGENCES, RowSpec, RowStats
+
+FORWARD_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("forward_kl"))
+REVERSE_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("reverse_kl"))
+# Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
+LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+
+
+def statistics(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    target_ids: Tensor | None,
+    rows: Tensor,
+) -> RowStats:
+    n, vocab = x_student.shape
+    out = torch.empty(len(RowStats._fields) - 1, n, dtype=torch.float32, device=x_student.device)
+    if n > 0:
+        config = configs.row_config("statistics", _capability(x_student.device))
+        in_scale, kappa = _scales(spec)
+        with torch.cuda.device_of(x_student):
+            launch: Any = statistics_kernel[(n,)]
+            launch(
+                x_student,
+                x_teacher,
+                _contiguous(bias),
+                _contiguous(teacher_bias),
+                _contiguous(target_ids),
+                out,
+                vocab,
+                _row_stride(x_student),
+                _row_stride(x_teacher),
+                out.stride(0),
+                in_scale,
+                kappa,
+                float(spec.beta),
+                float(spec.kl_clip or 0.0),
+                **_flags(spec, bias, teacher_bias),
+                HAS_TARGET=target_ids is not None,
+                LANES=config.lanes(x_student.element_size()),
+                BLOCK_V=config.block_v,
+                **config.options,
+            )
+    kl, student_logps, teacher_logps, *rest = out.unbind(0)
+    if target_ids is None:
+        student_logps = teacher_logps = None
+    return RowStats(rows, kl, student_logps, teacher_logps, *rest)
+
+
+def gradient_(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    stats: RowStats,
+    weights: Tensor,
+    out: Tensor,
+) -> None:
+    n, vocab = x_student.shape
+    if n == 0:
+        return
+    if out.untyped_storage().data_ptr() == x_student.untyped_storage().data_ptr():
+        # What gradient_kernel relies on when it stores over logits that it has read.
+        row_bytes = [t.stride(0) * t.element_size() for t in (out, x_student)]
+        assert out.data_ptr() == x_student.data_ptr() and (n == 1 or row_bytes[0] == row_bytes[1])
+        assert out.element_size() <= x_student.element_size()
+    config = configs.row_config("gradient", _capability(x_student.device))
+    in_scale, kappa = _scales(spec)
+    with torch.cuda.device_of(x_student):
+        launch: Any = gradient_kernel[(n,)]
+        launch(
+            x_student,
+            x_teacher,
+            _contiguous(bias),
+            _contiguous(teacher_bias),
+            _contiguous(stats.student_lse),
+            _contiguous(stats.teacher_lse),
+            _contiguous(stats.grad_sum),
+            _contiguous(weights),
+            out,
+            vocab,
+            _row_stride(x_student),
+            _row_stride(x_teacher),
+            _row_stride(out),
+            in_scale,
+            kappa,
+            spec.logit_scale / spec.temperature,
+            float(spec.beta),
+            float(spec.kl_clip or 0.0),
+            **_flags(spec, bias, teacher_bias),
+            BLOCK_V=config.block_v,
+            **config.options,
+        )
+
+
+def _scales(spec: RowSpec) -> tuple[float, float]:
+    """(in_scale, kappa > 0): z = kappa * y with y = in_scale * x, or its tanh under a softcap."""
+    if spec.softcap is not None:
+        in_scale, kappa = spec.logit_scale / spec.softcap, spec.softcap / spec.temperature
+    elif spec.logit_scale > 0.0:
+        in_scale, kappa = 1.0, spec.logit_scale / spec.temperature
+    else:
+        in_scale, kappa = spec.logit_scale, 1.0 / spec.temperature
+    # Rounded here because a kernel takes it in fp32: its fp64 lines must use the same value.
+    return float(in_scale), torch.tensor(kappa, dtype=torch.float32).item()
+
+
+def _flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> dict[str, int | bool]:
+    return {
+        "DIVERGENCE": DIVERGENCES.index(spec.divergence),
+        "HAS_BIAS": bias is not None,
+        "HAS_TEACHER_BIAS": teacher_bias is not None,
+        "HAS_SOFTCAP": spec.softcap is not None,
+        "HAS_CLIP": spec.kl_clip is not None,
+    }
+
+
+def _capability(device: torch.device) -> int:
+    """10 * major + minor; for the interpreter that of the oldest pinned architecture."""
+    if device.type != "cuda":
+        return min(configs.ARCHITECTURES)
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _row_stride(x: Tensor) -> int:
+    assert x.stride(1) == 1 or x.shape[1] == 1
+    return x.stride(0)
+
+
+def _contiguous(per_row: Tensor | None) -> Tensor | None:
+    return None if per_row is None else per_row.contiguous()
+
+
+# The two kernels. The first keeps every sum and maximum over the vocabulary per lane, LANES columns of a
+# (K, LANES) block side by side, and reduces them once at the end: no barrier in its loops, and short sums.
+
+
+@triton.jit
+def statistics_kernel(
+    xs_ptr,  # (C, V)
+    xt_ptr,  # (C, V)
+    bias_ptr,  # (V,)
+    teacher_bias_ptr,  # (V,)
+    target_ptr,  # (C,)
+    out_ptr,  # (8, C), in the order of RowStats
+    V,
+    stride_xs,
+    stride_xt,
+    stride_out,
+    in_scale,
+    kappa,
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # A KL needs only E[z_p - z_q] and both lse: one read. The JSD and a clip need both lse for each summand.
+    IS_KL: tl.constexpr = DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL  # pyright: ignore
+    ONE_PASS: tl.constexpr = IS_KL and not HAS_CLIP  # pyright: ignore
+    K: tl.constexpr = BLOCK_V // LANES
+    # int64 before the multiply: row * stride passes 2^31 at row 14,135 for V = 151,936.
+    row = tl.program_id(0).to(tl.int64)
+    xs_ptr += row * stride_xs
+    xt_ptr += row * stride_xt
+    block = tl.arange(0, K)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+    m_s = tl.full([LANES], LOWEST, tl.float32)  # running maximum of y
+    m_t = tl.full([LANES], LOWEST, tl.float32)
+    l_s = tl.zeros([LANES], tl.float32)  # sum of e = exp(kappa (y - m))
+    l_t = tl.zeros([LANES], tl.float32)
+    a_s = tl.zeros([LANES], tl.float32)  # sum of e (y - m), for the entropy
+    a_t = tl.zeros([LANES], tl.float32)
+    d = tl.zeros([LANES], tl.float32)  # sum of e_p ((y_p - m_p) - (y_q - m_q)) for KL(p || q)
+    for start in range(0, V, BLOCK_V):
+        y_s = _read(xs_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+        top_s = tl.maximum(m_s, tl.max(y_s, 0))
+        top_t = tl.maximum(m_t, tl.max(y_t, 0))
+        rise_s = top_s - m_s
+        rise_t = top_t - m_t
+        l_s, l_t, a_s, a_t, d = _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS)
+        m_s = top_s
+        m_t = top_t
+        u_s = y_s - m_s[None, :]
+        u_t = y_t - m_t[None, :]
+        e_s = tl.exp(kappa * u_s)
+        e_t = tl.exp(kappa * u_t)
+        l_s += tl.sum(e_s, 0)
+        l_t += tl.sum(e_t, 0)
+        a_s += tl.sum(_times(e_s, u_s), 0)
+        a_t += tl.sum(_times(e_t, u_t), 0)
+        if ONE_PASS:
+            if DIVERGENCE == FORWARD_KL:
+                d += tl.sum(_times(e_t, u_t - u_s), 0)
+            else:
+                d += tl.sum(_times(e_s, u_s - u_t), 0)
+
+    top_s = tl.max(m_s, 0)
+    top_t = tl.max(m_t, 0)
+    rise_s = top_s - m_s
+    rise_t = top_t - m_t
+    l_s, l_t, a_s, a_t, d = _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS)
+    l_s = tl.sum(l_s, 0)
+    l_t = tl.sum(l_t, 0)
+    log_s = tl.log(l_s)
+    log_t = tl.log(l_t)
+    lse_s = tl.fma(top_s, kappa, log_s)
+    lse_t = tl.fma(top_t, kappa, log_t)
+
+    grad_sum = 0.0
+    if ONE_PASS:
+        d = tl.sum(d, 0)
+        if DIVERGENCE == FORWARD_KL:
+            kl = kappa * d / l_t - _log1p((l_t - l_s) / l_s)
+        else:
+            d = kappa * d / l_s
+            kl = d - _log1p((l_s - l_t) / l_t)
+            # G with the rounded lse that the gradient will use: ps (ls - lt - G) does not see an error that
+            # is in both ls - lt and G.
+            rounding = (top_s.to(tl.float64) * kappa - lse_s) - (top_t.to(tl.float64) * kappa - lse_t)
+            grad_sum = (d + rounding).to(tl.float32)
+    else:
+        f_sum = tl.zeros([LANES], tl.float32)
+        g_sum = tl.zeros([LANES], tl.float32)
+        p_sum = tl.zeros([LANES], tl.float32)
+        for start in range(0, V, BLOCK_V):
+            y_s = _read(xs_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+            y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+            ls = tl.fma(y_s, kappa, -lse_s)
+            lt = tl.fma(y_t, kappa, -lse_t)
+            ps = tl.exp(ls)
+            f, g = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP)
+            f_sum += tl.sum(f, 0)
+            g_sum += tl.sum(g, 0)
+            p_sum += tl.sum(ps, 0)
+        kl = tl.sum(f_sum, 0)
+        grad_sum = tl.sum(g_sum, 0) / tl.sum(p_sum, 0)  # p_sum is 1 but for the rounding of lse
+    if not HAS_CLIP:
+        kl = tl.where(kl < 0.0, 0.0, kl)  # rounding; a NaN stays
+
+    out_ptr += row
+    tl.store(out_ptr, kl)
+    if HAS_TARGET:
+        target = tl.load(target_ptr + row).to(tl.int64)
+        y_s = _read(xs_ptr, bias_ptr, target, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        y_t = _read(xt_ptr, teacher_bias_ptr, target, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+        tl.store(out_ptr + 1 * stride_out, kappa * (y_s - top_s) - log_s)
+        tl.store(out_ptr + 2 * stride_out, kappa * (y_t - top_t) - log_t)
+    tl.store(out_ptr + 3 * stride_out, log_s - kappa * tl.sum(a_s, 0) / l_s)
+    tl.store(out_ptr + 4 * stride_out, log_t - kappa * tl.sum(a_t, 0) / l_t)
+    tl.store(out_ptr + 5 * stride_out, lse_s)
+    tl.store(out_ptr + 6 * stride_out, lse_t)
+    tl.store(out_ptr + 7 * stride_out, grad_sum)
+
+
+@triton.jit
+def gradient_kernel(
+    xs_ptr,  # (C, V)
+    xt_ptr,  # (C, V)
+    bias_ptr,  # (V,)
+    teacher_bias_ptr,  # (V,)
+    lse_s_ptr,  # (C,)
+    lse_t_ptr,  # (C,)
+    grad_sum_ptr,  # (C,)
+    weights_ptr,  # (C,)
+    out_ptr,  # (C, V), may lie over xs
+    V,
+    stride_xs,
+    stride_xt,
+    stride_out,
+    in_scale,
+    kappa,
+    chain,
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    xs_ptr += row * stride_xs
+    xt_ptr += row * stride_xt
+    out_ptr += row * stride_out
+    lse_s = tl.load(lse_s_ptr + row)
+    lse_t = tl.load(lse_t_ptr + row)
+    scale = tl.load(weights_ptr + row).to(tl.float32) * chain
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        y_s = _read(xs_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        y_t = _read(xt_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+        # bf16 out over fp32 logits, B = BLOCK_V: block k is read at bytes [4 B k, 4 B (k + 1)) of the row and
+        # written at [2 B k, 2 B (k + 1)), which lies in blocks 0 to k. In ascending order, and with every
+        # warp done reading block k before one stores, all loads of those bytes come first.
+        tl.debug_barrier()
+        ls = tl.fma(y_s, kappa, -lse_s)
+        lt = tl.fma(y_t, kappa, -lse_t)
+        ps = tl.exp(ls)
+        _, dz = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP)
+        if HAS_CLIP or DIVERGENCE != FORWARD_KL:
+            dz -= ps * tl.load(grad_sum_ptr + row)
+        dz *= scale
+        if HAS_SOFTCAP:
+            dz *= 1.0 - y_s * y_s
+        tl.store(out_ptr + cols, dz.to(out_ptr.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def _read(x_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """y of the columns, -inf beyond V: a probability of zero on both sides, which no sum sees."""
+    inside = cols < V
+    y = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    y *= in_scale
+    if HAS_SOFTCAP:
+        y = _tanh(y)
+    return tl.where(inside, y, -float("inf"))
+
+
+@triton.jit
+def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE: tl.constexpr, ONE_PASS: tl.constexpr):
+    """The running sums of `statistics_kernel` after their maxima rose."""
+    w_s = tl.exp(-kappa * rise_s)
+    w_t = tl.exp(-kappa * rise_t)
+    if ONE_PASS:
+        # d is infinite where q is -inf and p is not; `_times` for when a later maximum makes p negligible.
+        if DIVERGENCE == FORWARD_KL:
+            d = _times(w_t, d + (rise_s - rise_t) * l_t)
+        else:
+            d = _times(w_s, d + (rise_t - rise_s) * l_s)
+    a_s = w_s * (a_s - rise_s * l_s)
+    a_t = w_t * (a_t - rise_t * l_t)
+    return w_s * l_s, w_t * l_t, a_s, a_t, d
+
+
+@triton.jit
+def _summands(ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr):
+    """(f, g) of the table in `divergence`."""
+    if DIVERGENCE == FORWARD_KL:
+        f = _times(pt, lt - ls)
+        g = ps - pt
+        clipped_g = ps
+    elif DIVERGENCE == REVERSE_KL:
+        f = _times(ps, ls - lt)
+        g = f
+        clipped_g = -ps
+    else:
+        d = lt - ls
+        mixed = _log1p(tl.where(d > 0.0, 1.0 - beta, beta) * _expm1(-tl.abs(d)))
+        g = (1.0 - beta) * _times(ps, tl.minimum(-d, 0.0) - mixed)
+        f = g + beta * _times(pt, tl.minimum(d, 0.0) - mixed)
+        clipped_g = tl.zeros_like(ps)
+    if HAS_CLIP:
+        clipped = f > clip
+        f = tl.where(clipped, clip, f)
+        g = tl.where(clipped, clipped_g, g)
+    return f, g
+
+
+@triton.jit
+def _times(p, log_ratio):
+    """p * log_ratio with 0 log 0 = 0."""
+    return tl.where(p == 0.0, 0.0, p * log_ratio)
+
+
+# Written out: libdevice does not run in the interpreter, and exp(x) - 1 and log(1 + x) are inaccurate near 0.
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0. Taylor's next term at -0.35 is 2e-8 of the result."""
+    series = x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))))
+    return tl.where(x > -0.35, x + x * x * (0.5 + series), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) = 2 atanh(x / (2 + x)). The series' next term at |w| = 0.18 is 3e-9 of the result."""
+    w = x / (2.0 + x)
+    w2 = w * w
+    series = w2 * (1 / 3 + w2 * (1 / 5 + w2 * (1 / 7 + w2 * (1 / 9))))
+    return tl.where(tl.abs(w) < 0.18, 2.0 * w * (1.0 + series), tl.log(1.0 + x))
+
+
+@triton.jit
+def _tanh(x):
+    """-expm1(-2 |x|) / (2 + expm1(-2 |x|)) with the sign of x: relative accuracy also near 0."""
+    e = _expm1(-2.0 * tl.abs(x))
+    y = -e / (2.0 + e)
+    return tl.where(x < 0.0, -y, y)

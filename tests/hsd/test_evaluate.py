@@ -1,0 +1,156 @@
+"""Sampling and scoring outside of training: ends, seeds, batches, and the interval of a success rate."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from hsd.demo import small_world
+from hsd.evaluate import Sampling, end_token_ids, sample, score, success
+
+TOKENIZER = small_world.build_tokenizer()
+PAD, EOS = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id
+PROMPTS = [q["prompt"] for q in small_world.make_questions(3, seed=0)] + ["1+2=", "7="]
+
+
+@pytest.fixture
+def model() -> Qwen3ForCausalLM:
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=len(TOKENIZER),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        attention_dropout=0.5,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    model = Qwen3ForCausalLM(config).float()
+    for p in model.parameters():
+        nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.2)
+    return model
+
+
+def test_a_rollout_ends_with_its_first_end_token(model):
+    many = PROMPTS * 8
+    extra = TOKENIZER.convert_tokens_to_ids("#")
+    plain = sample(model, TOKENIZER, many, Sampling(12), seed=3)
+    assert any(extra in r[:-1] for r in plain)  # "#" is a token like any other unless the model declares it
+    model.generation_config.eos_token_id = [EOS, extra]
+    for rollouts, ends in ((plain, {EOS}), (sample(model, TOKENIZER, many, Sampling(12), seed=3), {EOS, extra})):
+        assert len(rollouts) == len(many)
+        for r in rollouts:
+            assert 1 <= len(r) <= 12
+            assert not ends & set(r[:-1])
+            assert r[-1] in ends or len(r) == 12
+        assert {r[-1] for r in rollouts} >= ends
+        assert any(len(r) == 12 and r[-1] not in ends for r in rollouts)  # and one that is cut
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"), [(None, [EOS]), (EOS, [EOS]), (7, [EOS, 7]), ([9, EOS], [EOS, 9]), ([], [EOS])]
+)
+def test_end_tokens_are_the_tokenizers_and_the_models(model, declared, expected):
+    model.generation_config.eos_token_id = declared
+    assert end_token_ids(model, TOKENIZER) == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_seed_fixes_the_rollouts_and_nothing_else_changes(model, training):
+    model.train(training)
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    first = sample(model, TOKENIZER, PROMPTS, Sampling(8), seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training is training
+    torch.manual_seed(12)
+    assert sample(model, TOKENIZER, PROMPTS, Sampling(8), seed=3) == first
+    assert sample(model, TOKENIZER, PROMPTS, Sampling(8), seed=4) != first
+
+
+def test_batches_do_not_change_a_nearly_greedy_result(model):
+    cold = {batch: Sampling(10, temperature=1e-4, batch_size=batch) for batch in (1, 2, 128)}
+    done: list[tuple[int, int]] = []
+    one, two, all_ = (
+        sample(model, TOKENIZER, PROMPTS, s, seed=0, progress=lambda *at: done.append(at)) for s in cold.values()
+    )
+    assert one == two == all_
+    assert done == [(i, 5) for i in (1, 2, 3, 4, 5)] + [(2, 5), (4, 5), (5, 5)] + [(5, 5)]
+    model.eval()
+    for prompt, rollout in zip(PROMPTS, one, strict=True):  # and it is the greedy one
+        ids = TOKENIZER(prompt)["input_ids"]
+        with torch.no_grad():
+            best = model(input_ids=torch.tensor([ids + rollout])).logits[0, len(ids) - 1 : -1].argmax(-1)
+        assert best.tolist() == rollout
+
+
+def test_top_p_and_temperature_reach_the_sampler(model):
+    greedy = sample(model, TOKENIZER, PROMPTS, Sampling(8, temperature=1e-4), seed=0)
+    assert sample(model, TOKENIZER, PROMPTS, Sampling(8, top_p=1e-6), seed=5) == greedy
+    assert sample(model, TOKENIZER, PROMPTS, Sampling(8), seed=5) != greedy
+
+
+def test_sampling_settings_a_model_declares_do_not_count(model):
+    expected = sample(model, TOKENIZER, PROMPTS, Sampling(8), seed=3)
+    model.generation_config.update(repetition_penalty=5.0, temperature=0.01, top_k=1, top_p=0.01)
+    assert sample(model, TOKENIZER, PROMPTS, Sampling(8), seed=3) == expected
+
+
+def test_success_over_questions():
+    rollouts = [[5, EOS], [5, 5, 5], [EOS], [7, EOS], [5, 5, 5], [5, 7]]
+    result = success([1.0, 0.0, 1.0, 1.0, 0.0, 0.0], rollouts, 2, [EOS, 7])
+    assert (result.questions, result.samples) == (3, 2)
+    assert result.mean == pytest.approx(0.5)
+    assert result.truncated == pytest.approx(2 / 6)  # 7 is an end token too
+    assert result.mean_length == pytest.approx(13 / 6)
+    assert result.low <= 0.5 <= result.high
+    # Over questions, whose rates are 0.5, 1 and 0: the extremes are three times the same one.
+    assert (result.low, result.high) == (0.0, 1.0)
+    assert str(result) == "0.500 [0.000, 1.000]"
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_equal_questions_have_an_interval_of_no_width(value):
+    result = success([value] * 12, [[EOS]] * 12, 3, [EOS])
+    assert (result.low, result.mean, result.high) == (value, value, value)
+
+
+def test_more_questions_narrow_the_interval_and_more_samples_of_the_same_do_not():
+    def width(questions: int, samples: int) -> float:
+        rewards = [float(q % 4 == 0) for q in range(questions) for _ in range(samples)]
+        result = success(rewards, [[EOS]] * len(rewards), samples, [EOS])
+        assert result.low < result.mean < result.high
+        assert result.mean == pytest.approx(0.25)
+        return result.high - result.low
+
+    narrow = width(400, 1)
+    assert narrow == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 400) ** 0.5, rel=0.1)  # the normal approximation
+    assert width(40, 1) > 2.5 * narrow
+    assert width(400, 5) == pytest.approx(narrow)  # five copies of an answer are not five answers
+
+
+def recorder(calls: list[dict]):
+    def reward(**kwargs):
+        calls.append(kwargs)
+        return [float(i) for i in range(len(kwargs["completions"]))]
+
+    return reward
+
+
+def test_score_calls_the_reward_function_as_trl_does():
+    calls: list[dict] = []
+    rollouts = [TOKENIZER("12#3$")["input_ids"], TOKENIZER("4")["input_ids"]]
+    text = [{"prompt": "1+2=", "answer": "3"}, {"prompt": "2+2=", "answer": "4"}]
+    chat = [{"prompt": [{"role": "user", "content": q["prompt"]}], "answer": q["answer"]} for q in text]
+    assert score(TOKENIZER, text, rollouts, recorder(calls)) == [0.0, 1.0]
+    assert score(TOKENIZER, chat, rollouts, recorder(calls)) == [0.0, 1.0]
+    for call, questions in zip(calls, (text, chat), strict=True):
+        assert call["answer"] == ["3", "4"]
+        assert call["prompts"] == [q["prompt"] for q in questions]
+        assert call["completion_ids"] == rollouts
+    assert calls[0]["completions"] == ["12#3", "4"]  # without the special tokens
+    assert calls[1]["completions"] == [[{"role": "assistant", "content": t}] for t in ("12#3", "4")]

@@ -1,0 +1,282 @@
+"""What fused_hsd_kl refuses, how it says so, and that importing it needs nothing but torch."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import hsd_kernels
+from hsd_kernels import HSDKLOutput, fused_hsd_kl
+
+T, D, V = 4, 8, 11
+NAN, INF = float("nan"), float("inf")
+
+
+def good(**changes):
+    torch.manual_seed(0)
+    kwargs = {
+        "student_hidden": torch.randn(T, D),
+        "teacher_hidden": torch.randn(T, D),
+        "lm_head_weight": torch.randn(V, D),
+    }
+    return kwargs | changes
+
+
+def grad(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+def weights(value):
+    return torch.tensor([1.0, value, 0.0, 1.0])
+
+
+VALUE_ERRORS = {
+    "student is a scalar": ({"student_hidden": torch.tensor(1.0)}, "student_hidden", "(..., D)", "scalar"),
+    "student D": ({"student_hidden": torch.randn(T, D + 1)}, "student_hidden", "(..., 8)", "(4, 9)"),
+    "teacher D": ({"teacher_hidden": torch.randn(T, D + 1)}, "teacher_hidden", "(4, 8)", "(4, 9)"),
+    "teacher tokens": ({"teacher_hidden": torch.randn(T + 1, D)}, "teacher_hidden", "(4, 8)", "(5, 8)"),
+    "teacher leading shape": ({"teacher_hidden": torch.randn(2, 2, D)}, "teacher_hidden", "(4, 8)", "(2, 2, 8)"),
+    "weight 1-d": ({"lm_head_weight": torch.randn(D)}, "lm_head_weight", "(V, D)", "(8,)"),
+    "weight 3-d": ({"lm_head_weight": torch.randn(1, V, D)}, "lm_head_weight", "(V, D)", "(1, 11, 8)"),
+    "empty vocabulary": ({"lm_head_weight": torch.randn(0, D)}, "lm_head_weight", "V > 0", "(0, 8)"),
+    "bias": ({"bias": torch.randn(V + 1)}, "bias", "(11,)", "(12,)"),
+    "bias 2-d": ({"bias": torch.randn(1, V)}, "bias", "(11,)", "(1, 11)"),
+    "teacher weight V": ({"teacher_weight": torch.randn(V - 1, D)}, "teacher_weight", "(11, D')", "(10, 8)"),
+    "teacher weight 1-d": ({"teacher_weight": torch.randn(V)}, "teacher_weight", "(11, D')", "(11,)"),
+    "teacher weight D": ({"teacher_weight": torch.randn(V, 5)}, "teacher_hidden", "(4, 5)", "(4, 8)"),
+    "teacher bias alone": ({"teacher_bias": torch.randn(V)}, "teacher_bias", "None", "teacher_weight"),
+    "teacher bias": (
+        {"teacher_weight": torch.randn(V, D), "teacher_bias": torch.randn(3)},
+        "teacher_bias",
+        "(11,)",
+        "(3,)",
+    ),
+    "teacher hidden grad": ({"teacher_hidden": grad(T, D)}, "teacher_hidden", "without gradient", "requires_grad"),
+    "teacher weight grad": ({"teacher_weight": grad(V, D)}, "teacher_weight", "without gradient", "requires_grad"),
+    "teacher bias grad": (
+        {"teacher_weight": torch.randn(V, D), "teacher_bias": grad(V)},
+        "teacher_bias",
+        "without gradient",
+        "requires_grad",
+    ),
+    "teacher device": ({"teacher_hidden": torch.randn(T, D, device="meta")}, "teacher_hidden", "cpu", "meta"),
+    "student device": ({"student_hidden": torch.randn(T, D, device="meta")}, "teacher_hidden", "meta", "cpu"),
+    "weight device": ({"lm_head_weight": torch.randn(V, D, device="meta")}, "lm_head_weight", "cpu", "meta"),
+    "bias device": ({"bias": torch.randn(V, device="meta")}, "bias", "cpu", "meta"),
+    "weights device": ({"token_weights": torch.ones(T, device="meta")}, "token_weights", "cpu", "meta"),
+    "targets device": ({"target_ids": torch.ones(T, device="meta").long()}, "target_ids", "cpu", "meta"),
+    "divergence": ({"divergence": "js"}, "divergence", "forward_kl", "'js'"),
+    "divergence None": ({"divergence": None}, "divergence", "forward_kl", "None"),
+    "reduction": ({"reduction": "batchmean"}, "reduction", "mean", "'batchmean'"),
+    "impl": ({"impl": "cuda"}, "impl", "triton", "'cuda'"),
+    "impl None": ({"impl": None}, "impl", "triton", "None"),
+    "beta below": ({"divergence": "jsd", "beta": -0.1}, "beta", "[0, 1]", "-0.1"),
+    "beta above": ({"beta": 1.5}, "beta", "[0, 1]", "1.5"),
+    "beta nan": ({"beta": NAN}, "beta", "[0, 1]", "nan"),
+    "temperature negative": ({"temperature": -1.0}, "temperature", "> 0", "-1.0"),
+    "temperature zero": ({"temperature": 0}, "temperature", "> 0", "0"),
+    "temperature nan": ({"temperature": NAN}, "temperature", "finite", "nan"),
+    "temperature inf": ({"temperature": INF}, "temperature", "finite", "inf"),
+    "clip": ({"kl_clip": -1.0}, "kl_clip", "> 0", "-1.0"),
+    "clip zero": ({"kl_clip": 0.0}, "kl_clip", "> 0", "0.0"),
+    "softcap": ({"softcap": 0.0}, "softcap", "> 0", "0.0"),
+    "num_items": ({"num_items": 0}, "num_items", "> 0", "0"),
+    "num_items nan": ({"num_items": NAN}, "num_items", "> 0", "nan"),
+    "logit_scale": ({"logit_scale": INF}, "logit_scale", "finite", "inf"),
+    "chunk_bytes zero": ({"chunk_bytes": 0}, "chunk_bytes", "> 0", "0"),
+    "chunk_bytes negative": ({"chunk_bytes": -1}, "chunk_bytes", "> 0", "-1"),
+    "weights shape": ({"token_weights": torch.ones(T, 1)}, "token_weights", "(4,)", "(4, 1)"),
+    "weights nan": ({"token_weights": weights(NAN)}, "token_weights", "finite", "1 that are NaN"),
+    "weights inf": ({"token_weights": weights(INF)}, "token_weights", "finite", "1 that are NaN or infinite"),
+    "weights grad": ({"token_weights": grad(T)}, "token_weights", "without gradient", "requires_grad"),
+    "targets shape": ({"target_ids": torch.zeros(T + 1).long()}, "target_ids", "(4,)", "(5,)"),
+    "targets high": ({"target_ids": torch.tensor([0, 1, V, 2])}, "target_ids", "[0, 11)", "0 to 11"),
+    "targets low": ({"target_ids": torch.tensor([0, 1, -100, 2])}, "target_ids", "[0, 11)", "-100 to 2"),
+    "hook shape": ({"token_weight_fn": lambda s: s.kl[:-1]}, "token_weight_fn", "(4,)", "(3,)"),
+    "hook 2-d": ({"token_weight_fn": lambda s: s.kl[:, None]}, "token_weight_fn", "(4,)", "(4, 1)"),
+    "hook number": ({"token_weight_fn": lambda s: 1.0}, "token_weight_fn", "(4,)", "float"),
+}
+TYPE_ERRORS = {
+    "student array": ({"student_hidden": [[1.0] * D] * T}, "student_hidden", "torch.Tensor", "list"),
+    "student None": ({"student_hidden": None}, "student_hidden", "torch.Tensor", "NoneType"),
+    "teacher None": ({"teacher_hidden": None}, "teacher_hidden", "torch.Tensor", "NoneType"),
+    "weight list": ({"lm_head_weight": [[0.0]]}, "lm_head_weight", "torch.Tensor", "list"),
+    "bias number": ({"bias": 0.0}, "bias", "torch.Tensor or None", "float"),
+    "teacher weight": ({"teacher_weight": "ema"}, "teacher_weight", "torch.Tensor or None", "str"),
+    "student ints": ({"student_hidden": torch.ones(T, D).long()}, "student_hidden", "float32", "int64"),
+    "student complex": ({"student_hidden": torch.ones(T, D) + 0j}, "student_hidden", "float32", "complex64"),
+    "weight dtype": ({"lm_head_weight": torch.randn(V, D).bfloat16()}, "lm_head_weight", "float32", "bfloat16"),
+    "teacher dtype": ({"teacher_hidden": torch.randn(T, D).half()}, "teacher_hidden", "float32", "float16"),
+    "bias dtype": ({"bias": torch.randn(V).double()}, "bias", "float32", "float64"),
+    "weights list": ({"token_weights": [1.0] * T}, "token_weights", "torch.Tensor or None", "list"),
+    "weights complex": ({"token_weights": torch.ones(T) + 0j}, "token_weights", "real", "complex64"),
+    "targets float": ({"target_ids": torch.zeros(T)}, "target_ids", "integers", "float32"),
+    "targets bool": ({"target_ids": torch.zeros(T).bool()}, "target_ids", "integers", "bool"),
+    "targets list": ({"target_ids": [0] * T}, "target_ids", "torch.Tensor or None", "list"),
+    "hook": ({"token_weight_fn": torch.ones(T)}, "token_weight_fn", "callable or None", "Tensor"),
+    "chunk_bytes float": ({"chunk_bytes": 1e6}, "chunk_bytes", "an integer or None", "1000000.0 (float)"),
+    "num_items tensor": ({"num_items": torch.tensor(3)}, "num_items", "a number or None", "tensor(3)"),
+}
+for option in ("beta", "temperature", "logit_scale", "kl_clip", "softcap", "num_items", "chunk_bytes"):
+    TYPE_ERRORS[f"{option} str"] = ({option: "hot"}, option, "expected a", "'hot' (str)")
+    TYPE_ERRORS[f"{option} bool"] = ({option: True}, option, "expected a", "True (bool)")
+    TYPE_ERRORS[f"{option} list"] = ({option: [1.0]}, option, "expected a", "[1.0] (list)")
+for option in ("beta", "temperature", "logit_scale"):
+    TYPE_ERRORS[f"{option} None"] = ({option: None}, option, "expected a number", "None (NoneType)")
+
+
+def check_refused(kind, changes, argument, expected, got):
+    kwargs = good(**changes)
+    tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and not v.is_meta}
+    before = {k: (v.detach().clone(), v._version) for k, v in tensors.items()}
+    with pytest.raises(kind) as error:
+        fused_hsd_kl(**kwargs)
+    message = str(error.value)
+    assert message.startswith((f"{argument}: expected", f"{argument}=")), message
+    assert expected in message and got in message, message
+    for name, (values, version) in before.items():
+        same = torch.allclose(tensors[name].detach(), values, rtol=0.0, atol=0.0, equal_nan=True)
+        assert same and tensors[name]._version == version, name
+
+
+@pytest.mark.parametrize("case", VALUE_ERRORS)
+def test_value_error_names_argument_expectation_and_value(case):
+    changes, argument, expected, got = VALUE_ERRORS[case]
+    check_refused(ValueError, changes, argument, expected, got)
+
+
+@pytest.mark.parametrize("case", TYPE_ERRORS)
+def test_type_error_names_argument_expectation_and_value(case):
+    changes, argument, expected, got = TYPE_ERRORS[case]
+    check_refused(TypeError, changes, argument, expected, got)
+
+
+def test_triton_without_cuda_is_refused_and_does_not_fall_back(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"^impl='triton': expected .*(CUDA tensors|triton to be installed)"):
+        fused_hsd_kl(**good(impl="triton"))
+
+
+def pretend_triton(monkeypatch, spec):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: spec if name == "triton" else real(name, *a))
+
+
+def test_triton_missing_is_refused_and_auto_uses_torch(monkeypatch):
+    pretend_triton(monkeypatch, None)
+    with pytest.raises(ValueError, match=r"^impl='triton': expected triton to be installed"):
+        fused_hsd_kl(**good(impl="triton"))
+    assert torch.equal(fused_hsd_kl(**good(impl="auto")), fused_hsd_kl(**good(impl="torch")))
+
+
+def test_triton_in_double_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pretend_triton(monkeypatch, object())
+    kwargs = {k: v.double() for k, v in good().items()}
+    with pytest.raises(TypeError, match=r"^impl='triton': expected float32, .* got float64"):
+        fused_hsd_kl(**kwargs, impl="triton")
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch built without distributed")
+@pytest.mark.parametrize("name", ["student_hidden", "teacher_hidden", "lm_head_weight"])
+def test_dtensor_is_refused_with_the_way_out(mesh, name):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    kwargs = good()
+    kwargs[name] = distribute_tensor(kwargs[name], mesh, [Shard(0)])
+    with pytest.raises(TypeError, match=rf"^{name}: expected a plain tensor, got a DTensor.*full_tensor"):
+        fused_hsd_kl(**kwargs)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_inputs_are_not_changed(reduction):
+    kwargs = good(
+        student_hidden=grad(T, D),
+        lm_head_weight=grad(V, D),
+        bias=grad(V),
+        token_weights=weights(0.5),
+        target_ids=torch.tensor([0, 1, 2, 10]),
+    )
+    before = {k: v.detach().clone() for k, v in kwargs.items()}
+    fused_hsd_kl(**kwargs, reduction=reduction, divergence="jsd", softcap=3.0, temperature=0.7).sum().backward()
+    for name, old in before.items():
+        assert torch.equal(kwargs[name].detach(), old) and kwargs[name]._version == 0, name
+
+
+def test_numbers_of_any_real_type_are_accepted():
+    numpy = pytest.importorskip("numpy")
+    expected = fused_hsd_kl(**good(temperature=2.0, num_items=3.0))
+    for real, integer in ((int, int), (numpy.float64, numpy.int64), (numpy.float32, numpy.int32)):
+        got = fused_hsd_kl(**good(temperature=real(2), num_items=integer(3), chunk_bytes=integer(4096)))
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+def test_output_shapes_dtypes_and_gradients(shape):
+    hidden, teacher, weight = grad(*shape, D), torch.randn(*shape, D), grad(V, D)
+    ids = torch.zeros(shape, dtype=torch.long)
+    out = fused_hsd_kl(hidden, teacher, weight, target_ids=ids, return_stats=True)
+    assert isinstance(out, HSDKLOutput) and out.loss.shape == () and out.loss.requires_grad
+    for name, value in out._asdict().items():
+        assert value.dtype == torch.float32, name
+        assert name == "loss" or (value.shape == shape and not value.requires_grad), name
+    terms = fused_hsd_kl(hidden, teacher, weight, reduction="none")
+    assert terms.shape == shape
+    terms.sum().backward()
+    assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_result_dtypes(dtype):
+    kwargs = {k: v.to(dtype) for k, v in good(bias=torch.randn(V)).items()}
+    for name in ("student_hidden", "lm_head_weight", "bias"):
+        kwargs[name].requires_grad_()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = fused_hsd_kl(**kwargs, return_stats=True)
+    assert out.student_logps is None and out.teacher_logps is None
+    assert {v.dtype for v in out if v is not None} == {wide}
+    out.loss.backward()
+    assert {kwargs[n].grad.dtype for n in ("student_hidden", "lm_head_weight", "bias")} == {dtype}
+
+
+def test_public_names():
+    assert set(hsd_kernels.__all__) == {"HSDKLOutput", "RowStats", "fused_hsd_kl"}
+    assert all(hasattr(hsd_kernels, name) for name in hsd_kernels.__all__)
+
+
+IMPORT_ALONE = """
+import sys
+
+BLOCKED = {"triton", "trl", "transformers", "peft", "accelerate", "datasets", "matplotlib"}
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"blocked: {name}")
+
+sys.meta_path.insert(0, Block())
+import torch
+from hsd_kernels import fused_hsd_kl
+
+hidden = torch.randn(3, 4, requires_grad=True)
+loss = fused_hsd_kl(hidden, torch.randn(3, 4), torch.randn(7, 4, requires_grad=True))
+loss.backward()
+assert loss > 0 and hidden.grad.abs().max() > 0
+assert not BLOCKED & {name.partition(".")[0] for name in sys.modules}
+print("alone")
+"""
+
+
+def test_import_and_loss_with_torch_alone():
+    ran = subprocess.run([sys.executable, "-c", IMPORT_ALONE], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and ran.stdout == "alone\n", ran.stderr

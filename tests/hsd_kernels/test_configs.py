@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from hsd_kernels import configs
+
+
+def test_nearest_lower_architecture():
+    for capability, arch in ((80, 80), (89, 80), (90, 90), (100, 100), (120, 100)):
+        assert configs.row_config("gradient", capability) is configs.PINNED["gradient", arch]
+    with pytest.raises(ValueError, match="capability: expected at least 80, got 75"):
+        configs.row_config("gradient", 75)
+    with pytest.raises(ValueError, match="kernel: expected one of"):
+        configs.row_config("softmax", 80)
+
+
+def test_pinned_configurations_compile_without_spills(tmp_path):
+    """Ahead of time, in its own process: the interpreter and the compiler cannot share one."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "hsd_kernels.configs", "--quick"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    _, *lines, summary = result.stdout.splitlines()
+    compiled = {(line.split()[0], int(arch)) for line in lines for arch in re.findall(r" sm_(\d+) ", line)}
+    assert compiled == {(kernel, arch) for kernel in configs.KERNELS for arch in configs.ARCHITECTURES}
+    assert summary == f"{len(lines)} variants compiled, 0 spill"
+    assert all(line.split()[-1] == "16" for line in lines), "loads are not vectorised"
+
+
+def test_import_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import hsd_kernels.configs"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_narrow_logits_fill_the_same_16_byte_loads():
+    config = configs.RowConfig(block_v=4096, num_warps=8, num_stages=1)
+    assert config.lanes(4) == 1024 and config.lanes(2) == 2048
+    assert configs.RowConfig(block_v=256, num_warps=8, num_stages=1).lanes(2) == 256
