@@ -1,1 +1,22 @@
-"""Hindsight Self-Distillation: a thin trainer on top of TRL."""
+"""Hindsight Self-Distillation (arXiv 2606.15576): the method as pure functions, and a thin trainer on TRL."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hsd.config import HSDConfig
+    from hsd.trainer import HSDTrainer
+
+__all__ = ["HSDConfig", "HSDTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer is imported when it is asked for: the pure functions need neither TRL nor transformers."""
+    if name == "HSDConfig":
+        from hsd.config import HSDConfig
+
+        return HSDConfig
+    if name == "HSDTrainer":
+        from hsd.trainer import HSDTrainer
+
+        return HSDTrainer
+    raise AttributeError(f"module 'hsd' has no attribute {name!r}")

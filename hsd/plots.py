@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ _DPI = 120
 
 
 def plot_credit_profile(
-    path: str | Path, profiles: dict[str, tuple[Sequence[float], Sequence[float]]], *, title: str
+    path: str | Path, profiles: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str
 ) -> None:
     """Mean ``|A|`` (nats) around the divergence position, one curve for each teacher.
 
@@ -54,7 +54,7 @@ def plot_credit_profile(
 
 
 def plot_credit_mass(
-    path: str | Path, masses: dict[str, Sequence[float]], windows: Sequence[int], *, title: str
+    path: str | Path, masses: Mapping[str, Sequence[float]], windows: Sequence[int], *, title: str
 ) -> None:
     """Share of the credit within ``w`` tokens of the divergence position, one curve for each teacher.
 
@@ -80,7 +80,7 @@ def plot_credit_mass(
     _finish(fig, axes, path, title)
 
 
-def plot_training(path: str | Path, steps: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
+def plot_training(path: str | Path, steps: Sequence[float], curves: Mapping[str, Sequence[float]]) -> None:
     """Small multiples: one panel for each metric over the training steps.
 
     Args:
@@ -147,7 +147,7 @@ def _floats(values: Sequence[float]) -> list[float]:
     return [float(v) for v in values]  # tensors too
 
 
-def _check_lengths(name: str, curves: dict[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+def _check_lengths(name: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
     if not curves:
         raise ValueError(f"{name}: expected at least one curve, got none")
     for curve, (xs, ys) in curves.items():

@@ -1,4 +1,4 @@
-"""The small world: chains of additions, answered by a Qwen3 of 0.8 M parameters.
+"""The small world: chains of additions, answered by a Qwen3 of 0.86 M parameters.
 
 A question is `47+38+25+61=`, its solution `47+38=85;85+25=110;110+61=171;#171$`, where `$` ends the
 sequence. The warm start teaches the model to add but also to slip: alone, it gets the tens digit of a result
@@ -32,6 +32,7 @@ ANSWER_ONLY = "[{answer}]"
 
 MAX_COMPLETION = 40  # tokens; a solution has 37 at most
 SLIP_RATE = 0.3  # of the steps, without a solution in context
+PREFIX_SLIP_RATE = 0.3  # of the steps in the sequences with one, which are not taught to slip
 PLAIN_SHARE, ANSWER_SHARE = 0.4, 0.2  # of the warm-start examples; the rest has a solution in context
 TERMS = 4
 SHORT_PROMPT = 20  # characters; the question and an answer have 17 at most, a solution in context 45 or more
@@ -68,7 +69,7 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -186,7 +187,11 @@ def draw_example(rng: random.Random) -> Example:
     kind, sampled, taught = rng.random(), SLIP_RATE, SLIP_RATE
     if kind >= PLAIN_SHARE + ANSWER_SHARE:
         demonstration, _ = solve(numbers, rng, slip_rate=0.0)
-        prompt, sampled, taught = prompt + WITH_PEER.format(answer=answer, demonstration=demonstration), 0.5, 0.0
+        prompt, sampled, taught = (
+            prompt + WITH_PEER.format(answer=answer, demonstration=demonstration),
+            PREFIX_SLIP_RATE,
+            0.0,
+        )
     elif kind >= PLAIN_SHARE:
         prompt += ANSWER_ONLY.format(answer=answer)
     solution, tens = solve(numbers, rng, slip_rate=sampled)
