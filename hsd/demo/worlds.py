@@ -37,7 +37,7 @@ class World:
 
 
 def small(args: argparse.Namespace, say: Callable[[str], None]) -> World:
-    """Chains of additions for a 0.8 M-parameter Qwen3 that is made, and warm-started, here."""
+    """Chains of additions for a 0.86 M-parameter Qwen3 that is made, and warm-started, here."""
     tokenizer = small_world.build_tokenizer()
     warm = args.out / "warm_start"
     if (warm / "config.json").exists():
@@ -49,7 +49,7 @@ def small(args: argparse.Namespace, say: Callable[[str], None]) -> World:
         small_world.warm_start(model, tokenizer, seed=args.seed, progress=_progress("warm start"))
         _save_whole(model, warm)
     return World(
-        title="small world: chains of additions, Qwen3 with 0.8 M parameters",
+        title="small world: chains of additions, Qwen3 with 0.86 M parameters",
         model=model,
         tokenizer=tokenizer,
         train=small_world.make_questions(2048, seed=args.seed),
