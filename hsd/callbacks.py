@@ -49,6 +49,7 @@ class RunFiles(TrainerCallback):
             return
         self.history = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
         self.raised = {name: text for row in self.history for name, text in row.get("alarms", {}).items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in self.history))
         part.replace(self.path)

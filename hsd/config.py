@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -10,11 +10,24 @@ from hsd.loss import Objective
 from hsd.peers import PEER_RULES
 
 TEACHERS = ("live", "ema", "fixed")
+# Options of GRPO's policy-gradient loss: set to anything else, they would silently do nothing.
+UNUSED = (
+    "loss_type",
+    "importance_sampling_level",
+    "epsilon",
+    "delta",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "off_policy_mask_threshold",
+)
 
 
 @dataclass
 class HSDConfig(GRPOConfig):
-    """Defaults are the paper's (arXiv 2606.15576, section on the training set-up), on top of TRL's `GRPOConfig`.
+    """TRL's `GRPOConfig` with what the HSD update needs. The paper's values (arXiv 2606.15576) are the defaults of the
+    learning rate, its constant schedule, Adam's beta2, top_p, the group size and temperature, the live teacher and the
+    reference coefficient; lengths, batch and steps are the user's.
 
     Args:
         peer_rule: how a rollout's peer is drawn from the other successes of its group: "uniform", "paired",
@@ -24,7 +37,7 @@ class HSDConfig(GRPOConfig):
         kl_temperature: divides the logits of both sides in the loss (sampling has its own ``temperature``).
         kl_clip: OPSD's pointwise clip of the vocabulary summands.
         teacher: whose weights read the privileged context. "live" is the student of the moment, the paper's setting
-            at learning rate 1e-6; at the learning rates of the small world it runs away (docs/teachers.md), and
+            at learning rate 1e-6; at that of the small world it runs away (docs/teachers.md), and
             "ema" or "fixed" (the initial policy; with LoRA, adapters off) hold.
         teacher_ema_rate: share of the student that enters an "ema" teacher at each optimizer step.
         reference_coef: weight of the exact KL(student || initial policy). GRPO's own ``beta`` must stay 0.
@@ -54,9 +67,18 @@ class HSDConfig(GRPOConfig):
     kernel_impl: str = "auto"
     chunk_bytes: int | None = None
     logging_steps: float = 1
+    # The loss has no importance ratios; with vLLM the correction would cost TRL full logits for a ratio nobody reads.
+    vllm_importance_sampling_correction: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        inherited = {f.name: f.default for f in fields(GRPOConfig)}
+        for name in UNUSED:
+            if name in inherited and getattr(self, name) != inherited[name]:
+                raise ValueError(
+                    f"{name}: expected {inherited[name]!r}, GRPO's default, because the HSD loss does not use it, "
+                    f"got {getattr(self, name)!r}"
+                )
         _one_of("peer_rule", self.peer_rule, PEER_RULES)
         _one_of("divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd"))
         _one_of("teacher", self.teacher, TEACHERS)

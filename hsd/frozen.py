@@ -28,6 +28,18 @@ def ema_update_(teacher: nn.Module, student: nn.Module, rate: float) -> None:
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every module's own mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     """The initial policy of a LoRA run without a second model."""
     with model.disable_adapter():  # type: ignore[operator]

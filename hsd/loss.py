@@ -36,7 +36,7 @@ class Side:
 @dataclass(frozen=True)
 class LossOutput:
     loss: Tensor  # scalar, with gradient
-    teacher: HSDKLOutput  # per token (B, T), detached
+    stats: HSDKLOutput  # of both sides, per token (B, T), detached
     reference_kl: Tensor | None  # per token (B, T), KL(student || reference)
 
 

@@ -19,10 +19,11 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
 from hsd.body import check_split, split_model
+from hsd.callbacks import RunFiles
 from hsd.config import HSDConfig
 from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, build_context
 from hsd.credit import credit, credit_at_divergence, credit_mass, divergence_position
-from hsd.frozen import adapters_off, ema_update_, frozen_copy, load_policy_, save_policy
+from hsd.frozen import adapters_off, ema_update_, frozen_copy, in_eval_mode, load_policy_, save_policy
 from hsd.groups import Group, Rollout
 from hsd.loss import LossOutput, Side, frozen_side, hsd_loss, read_rollouts
 from hsd.peers import choose_peers, peer_rng
@@ -68,8 +69,10 @@ class HSDTrainer(GRPOTrainer):
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # sharded weights cannot be read here
             check_split(policy, split_model(policy))
         self._make_frozen_policies(policy)
+        self._initial_is_saved = False
         self._redirect = _ForwardRedirection()
         self.add_callback(_EMA(self))
+        self.add_callback(RunFiles(Path(str(args.output_dir))))
 
     # -- frozen policies ------------------------------------------------------------------------------------------
 
@@ -83,8 +86,19 @@ class HSDTrainer(GRPOTrainer):
                 "teacher, reference_coef: expected 'live' and 0 (or LoRA) under FSDP and DeepSpeed, where a frozen "
                 f"copy of sharded weights is not supported, got {self.args.teacher!r} and {self.args.reference_coef}"
             )
+        if self.is_deepspeed_enabled and getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
+            raise ValueError("deepspeed: expected ZeRO stage 0 to 2, got 3: the partitioned head is not gathered here")
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded and self.args.peer_rule.endswith("perplexity"):
+            raise ValueError(f"peer_rule: expected one without perplexity under sharding, got {self.args.peer_rule!r}")
         if self.args.teacher == "ema" and peft:
             raise ValueError("teacher: expected 'live' or 'fixed' (adapters off) with LoRA, got 'ema'")
+        half = next((p.dtype for p in policy.parameters() if p.dtype not in (torch.float32, torch.float64)), None)
+        if self.args.teacher == "ema" and half is not None:
+            # 1,000 steps of rate 0.005 from 1.0 towards 1.5 leave a bf16 weight at 1.0.
+            raise ValueError(f"teacher: expected fp32 weights for 'ema' (bf16=True computes in bf16), got {half}")
+        if peft and needs_initial and "ref" in policy.peft_config:
+            raise ValueError("model: expected a fresh adapter (adapters off = initial policy), got a trained one")
         self.initial_model = frozen_copy(policy) if needs_initial and not peft else None
         self.teacher_model = frozen_copy(policy) if self.args.teacher == "ema" else None
 
@@ -180,10 +194,15 @@ class HSDTrainer(GRPOTrainer):
     @torch.no_grad()
     def _mean_logps(self, batch: dict[str, Any]) -> Tensor:
         """Mean log-prob (B,) of each rollout under the policy, for the perplexity rules."""
-        split = split_model(self.accelerator.unwrap_model(self.model))
+        policy = self.accelerator.unwrap_model(self.model)
+        split = split_model(policy)
         ids, mask, targets, weights = _student_inputs(batch)
-        h = read_rollouts(split, ids, mask, targets.shape[1])
+        with in_eval_mode(policy), self.accelerator.autocast():
+            size = self.args.per_device_train_batch_size
+            parts = zip(ids.split(size), mask.split(size), strict=True)
+            h = torch.cat([read_rollouts(split, x, m, targets.shape[1]) for x, m in parts])
         form = {"logit_scale": split.logit_scale, "softcap": split.softcap, "impl": self.args.kernel_impl}
+        h = h.to(split.weight.dtype)
         out = fused_hsd_kl(h, h, split.weight, split.bias, target_ids=targets, return_stats=True, **form)
         assert isinstance(out, HSDKLOutput) and out.student_logps is not None
         return (out.student_logps * weights).sum(-1) / weights.sum(-1).clamp_min(1)
@@ -209,14 +228,16 @@ class HSDTrainer(GRPOTrainer):
         if return_outputs:
             raise ValueError("return_outputs: expected False, HSDTrainer computes no model outputs")
         policy = self.accelerator.unwrap_model(model)
-        # Through the wrapper's forward, so that DDP and FSDP hooks and autocast apply.
-        return self._redirect(model, policy, self._hsd_loss, policy, inputs)
+        # Through the wrapper's forward, so that DDP and FSDP hooks apply. Accelerate's autocast sits in the very
+        # attribute that the redirection replaces, so it is entered here.
+        with self.accelerator.autocast():
+            return self._redirect(model, policy, self._hsd_loss, policy, inputs)
 
     def _hsd_loss(self, policy: Any, batch: dict[str, Any]) -> Tensor:
         mode = self._mode
         ids, mask, targets, loss_mask = _student_inputs(batch)
         length = targets.shape[1]
-        with torch.no_grad():
+        with torch.no_grad(), in_eval_mode(policy):  # no dropout noise in the target
             teacher_ids = torch.cat([batch["teacher_prompt_ids"], targets], 1)
             teacher_mask = torch.cat([batch["teacher_prompt_mask"], batch["completion_mask"]], 1)
             teacher = self._read_teacher(policy, teacher_ids, teacher_mask, length)
@@ -229,7 +250,7 @@ class HSDTrainer(GRPOTrainer):
         return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
 
     def _log_loss(self, mode: str, out: LossOutput, batch: dict[str, Any], mask: Tensor) -> None:
-        t = out.teacher
+        t = out.stats
         assert t.student_logps is not None and t.teacher_logps is not None
         a = credit(t.teacher_logps, t.student_logps)
         failing = torch.where(batch["success"], -1, batch["divergence_position"])
@@ -240,7 +261,7 @@ class HSDTrainer(GRPOTrainer):
             student_entropy=(t.student_entropy * mask).sum() / tokens,
             teacher_entropy=(t.teacher_entropy * mask).sum() / tokens,
             credit_at_tau=credit_at_divergence(a, mask, failing),
-            credit_mass_8=credit_mass(a, mask, failing, windows=(8,))[0],
+            credit_mass_8=credit_mass(a, mask, failing, windows=(8,))[0],  # micro-batches count alike
         )
         if out.reference_kl is not None:
             self._record(mode, reference_kl=(out.reference_kl * mask).sum() / tokens)
@@ -257,22 +278,31 @@ class HSDTrainer(GRPOTrainer):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if not self.args.should_save:
-            return
+        # First, so that a checkpoint with a trainer_state.json, which is written last, is whole.
         out = Path(self._get_output_dir(trial=trial))
-        if self.teacher_model is not None:
+        if self.args.should_save and self.teacher_model is not None:
             save_policy(self.teacher_model, out / f"checkpoint-{self.state.global_step}" / EMA_TEACHER)
-        if self.initial_model is not None and not (out / INITIAL_POLICY).exists():
-            save_policy(self.initial_model, out / INITIAL_POLICY)
+        if self.args.should_save and self.initial_model is not None and not self._initial_is_saved:
+            save_policy(self.initial_model, out / INITIAL_POLICY)  # over that of an earlier run in this folder
+            self._initial_is_saved = True
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoint = Path(resume_from_checkpoint)
-        if self.teacher_model is not None:
-            load_policy_(self.teacher_model, checkpoint / EMA_TEACHER)
-        if self.initial_model is not None:
-            load_policy_(self.initial_model, checkpoint.parent / INITIAL_POLICY)
+        files = (
+            (self.teacher_model, checkpoint / EMA_TEACHER),
+            (self.initial_model, checkpoint.parent / INITIAL_POLICY),
+        )
+        for twin, path in files:
+            if twin is not None and not path.exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: expected {path}, which a run with teacher={self.args.teacher!r} and "
+                    f"reference_coef={self.args.reference_coef} saves; the checkpoint is of another kind of run"
+                )
+            if twin is not None:
+                load_policy_(twin, path)
+        self._initial_is_saved = True
 
 
 class _EMA(TrainerCallback):

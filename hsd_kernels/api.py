@@ -81,7 +81,8 @@ def fused_hsd_kl(
         temperature: divides the logits of both sides, > 0.
         kl_clip: OPSD's pointwise clip: every vocabulary summand is replaced by min(., kl_clip) before the sum. The
             per-token value may then be negative.
-        target_ids: (...), integers in [0, V): the tokens whose log-probs the statistics report.
+        target_ids: (...), integers in [0, V) wherever the weight is not 0: the tokens whose log-probs the statistics
+            report. Out of range is an error on a CPU and a log-prob of NaN on CUDA, where a check would synchronize.
         token_weights: (...), finite, without gradient; multiplies each token's divergence. Tokens of weight 0 are
             dropped before the GEMM. Costs one host synchronization.
         token_weight_fn: called once per chunk with `RowStats` (including ``rows``, the flat token positions); returns
@@ -108,8 +109,8 @@ def fused_hsd_kl(
     vocab = lm_head_weight.shape[0]
     _check_per_token("target_ids", target_ids, student_hidden)
     _check_per_token("token_weights", token_weights, student_hidden)
-    flat_targets = None if target_ids is None else _checked_targets(target_ids.reshape(-1), vocab)
     rows, weights = _live_rows(token_weights, tokens, student_hidden)
+    flat_targets = None if target_ids is None else _checked_targets(target_ids.reshape(-1), rows, vocab)
 
     count = max(rows.numel(), 1) if num_items is None else float(num_items)
     student = student_hidden.reshape(tokens, student_hidden.shape[-1])
@@ -248,12 +249,13 @@ def _check_per_token(name: str, t: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"{name}: expected the device of student_hidden, {like.device}, got {t.device}")
 
 
-def _checked_targets(ids: Tensor, vocab: int) -> Tensor:
+def _checked_targets(ids: Tensor, rows: Tensor, vocab: int) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"target_ids: expected integers, got {ids.dtype}")
-    # On CUDA a range check would synchronize; the device assertion of a gather is the check there.
-    if not ids.is_cuda and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocab):
-        raise ValueError(f"target_ids: expected values in [0, {vocab}), got {int(ids.min())} to {int(ids.max())}")
+    live = ids[rows]
+    # On CUDA this would synchronize: there the log-probs of an id out of range are NaN.
+    if not ids.is_cuda and live.numel() and not (0 <= int(live.min()) and int(live.max()) < vocab):
+        raise ValueError(f"target_ids: expected values in [0, {vocab}), got {int(live.min())} to {int(live.max())}")
     return ids.long()
 
 

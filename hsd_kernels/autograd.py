@@ -101,7 +101,9 @@ def _rerun(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         teacher_hidden=teacher_hidden,
         teacher_head=None if teacher_weight is None else Head(teacher_weight, teacher_bias),
     )
-    result = run(problem, rows, (weights * grad)[rows], None, ctx.wanted)
+    # As above: a NaN upstream of a dropped row, also one that the hook dropped, reaches nothing.
+    upstream = (weights * grad.masked_fill(weights == 0, 0.0))[rows]
+    result = run(problem, rows, upstream, None, ctx.wanted)
     found = (result.grad_hidden, result.grad_weight, result.grad_bias)
     kinds = (student_hidden, weight, bias)
     return tuple(None if g is None else g.to(like.dtype) for g, like in zip(found, kinds, strict=True))

@@ -117,7 +117,14 @@ def _run(
             _project_out(h_t, p.teacher_head.weight, x_t)
 
         targets = None if p.target_ids is None else p.target_ids[at]
-        stats = p.rows_impl.statistics(x_s, x_t, p.spec, bias, teacher_bias, targets, at)
+        valid = None if targets is None else targets.clamp(0, vocab - 1)
+        stats = p.rows_impl.statistics(x_s, x_t, p.spec, bias, teacher_bias, valid, at)
+        if targets is not None and stats.student_logps is not None and stats.teacher_logps is not None:
+            strange = targets != valid
+            stats = stats._replace(
+                student_logps=stats.student_logps.masked_fill(strange, float("nan")),
+                teacher_logps=stats.teacher_logps.masked_fill(strange, float("nan")),
+            )
         silent = None
         if p.teacher_head is None:
             # A GEMM may sum the same row in another order at another position (MKL: D = 13), leaving 1e-7 of noise
@@ -178,7 +185,7 @@ def _hook_weights(token_weight_fn: TokenWeightFn, stats: RowStats) -> Tensor:
 
 
 # The GEMMs. On CUDA, operands stay in the input dtype and cuBLAS accumulates into fp32. A CPU GEMM of half-precision
-# operands rounds its output to them, which would cost 4 to 38 % of the gradient (docs/numerics.md), so there the
+# operands rounds its output to them, ten times the error in dH (benchmarks/results/kernel_cpu.md), so there the
 # operands are upcast, UPCAST_ROWS of the vocabulary at a time.
 
 

@@ -16,18 +16,28 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from hsd.callbacks import RunFiles, StepLine, StopOnSignal
+from hsd.callbacks import StepLine, StopOnSignal
 from hsd.config import HSDConfig
 from hsd.demo import report, worlds
 from hsd.evaluate import Success, end_token_ids, sample, score, success
 from hsd.groups import Group, Rollout
 from hsd.measure import measure_credit
 from hsd.trainer import HSDTrainer
+
+OVERRIDES = {
+    "learning_rate": float,
+    "teacher": str,
+    "teacher_ema_rate": float,
+    "reference_coef": float,
+    "peer_rule": str,
+    "divergence": str,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
+    check_same_run(args)
     started = time.time()
     world = getattr(worlds, args.world)(args, say)
     say(world.title)
@@ -50,15 +61,20 @@ def main(argv: list[str] | None = None) -> None:
         report.save_credit(credit_file, measured, groups, world.tokenizer)
 
     trainer = make_trainer(world, args)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.out))
-    done = trainer.state.global_step
-    if done < trainer.state.max_steps:
-        say(f"stopped at step {done}; the same command resumes")
-        return
-    trainer.save_model(str(args.out / "model"))
+    checkpoint = last_checkpoint(args.out)
+    done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    if done < trainer.args.max_steps:  # Trainer would take one step more on a run that has them all
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        done = trainer.state.global_step
+        if done < trainer.args.max_steps:
+            say(f"stopped at step {done}; the same command resumes")
+            return
+        trainer.save_model(str(args.out / "model"))
+    else:
+        say(f"this run already has {done} steps")
+        trainer._load_from_checkpoint(str(checkpoint))
     after = once(args.out / f"after-{done}.json", lambda: evaluate(world, world.eval_samples, args.seed))
-    seconds = time.time() - started
-    print(report.write(args.out, world, args, before, after, seconds))
+    print(report.write(args.out, world, command(args), settings(world, args), before, after, time.time() - started))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -71,21 +87,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="JSONL with question and answer, instead of the times table (smollm2)")
     parser.add_argument("--questions", type=int, help="use the first N of --data")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="(smollm2)")
-    for name, kind in (("learning-rate", float), ("teacher", str), ("teacher-ema-rate", float)):
-        parser.add_argument(f"--{name}", type=kind, help="as in HSDConfig")
-    for name, kind in (("reference-coef", float), ("peer-rule", str), ("divergence", str)):
-        parser.add_argument(f"--{name}", type=kind, help="as in HSDConfig")
+    for name, kind in OVERRIDES.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help="as in HSDConfig")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / f"{args.world}-seed{args.seed}"
     return args
 
 
+def settings(world: worlds.World, args: argparse.Namespace) -> dict[str, Any]:
+    """The world's configuration with what the command line overrides."""
+    return world.config | {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
+
+
+def check_same_run(args: argparse.Namespace) -> None:
+    """A run folder holds one run: its earlier results are reused, and must not be another run's."""
+    asked = {k: str(v) for k, v in vars(args).items() if k not in ("out", "steps") and v is not None}
+    path = args.out / "arguments.json"
+    if not path.exists():
+        path.write_text(json.dumps(asked, indent=1))
+    began = json.loads(path.read_text())
+    for name in sorted(began.keys() | asked.keys()):
+        if began.get(name) != asked.get(name):
+            raise ValueError(
+                f"{name}: {args.out} holds a run with {began.get(name)}, got {asked.get(name)}; choose another --out"
+            )
+
+
 def make_trainer(world: worlds.World, args: argparse.Namespace) -> HSDTrainer:
-    asked = ("learning_rate", "teacher", "teacher_ema_rate", "reference_coef", "peer_rule", "divergence")
-    overrides = {name: value for name in asked if (value := getattr(args, name)) is not None}
     config = HSDConfig(
         output_dir=str(args.out),
-        max_steps=args.steps or world.steps,
+        max_steps=world.steps if args.steps is None else args.steps,
         save_steps=world.save_steps,
         save_total_limit=2,
         seed=args.seed,
@@ -93,11 +124,10 @@ def make_trainer(world: worlds.World, args: argparse.Namespace) -> HSDTrainer:
         max_completion_length=world.sampling.max_new_tokens,
         temperature=world.sampling.temperature,
         top_p=world.sampling.top_p,
-        bf16=False,
         gradient_checkpointing=False,
         report_to="none",
         dataloader_pin_memory=False,
-        **(world.config | overrides),
+        **settings(world, args),
     )
     trainer = HSDTrainer(
         model=world.model,
@@ -106,7 +136,7 @@ def make_trainer(world: worlds.World, args: argparse.Namespace) -> HSDTrainer:
         train_dataset=Dataset.from_list(world.train),
         processing_class=world.tokenizer,
         context_template=world.template,
-        callbacks=[RunFiles(args.out), StopOnSignal()],
+        callbacks=[StopOnSignal()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StepLine())
@@ -128,9 +158,7 @@ def sample_groups(world: worlds.World, questions: list[dict], seed: int, size: i
     rollouts = sample(world.model, world.tokenizer, prompts, world.sampling, seed=seed + 1, progress=counter)
     rewards = score(world.tokenizer, repeated, rollouts, world.reward)
     scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
-    return [
-        Group(q["prompt"], q["answer"], tuple(scored[g * size : (g + 1) * size])) for g, q in enumerate(questions)
-    ]
+    return [Group(q["prompt"], q["answer"], tuple(scored[g * size : (g + 1) * size])) for g, q in enumerate(questions)]
 
 
 def once(path: Path, compute: Callable[[], Success]) -> Success:
@@ -142,11 +170,16 @@ def once(path: Path, compute: Callable[[], Success]) -> Success:
     return result
 
 
-def last_checkpoint(folder: Path) -> str | None:
+def command(args: argparse.Namespace) -> str:
+    """The command line that makes this run."""
+    given = {k: v for k, v in vars(args).items() if k not in ("world", "out") and v is not None}
+    return f"python -m hsd.demo {args.world} " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in given.items())
+
+
+def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
     whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
-    return None if newest is None else str(newest)
+    return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
 
 def counter(done: int, total: int) -> None:
@@ -159,4 +192,3 @@ def say(line: str) -> None:
 
 if __name__ == "__main__":
     main()
-

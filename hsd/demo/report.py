@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -47,7 +46,6 @@ def save_credit(
         "group_size": size,
         "success": sum(rates) / len(rates),
         "coverage": sum(len(g.failures) for g in groups if g.successes) / (size * len(groups)),
-        "expected_coverage": sum(coverage(p, size) for p in rates) / len(rates),
         "mixed_groups": sum(g.is_mixed for g in groups) / len(groups),
         "failing_with_peer": 0 if measured is None else len(measured.rollout),
     }
@@ -62,21 +60,27 @@ def save_credit(
     path.write_text(json.dumps(_strict(kept), indent=1))
 
 
-def write(folder: Path, world: World, args: argparse.Namespace, before: Success, after: Success, seconds: float) -> str:
+def write(
+    folder: Path,
+    world: World,
+    command: str,
+    settings: dict[str, Any],
+    before: Success,
+    after: Success,
+    seconds: float,
+) -> str:
     """Write report.json, report.md and the pictures; return the text of report.md."""
     credit = json.loads((folder / "credit.json").read_text())
     rows = read_metrics(folder / "metrics.jsonl")
     alarms = {name: f"step {r['step']}: {text}" for r in rows for name, text in r.get("alarms", {}).items()}
-    settings = {**world.config, "seed": args.seed, "steps": len(rows)}
-    settings |= {k: v for k, v in vars(args).items() if k in world.config and v is not None}
+    settings = settings | {"steps": len(rows)}
     pictures = _pictures(folder, credit, rows)
-    command = f"python -m hsd.demo {args.world} --seed {args.seed} --steps {len(rows)}"
     text = "\n".join(
         [
             f"# {world.title}",
             "",
             f"`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-            f"{seconds:.0f} s for this command.",
+            f"{seconds:.0f} s (of the last part, if it was resumed).",
             "Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + ".",
             "",
             *_success_table(before, after, world),
@@ -126,8 +130,9 @@ def _credit_lines(credit: dict[str, Any]) -> list[str]:
     lines = [
         f"Before training, {credit['questions']} questions x {credit['group_size']} rollouts: success "
         f"{credit['success']:.3f}, coverage (failing, with a successful peer) {credit['coverage']:.3f} of all rollouts "
-        f"(f(p, G) at each question's own rate: {credit['expected_coverage']:.3f}), mixed groups "
-        f"{credit['mixed_groups']:.3f}; {credit['failing_with_peer']} failing rollouts with a peer."
+        f"(were all questions alike, f({credit['success']:.3f}, {credit['group_size']}) = "
+        f"{coverage(credit['success'], credit['group_size']):.3f}), mixed groups {credit['mixed_groups']:.3f}; "
+        f"{credit['failing_with_peer']} failing rollouts with a peer."
     ]
     if not credit["failing_with_peer"]:
         return [*lines, "No failing rollout has a successful peer: there is no credit profile to show."]

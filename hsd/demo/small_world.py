@@ -82,9 +82,7 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM(config).float()
 
 
-def make_questions(
-    n: int, *, seed: int, held_out: bool = False, exclude: Iterable[str] = ()
-) -> list[dict[str, str]]:
+def make_questions(n: int, *, seed: int, held_out: bool = False, exclude: Iterable[str] = ()) -> list[dict[str, str]]:
     """`n` different questions, the same for the same arguments.
 
     `held_out` chooses the side of the split (`is_held_out`): neither the warm start nor a call with

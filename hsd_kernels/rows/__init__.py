@@ -22,13 +22,13 @@ IMPLS = ("auto", "torch", "triton")
 
 
 def resolve(impl: str, device: pytorch.device, dtype: pytorch.dtype) -> ModuleType:
-    """The row backend for ``impl``. "auto" is Triton for fp32, bf16 and fp16 on CUDA where triton is installed,
-    torch otherwise. An explicit choice that cannot run raises and says why."""
+    """The row backend for ``impl``. "auto" is Triton for fp32, bf16 and fp16 on CUDA (sm_80 and later) where triton
+    is installed, torch otherwise. An explicit choice that cannot run raises and says why."""
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if impl == "auto":
         fits = device.type == "cuda" and dtype != pytorch.float64 and importlib.util.find_spec("triton")
-        impl = "triton" if fits else "torch"
+        impl = "triton" if fits and pytorch.cuda.get_device_capability(device) >= (8, 0) else "torch"
     elif impl == "triton":
         if importlib.util.find_spec("triton") is None:
             raise ValueError("impl='triton': expected triton to be installed, it is not; use impl='torch'")

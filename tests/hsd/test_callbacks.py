@@ -219,7 +219,7 @@ def tiny_trainer(folder: Path, *callbacks: TrainerCallback) -> HSDTrainer:
         train_dataset=Dataset.from_list(small_world.make_questions(8, seed=0)),
         processing_class=tokenizer,
         context_template=ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY),
-        callbacks=[RunFiles(folder), StopOnSignal(), *callbacks],
+        callbacks=[StopOnSignal(), *callbacks],
     )
 
 

@@ -39,7 +39,13 @@ def tiny(args, say):
         credit_questions=4,
         steps=2,
         save_steps=1,
-        config={"learning_rate": 1e-3, "per_device_train_batch_size": 8, "teacher": "ema", "reference_coef": 0.1},
+        config={
+            "bf16": False,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 8,
+            "teacher": "ema",
+            "reference_coef": 0.1,
+        },
     )
 
 
@@ -61,11 +67,22 @@ def test_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
     assert facts["settings"]["steps"] == 4 and facts["settings"]["teacher"] == "ema"
 
 
+def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(worlds, "small", tiny)
+    out = tmp_path / "run"
+    demo.main(["small", "--out", str(out), "--steps", "1"])
+    demo.main(["small", "--out", str(out), "--steps", "1"])
+    assert "already has 1 steps" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1]
+    with pytest.raises(ValueError, match=r"teacher.*--out"):
+        demo.main(["small", "--out", str(out), "--steps", "1", "--teacher", "live"])
+
+
 def test_a_half_written_checkpoint_is_not_resumed(tmp_path):
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
-    assert demo.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert demo.last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
     assert demo.last_checkpoint(tmp_path / "checkpoint-2") is None
 
 

@@ -82,11 +82,11 @@ def test_loss_and_gradients_against_full_logits(divergence, coef, form):
 
     torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)  # the weights 1 / (B |o_i|) are fp32
     live = MASK.bool()
-    torch.testing.assert_close(out.teacher.per_token_kl[live], per_token.detach()[live])
+    torch.testing.assert_close(out.stats.per_token_kl[live], per_token.detach()[live])
     picked = s.detach().gather(-1, targets[..., None])[..., 0]
-    torch.testing.assert_close(out.teacher.student_logps[live], picked[live])
+    torch.testing.assert_close(out.stats.student_logps[live], picked[live])
     picked = t.detach().gather(-1, targets[..., None])[..., 0]
-    torch.testing.assert_close(out.teacher.teacher_logps[live], picked[live])
+    torch.testing.assert_close(out.stats.teacher_logps[live], picked[live])
     if coef:
         torch.testing.assert_close(out.reference_kl[live], to_reference.detach()[live])
     else:

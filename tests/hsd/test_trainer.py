@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.config import HSDConfig
@@ -282,3 +283,51 @@ def test_refusals_are_named(tmp_path):
         make(qwen3(), tmp_path, peft_config=LORA, teacher="ema")
     with pytest.raises(ValueError, match="lm_head"):
         make(llama(), tmp_path, peft_config=LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+
+
+def test_bf16_computes_the_update_in_bf16(tmp_path):
+    """Accelerate's autocast lives in the attribute that the forward redirection replaces: it must still apply."""
+    seen = []
+
+    class Watch(HSDTrainer):
+        def _hsd_loss(self, policy, batch):
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return super()._hsd_loss(policy, batch)
+
+    make(qwen3(), tmp_path, cls=Watch, bf16=True, peer_rule="lowest_perplexity").train()
+    assert seen == [(True, torch.bfloat16)]
+
+
+def test_the_teacher_reads_without_dropout(tmp_path):
+    """A live teacher that sees no context equals the student up to the student's own dropout: KL must not hide it."""
+    torch.manual_seed(1)
+    config = Qwen3Config(**SMALL, head_dim=8, attention_dropout=0.5)
+    trainer = make(Qwen3ForCausalLM(config).float(), tmp_path, teacher="live", reference_coef=0.0)
+    modes = []
+    trainer.model.model.register_forward_hook(lambda m, args, out: modes.append((m.training, torch.is_grad_enabled())))
+    trainer.train()
+    assert (False, False) in modes and (True, True) in modes  # TRL itself samples in training mode
+
+
+@pytest.mark.parametrize("option", [{"loss_type": "grpo"}, {"importance_sampling_level": "sequence"}, {"epsilon": 0.3}])
+def test_options_without_effect_are_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        make(qwen3(), tmp_path, **option)
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path):
+    make(qwen3(), tmp_path, teacher="live", reference_coef=0.0, save_strategy="steps", save_steps=1).train()
+    other = make(qwen3(), tmp_path, teacher="ema", reference_coef=0.0, max_steps=2)
+    with pytest.raises(ValueError, match="ema_teacher"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_fresh_run_in_a_used_folder_saves_its_own_initial_policy(tmp_path):
+    options = {"teacher": "fixed", "reference_coef": 0.0, "save_strategy": "steps", "save_steps": 1}
+    make(qwen3(), tmp_path, **options).train()
+    other = qwen3()
+    torch.nn.init.normal_(other.model.embed_tokens.weight)
+    trainer = make(other, tmp_path, **options)
+    trainer.train()
+    stored = load_file(tmp_path / "initial_policy.safetensors")
+    assert torch.equal(stored["model.embed_tokens.weight"], trainer.initial_model.model.embed_tokens.weight)

@@ -863,3 +863,24 @@ def test_saturated_rows_keep_their_gradient(temperature, divergence):
     for got, want, truth in zip(found[1:], eager[1:], exact[1:], strict=True):
         ours, theirs = (((t - truth).abs().sum() / truth.abs().sum()).item() for t in (got, want))
         assert ours <= 1e-5 + 4.0 * theirs, (ours, theirs)
+
+
+def test_targets_of_dropped_tokens_may_be_anything():
+    torch.manual_seed(0)
+    h_s, h_t, w = torch.randn(3, 8), torch.randn(3, 8), torch.randn(11, 8)
+    kept = torch.tensor([1.0, 0.0, 2.0])
+    with_pad = fused_hsd_kl(
+        h_s, h_t, w, token_weights=kept, target_ids=torch.tensor([4, -100, 10]), return_stats=True
+    )
+    plain = fused_hsd_kl(h_s, h_t, w, token_weights=kept, target_ids=torch.tensor([4, 0, 10]), return_stats=True)
+    assert torch.equal(with_pad.student_logps, plain.student_logps)
+    assert with_pad.student_logps[1] == 0 and with_pad.student_logps[0] < 0
+
+
+def test_nan_upstream_of_a_row_that_the_hook_dropped_reaches_nothing():
+    torch.manual_seed(0)
+    h_s, w = torch.randn(3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    keep_last_two = lambda stats: (stats.rows > 0).float()  # noqa: E731
+    loss = fused_hsd_kl(h_s, torch.randn(3, 8), w, token_weight_fn=keep_last_two, reduction="none")
+    loss.backward(torch.tensor([float("nan"), 1.0, 1.0]))
+    assert h_s.grad.isfinite().all() and w.grad.isfinite().all() and w.grad.abs().sum() > 0
