@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-SEEDS  ?= 0
 STEPS  ?=
 export TOKENIZERS_PARALLELISM := false
 

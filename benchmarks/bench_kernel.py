@@ -150,7 +150,11 @@ def peak(device: str) -> int:
 
 def measure(name: str, shape: tuple[int, int, int], dtype: str, device: str, repeats: int) -> dict[str, Any]:
     job = json.dumps([name, shape, dtype, device, repeats])
-    done = subprocess.run([sys.executable, __file__, "--child", job], capture_output=True, text=True, timeout=1800)
+    command = [sys.executable, __file__, "--child", job]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    except subprocess.TimeoutExpired:
+        return {"contender": name, "shape": shape, "dtype": dtype, "failed": "took longer than 30 minutes"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
