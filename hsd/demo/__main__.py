@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         done = trainer.state.global_step
         if done < trainer.args.max_steps:
+            spent(args.out, started)
             say(f"stopped at step {done}; the same command resumes")
             return
         trainer.save_model(str(args.out / "model"))
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         say(f"this run already has {done} steps")
         trainer._load_from_checkpoint(str(checkpoint))
     after = once(args.out / f"after-{done}.json", lambda: evaluate(world, world.eval_samples, args.seed))
-    print(report.write(args.out, world, command(args), settings(world, args), before, after, time.time() - started))
+    seconds = spent(args.out, started)
+    print(report.write(args.out, world, command(args), settings(world, args), before, after, seconds))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -86,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="hub id or path, instead of the packaged SmolLM2 (smollm2)")
     parser.add_argument("--data", help="JSONL with question and answer, instead of the times table (smollm2)")
     parser.add_argument("--questions", type=int, help="use the first N of --data")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="(smollm2)")
+    parser.add_argument("--max-new-tokens", type=int, help="of a rollout (40; smollm2)")
     for name, kind in OVERRIDES.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help="as in HSDConfig")
     args = parser.parse_args(argv)
@@ -170,9 +172,18 @@ def once(path: Path, compute: Callable[[], Success]) -> Success:
     return result
 
 
+def spent(folder: Path, started: float) -> float:
+    """Seconds of wall time of this run, parts before a resume included."""
+    path = folder / "seconds.json"
+    total = time.time() - started + (json.loads(path.read_text()) if path.exists() else 0.0)
+    path.write_text(json.dumps(total))
+    return total
+
+
 def command(args: argparse.Namespace) -> str:
     """The command line that makes this run."""
     given = {k: v for k, v in vars(args).items() if k not in ("world", "out") and v is not None}
+    given = {k: Path(v).name if k == "data" else v for k, v in given.items()}
     return f"python -m hsd.demo {args.world} " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in given.items())
 
 

@@ -79,8 +79,7 @@ def write(
         [
             f"# {world.title}",
             "",
-            f"`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-            f"{seconds:.0f} s (of the last part, if it was resumed).",
+            f"`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, {seconds:.0f} s.",
             "Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + ".",
             "",
             *_success_table(before, after, world),

@@ -94,7 +94,7 @@ def smollm2(args: argparse.Namespace, say: Callable[[str], None]) -> World:
         held_out=held_out,
         reward=number_reward,
         template=DEFAULT_CHAT_TEMPLATE,
-        sampling=Sampling(max_new_tokens=args.max_new_tokens, top_p=0.95, batch_size=64),
+        sampling=Sampling(max_new_tokens=args.max_new_tokens or 40, top_p=0.95, batch_size=64),
         eval_samples=4,
         credit_questions=min(len(held_out), 12),
         steps=20,
