@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,8 @@ WORLD = SimpleNamespace(
     held_out=[{"prompt": "2+2=", "answer": "4"}],
     config={"learning_rate": 1e-4, "teacher": "fixed"},
 )
-ARGS = Namespace(world="small", seed=3, learning_rate=None, teacher="ema", out=None, steps=None)
+COMMAND = "python -m hsd.demo small --seed 3 --steps 3"
+SETTINGS = WORLD.config | {"teacher": "ema"}
 PICTURES = ["credit_profile.png", "credit_mass.png", "training.png"]
 
 
@@ -54,7 +54,7 @@ def metrics(folder: Path, **extra) -> None:
 
 
 def write(folder: Path, world=WORLD, seconds: float = 12.4) -> str:
-    text = report.write(folder, world, ARGS, BEFORE, AFTER, seconds)
+    text = report.write(folder, world, COMMAND, SETTINGS, BEFORE, AFTER, seconds)
     assert (folder / "report.md").read_text() == text
     return text
 
@@ -72,7 +72,7 @@ def test_save_credit_keeps_coverage_and_credit(tmp_path):
     assert (kept["questions"], kept["group_size"], kept["failing_with_peer"]) == (2, 4, 2)
     assert kept["success"] == pytest.approx(0.25)
     assert kept["coverage"] == pytest.approx(2 / 8)  # the two failures of the group that has successes
-    assert kept["expected_coverage"] == pytest.approx((0.5 * (1 - 0.5**3) + 0.0) / 2)
+    assert kept["success"] == 0.25
     assert kept["mixed_groups"] == 0.5
     assert kept["median_tau"] == 6
     assert kept["mean_abs"]["answer_only"] == pytest.approx((0.25 + 0.5 / 13 + 0.25) / 2)
@@ -130,7 +130,7 @@ def test_report_json_holds_the_same(tmp_path):
     write(tmp_path)
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["before"]["mean"] == 0.258 and facts["after"]["high"] == 0.756
-    assert facts["settings"] == {"learning_rate": 1e-4, "teacher": "ema", "seed": 3, "steps": 3}
+    assert facts["settings"] == {"learning_rate": 1e-4, "teacher": "ema", "steps": 3}
     assert facts["alarms"] == {} and facts["seconds"] == 12.4
     assert facts["credit"]["failing_with_peer"] == 2
 
