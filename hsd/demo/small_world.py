@@ -129,7 +129,7 @@ def warm_start(
     tokenizer: PreTrainedTokenizerFast,
     *,
     seed: int,
-    steps: int = 1800,
+    steps: int = 2600,
     batch_size: int = 16,
     learning_rate: float = 4e-3,
     progress: Callable[[int, float], None] | None = None,
