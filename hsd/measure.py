@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hsd.body import split_model
-from hsd.context import ContextTemplate, build_context, check_alignment, tokenize_prompt
+from hsd.context import ContextTemplate, build_context, tokenize_prompt
 from hsd.credit import credit, credit_mass, credit_profile, divergence_position
 from hsd.groups import Group
 from hsd.loss import read_rollouts
@@ -89,8 +89,6 @@ def measure_credit(
             ]
             teacher, _ = _log_probs(model, tokenizer, prompts, rollouts)
             columns[name] += credit(teacher, student)
-            for mine, theirs, rollout in zip(plain, prompts, rollouts, strict=True):
-                check_alignment([*mine, *rollout], [*theirs, *rollout], rollout)
         columns["mask"] += mask
     model.train(was_training)
     tau = [divergence_position(g.rollouts[i].token_ids, g.rollouts[peer].token_ids) for g, i, peer in found]

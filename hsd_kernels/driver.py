@@ -20,7 +20,7 @@ from torch import Tensor
 from hsd_kernels.divergence import RowSpec, RowStats
 
 # Bytes of the logits workspace. 1 GiB holds 883 fp32 row pairs at V = 151,936, tall enough that dW's read-modify-write
-# stays small beside the GEMMs; on a CPU chunks of 256 rows are already at full speed.
+# stays small beside the GEMMs. Neither size has been tuned by measurement yet.
 CHUNK_BYTES = {"cuda": 1 << 30}
 DEFAULT_CHUNK_BYTES = 256 << 20
 # Vocabulary rows upcast at a time where a GEMM of half-precision operands cannot accumulate into fp32 (CPU).
@@ -184,9 +184,9 @@ def _hook_weights(token_weight_fn: TokenWeightFn, stats: RowStats) -> Tensor:
     return w.detach().to(stats.kl)
 
 
-# The GEMMs. On CUDA, operands stay in the input dtype and cuBLAS accumulates into fp32. A CPU GEMM of half-precision
-# operands rounds its output to them, ten times the error in dH (benchmarks/results/kernel_cpu.md), so there the
-# operands are upcast, UPCAST_ROWS of the vocabulary at a time.
+# The GEMMs. On CUDA, operands stay in the input dtype and cuBLAS accumulates into fp32. A CPU GEMM of bf16 operands
+# rounds its output to bf16: a relative L1 error in dH of 1.9e-2 against fp64, 1.8e-3 with the operands upcast (error
+# columns of benchmarks/bench_kernel.py). So they are upcast, UPCAST_ROWS of the vocabulary at a time.
 
 
 def _project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:

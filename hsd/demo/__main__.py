@@ -131,6 +131,9 @@ def make_trainer(world: worlds.World, args: argparse.Namespace) -> HSDTrainer:
         dataloader_pin_memory=False,
         **settings(world, args),
     )
+    needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
+    if len(world.train) < needed:
+        raise ValueError(f"questions: expected at least {needed}, one step's worth, got {len(world.train)}")
     trainer = HSDTrainer(
         model=world.model,
         reward_funcs=world.reward,

@@ -122,7 +122,11 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[dict[str,
         if not {"question", "answer"} <= row.keys():
             raise ValueError(f"{path}, line {number}: expected fields 'question' and 'answer', got {sorted(row)}")
         prompt = [{"role": "user", "content": row["question"]}]
-        questions.append({"prompt": prompt, "answer": final_answer(str(row["answer"]))})
+        try:
+            answer = final_answer(str(row["answer"]))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        questions.append({"prompt": prompt, "answer": answer})
     if not questions:
         raise ValueError(f"{path}: expected at least one question, got an empty file")
     return questions
