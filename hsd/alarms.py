@@ -22,7 +22,9 @@ def alarms(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     if best is not None and success is not None and best > 0.05 and success < 0.5 * best:
         found["success"] = f"success fell from {best:.3f} at best to {success:.3f}"
     first, entropy = _first(history, "hsd/student_entropy"), _last(history, "hsd/student_entropy")
-    if first and entropy is not None and entropy < 0.1 * first:
+    start = _first(history, "hsd/success_rate")
+    learned = start is not None and success is not None and success > start  # a model that has learned is sure, too
+    if first and entropy is not None and entropy < 0.1 * first and not learned:
         found["entropy"] = f"entropy of the student collapsed from {first:.3f} to {entropy:.4f} nats a token"
     if first and entropy is not None and entropy > 3.0 * first:
         found["entropy"] = f"entropy of the student grew from {first:.3f} to {entropy:.3f} nats a token"

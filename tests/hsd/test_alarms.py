@@ -81,3 +81,11 @@ def test_steps_without_a_value_are_passed_over(missing):
     assert alarms([{**row, SUCCESS: missing} if i % 3 else row for i, row in enumerate(HEALTHY)]) == {}
     fallen = history(success=[missing] * 5 + [0.5] * 10 + [missing, 0.0, 0.0, missing, 0.0])
     assert alarms(fallen).keys() == {"success"}
+
+
+def test_a_model_that_has_learned_may_be_sure():
+    """Seed 0 of the small world ends at success 0.996 with a tenth of its entropy: no collapse."""
+    learned = [{"hsd/success_rate": 0.4 + 0.6 * t / 49, "hsd/student_entropy": 0.06 * 0.94**t} for t in range(50)]
+    assert alarms(learned) == {}
+    lost = [row | {"hsd/success_rate": 0.4 - 0.15 * t / 49} for t, row in enumerate(learned)]
+    assert set(alarms(lost)) == {"entropy"}
