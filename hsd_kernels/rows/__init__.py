@@ -6,7 +6,7 @@ Each backend module has the same two functions, over raw head outputs ``x_studen
     gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out) -> None
 
 ``gradient_`` writes ``weights[:, None] * d kl / d x_student`` to ``out`` (C, V), which may be a view of the memory of
-``x_student`` in the same or a narrower dtype: its contents are no longer needed afterwards.
+``x_student`` or of ``x_teacher`` in the same or a narrower dtype: its contents are no longer needed afterwards.
 """
 
 from __future__ import annotations

@@ -80,6 +80,26 @@ def gradient_(
         out[at] = dz
 
 
+def summand_sums(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+) -> Tensor:
+    """(3, C): sums of f, g and ps over these columns, given the normalisers of the whole rows."""
+    sums = x_student.new_empty(3, x_student.shape[0])
+    for at in _blocks(x_student):
+        ls = _logits(_scaled(x_student[at], bias, spec), spec) - student_lse[at].unsqueeze(-1)
+        lt = _logits(_scaled(x_teacher[at], teacher_bias, spec), spec) - teacher_lse[at].unsqueeze(-1)
+        ps = ls.exp()
+        f, g = _summands(spec, ls, lt, ps, lt.exp())
+        sums[:, at] = torch.stack([f.sum(-1), g.sum(-1), ps.sum(-1)])
+    return sums
+
+
 def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor, Tensor]:
     """(f, g) of the table in `divergence`."""
     if spec.divergence == "forward_kl":
@@ -97,6 +117,8 @@ def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> 
         f = g + spec.beta * _times(pt, t_minus_m)
         clipped_g = torch.zeros_like(ps)
     if spec.kl_clip is not None:
+        if spec.kl_clip_form == "nonnegative" and spec.divergence != "jsd":
+            f, clipped_g = f + (ps - pt if spec.divergence == "forward_kl" else pt - ps), torch.zeros_like(ps)
         g = torch.where(f <= spec.kl_clip, g, clipped_g)
         f = f.clamp_max(spec.kl_clip)
     return f, g

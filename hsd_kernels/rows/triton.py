@@ -84,7 +84,8 @@ def gradient_(
     if out.untyped_storage().data_ptr() == x_student.untyped_storage().data_ptr():
         # What gradient_kernel relies on when it stores over logits that it has read.
         row_bytes = [t.stride(0) * t.element_size() for t in (out, x_student)]
-        assert out.data_ptr() == x_student.data_ptr() and (n == 1 or row_bytes[0] == row_bytes[1])
+        assert out.data_ptr() in (x_student.data_ptr(), x_teacher.data_ptr())
+        assert n == 1 or row_bytes[0] == row_bytes[1]
         assert out.element_size() <= x_student.element_size()
     config = configs.row_config("gradient", _capability(x_student.device))
     in_scale, kappa = _scales(spec)
@@ -134,6 +135,7 @@ def _flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> d
         "HAS_TEACHER_BIAS": teacher_bias is not None,
         "HAS_SOFTCAP": spec.softcap is not None,
         "HAS_CLIP": spec.kl_clip is not None,
+        "NONNEGATIVE": spec.kl_clip is not None and spec.kl_clip_form == "nonnegative",
     }
 
 
@@ -180,6 +182,7 @@ def statistics_kernel(
     HAS_TARGET: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -258,7 +261,7 @@ def statistics_kernel(
             ls = tl.fma(y_s, kappa, -lse_s)
             lt = tl.fma(y_t, kappa, -lse_t)
             ps = tl.exp(ls)
-            f, g = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP)
+            f, g = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
             f_sum += tl.sum(f, 0)
             g_sum += tl.sum(g, 0)
             p_sum += tl.sum(ps, 0)
@@ -292,7 +295,7 @@ def gradient_kernel(
     lse_t_ptr,  # (C,)
     grad_sum_ptr,  # (C,)
     weights_ptr,  # (C,)
-    out_ptr,  # (C, V), may lie over xs
+    out_ptr,  # (C, V), may lie over xs or xt
     V,
     stride_xs,
     stride_xt,
@@ -307,6 +310,7 @@ def gradient_kernel(
     HAS_TEACHER_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -327,7 +331,7 @@ def gradient_kernel(
         ls = tl.fma(y_s, kappa, -lse_s)
         lt = tl.fma(y_t, kappa, -lse_t)
         ps = tl.exp(ls)
-        _, dz = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP)
+        _, dz = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
         if HAS_CLIP or DIVERGENCE != FORWARD_KL:
             dz -= ps * tl.load(grad_sum_ptr + row)
         dz *= scale
@@ -366,7 +370,9 @@ def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE: tl.const
 
 
 @triton.jit
-def _summands(ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr):
+def _summands(
+    ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr, NONNEGATIVE: tl.constexpr
+):
     """(f, g) of the table in `divergence`."""
     if DIVERGENCE == FORWARD_KL:
         f = _times(pt, lt - ls)
@@ -382,6 +388,12 @@ def _summands(ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl
         g = (1.0 - beta) * _times(ps, tl.minimum(-d, 0.0) - mixed)
         f = g + beta * _times(pt, tl.minimum(d, 0.0) - mixed)
         clipped_g = tl.zeros_like(ps)
+    if NONNEGATIVE:
+        clipped_g = tl.zeros_like(ps)
+        if DIVERGENCE == FORWARD_KL:
+            f += ps - pt
+        elif DIVERGENCE == REVERSE_KL:
+            f += pt - ps
     if HAS_CLIP:
         clipped = f > clip
         f = tl.where(clipped, clip, f)

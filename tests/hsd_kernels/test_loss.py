@@ -12,7 +12,7 @@ from hsd_kernels.testing import assert_within_budget
 
 T, D, V = 12, 16, 61
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-RELATIVE_L1 = {torch.float64: 1e-13, torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 3e-3}
+RELATIVE_L1 = {torch.float64: 1e-13, torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 TRAINED = ("student_hidden", "lm_head_weight", "bias")
 
 OPTIONS = {
@@ -231,7 +231,7 @@ def test_leading_dimensions_are_only_a_view():
     shaped = {k: v.view(3, 4, -1) if k.endswith("hidden") else v for k, v in case.tensors.items()}
     options = {"token_weights": case.options["token_weights"].view(3, 4), "target_ids": ids.view(3, 4)}
     for a, b in zip(flat, fused_hsd_kl(**shaped, **options, reduction="none", return_stats=True), strict=True):
-        assert torch.equal(a.view(3, 4), b)
+        assert a is b is None or torch.equal(a.view(3, 4), b)
 
 
 def test_divergences_are_what_their_names_say():
