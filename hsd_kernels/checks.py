@@ -87,6 +87,7 @@ def check_options(
     **numeric: Any,
 ) -> None:
     """``numeric``: the options that are numbers, those of OPTIONAL_NUMBERS possibly None."""
+    # Comparisons, not math.isfinite: under torch.compile(dynamic=True) a number may be symbolic.
     for name, value in numeric.items():
         optional = name in OPTIONAL_NUMBERS
         kind = numbers.Integral if name == "chunk_bytes" else numbers.Real
@@ -105,12 +106,12 @@ def check_options(
         raise ValueError(f"beta: expected a number in [0, 1], got {numeric['beta']}")
     for name in ("temperature", *OPTIONAL_NUMBERS):
         value = numeric[name]
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if value is not None and not (0.0 < value < math.inf):
             raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-    if not math.isfinite(numeric["logit_scale"]):
+    if not (-math.inf < numeric["logit_scale"] < math.inf):
         raise ValueError(f"logit_scale: expected a finite number, got {numeric['logit_scale']}")
     coef = numeric["reference_coef"]
-    if not (coef >= 0 and math.isfinite(coef)):
+    if not (0.0 <= coef < math.inf):
         raise ValueError(f"reference_coef: expected a finite number >= 0, got {coef}")
     if filter_eps is not None and filter_eps != "auto":
         if isinstance(filter_eps, bool) or not isinstance(filter_eps, numbers.Real):

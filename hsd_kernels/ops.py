@@ -53,6 +53,8 @@ def lend_hook(hook: TokenWeightFn | None) -> Iterator[int]:
     if hook is None:
         yield 0
         return
+    if torch.compiler.is_compiling():
+        raise RuntimeError("token_weight_fn: expected None under torch.compile, got a function; leave this call out")
     number = max(_hooks, default=0) + 1
     _hooks[number] = hook
     try:

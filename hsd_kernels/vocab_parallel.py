@@ -38,6 +38,8 @@ class Shards:
             if len(set(values)) > 1:
                 what = "hidden sizes" if name == "lm_head_weight" else "numbers of tokens of nonzero weight"
                 raise ValueError(f"{name}: expected equal {what} on every rank of process_group, got {values}")
+        if not min(sizes):
+            raise ValueError(f"lm_head_weight: expected rows on every rank of process_group, got {sizes}")
         rank = dist.get_rank(group)
         return Shards(group, sum(sizes[:rank]), sum(sizes), max(sizes))
 
@@ -81,12 +83,11 @@ def merge_parts(parts: Tensor, spec: RowSpec) -> list[Tensor]:
 
     rounded_s, rounded_t = whole_s.to(lse_s), whole_t.to(lse_t)
     if spec.divergence == "reverse_kl":
-        total = _times(pi_s, kl + log_s - log_t).sum(0)
+        total = _chain(kl, pi_s, log_s, log_t)
         # As in the rows: G belongs to the rounded normalisers that the gradient will use.
         merged_grad_sum = total + (whole_s - rounded_s) - (whole_t - rounded_t)
     else:
-        # A student without mass in a part where the teacher has some: infinite, whatever the part's own KL says.
-        total = _times(pi_t, torch.where(log_s == -torch.inf, torch.inf, kl + log_t - log_s)).sum(0)
+        total = _chain(kl, pi_t, log_t, log_s)
         merged_grad_sum = torch.zeros_like(total)
     found = [
         total.clamp_min(0.0),
@@ -106,6 +107,11 @@ def gather(t: Tensor, group: Any) -> Tensor:
     parts = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, t.contiguous(), group=group)
     return torch.stack(parts)
+
+
+def _chain(kl: Tensor, pi_p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Infinite where q has no mass in a part in which p has some, whatever that part's own KL says."""
+    return _times(pi_p, torch.where(log_q == -torch.inf, torch.inf, kl + log_p - log_q)).sum(0)
 
 
 def _of_owner(logps: Tensor) -> Tensor:
