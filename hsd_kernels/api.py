@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hsd_kernels.checks import check_options, check_per_token, check_tensors
+from hsd_kernels.checks import check_logits_dtype, check_options, check_per_token, check_tensors
 from hsd_kernels.driver import STATS, TokenWeightFn
 from hsd_kernels.ops import lend_hook
 
@@ -53,6 +53,7 @@ def fused_hsd_kl(
     num_items: float | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     filter_eps: float | str | None = None,
     chunk_bytes: int | None = None,
     impl: str = "auto",
@@ -99,6 +100,10 @@ def fused_hsd_kl(
             flows through it. Not available under ``torch.compile(fullgraph=True)``.
         reduction: "mean" over the tokens of nonzero ``token_weights`` (or ``num_items``), "sum", or "none".
         num_items: replaces the count that "mean" divides by, for gradient accumulation.
+        logits_dtype: None keeps the logits of a chunk in fp32. torch.bfloat16, for bf16 inputs, one head and no
+            reference, stores the teacher's logits and the difference to the student's (the head is linear) in bf16:
+            half the traffic, and on a CPU a faster GEMM, for an error in the gradient of a few percent
+            (benchmarks/README.md has it by KL quartile).
         filter_eps: leaves columns of the logit gradient out of the two backward GEMMs, per chunk: with a number those
             where no entry exceeds ``filter_eps`` times the largest token weight; with "auto" the lightest ones, as
             long as their share of the L1 mass is at most what rounding to the input dtype loses (0.14 % for bf16).
@@ -147,6 +152,7 @@ def fused_hsd_kl(
         expected = "a tensor with reference_coef > 0, None without"
         got = "None" if reference_hidden is None else "a tensor"
         raise ValueError(f"reference_hidden: expected {expected}, got {got} and reference_coef={reference_coef}")
+    check_logits_dtype(logits_dtype, given)
     if token_weight_fn is not None and not callable(token_weight_fn):
         raise TypeError(f"token_weight_fn: expected a callable or None, got {type(token_weight_fn).__name__}")
     student = given["student_hidden"]
@@ -168,6 +174,7 @@ def fused_hsd_kl(
             kl_clip_form,
             float(logit_scale),
             None if softcap is None else float(softcap),
+            logits_dtype == torch.bfloat16,
             float(reference_coef),
             None if filter_eps is None else str(filter_eps),
             None if chunk_bytes is None else int(chunk_bytes),

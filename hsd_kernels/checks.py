@@ -120,6 +120,19 @@ def check_options(
             raise ValueError(f"filter_eps: expected a finite number > 0, got {filter_eps}")
 
 
+def check_logits_dtype(logits_dtype: Any, given: dict[str, Any]) -> None:
+    student = given["student_hidden"]
+    if logits_dtype is None or logits_dtype == (torch.float64 if student.dtype == torch.float64 else torch.float32):
+        return
+    if logits_dtype != torch.bfloat16:
+        raise ValueError(f"logits_dtype: expected None, torch.float32 or torch.bfloat16, got {logits_dtype}")
+    if student.dtype != torch.bfloat16:
+        raise ValueError(f"logits_dtype: expected torch.bfloat16 for bf16 inputs only, got it for {student.dtype}")
+    for name in ("teacher_weight", "reference_hidden"):
+        if given[name] is not None:
+            raise ValueError(f"{name}: expected None with logits_dtype=torch.bfloat16, got a tensor")
+
+
 def check_per_token(name: str, t: Tensor | None, like: Tensor) -> None:
     if t is None:
         return

@@ -47,6 +47,7 @@ class RowSpec:
     kl_clip_form: str = "opsd"
     logit_scale: float = 1.0
     softcap: float | None = None
+    linear: bool = False  # the student's block of logits holds x_student - x_teacher, by linearity of the head
 
     @staticmethod
     def resolve(divergence: str, beta: float, **rest) -> RowSpec:

@@ -65,6 +65,10 @@ class Problem:
     def wide(self) -> torch.dtype:
         return torch.float64 if self.student_hidden.dtype == torch.float64 else torch.float32
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.teacher.spec.linear else self.wide
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -122,12 +126,13 @@ def _run(
     sides = [Side(p.student_hidden, p.head, p.teacher.spec), p.teacher, *([p.reference] if p.reference else [])]
     vocab = p.head.weight.shape[0]
     chunk = _chunk_rows(p, len(sides), rows.numel())
-    workspace = p.student_hidden.new_empty((len(sides) * chunk, vocab), dtype=p.wide)
+    workspace = p.student_hidden.new_empty((len(sides) * chunk, vocab), dtype=p.logits_dtype)
     for start in range(0, rows.numel(), chunk):
         at = rows[start : start + chunk]
         w = weights[start : start + chunk].to(p.wide)
         hidden = [side.hidden[at] for side in sides]
-        x = _logits(sides, hidden, workspace)
+        student = hidden[0] - hidden[1] if p.teacher.spec.linear else hidden[0]
+        x = _logits(sides, [student, *hidden[1:]], workspace)
 
         stats, silent = _statistics(p, p.teacher, x[0], x[1], hidden[0], hidden[1], at)
         out.stats[: len(stats) - 1, at] = _stacked(stats)
@@ -258,7 +263,7 @@ def _empty_result(p: Problem, wanted: Wanted) -> Result:
 def _chunk_rows(p: Problem, sides: int, rows: int) -> int:
     vocab = p.head.weight.shape[0] if p.shards is None else p.shards.largest  # ranks must take the same chunks
     budget = p.chunk_bytes or CHUNK_BYTES.get(p.student_hidden.device.type, DEFAULT_CHUNK_BYTES)
-    return min(rows, max(1, budget // (sides * vocab * p.wide.itemsize)))
+    return min(rows, max(1, budget // (sides * vocab * p.logits_dtype.itemsize)))
 
 
 def _stacked(stats: RowStats) -> Tensor:

@@ -25,7 +25,7 @@ from hsd_kernels.vocab_parallel import Shards
 _hooks: dict[int, TokenWeightFn] = {}
 _OPTIONS = (
     "str divergence, float beta, float temperature, float? kl_clip, str kl_clip_form, float logit_scale, "
-    "float? softcap, float reference_coef, str? filter_eps, int? chunk_bytes, str impl, str? group_name"
+    "float? softcap, bool linear, float reference_coef, str? filter_eps, int? chunk_bytes, str impl, str? group_name"
 )
 _TENSORS = (
     "Tensor student_hidden, Tensor teacher_hidden, Tensor? reference_hidden, Tensor weight, Tensor? bias, "
@@ -190,12 +190,12 @@ def _reruns(reduction: str, wanted: list[bool]) -> bool:
 
 def _problem(tensors: Any, options: Any, target_ids: Tensor | None, live: int) -> Problem:
     student, teacher, reference, weight, bias, teacher_weight, teacher_bias, ref_weight, ref_bias = tensors
-    divergence, beta, temperature, kl_clip, kl_clip_form, logit_scale, softcap, *rest = options
+    divergence, beta, temperature, kl_clip, kl_clip_form, logit_scale, softcap, linear, *rest = options
     reference_coef, filter_eps, chunk_bytes, impl, group = rest
     head = Head(weight, bias)
     form = {"logit_scale": logit_scale, "softcap": softcap}
     clip = {"kl_clip": kl_clip, "kl_clip_form": kl_clip_form}
-    spec = RowSpec.resolve(divergence, beta, temperature=temperature, **clip, **form)
+    spec = RowSpec.resolve(divergence, beta, temperature=temperature, linear=linear, **clip, **form)
     teacher_head = head if teacher_weight is None else _head(teacher_weight, teacher_bias, head)
     ref_head = head if ref_weight is None else _head(ref_weight, ref_bias, head, teacher_head)
     shards = None

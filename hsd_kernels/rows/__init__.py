@@ -1,6 +1,7 @@
 """Row backends: one pass for the statistics of a chunk of logits, one that turns the logits into their gradient.
 
-Each backend module has the same two functions, over raw head outputs ``x_student, x_teacher`` of shape (C, V):
+Each backend module has the same two functions, over raw head outputs ``x_student, x_teacher`` of shape (C, V)
+(``x_student - x_teacher`` in place of the first if ``spec.linear``):
 
     statistics(x_student, x_teacher, spec, bias, teacher_bias, target_ids, rows) -> RowStats
     gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out) -> None

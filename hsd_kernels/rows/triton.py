@@ -1,6 +1,6 @@
 """Row backend in Triton: fp32, bf16 or fp16 logits, fp32 arithmetic. Mathematics: `hsd_kernels.divergence`.
 
-One program per row. A logit is read as ``y`` with ``z = kappa * y`` (`_read`, `_scales`): ``y`` minus its
+One program per row. A logit is read as ``y`` with ``z = kappa * y`` (`_formed`, `_scales`): ``y`` minus its
 maximum is exact for large probabilities, and the temperature multiplies that difference, not a large logit.
 """
 
@@ -135,6 +135,7 @@ def _flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> d
         "HAS_TEACHER_BIAS": teacher_bias is not None,
         "HAS_SOFTCAP": spec.softcap is not None,
         "HAS_CLIP": spec.kl_clip is not None,
+        "LINEAR": spec.linear,
         "NONNEGATIVE": spec.kl_clip is not None and spec.kl_clip_form == "nonnegative",
     }
 
@@ -183,6 +184,7 @@ def statistics_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
+    LINEAR: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -204,7 +206,7 @@ def statistics_kernel(
     a_t = tl.zeros([LANES], tl.float32)
     d = tl.zeros([LANES], tl.float32)  # sum of e_p ((y_p - m_p) - (y_q - m_q)) for KL(p || q)
     for start in range(0, V, BLOCK_V):
-        y_s = _read(xs_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
         y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
         top_s = tl.maximum(m_s, tl.max(y_s, 0))
         top_t = tl.maximum(m_t, tl.max(y_t, 0))
@@ -256,7 +258,7 @@ def statistics_kernel(
         g_sum = tl.zeros([LANES], tl.float32)
         p_sum = tl.zeros([LANES], tl.float32)
         for start in range(0, V, BLOCK_V):
-            y_s = _read(xs_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+            y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
             y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
             ls = tl.fma(y_s, kappa, -lse_s)
             lt = tl.fma(y_t, kappa, -lse_t)
@@ -274,7 +276,7 @@ def statistics_kernel(
     tl.store(out_ptr, kl)
     if HAS_TARGET:
         target = tl.load(target_ptr + row).to(tl.int64)
-        y_s = _read(xs_ptr, bias_ptr, target, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, target, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
         y_t = _read(xt_ptr, teacher_bias_ptr, target, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
         tl.store(out_ptr + 1 * stride_out, kappa * (y_s - top_s) - log_s)
         tl.store(out_ptr + 2 * stride_out, kappa * (y_t - top_t) - log_t)
@@ -311,6 +313,7 @@ def gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
+    LINEAR: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -322,7 +325,7 @@ def gradient_kernel(
     scale = tl.load(weights_ptr + row).to(tl.float32) * chain
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        y_s = _read(xs_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
         y_t = _read(xt_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
         # bf16 out over fp32 logits, B = BLOCK_V: block k is read at bytes [4 B k, 4 B (k + 1)) of the row and
         # written at [2 B k, 2 B (k + 1)), which lies in blocks 0 to k. In ascending order, and with every
@@ -343,14 +346,41 @@ def gradient_kernel(
 @triton.jit
 def _read(x_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """y of the columns, -inf beyond V: a probability of zero on both sides, which no sum sees."""
-    inside = cols < V
-    y = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    return _formed(_load(x_ptr, cols, V), bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def _read_student(
+    xs_ptr,
+    xt_ptr,
+    bias_ptr,
+    cols,
+    V,
+    in_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
+    """As `_read`, also where the student's block holds the difference to the teacher's."""
+    x = _load(xs_ptr, cols, V)
+    if LINEAR:
+        x += _load(xt_ptr, cols, V)
+    return _formed(x, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def _load(x_ptr, cols, V):
+    return tl.load(x_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _formed(x, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    y *= in_scale
+        x += _load(bias_ptr, cols, V)
+    y = x * in_scale
     if HAS_SOFTCAP:
         y = _tanh(y)
-    return tl.where(inside, y, -float("inf"))
+    return tl.where(cols < V, y, -float("inf"))
 
 
 @triton.jit

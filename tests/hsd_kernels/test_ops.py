@@ -32,14 +32,14 @@ def test_opcheck_forward(dtype, reduction, wanted):
     if not wanted[1]:
         weight, bias = weight.detach(), bias.detach()
     args = (student, teacher, reference, weight, bias, None, None, None, None, torch.arange(T), draw(T).abs())
-    options = ("jsd", 0.3, 0.7, 0.5, "opsd", 1.0, None, 0.2, None, None, "torch", None)
+    options = ("jsd", 0.3, 0.7, 0.5, "opsd", 1.0, None, False, 0.2, None, None, "torch", None)
     torch.library.opcheck(torch.ops.hsd_kernels.fused_hsd_kl.default, (*args, *options, reduction, None, 0, wanted))
 
 
 def test_opcheck_backward():
     student, teacher, reference, weight, bias = (t.detach() for t in operands())
     args = (student, teacher, reference, weight, bias, None, None, None, None, draw(T), draw(2, T).abs())
-    options = ("forward_kl", 0.5, 1.0, None, "opsd", 1.0, None, 0.2, None, None, "torch", None)
+    options = ("forward_kl", 0.5, 1.0, None, "opsd", 1.0, None, False, 0.2, None, None, "torch", None)
     op = torch.ops.hsd_kernels.fused_hsd_kl_backward.default
     torch.library.opcheck(op, (*args, *options, [True, True, True]))
 
