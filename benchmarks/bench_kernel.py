@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import workloads
 from contenders import CONTENDERS, bare_gemms, contenders, step
-from timing import environment, header, in_own_process, peak_bytes, save, time_it
+from timing import environment, header, in_processes, peak_bytes, run_jobs, save, time_it
 
 GATE_SHAPE = (96, 64, 1000)
 GATE = {"float32": 1e-4, "bfloat16": 0.2}  # is it the same function at all? The error columns say how well.
@@ -111,20 +111,24 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(json.loads(args.child))))
+        run_jobs(json.loads(args.child), child)
         return
     facts = environment(args.device) | {"workload": Path(args.workload).stem}
     print(header(facts))
+    shapes = [[int(x) for x in text.split(",")] for text in args.shapes]
     rows = []
-    for shape in ([int(x) for x in text.split(",")] for text in args.shapes):
-        for dtype in args.dtypes:
-            for name, reason in {FLOOR: None, **contenders(args.device, dtype)}.items():
-                if args.only and name != FLOOR and not any(part in name for part in args.only):
-                    continue
-                job = {"contender": name, "shape": shape, "dtype": dtype, "device": args.device}
-                job |= {"workload": args.workload, "repeats": args.repeats}
-                rows.append(job | {"failed": reason} if reason else in_own_process(__file__, job))
-                print(f"  {dtype} {name}: {rows[-1].get('failed') or round(rows[-1]['median'], 4)}", file=sys.stderr)
+    for dtype in args.dtypes:
+        for name, reason in {FLOOR: None, **contenders(args.device, dtype)}.items():
+            if args.only and name != FLOOR and not any(part in name for part in args.only):
+                continue
+            job = {"contender": name, "dtype": dtype, "device": args.device}
+            job |= {"workload": args.workload, "repeats": args.repeats}
+            jobs = [job | {"shape": shape} for shape in shapes]
+            rows += [j | {"failed": reason} for j in jobs] if reason else in_processes(__file__, jobs)
+            for row in rows[-len(jobs) :]:
+                found = row.get("failed") or round(row["median"], 4)
+                print(f"  {dtype} {name} {row['shape']}: {found}", file=sys.stderr)
+    rows.sort(key=lambda r: (shapes.index(r["shape"]), args.dtypes.index(r["dtype"])))
     print(table(rows))
     if args.json:
         save(args.json, facts, rows, table(rows))

@@ -37,17 +37,37 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def in_own_process(script: str, job: dict[str, Any], timeout: float = 1800.0) -> dict[str, Any]:
-    """``job`` plus what ``script --child JOB`` prints as its last line, or plus "failed" and why."""
-    command = [sys.executable, script, "--child", json.dumps(job)]
+def in_own_process(script: str, jobs: list[dict[str, Any]], timeout: float = 1800.0) -> list[dict[str, Any]]:
+    """Each job plus what ``script --child JOBS`` prints for it, one JSON line a job, or plus "failed" and why."""
+    command = [sys.executable, script, "--child", json.dumps(jobs)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return job | {"failed": f"took longer than {timeout:.0f} s"}
-    if done.returncode == 0:
-        return job | json.loads(done.stdout.splitlines()[-1])
-    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    return job | {"failed": lines[-1]}
+        out, errors, status = done.stdout, done.stderr, f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired as stopped:
+        out, errors, status = (stopped.stdout or b"").decode(), "", f"took longer than {timeout:.0f} s"
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    why = (errors.strip().splitlines() or [status])[-1]
+    return [job | row for job, row in zip(jobs, found + [{"failed": why}] * (len(jobs) - len(found)), strict=True)]
+
+
+def run_jobs(jobs: list[dict[str, Any]], run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The child's side of `in_own_process`. A job that fails does not stop the next."""
+    for job in jobs:
+        if job["device"] == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            row = run(job)
+        except Exception as error:
+            row = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print(json.dumps(row), flush=True)
+
+
+def in_processes(script: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One process for all jobs on CUDA, whose allocator tells their peaks apart, and one for each on a CPU."""
+    if jobs[0]["device"] == "cuda":
+        return in_own_process(script, jobs)
+    return [in_own_process(script, [job])[0] for job in jobs]
 
 
 def environment(device: str) -> dict[str, Any]:
