@@ -20,17 +20,23 @@ HSD_INLINE Power power(F x) {
     // ln 2 in two parts, the first of 9 bits: n times it is exact also without FMA.
     const F r = fast_fma(n, all(2.12194440e-4f), fast_fma(n, all(-0.693359375f), x));
     // Weighted least-squares fit of (expm1(r) - r) / r^2: exp(r) to 4.4e-9 on [-ln 2 / 2, ln 2 / 2].
-    F q = fast_fma(r, all(0.00138144672f), all(0.00836878084f));
-    q = fast_fma(q, r, all(0.0416683927f));
-    q = fast_fma(q, r, all(0.166665196f));
-    q = fast_fma(q, r, all(0.49999994f));
-    return {fast_fma(q, r * r, r), shifted_left_23(shifted)};
+    const F r2 = r * r;
+    F q = fast_fma(r, all(0.00836878084f), all(0.0416683927f));
+    q = fast_fma(r2, all(0.00138144672f), q);
+    q = fast_fma(r2, q, fast_fma(r, all(0.166665196f), all(0.49999994f)));
+    return {fast_fma(r2, q, r), shifted_left_23(shifted)};
 }
 
 // exp(x) for x <= 88, 0 for x < -87.3365: results below 2^-126 would cost a trap into microcode in every product.
-HSD_INLINE F exp(F x) {
+HSD_INLINE F exp(F x, M* not_zero) {
     const Power e = power(x);
-    return keep(not_less(x, all(-87.3365f)), fast_fma(e.p_minus_1, e.two_n, e.two_n));
+    *not_zero = not_less(x, all(-87.3365f));
+    return keep(*not_zero, fast_fma(e.p_minus_1, e.two_n, e.two_n));
+}
+
+HSD_INLINE F exp(F x) {
+    M not_zero;
+    return exp(x, &not_zero);
 }
 
 // exp(x) - 1 for x <= 88.

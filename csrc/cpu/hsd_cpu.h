@@ -8,13 +8,12 @@
 
 extern "C" {
 
-// The logits of one side: (rows, vocab), fp32 or bf16, rows `stride` elements apart.
+// The logits of one side: (rows, vocab), rows `stride` elements apart.
 struct hsd_side {
     const void* x;
     const void* bias;  // (vocab,), contiguous, or null
     int64_t stride;
-    int32_t x_is_bf16;
-    int32_t bias_is_bf16;
+    int64_t bias_is_bf16;
 };
 
 // A row pass: z = kappa * y with y = in_scale * (x + bias), or its tanh under a softcap.
@@ -23,6 +22,7 @@ struct hsd_rows {
     hsd_side teacher;
     int64_t rows;
     int64_t vocab;
+    int32_t is_bf16;     // the logits of both sides, fp32 else
     int32_t divergence;  // index in hsd_kernels.divergence.DIVERGENCES
     int32_t has_softcap;
     int32_t has_clip;

@@ -13,8 +13,10 @@ namespace {
 
 enum Divergence { FORWARD_KL, REVERSE_KL, JSD };
 
-// 16 KiB a side. Of 512 to 8192 columns, 2048 and 4096 were the fastest, by a few percent.
 constexpr int64_t BLOCK = 2048;
+// Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page:
+// forward KL of (256, 151936) fp32 on one core, statistics 0.155 -> 0.104, gradient 0.130 -> 0.094, narrow 0.178 ->
+// 0.095 s per 1024 rows, which is what a plain sum and an in-place addition over the same memory take.
 constexpr float INF = __builtin_inff();
 // Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
 constexpr float LOWEST = -3.0e38f;
@@ -54,27 +56,28 @@ static void read_as(const X* x, const B* bias, int64_t n, const hsd_rows& p, flo
     }
 }
 
+template <class X>
+static void read_of(const X* x, const hsd_side& side, int64_t start, int64_t n, const hsd_rows& p, float* y) {
+    if (!side.bias) {
+        read_as<X, float>(x, nullptr, n, p, y);
+    } else if (side.bias_is_bf16) {
+        read_as(x, (const bf16*)side.bias + start, n, p, y);
+    } else {
+        read_as(x, (const float*)side.bias + start, n, p, y);
+    }
+}
+
 // y of the columns [start, start + n), -inf behind them up to a multiple of LANES: the logits themselves where that
 // is what y is, `buffer` else.
 static const float* read(const hsd_rows& p, const hsd_side& side, int64_t row, int64_t start, int64_t n, float* buffer) {
     const int64_t at = row * side.stride + start;
-    const void* bias = side.bias;
-    if (!side.x_is_bf16) {
-        const float* x = (const float*)side.x + at;
-        if (!bias && !p.has_softcap && p.in_scale == 1.0f && n % LANES == 0) return x;
-        if (bias && side.bias_is_bf16) {
-            read_as(x, (const bf16*)bias + start, n, p, buffer);
-        } else {
-            read_as(x, bias ? (const float*)bias + start : nullptr, n, p, buffer);
-        }
-    } else {
-        const bf16* x = (const bf16*)side.x + at;
-        if (bias && side.bias_is_bf16) {
-            read_as(x, (const bf16*)bias + start, n, p, buffer);
-        } else {
-            read_as(x, bias ? (const float*)bias + start : nullptr, n, p, buffer);
-        }
+    if (p.is_bf16) {
+        read_of((const bf16*)side.x + at, side, start, n, p, buffer);
+        return buffer;
     }
+    const float* x = (const float*)side.x + at;
+    if (!side.bias && !p.has_softcap && p.in_scale == 1.0f && n % LANES == 0) return x;
+    read_of(x, side, start, n, p, buffer);
     return buffer;
 }
 
@@ -83,20 +86,34 @@ static float read_one(const hsd_rows& p, const hsd_side& side, int64_t row, int6
     return read(p, side, row, column, 1, y)[0];
 }
 
-// What the columns of a row are read into, and a loop over its blocks: each(y_s, y_t, start, n).
-struct Buffers {
-    float student[BLOCK];
-    float teacher[BLOCK];
+// The columns [start, start + n) of both sides, as `read` leaves them.
+struct Block {
+    const float* y_s;
+    const float* y_t;
+    int64_t start;
+    int64_t n;
+    const char* next_s;  // the logits of the next block
+    const char* next_t;
+    int64_t itemsize;
+
+    inline __attribute__((always_inline)) void prefetch(int64_t i) const {
+        __builtin_prefetch(next_s + i * itemsize);
+        __builtin_prefetch(next_t + i * itemsize);
+    }
 };
 
 template <class Each>
 HSD_INLINE void for_blocks(const hsd_rows& p, int64_t row, const Each& each) {
-    alignas(64) Buffers buffers;
+    alignas(64) float buffer_s[BLOCK], buffer_t[BLOCK];
+    const int64_t itemsize = p.is_bf16 ? sizeof(bf16) : sizeof(float);
+    const char* x_s = (const char*)p.student.x + row * p.student.stride * itemsize;
+    const char* x_t = (const char*)p.teacher.x + row * p.teacher.stride * itemsize;
     for (int64_t start = 0; start < p.vocab; start += BLOCK) {
         const int64_t n = p.vocab - start < BLOCK ? p.vocab - start : BLOCK;
-        const float* y_s = read(p, p.student, row, start, n, buffers.student);
-        const float* y_t = read(p, p.teacher, row, start, n, buffers.teacher);
-        each(y_s, y_t, start, n);
+        const int64_t next = (start + BLOCK) * itemsize;
+        const float* y_s = read(p, p.student, row, start, n, buffer_s);
+        const float* y_t = read(p, p.teacher, row, start, n, buffer_t);
+        each(Block{y_s, y_t, start, n, x_s + next, x_t + next, itemsize});
     }
 }
 
@@ -183,15 +200,16 @@ template <bool ONE_PASS, Divergence D>
 static Sums first_pass(const hsd_rows& p, int64_t row) {
     Sums sums;
     const F kappa = all(p.kappa);
-    for_blocks(p, row, [&](const float* y_s, const float* y_t, int64_t, int64_t n) __attribute__((always_inline)) {
-        n = round_up(n);
-        raise_maxima<ONE_PASS, D>(sums, block_max(y_s, n), block_max(y_t, n), p.kappa);
+    for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
+        const int64_t n = round_up(b.n);
+        raise_maxima<ONE_PASS, D>(sums, block_max(b.y_s, n), block_max(b.y_t, n), p.kappa);
         const F m_s = all(sums.s.m), m_t = all(sums.t.m);
         F l_s = all(0.0f), l_t = l_s, a_s = l_s, a_t = l_s, d = l_s;
         for (int64_t i = 0; i < n; i += LANES) {
-            const F u_s = load(y_s + i) - m_s, u_t = load(y_t + i) - m_t;
-            const F e_s = exp(kappa * u_s), e_t = exp(kappa * u_t);
-            const M some_s = not_zero(e_s), some_t = not_zero(e_t);
+            b.prefetch(i);
+            const F u_s = load(b.y_s + i) - m_s, u_t = load(b.y_t + i) - m_t;
+            M some_s, some_t;
+            const F e_s = exp(kappa * u_s, &some_s), e_t = exp(kappa * u_t, &some_t);
             l_s = l_s + e_s;
             l_t = l_t + e_t;
             a_s = add_product_where(some_s, e_s, u_s, a_s);
@@ -219,10 +237,11 @@ template <Divergence D, bool CLIP>
 static Summed second_pass(const hsd_rows& p, int64_t row, float lse_s, float lse_t) {
     Summed sums;
     const F kappa = all(p.kappa), minus_lse_s = all(-lse_s), minus_lse_t = all(-lse_t);
-    for_blocks(p, row, [&](const float* y_s, const float* y_t, int64_t, int64_t n) __attribute__((always_inline)) {
+    for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
         F f_sum = all(0.0f), g_sum = f_sum, ps_sum = f_sum;
-        for (int64_t i = 0; i < n; i += LANES) {
-            const F ls = fma(load(y_s + i), kappa, minus_lse_s), lt = fma(load(y_t + i), kappa, minus_lse_t);
+        for (int64_t i = 0; i < b.n; i += LANES) {
+            b.prefetch(i);
+            const F ls = fma(load(b.y_s + i), kappa, minus_lse_s), lt = fma(load(b.y_t + i), kappa, minus_lse_t);
             const F ps = exp(ls);
             F f, g;
             summands<D, CLIP>(ls, lt, ps, exp(lt), p, &f, &g);
@@ -290,21 +309,22 @@ static void gradient_row_as(const hsd_rows& p, const hsd_gradient& g, int64_t ro
     const F kappa = all(p.kappa), minus_lse_s = all(-g.student_lse[row]), minus_lse_t = all(-g.teacher_lse[row]);
     const F grad_sum = all(g.grad_sum[row]), scale = all((float)(g.weights[row] * g.chain));
     OUT* out = (OUT*)g.out + row * g.stride;
-    for_blocks(p, row, [&](const float* y_s, const float* y_t, int64_t start, int64_t n)
-                           __attribute__((always_inline)) {
-        const auto gradient = [&](F s, F t) __attribute__((always_inline)) {
-            const F ls = fma(s, kappa, minus_lse_s), lt = fma(t, kappa, minus_lse_t);
+    for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
+        const auto gradient = [&](int64_t i) __attribute__((always_inline)) {
+            b.prefetch(i);
+            const F y_s = load(b.y_s + i);
+            const F ls = fma(y_s, kappa, minus_lse_s), lt = fma(load(b.y_t + i), kappa, minus_lse_t);
             const F ps = exp(ls);
             F f, dz;
             summands<D, CLIP>(ls, lt, ps, exp(lt), p, &f, &dz);
             if (CLIP || D != FORWARD_KL) dz = dz - ps * grad_sum;
             dz = dz * scale;
-            return SOFTCAP ? dz * (all(1.0f) - s * s) : dz;
+            return SOFTCAP ? dz * (all(1.0f) - y_s * y_s) : dz;
         };
-        // Over the logits: element i is stored at or before its own place, after i and all before it were read.
+        // Over the logits: an element is stored at or before its own place, after it and all before it were read.
         int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) store(out + start + i, gradient(load(y_s + i), load(y_t + i)));
-        if (i < n) store_some(out + start + i, gradient(load(y_s + i), load(y_t + i)), n - i);
+        for (; i + LANES <= b.n; i += LANES) store(out + b.start + i, gradient(i));
+        if (i < b.n) store_some(out + b.start + i, gradient(i), b.n - i);
     });
 }
 
@@ -333,7 +353,8 @@ static void elementary(int function, const float* x, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         const int64_t some = n - i < LANES ? n - i : LANES;
         const F a = load_some(x + i, some);
-        store_some(out + i, function == 0 ? exp(a) : function == 1 ? expm1(a) : function == 2 ? log1p(a) : tanh(a), some);
+        const F b = function == 0 ? exp(a) : function == 1 ? expm1(a) : function == 2 ? log1p(a) : tanh(a);
+        store_some(out + i, b, some);
     }
 }
 

@@ -29,8 +29,7 @@ class _Side(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
-        ("x_is_bf16", ctypes.c_int32),
-        ("bias_is_bf16", ctypes.c_int32),
+        ("bias_is_bf16", ctypes.c_int64),
     )
 
 
@@ -40,6 +39,7 @@ class _Rows(ctypes.Structure):
         ("teacher", _Side),
         ("rows", ctypes.c_int64),
         ("vocab", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int32),
         ("divergence", ctypes.c_int32),
         ("has_softcap", ctypes.c_int32),
         ("has_clip", ctypes.c_int32),
@@ -111,7 +111,7 @@ def statistics(
     problem, kept = _rows(x_student, x_teacher, spec, bias, teacher_bias)
     out = torch.empty(len(RowStats._fields) - 1, x_student.shape[0], dtype=torch.float32)
     targets = None if target_ids is None else target_ids.long().contiguous()
-    _call("hsd_cpu_statistics", problem, _Statistics(_pointer(targets), out.data_ptr()))
+    _call("hsd_cpu_statistics", problem, _Statistics(None if targets is None else targets.data_ptr(), out.data_ptr()))
     del kept
     kl, student_logps, teacher_logps, *rest = out.unbind(0)
     if target_ids is None:
@@ -162,11 +162,16 @@ def _rows(
         if b is not None:
             _check_dtype("bias" if name == "x_student" else "teacher_bias", b)
             kept.append(b.contiguous())
-        bf16 = [t is not None and t.dtype == torch.bfloat16 for t in (x, b)]
-        sides.append(_Side(x.data_ptr(), _pointer(None if b is None else kept[-1]), x.stride(0), *bf16))
+        pointer = None if b is None else kept[-1].data_ptr()
+        sides.append(_Side(x.data_ptr(), pointer, x.stride(0), b is not None and b.dtype == torch.bfloat16))
+    if x_teacher.dtype != x_student.dtype:
+        raise TypeError(
+            f"impl='cpp': expected x_teacher in the dtype of x_student, {x_student.dtype}, got {x_teacher.dtype}"
+        )
     n, vocab = x_student.shape
-    flags = (DIVERGENCES.index(spec.divergence), spec.softcap is not None, spec.kl_clip is not None)
-    return _Rows(*sides, n, vocab, *flags, in_scale, kappa, spec.beta, spec.kl_clip or 0.0), kept
+    flags = (spec.softcap is not None, spec.kl_clip is not None)
+    bf16, divergence = x_student.dtype == torch.bfloat16, DIVERGENCES.index(spec.divergence)
+    return _Rows(*sides, n, vocab, bf16, divergence, *flags, in_scale, kappa, spec.beta, spec.kl_clip or 0.0), kept
 
 
 def _scales(spec: RowSpec) -> tuple[float, float]:
@@ -208,7 +213,3 @@ def _may_be_written(out: Tensor, x: Tensor) -> bool:
         return out_row_bytes <= row_bytes
     # Rows of equal step side by side, as halves of wider rows are.
     return step > 0 and row_bytes <= ahead % step <= step - out_row_bytes
-
-
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
