@@ -178,9 +178,10 @@ static double shrink(double rise, double kappa) {
 // The running sums after the maxima of a block, if one rose.
 template <bool ONE_PASS, Divergence D>
 static void raise_maxima(Sums& sums, float top_s, float top_t, double kappa) {
-    if (!(top_s > sums.s.m) && !(top_t > sums.t.m)) return;
-    const double rise_s = top_s > sums.s.m ? (double)top_s - sums.s.m : 0.0;
-    const double rise_t = top_t > sums.t.m ? (double)top_t - sums.t.m : 0.0;
+    if (!(top_s > sums.s.m)) top_s = sums.s.m;
+    if (!(top_t > sums.t.m)) top_t = sums.t.m;
+    const double rise_s = (double)top_s - sums.s.m, rise_t = (double)top_t - sums.t.m;
+    if (rise_s == 0.0 && rise_t == 0.0) return;
     const double w_s = shrink(rise_s, kappa), w_t = shrink(rise_t, kappa);
     if (ONE_PASS) {
         // d is infinite where q is -inf and p is not: zero when a later maximum makes p negligible.
@@ -188,10 +189,8 @@ static void raise_maxima(Sums& sums, float top_s, float top_t, double kappa) {
         const double shift = D == FORWARD_KL ? (rise_s - rise_t) * sums.t.l : (rise_t - rise_s) * sums.s.l;
         sums.d = w == 0.0 ? 0.0 : w * (sums.d + shift);
     }
-    sums.s = {sums.s.m + (float)rise_s, w_s * sums.s.l, w_s * (sums.s.a - rise_s * sums.s.l)};
-    sums.t = {sums.t.m + (float)rise_t, w_t * sums.t.l, w_t * (sums.t.a - rise_t * sums.t.l)};
-    sums.s.m = top_s > sums.s.m ? top_s : sums.s.m;
-    sums.t.m = top_t > sums.t.m ? top_t : sums.t.m;
+    sums.s = {top_s, w_s * sums.s.l, w_s * (sums.s.a - rise_s * sums.s.l)};
+    sums.t = {top_t, w_t * sums.t.l, w_t * (sums.t.a - rise_t * sums.t.l)};
 }
 
 // One read: maxima, sums of exponentials, entropies and, with ONE_PASS, the KL, which needs only E[z_p - z_q] and both

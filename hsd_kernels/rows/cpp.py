@@ -147,7 +147,7 @@ def _call(name: str, problem: _Rows, what: ctypes.Structure) -> None:
     threads = torch.get_num_threads()
     status = getattr(library(), name)(variant(), threads, ctypes.byref(problem), ctypes.byref(what))
     if status != 0:
-        raise RuntimeError(f"{name}: expected a variant that this machine runs, got {VARIANTS[variant()]}")
+        raise RuntimeError(f"{name}: expected a variant that this machine runs, got number {variant()}")
 
 
 def _rows(
@@ -160,7 +160,10 @@ def _rows(
     for name, x, b in (("x_student", x_student, bias), ("x_teacher", x_teacher, teacher_bias)):
         _check_rows(name, x, x_student.shape)
         if b is not None:
-            _check_dtype("bias" if name == "x_student" else "teacher_bias", b)
+            b_name = "bias" if name == "x_student" else "teacher_bias"
+            _check_dtype(b_name, b)
+            if b.shape != x.shape[1:]:
+                raise ValueError(f"impl='cpp': expected {b_name} of shape ({x.shape[1]},), got {tuple(b.shape)}")
             kept.append(b.contiguous())
         pointer = None if b is None else kept[-1].data_ptr()
         sides.append(_Side(x.data_ptr(), pointer, x.stride(0), b is not None and b.dtype == torch.bfloat16))
