@@ -19,7 +19,7 @@ if WANTED not in ("", "0", "1"):
     raise ValueError(f"HSD_BUILD_CPU: expected 0, 1 or unset, got {WANTED!r}")
 
 # No contraction: see csrc/cpu/simd.h. Without exceptions nothing of a C++ runtime is linked.
-FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-exceptions", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-exceptions", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra"]
 # Only these files may use these instructions; csrc/cpu/dispatch.cpp asks the machine first.
 X86_FLAGS = {"avx2.cpp": ["-mavx2", "-mfma"], "avx512.cpp": ["-mavx512f"]}

@@ -90,7 +90,8 @@ def fused_hsd_kl(
         reduction: "mean" over the tokens of nonzero ``token_weights`` (or ``num_items``), "sum", or "none".
         num_items: replaces the count that "mean" divides by, for gradient accumulation.
         chunk_bytes: size of the logits workspace; by default 1 GiB on CUDA and 256 MiB elsewhere.
-        impl: "auto" (Triton on CUDA, torch elsewhere), "torch" or "triton". An explicit choice never falls back.
+        impl: "auto" (Triton on CUDA, C++ on a CPU in fp32 and bf16, torch elsewhere), "torch", "triton" or "cpp". An
+            explicit choice never falls back.
         return_stats: return `HSDKLOutput` instead of the loss.
 
     Raises:

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
-import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from hsd_kernels import fused_hsd_kl, reference, rows
+from hsd_kernels import fused_hsd_kl, reference
 from hsd_kernels.divergence import DIVERGENCES, RowSpec, RowStats
 from hsd_kernels.rows import cpp
 from hsd_kernels.rows import torch as torch_rows
@@ -373,7 +370,7 @@ def test_elementary_functions_at_the_ends():
     assert elementary(2, torch.tensor([0.0, -1.0])).tolist() == [0.0, pytest.approx(-87.33655)]
 
 
-# Refusals, and a library that is missing or broken
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -394,52 +391,6 @@ def test_what_the_rows_do_not_take(change, error, message):
         run(cpp, make_inputs()._replace(**change), RowSpec())
     with pytest.raises(TypeError, match=r"^impl='cpp': expected out in float32 or bfloat16"):
         run(cpp, make_inputs(), RowSpec(), torch.zeros(3, 300, dtype=F64))
-
-
-def resolve(impl: str, dtype: torch.dtype = F32, device: str = "cpu"):
-    return rows.resolve(impl, torch.device(device), dtype)
-
-
-def test_resolve_takes_the_library_where_it_fits():
-    assert resolve("auto") is resolve("auto", BF16) is resolve("cpp") is cpp
-    assert resolve("auto", F64) is resolve("auto", torch.float16) is torch_rows
-    for dtype in (F64, torch.float16):
-        with pytest.raises(TypeError, match=f"^impl='cpp': expected float32 or bfloat16 inputs, got {dtype}"):
-            resolve("cpp", dtype)
-    with pytest.raises(ValueError, match=r"^impl='cpp': expected CPU tensors, got cuda"):
-        resolve("cpp", device="cuda")
-
-
-def test_missing_library(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpp, "FOLDER", tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert resolve("auto") is torch_rows
-    with pytest.raises(ValueError, match=r"^impl='cpp': expected the built library .*; run `python setup.py build_ext"):
-        resolve("cpp")
-
-
-@pytest.mark.parametrize("kind", ["no library", "another library", "another ABI"])
-def test_broken_library(kind, monkeypatch, tmp_path):
-    built = cpp.find()
-    assert built is not None
-    monkeypatch.setattr(cpp, "FOLDER", tmp_path)
-    path, message = tmp_path / built.name, "a library that loads, got"
-    if kind == "no library":
-        path.write_bytes(b"not a library")
-    elif kind == "another library":
-        subprocess.run(["cc", "-shared", "-x", "c", "-", "-o", path], input=b"int other;", check=True)
-    else:
-        shutil.copy(built, path)
-        monkeypatch.setattr(cpp, "ABI", cpp.ABI + 1)
-        message = rf"hsd_cpu_abi\(\) to be {cpp.ABI}, got {cpp.ABI - 1}"
-    with pytest.raises(RuntimeError, match=f"^impl='cpp': expected {message}.*{built.name}.*; run `python setup.py"):
-        resolve("cpp")
-    with pytest.warns(RuntimeWarning, match=f"impl='auto' takes the torch rows: impl='cpp': expected {message}"):
-        assert resolve("auto") is torch_rows
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert resolve("auto") is torch_rows, "a second warning"
 
 
 def test_a_variant_that_the_machine_lacks_is_an_error(monkeypatch):
