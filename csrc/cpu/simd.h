@@ -1,8 +1,8 @@
 // A vector of LANES floats in the instruction set that this translation unit is compiled for (-mavx512f, -mavx2 -mfma,
 // or neither). Everything is in an unnamed namespace: a function of one variant must not stand in for another's.
 //
-// Needs -ffp-contract=off: a product that is silently fused into a difference, as in ps - pt with ps = p * 2^n, would
-// make the gradient of equal rows nonzero.
+// Compiled with -ffp-contract=off: where a rounding matters it is written as fma, and no compiler's choice of what else
+// to fuse changes a result.
 #pragma once
 
 #include <stdint.h>
