@@ -36,8 +36,7 @@ class Side:
 @dataclass(frozen=True)
 class LossOutput:
     loss: Tensor  # scalar, with gradient
-    stats: HSDKLOutput  # of both sides, per token (B, T), detached
-    reference_kl: Tensor | None  # per token (B, T), KL(student || reference)
+    stats: HSDKLOutput  # per token (B, T), detached
 
 
 def rollout_weights(mask_BT: Tensor) -> Tensor:
@@ -71,9 +70,9 @@ def hsd_loss(
 
     Nats. Source: arXiv 2606.15576, the objective J and its reference term.
     """
-    weights = rollout_weights(mask)
-    form = {"logit_scale": head.logit_scale, "softcap": head.softcap, "chunk_bytes": objective.chunk_bytes}
-    shared = {"token_weights": weights, "reduction": "sum", "impl": objective.impl, **form}
+    if objective.reference_coef != 0.0 and reference is None:
+        raise ValueError(f"reference: expected hidden states with reference_coef={objective.reference_coef}, got None")
+    ref = reference if objective.reference_coef != 0.0 else None
     out = fused_hsd_kl(
         student_hidden,
         teacher.hidden,
@@ -81,32 +80,25 @@ def hsd_loss(
         head.bias,
         teacher_weight=teacher.weight,
         teacher_bias=teacher.bias,
+        reference_hidden=None if ref is None else ref.hidden,
+        reference_weight=None if ref is None else ref.weight,
+        reference_bias=None if ref is None else ref.bias,
+        reference_coef=objective.reference_coef,
         divergence=objective.divergence,
         beta=objective.beta,
         temperature=objective.temperature,
         kl_clip=objective.kl_clip,
         target_ids=target_ids,
+        token_weights=rollout_weights(mask),
+        reduction="sum",
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        chunk_bytes=objective.chunk_bytes,
+        impl=objective.impl,
         return_stats=True,
-        **shared,
     )
     assert isinstance(out, HSDKLOutput)
-    if objective.reference_coef == 0.0:
-        return LossOutput(out.loss, out, None)
-    if reference is None:
-        raise ValueError(f"reference: expected hidden states with reference_coef={objective.reference_coef}, got None")
-    ref = fused_hsd_kl(
-        student_hidden,
-        reference.hidden,
-        head.weight,
-        head.bias,
-        teacher_weight=reference.weight,
-        teacher_bias=reference.bias,
-        divergence="reverse_kl",
-        return_stats=True,
-        **shared,
-    )
-    assert isinstance(ref, HSDKLOutput)
-    return LossOutput(out.loss + objective.reference_coef * ref.loss, out, ref.per_token_kl)
+    return LossOutput(out.loss, out)
 
 
 def read_rollouts(split: Split, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:

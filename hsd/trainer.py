@@ -263,8 +263,8 @@ class HSDTrainer(GRPOTrainer):
             credit_at_tau=credit_at_divergence(a, mask, failing),
             credit_mass_8=credit_mass(a, mask, failing, windows=(8,))[0],  # micro-batches count alike
         )
-        if out.reference_kl is not None:
-            self._record(mode, reference_kl=(out.reference_kl * mask).sum() / tokens)
+        if t.reference_kl is not None:
+            self._record(mode, reference_kl=(t.reference_kl * mask).sum() / tokens)
 
     def _record(self, mode: str, **values: Tensor | float) -> None:
         """Mean over ranks, ignoring NaN (no rollout to measure); one collective for all of them."""

@@ -2,5 +2,6 @@
 
 from hsd_kernels.api import HSDKLOutput, fused_hsd_kl
 from hsd_kernels.divergence import RowStats
+from hsd_kernels.sharded import gathered
 
-__all__ = ["HSDKLOutput", "RowStats", "fused_hsd_kl"]
+__all__ = ["HSDKLOutput", "RowStats", "fused_hsd_kl", "gathered"]

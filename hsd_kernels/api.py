@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hsd_kernels import rows as row_backends
-from hsd_kernels.autograd import FusedHSDKL
-from hsd_kernels.divergence import DIVERGENCES, RowSpec
-from hsd_kernels.driver import Head, Problem, TokenWeightFn
-
-REDUCTIONS = ("none", "sum", "mean")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NO_GRADIENT = "{name}: expected a tensor without gradient, got requires_grad=True; pass {name}.detach()"
+from hsd_kernels.checks import check_logits_dtype, check_options, check_per_token, check_tensors
+from hsd_kernels.driver import STATS, TokenWeightFn
+from hsd_kernels.ops import lend_hook
 
 
 class HSDKLOutput(NamedTuple):
@@ -31,6 +24,9 @@ class HSDKLOutput(NamedTuple):
     teacher_entropy: Tensor
     student_lse: Tensor
     teacher_lse: Tensor
+    reference_kl: Tensor | None  # KL(student || reference) per token, None without a reference
+    reference_logps: Tensor | None
+    filtered_share: Tensor | None  # scalar: L1 share of the logit gradient that filter_eps left out, None without it
 
 
 def fused_hsd_kl(
@@ -41,10 +37,15 @@ def fused_hsd_kl(
     *,
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    reference_coef: float = 0.0,
     divergence: str = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     kl_clip: float | None = None,
+    kl_clip_form: str = "opsd",
     target_ids: Tensor | None = None,
     token_weights: Tensor | None = None,
     token_weight_fn: TokenWeightFn | None = None,
@@ -52,8 +53,11 @@ def fused_hsd_kl(
     num_items: float | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    filter_eps: float | str | None = None,
     chunk_bytes: int | None = None,
     impl: str = "auto",
+    process_group: Any = None,
     return_stats: bool = False,
 ) -> Tensor | HSDKLOutput:
     """Full-vocabulary divergence between teacher and student from hidden states, without (tokens, vocabulary) logits.
@@ -65,7 +69,8 @@ def fused_hsd_kl(
         loss = (teacher.exp() * (teacher - student)).sum(-1).mean()
 
     but both projections are one GEMM, the gradient is made while the logits of a chunk are at hand, and the largest
-    intermediate is ``chunk_bytes``. The logits compared are ``softcap * tanh(logit_scale * (h W^T + b) / softcap) /
+    intermediate is ``chunk_bytes``; ``reference_coef * KL(student || reference)`` can be added per token in the same
+    pass. The logits compared are ``softcap * tanh(logit_scale * (h W^T + b) / softcap) /
     temperature`` on both sides; there is no silent temperature^2 factor.
 
     Args:
@@ -75,23 +80,41 @@ def fused_hsd_kl(
         lm_head_weight: (V, D), the head shared by both sides. Gets a gradient if it requires one, accumulated in fp32.
         bias: (V,), optional, likewise.
         teacher_weight, teacher_bias: a head of the teacher's own, (V, D') and (V,); no gradient.
+        reference_hidden, reference_weight, reference_bias: a reference policy's hidden states (..., D) and, if it is
+            not the student's, its head; no gradient. Given with ``reference_coef`` > 0 and only then.
+        reference_coef: adds ``reference_coef * KL(student || reference)`` to every token, over the full vocabulary and
+            at temperature 1: a third block of the stacked GEMM, 5U in all.
         divergence: "forward_kl" = KL(teacher || student), HSD's objective; "reverse_kl" = KL(student || teacher);
             "jsd" = beta KL(teacher || m) + (1 - beta) KL(student || m), m = (1 - beta) student + beta teacher.
         beta: the teacher's share of the mixture, in [0, 1]; 0 is the forward and 1 the reverse KL. Only for "jsd".
         temperature: divides the logits of both sides, > 0.
-        kl_clip: OPSD's pointwise clip: every vocabulary summand is replaced by min(., kl_clip) before the sum. The
-            per-token value may then be negative.
+        kl_clip: pointwise clip: every vocabulary summand is replaced by min(., kl_clip) before the sum.
+        kl_clip_form: "opsd" clips the summands p log(p / q), so that the per-token value may be negative;
+            "nonnegative" clips p log(p / q) - p + q, which have the same sum and none below 0.
         target_ids: (...), integers in [0, V) wherever the weight is not 0: the tokens whose log-probs the statistics
             report. Out of range is an error on a CPU and a log-prob of NaN on CUDA, where a check would synchronize.
         token_weights: (...), finite, without gradient; multiplies each token's divergence. Tokens of weight 0 are
             dropped before the GEMM. Costs one host synchronization.
         token_weight_fn: called once per chunk with `RowStats` (including ``rows``, the flat token positions); returns
-            the (C,) weights that multiply those of ``token_weights``. No gradient flows through it.
+            the (C,) weights that multiply those of ``token_weights`` (but not for the reference term). No gradient
+            flows through it. Not available under ``torch.compile(fullgraph=True)``.
         reduction: "mean" over the tokens of nonzero ``token_weights`` (or ``num_items``), "sum", or "none".
         num_items: replaces the count that "mean" divides by, for gradient accumulation.
+        logits_dtype: None keeps the logits of a chunk in fp32. torch.bfloat16, for bf16 inputs, one head and no
+            reference, stores the teacher's logits and the difference to the student's (the head is linear) in bf16:
+            half the traffic, and on a CPU a faster GEMM, for an error in the gradient of a few percent
+            (benchmarks/README.md has it by KL quartile).
+        filter_eps: leaves columns of the logit gradient out of the two backward GEMMs, per chunk: with a number those
+            where no entry exceeds ``filter_eps`` times the largest token weight; with "auto" the lightest ones, as
+            long as their share of the L1 mass is at most what rounding to the input dtype loses (0.14 % for bf16).
+            The statistics return the measured share. One host synchronization a chunk. Exact by default.
         chunk_bytes: size of the logits workspace; by default 1 GiB on CUDA and 256 MiB elsewhere.
         impl: "auto" (Triton on CUDA, C++ on a CPU in fp32 and bf16, torch elsewhere), "torch", "triton" or "cpp". An
             explicit choice never falls back.
+        process_group: the vocabulary is divided over its ranks. ``lm_head_weight``, ``bias`` and the heads of the
+            other sides hold this rank's rows, in rank order, possibly of different numbers; everything else is the
+            same on every rank, ``target_ids`` counted over the whole vocabulary. Every rank gets the whole loss,
+            statistics and gradient of ``student_hidden``.
         return_stats: return `HSDKLOutput` instead of the loss.
 
     Raises:
@@ -99,179 +122,89 @@ def fused_hsd_kl(
 
     Source: the loss of Hindsight Self-Distillation, arXiv 2606.15576; JSD and clip as in OPSD, arXiv 2601.18734.
     """
-    tensors = (student_hidden, teacher_hidden, lm_head_weight, bias, teacher_weight, teacher_bias)
-    student_hidden, teacher_hidden, lm_head_weight, bias, teacher_weight, teacher_bias = _autocast(*tensors)
-    _check_tensors(student_hidden, teacher_hidden, lm_head_weight, bias, teacher_weight, teacher_bias)
-    _check_options(divergence, beta, temperature, kl_clip, reduction, num_items, logit_scale, softcap, chunk_bytes)
-    if token_weight_fn is not None and not callable(token_weight_fn):
-        raise TypeError(f"token_weight_fn: expected a callable or None, got {type(token_weight_fn).__name__}")
-    shape = student_hidden.shape[:-1]
-    tokens = shape.numel()
-    vocab = lm_head_weight.shape[0]
-    _check_per_token("target_ids", target_ids, student_hidden)
-    _check_per_token("token_weights", token_weights, student_hidden)
-    rows, weights = _live_rows(token_weights, tokens, student_hidden)
-    flat_targets = None if target_ids is None else _checked_targets(target_ids.reshape(-1), rows, vocab)
-
-    count = max(rows.numel(), 1) if num_items is None else float(num_items)
-    student = student_hidden.reshape(tokens, student_hidden.shape[-1])
-    problem = Problem(
-        student_hidden=student.detach(),
-        teacher_hidden=teacher_hidden.detach().reshape(tokens, teacher_hidden.shape[-1]),
-        head=Head(lm_head_weight.detach(), None if bias is None else bias.detach()),
-        teacher_head=None if teacher_weight is None else Head(teacher_weight, teacher_bias),
-        spec=RowSpec.resolve(
-            divergence,
-            float(beta),
-            temperature=float(temperature),
-            kl_clip=None if kl_clip is None else float(kl_clip),
-            logit_scale=float(logit_scale),
-            softcap=None if softcap is None else float(softcap),
-        ),
-        rows_impl=row_backends.resolve(impl, student_hidden.device, student_hidden.dtype),
-        target_ids=flat_targets,
-        chunk_bytes=None if chunk_bytes is None else int(chunk_bytes),
-    )
-    scale = 1.0 / count if reduction == "mean" else 1.0
-    inputs = (student, lm_head_weight, bias)
-    if not torch.is_grad_enabled():  # an autograd.Function sees requires_grad alone and would make the gradients
-        inputs = tuple(None if t is None else t.detach() for t in inputs)
-    loss, _, *stats = FusedHSDKL.apply(*inputs, problem, rows, weights, token_weight_fn, scale, reduction == "none")
-    loss = loss.reshape(shape) if reduction == "none" else loss
-    if not return_stats:
-        return loss
-    per_token: list[Any] = [None if s is None else s.reshape(shape) for s in stats[:-1]]
-    return HSDKLOutput(loss, *per_token)
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Under autocast a linear layer runs in the autocast dtype; so does the head here."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
-        return tensors
-    if not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    low = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
-
-
-def _check_tensors(student_hidden, teacher_hidden, lm_head_weight, bias, teacher_weight, teacher_bias) -> None:
     given = {
         "student_hidden": student_hidden,
         "teacher_hidden": teacher_hidden,
+        "reference_hidden": reference_hidden,
         "lm_head_weight": lm_head_weight,
         "bias": bias,
         "teacher_weight": teacher_weight,
         "teacher_bias": teacher_bias,
+        "reference_weight": reference_weight,
+        "reference_bias": reference_bias,
     }
-    for name, t in given.items():
-        optional = name in ("bias", "teacher_weight", "teacher_bias")
-        if t is None and optional:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(t).__name__}")
-        if hasattr(t, "device_mesh"):
-            raise TypeError(f"{name}: expected a plain tensor, got a DTensor; gather it with {name}.full_tensor()")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected one of {[str(d) for d in DTYPES]}, got {t.dtype}")
-        if t.dtype != student_hidden.dtype:
-            raise TypeError(
-                f"{name}: expected the dtype of student_hidden, {student_hidden.dtype}, got {t.dtype}; "
-                "cast it or run under torch.autocast"
-            )
-        if t.device != student_hidden.device:
-            raise ValueError(f"{name}: expected the device of student_hidden, {student_hidden.device}, got {t.device}")
-        if name.startswith("teacher") and t.requires_grad:
-            raise ValueError(_NO_GRADIENT.format(name=name))
-    if student_hidden.dim() < 1:
-        raise ValueError("student_hidden: expected shape (..., D), got a scalar")
-    if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0:
-        raise ValueError(f"lm_head_weight: expected shape (V, D) with V > 0, got {tuple(lm_head_weight.shape)}")
-    vocab, dim = lm_head_weight.shape
-    if student_hidden.shape[-1] != dim:
-        raise ValueError(f"student_hidden: expected shape (..., {dim}), got {tuple(student_hidden.shape)}")
-    if teacher_weight is not None and (teacher_weight.dim() != 2 or teacher_weight.shape[0] != vocab):
-        raise ValueError(f"teacher_weight: expected shape ({vocab}, D'), got {tuple(teacher_weight.shape)}")
-    teacher_dim = dim if teacher_weight is None else teacher_weight.shape[1]
-    expected = (*student_hidden.shape[:-1], teacher_dim)
-    if tuple(teacher_hidden.shape) != expected:
-        raise ValueError(f"teacher_hidden: expected shape {expected}, got {tuple(teacher_hidden.shape)}")
-    if teacher_bias is not None and teacher_weight is None:
-        raise ValueError("teacher_bias: expected None without teacher_weight (the head and its bias are shared)")
-    for name in ("bias", "teacher_bias"):
-        t = given[name]
-        if t is not None and tuple(t.shape) != (vocab,):
-            raise ValueError(f"{name}: expected shape ({vocab},), got {tuple(t.shape)}")
-
-
-def _check_options(
-    divergence, beta, temperature, kl_clip, reduction, num_items, logit_scale, softcap, chunk_bytes
-) -> None:
+    given = _autocast(given)
+    check_tensors(given, sharded=process_group is not None)
     numeric = {
         "beta": beta,
         "temperature": temperature,
         "logit_scale": logit_scale,
+        "reference_coef": reference_coef,
         "kl_clip": kl_clip,
         "num_items": num_items,
         "softcap": softcap,
         "chunk_bytes": chunk_bytes,
     }
-    for name, value in numeric.items():
-        optional = name in ("kl_clip", "num_items", "softcap", "chunk_bytes")
-        kind = numbers.Integral if name == "chunk_bytes" else numbers.Real
-        if not (isinstance(value, kind) and not isinstance(value, bool)) and not (value is None and optional):
-            expected = "an integer" if kind is numbers.Integral else "a number"
-            got = f"{value!r} ({type(value).__name__})"
-            raise TypeError(f"{name}: expected {expected}{' or None' if optional else ''}, got {got}")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence: expected one of {DIVERGENCES}, got {divergence!r}")
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    for name, value in numeric.items():
-        if name in ("beta", "logit_scale") or value is None:
-            continue
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    check_options(
+        divergence=divergence, kl_clip_form=kl_clip_form, reduction=reduction, filter_eps=filter_eps, **numeric
+    )
+    needed = True if reference_coef > 0 else False
+    if needed == (reference_hidden is None):
+        expected = "a tensor with reference_coef > 0, None without"
+        got = "None" if reference_hidden is None else "a tensor"
+        raise ValueError(f"reference_hidden: expected {expected}, got {got} and reference_coef={reference_coef}")
+    check_logits_dtype(logits_dtype, given)
+    if token_weight_fn is not None and not callable(token_weight_fn):
+        raise TypeError(f"token_weight_fn: expected a callable or None, got {type(token_weight_fn).__name__}")
+    student = given["student_hidden"]
+    check_per_token("target_ids", target_ids, student)
+    check_per_token("token_weights", token_weights, student)
+
+    shape, tokens = student.shape[:-1], student.shape[:-1].numel()
+    flat = [t.reshape(tokens, t.shape[-1]) if t is not None and "hidden" in name else t for name, t in given.items()]
+    per_token = [None if t is None else t.detach().reshape(tokens) for t in (target_ids, token_weights)]
+    trained = (flat[0], flat[3], flat[4])
+    with lend_hook(token_weight_fn) as hook:
+        loss, stats, _, filtered, *_ = torch.ops.hsd_kernels.fused_hsd_kl(
+            *flat,
+            *per_token,
+            divergence,
+            float(beta),
+            float(temperature),
+            None if kl_clip is None else float(kl_clip),
+            kl_clip_form,
+            float(logit_scale),
+            None if softcap is None else float(softcap),
+            logits_dtype == torch.bfloat16,
+            float(reference_coef),
+            None if filter_eps is None else str(filter_eps),
+            None if chunk_bytes is None else int(chunk_bytes),
+            impl,
+            None if process_group is None else process_group.group_name,
+            reduction,
+            None if num_items is None else float(num_items),
+            hook,
+            [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained],
+        )
+    loss = loss.reshape(shape) if reduction == "none" else loss
+    if not return_stats:
+        return loss
+    columns = dict(zip(STATS, (s.reshape(shape) for s in stats.unbind(0)), strict=True))
+    del columns["grad_sum"]
+    for name in columns:
+        absent = (target_ids is None and name.endswith("logps")) or (reference_hidden is None and "reference" in name)
+        columns[name] = None if absent else columns[name]
+    share = None if filter_eps is None else filtered[0] / filtered[1].clamp_min(torch.finfo(filtered.dtype).tiny)
+    return HSDKLOutput(loss, columns.pop("kl"), **columns, filtered_share=share)
 
 
-def _check_per_token(name: str, t: Tensor | None, like: Tensor) -> None:
-    if t is None:
-        return
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(t).__name__}")
-    if t.shape != like.shape[:-1]:
-        raise ValueError(f"{name}: expected shape {tuple(like.shape[:-1])}, got {tuple(t.shape)}")
-    if t.device != like.device:
-        raise ValueError(f"{name}: expected the device of student_hidden, {like.device}, got {t.device}")
-
-
-def _checked_targets(ids: Tensor, rows: Tensor, vocab: int) -> Tensor:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"target_ids: expected integers, got {ids.dtype}")
-    live = ids[rows]
-    # On CUDA this would synchronize: there the log-probs of an id out of range are NaN.
-    if not ids.is_cuda and live.numel() and not (0 <= int(live.min()) and int(live.max()) < vocab):
-        raise ValueError(f"target_ids: expected values in [0, {vocab}), got {int(live.min())} to {int(live.max())}")
-    return ids.long()
-
-
-def _live_rows(token_weights: Tensor | None, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions and weights of the tokens that count. One host synchronization if weights are given."""
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if token_weights is None:
-        return torch.arange(tokens, device=like.device), torch.ones(tokens, device=like.device, dtype=wide)
-    if token_weights.requires_grad:
-        raise ValueError(_NO_GRADIENT.format(name="token_weights"))
-    if token_weights.is_complex():
-        raise TypeError(f"token_weights: expected real numbers, got {token_weights.dtype}")
-    w = token_weights.detach().reshape(-1).to(wide)
-    live, bad = torch.stack([w.count_nonzero(), (~w.isfinite()).count_nonzero()]).tolist()
-    if bad:
-        raise ValueError(f"token_weights: expected finite numbers, got {bad} that are NaN or infinite")
-    rows = torch.nonzero_static(w, size=live).squeeze(-1)
-    return rows, w[rows]
+def _autocast(given: dict[str, Any]) -> dict[str, Any]:
+    """Under autocast a linear layer runs in the autocast dtype; so does the head here."""
+    first = given["student_hidden"]
+    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
+        return given
+    if not torch.is_autocast_enabled(first.device.type):
+        return given
+    dtype = torch.get_autocast_dtype(first.device.type)
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    return {n: t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for n, t in given.items()}

@@ -141,6 +141,8 @@ def _compile(variant: Variant, arch: int) -> Line:
         "HAS_TARGET": True,
         "HAS_SOFTCAP": variant.softcap,
         "HAS_CLIP": variant.clip,
+        "LINEAR": variant.logits == "bf16",
+        "NONNEGATIVE": variant.clip and variant.bias,  # in one variant of each kernel that clips
         "LANES": config.lanes(2 if variant.logits == "bf16" else 4),
         "BLOCK_V": config.block_v,
     }

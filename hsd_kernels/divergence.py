@@ -7,7 +7,7 @@ divergence is a sum of summands ``f_v(ls_v, lt_v)``, and the gradient to the stu
 
     dz_v = g_v - ps_v * G,    G = sum_u g_u,    g_v = d f_v / d ls_v  (up to a multiple of ps_v, which cancels)
 
-| divergence | f_v | g_v | g_v where clipped | G without clip |
+| divergence | f_v | g_v | g_v where clipped (OPSD) | G without clip |
 |---|---|---|---|---|
 | forward_kl = KL(teacher || student) | pt (lt - ls) | ps - pt | ps | 0 |
 | reverse_kl = KL(student || teacher) | ps (ls - lt) | ps (ls - lt) | -ps | KL |
@@ -18,8 +18,11 @@ log-probs are far below the range of exp, the mixture is taken relative to the l
 lt - lm = d + (ls - lm) with ls - lm = -log1p(beta expm1(d)) for d <= 0, and ls - lm = -d + (lt - lm) with
 lt - lm = -log1p((1 - beta) expm1(-d)) for d > 0: never inf - inf where one side alone is -inf.
 
-A pointwise clip replaces f_v by min(f_v, kl_clip) before the sum (OPSD's form: the sum may then be negative). Every row
-backend implements this table; the eager reference does not use it and so checks it.
+A pointwise clip replaces f_v by min(f_v, kl_clip) before the sum. In OPSD's form f_v is the summand above: some are
+negative and are not clipped, so the sum may be negative. In the non-negative form the two masses, equal in sum, are put
+back into each summand, f_v = p (log p - log q) - p + q >= 0, so the clipped sum stays non-negative; its g_v is 0 where
+clipped. The JSD's summands have that form already. Every row backend implements this table; the eager reference does
+not use it and so checks it.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+CLIP_FORMS = ("opsd", "nonnegative")
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,10 @@ class RowSpec:
     beta: float = 0.5
     temperature: float = 1.0
     kl_clip: float | None = None
+    kl_clip_form: str = "opsd"
     logit_scale: float = 1.0
     softcap: float | None = None
+    linear: bool = False  # the student's block of logits holds x_student - x_teacher, by linearity of the head
 
     @staticmethod
     def resolve(divergence: str, beta: float, **rest) -> RowSpec:

@@ -1,9 +1,9 @@
-"""The chunk loop: stacked GEMM, row pass, backward GEMMs. Device-agnostic; the rows come from a backend module.
+"""The chunk loop: stacked GEMM, row passes, backward GEMMs. Device-agnostic; the rows come from a backend module.
 
-Per chunk of C token rows: logits of both sides into one reused workspace (one GEMM of ``[h_s ; h_t]`` with the shared
-head), one row pass for the statistics, one that turns the student's logits into their gradient in place, then
+Per chunk of C token rows: logits of all sides into one reused workspace (one GEMM of ``[h_s ; h_t]`` for those that
+share a head), one row pass for the statistics, one that turns the student's logits into their gradient in place, then
 ``dH = dz W`` and ``dW += dz^T h_s``. With N rows, hidden D, vocabulary V and U = 2 N D V that is 4U FLOPs in all for
-forward and backward, and no (N, V) tensor.
+forward and backward, 5U with a reference policy, and no (N, V) tensor.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hsd_kernels import gemm
 from hsd_kernels.divergence import RowSpec, RowStats
+from hsd_kernels.vocab_filter import active_columns
+from hsd_kernels.vocab_parallel import Shards
 
 # Bytes of the logits workspace. 1 GiB holds 883 fp32 row pairs at V = 151,936, tall enough that dW's read-modify-write
 # stays small beside the GEMMs. Neither size has been tuned by measurement yet.
 CHUNK_BYTES = {"cuda": 1 << 30}
 DEFAULT_CHUNK_BYTES = 256 << 20
-# Vocabulary rows upcast at a time where a GEMM of half-precision operands cannot accumulate into fp32 (CPU).
-UPCAST_ROWS = 8192
 
 TokenWeightFn = Callable[[RowStats], Tensor]
+# Rows of `Result.stats`: those of RowStats without ``rows``, then the reference policy's two.
+STATS = (*RowStats._fields[1:], "reference_kl", "reference_logps")
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,36 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Side:
+    """A frozen policy: what it reads, through which head, what its divergence counts."""
+
+    hidden: Tensor  # (T, D)
+    head: Head  # the student's own object where it is shared
+    spec: RowSpec
+
+
+@dataclass(frozen=True)
 class Problem:
     """Validated, flat inputs: hidden states are (T, D), per-token tensors (T,), everything detached."""
 
     student_hidden: Tensor
-    teacher_hidden: Tensor
     head: Head
-    teacher_head: Head | None  # None: the teacher shares the student's head
-    spec: RowSpec
+    teacher: Side
     rows_impl: ModuleType
+    reference: Side | None = None
+    reference_coef: float = 0.0
     target_ids: Tensor | None = None
+    filter_eps: float | str | None = None
     chunk_bytes: int | None = None
+    shards: Shards | None = None  # of the vocabulary, over a process group
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.float64 if self.student_hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.teacher.spec.linear else self.wide
 
 
 @dataclass(frozen=True)
@@ -62,24 +83,31 @@ class Wanted:
 
 @dataclass
 class Result:
-    """Sums over rows of weight * divergence and its gradients; gradients not wanted are None."""
+    """Sums over rows of weight * (factor * divergence + coef * reference KL) and its gradients; gradients not wanted
+    are None. ``filtered`` (2,) is the L1 mass of dz that the filter left out, and all of it."""
 
-    stats: RowStats  # (T,), zero in rows that were dropped
-    weights: Tensor  # (T,) effective weights: given weights times those of the hook
+    stats: Tensor  # (len(STATS), T), zero in rows that were dropped
+    factor: Tensor  # (T,) what the hook returned, 1 without one
     grad_hidden: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
+    filtered: Tensor
 
 
 def run(
-    problem: Problem, rows: Tensor, weights: Tensor, token_weight_fn: TokenWeightFn | None, wanted: Wanted
+    problem: Problem,
+    rows: Tensor,
+    weights: Tensor,
+    factor: TokenWeightFn | Tensor | None,
+    wanted: Wanted,
 ) -> Result:
-    """Statistics of the token positions ``rows`` (R,) and gradients of ``sum weights * divergence`` over them.
+    """Statistics of the token positions ``rows`` (R,) and gradients of the weighted sum over them.
 
-    ``weights`` is (R,). Rows left out are never read: a NaN there reaches nothing.
+    ``weights`` is (R,); ``factor``, a hook or the (T,) values that one returned earlier, multiplies the divergence from
+    the teacher and not the reference term. Rows left out are never read: a NaN there reaches nothing.
     """
     with _without_autocast(problem.student_hidden.device):
-        return _run(problem, rows, weights, token_weight_fn, wanted)
+        return _run(problem, rows, weights, factor, wanted)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -90,90 +118,157 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _run(
-    problem: Problem, rows: Tensor, weights: Tensor, token_weight_fn: TokenWeightFn | None, wanted: Wanted
+    p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tensor | None, wanted: Wanted
 ) -> Result:
-    p = problem
-    hidden, weight = p.student_hidden, p.head.weight
-    tokens, vocab = hidden.shape[0], weight.shape[0]
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-    out = _empty_result(p, tokens, wide, wanted)
+    out = _empty_result(p, wanted)
     if rows.numel() == 0:
         return out
-    chunk = _chunk_rows(p, vocab, wide, rows.numel())
-    workspace = hidden.new_empty((2 * chunk, vocab), dtype=wide)
-    bias = p.head.bias
-    teacher_bias = bias if p.teacher_head is None else p.teacher_head.bias
+    sides = [Side(p.student_hidden, p.head, p.teacher.spec), p.teacher, *([p.reference] if p.reference else [])]
+    vocab = p.head.weight.shape[0]
+    chunk = _chunk_rows(p, len(sides), rows.numel())
+    workspace = p.student_hidden.new_empty((len(sides) * chunk, vocab), dtype=p.logits_dtype)
     for start in range(0, rows.numel(), chunk):
         at = rows[start : start + chunk]
-        w = weights[start : start + chunk].to(wide)
-        n = at.numel()
-        h_s, h_t = hidden[at], p.teacher_hidden[at]
-        x_s, x_t = workspace[:n], workspace[n : 2 * n]
-        if p.teacher_head is None:
-            _project_out(torch.cat([h_s, h_t]), weight, workspace[: 2 * n])
-        else:
-            _project_out(h_s, weight, x_s)
-            _project_out(h_t, p.teacher_head.weight, x_t)
+        w = weights[start : start + chunk].to(p.wide)
+        hidden = [side.hidden[at] for side in sides]
+        student = hidden[0] - hidden[1] if p.teacher.spec.linear else hidden[0]
+        x = _logits(sides, [student, *hidden[1:]], workspace)
 
-        targets = None if p.target_ids is None else p.target_ids[at]
-        valid = None if targets is None else targets.clamp(0, vocab - 1)
-        stats = p.rows_impl.statistics(x_s, x_t, p.spec, bias, teacher_bias, valid, at)
-        if targets is not None and stats.student_logps is not None and stats.teacher_logps is not None:
-            strange = targets != valid
-            stats = stats._replace(
-                student_logps=stats.student_logps.masked_fill(strange, float("nan")),
-                teacher_logps=stats.teacher_logps.masked_fill(strange, float("nan")),
-            )
-        silent = None
-        if p.teacher_head is None:
-            # A GEMM may sum the same row in another order at another position (MKL: D = 13), leaving 1e-7 of noise
-            # where the answer is 0. inf - inf is not 0: such a row keeps its NaN.
-            silent = (h_s - h_t).eq(0).all(-1)
-            stats = stats._replace(kl=stats.kl.masked_fill(silent, 0.0))
-        if token_weight_fn is not None:
-            w = w * _hook_weights(token_weight_fn, stats)
-        out.weights[at] = w
-        for total, part in zip(out.stats[1:], stats[1:], strict=True):
-            if total is not None:
-                total[at] = part
+        stats, silent = _statistics(p, p.teacher, x[0], x[1], hidden[0], hidden[1], at)
+        out.stats[: len(stats) - 1, at] = _stacked(stats)
+        if callable(factor):
+            out.factor[at] = _hook_weights(factor, stats)
+        elif factor is not None:
+            out.factor[at] = factor[at]
+        parts = [(p.teacher, x[1], stats, (w * out.factor[at]).masked_fill(silent, 0.0))]
+        if p.reference is not None:
+            ref, silent = _statistics(p, p.reference, x[0], x[2], hidden[0], hidden[2], at)
+            out.stats[-2, at] = ref.kl
+            if ref.teacher_logps is not None:
+                out.stats[-1, at] = ref.teacher_logps
+            parts.append((p.reference, x[2], ref, (w * p.reference_coef).masked_fill(silent, 0.0)))
         if not wanted.any:
             continue
 
-        dz = _gradient_view(x_s, hidden.dtype)
-        w = w if silent is None else w.masked_fill(silent, 0.0)
-        p.rows_impl.gradient_(x_s, x_t, p.spec, bias, teacher_bias, stats, w, dz)
-        if out.grad_hidden is not None:
-            out.grad_hidden[at] = _backproject(dz, weight).to(out.grad_hidden.dtype)
-        if out.grad_weight is not None:
-            _accumulate_(out.grad_weight, dz, h_s)
+        dz = _logit_gradient(p, x[0], parts)
         if out.grad_bias is not None:
-            out.grad_bias += dz.sum(0, dtype=wide)
+            out.grad_bias += dz.sum(0, dtype=p.wide)
+        largest_weight = torch.stack([part[3] for part in parts]).abs().amax()
+        _backward_gemms(p, dz, hidden[0], at, out, largest_weight)
+    if p.shards is not None:
+        p.shards.sum_(out.filtered)
+        if out.grad_hidden is not None:
+            p.shards.sum_(out.grad_hidden)
     return out
 
 
-def _empty_result(p: Problem, tokens: int, wide: torch.dtype, wanted: Wanted) -> Result:
-    def zeros(*shape: int, dtype: torch.dtype = wide) -> Tensor:
-        return p.student_hidden.new_zeros(shape, dtype=dtype)
+def _logits(sides: list[Side], hidden: list[Tensor], workspace: Tensor) -> list[Tensor]:
+    """Raw head outputs (n, V) of every side, views of the workspace; sides with one head share one GEMM."""
+    n = hidden[0].shape[0]
+    heads = list({id(side.head): side.head for side in sides}.values())
+    x: list[Tensor] = [workspace] * len(sides)
+    start = 0
+    for head in heads:
+        members = [i for i, side in enumerate(sides) if side.head is head]
+        stop = start + n * len(members)
+        stacked = hidden[members[0]] if len(members) == 1 else torch.cat([hidden[i] for i in members])
+        gemm.project_out(stacked, head.weight, workspace[start:stop])
+        for i, part in zip(members, workspace[start:stop].split(n), strict=True):
+            x[i] = part
+        start = stop
+    return x
 
-    fields: dict[str, Any] = {name: zeros(tokens) for name in RowStats._fields[1:]}
-    if p.target_ids is None:
-        fields["student_logps"] = fields["teacher_logps"] = None
-    weight = p.head.weight
-    # fp16 has no room for a gradient that is yet to be divided by the token count and multiplied by a loss scale.
-    narrow = wide if p.student_hidden.dtype == torch.float16 else p.student_hidden.dtype
+
+def _statistics(
+    p: Problem, side: Side, x_s: Tensor, x_side: Tensor, h_s: Tensor, h_side: Tensor, at: Tensor
+) -> tuple[RowStats, Tensor]:
+    """Row statistics between the student and ``side``, and which rows are silent, (n,) bool."""
+    biases = (p.head.bias, side.head.bias)
+    targets = valid = None
+    if p.target_ids is not None:
+        targets = p.target_ids[at] if p.shards is None else p.target_ids[at] - p.shards.start
+        valid = targets.clamp(0, x_s.shape[1] - 1)
+    stats = p.rows_impl.statistics(x_s, x_side, side.spec, *biases, valid, at)
+    if targets is not None:
+        strange = targets != valid
+        stats = stats._replace(
+            student_logps=stats.student_logps.masked_fill(strange, float("nan")),
+            teacher_logps=stats.teacher_logps.masked_fill(strange, float("nan")),
+        )
+    if p.shards is not None:
+        stats = p.shards.merge(stats, side.spec, x_s, x_side, *biases)
+    silent = torch.zeros_like(at, dtype=torch.bool)
+    if side.head is p.head:
+        # A GEMM may sum the same row in another order at another position (MKL: D = 13), leaving 1e-7 of noise
+        # where the answer is 0. inf - inf is not 0: such a row keeps its NaN.
+        silent = (h_s - h_side).eq(0).all(-1)
+        stats = stats._replace(kl=stats.kl.masked_fill(silent, 0.0))
+    return stats, silent
+
+
+def _logit_gradient(p: Problem, x_s: Tensor, parts: list[tuple[Side, Tensor, RowStats, Tensor]]) -> Tensor:
+    """dz (n, V), over the memory of the student's logits. The reference's part is first made over its own logits."""
+    dz = gemm.gradient_view(x_s, p.student_hidden)
+    for side, x_side, stats, weights in reversed(parts):
+        over = x_s if side is p.teacher else x_side
+        part = gemm.gradient_view(over, p.student_hidden)
+        p.rows_impl.gradient_(x_s, x_side, side.spec, p.head.bias, side.head.bias, stats, weights, part)
+        if side is not p.teacher:
+            reference = part
+        elif len(parts) > 1:
+            dz += reference
+    return dz
+
+
+def _backward_gemms(p: Problem, dz: Tensor, h_s: Tensor, at: Tensor, out: Result, largest_weight: Tensor) -> None:
+    weight, columns = p.head.weight, None
+    if p.filter_eps is not None:
+        active = active_columns(dz, p.filter_eps, largest_weight, p.student_hidden.dtype)
+        out.filtered += torch.stack([active.dropped, active.total]).to(out.filtered)
+        columns = active.columns
+        if columns is not None:
+            dz, weight = dz[:, columns], weight[columns]
+    if out.grad_hidden is not None:
+        out.grad_hidden[at] = gemm.backproject(dz, weight, p.wide).to(out.grad_hidden.dtype)
+    if out.grad_weight is None:
+        return
+    if columns is None:
+        gemm.accumulate_(out.grad_weight, dz, h_s)
+    else:
+        part = out.grad_weight.new_zeros(weight.shape)
+        gemm.accumulate_(part, dz, h_s)
+        out.grad_weight.index_add_(0, columns, part)
+
+
+def _empty_result(p: Problem, wanted: Wanted) -> Result:
+    tokens, weight = p.student_hidden.shape[0], p.head.weight
+
+    def zeros(*shape: int) -> Tensor:
+        return p.student_hidden.new_zeros(shape, dtype=p.wide)
+
+    # fp16 has no room for a gradient that is yet to be divided by the token count and multiplied by a loss scale; the
+    # parts of a vocabulary's shards are summed before they are rounded.
+    wide = p.student_hidden.dtype == torch.float16 or p.shards is not None
+    narrow = p.wide if wide else p.student_hidden.dtype
     return Result(
-        stats=RowStats(rows=torch.arange(tokens, device=weight.device), **fields),
-        weights=zeros(tokens),
-        grad_hidden=torch.zeros_like(p.student_hidden, dtype=narrow) if wanted.hidden else None,
+        stats=zeros(len(STATS), tokens),
+        factor=zeros(tokens) + 1.0,
+        grad_hidden=p.student_hidden.new_zeros(p.student_hidden.shape, dtype=narrow) if wanted.hidden else None,
         grad_weight=zeros(*weight.shape) if wanted.weight else None,
         grad_bias=zeros(weight.shape[0]) if wanted.bias else None,
+        filtered=zeros(2),
     )
 
 
-def _chunk_rows(p: Problem, vocab: int, wide: torch.dtype, rows: int) -> int:
+def _chunk_rows(p: Problem, sides: int, rows: int) -> int:
+    vocab = p.head.weight.shape[0] if p.shards is None else p.shards.largest  # ranks must take the same chunks
     budget = p.chunk_bytes or CHUNK_BYTES.get(p.student_hidden.device.type, DEFAULT_CHUNK_BYTES)
-    return min(rows, max(1, budget // (2 * vocab * wide.itemsize)))
+    return min(rows, max(1, budget // (sides * vocab * p.logits_dtype.itemsize)))
+
+
+def _stacked(stats: RowStats) -> Tensor:
+    zero = torch.zeros_like(stats.kl)
+    return torch.stack([zero if s is None else s for s in stats[1:]])
 
 
 def _hook_weights(token_weight_fn: TokenWeightFn, stats: RowStats) -> Tensor:
@@ -182,45 +277,3 @@ def _hook_weights(token_weight_fn: TokenWeightFn, stats: RowStats) -> Tensor:
         got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
         raise ValueError(f"token_weight_fn: expected a tensor of shape {tuple(stats.kl.shape)}, got {got}")
     return w.detach().to(stats.kl)
-
-
-# The GEMMs. On CUDA, operands stay in the input dtype and cuBLAS accumulates into fp32. A CPU GEMM of bf16 operands
-# rounds its output to bf16: a relative L1 error in dH of 1.9e-2 against fp64, 1.8e-3 with the operands upcast (error
-# columns of benchmarks/bench_kernel.py). So they are upcast, UPCAST_ROWS of the vocabulary at a time.
-
-
-def _project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = hidden @ weight.T, (n, D), (V, D) -> (n, V)."""
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight.t(), out=out)
-    elif hidden.is_cuda:
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    else:
-        hidden = hidden.to(out.dtype)
-        for v in range(0, weight.shape[0], UPCAST_ROWS):
-            out[:, v : v + UPCAST_ROWS] = hidden @ weight[v : v + UPCAST_ROWS].to(out.dtype).t()
-
-
-def _gradient_view(x_student: Tensor, operand_dtype: torch.dtype) -> Tensor:
-    """Where dz goes: on CUDA the head of each row's own memory in the GEMM operands' dtype, else the row itself."""
-    if x_student.is_cuda and operand_dtype != x_student.dtype:
-        return x_student.view(operand_dtype)[:, : x_student.shape[1]]
-    return x_student
-
-
-def _backproject(dz: Tensor, weight: Tensor) -> Tensor:
-    """dz @ weight, (n, V), (V, D) -> (n, D)."""
-    if dz.dtype == weight.dtype:
-        return dz @ weight
-    out = dz.new_zeros(dz.shape[0], weight.shape[1])
-    for v in range(0, weight.shape[0], UPCAST_ROWS):
-        out.addmm_(dz[:, v : v + UPCAST_ROWS], weight[v : v + UPCAST_ROWS].to(dz.dtype))
-    return out
-
-
-def _accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor) -> None:
-    """grad_weight += dz.T @ hidden, (V, D) wide, (n, V), (n, D)."""
-    if dz.dtype == grad_weight.dtype:
-        grad_weight.addmm_(dz.t(), hidden.to(dz.dtype))
-    else:
-        torch.addmm(grad_weight, dz.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)

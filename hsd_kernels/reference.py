@@ -33,6 +33,7 @@ def per_token_divergence(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     kl_clip: float | None = None,
+    kl_clip_form: str = "opsd",
 ) -> Tensor:
     """Divergence per token in nats, shape (...,), differentiable in the student's logits only.
 
@@ -44,9 +45,9 @@ def per_token_divergence(
     if divergence == "jsd" and beta in (0.0, 1.0):
         divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
     if divergence == "forward_kl":
-        terms = _kl_terms(lt, ls)
+        terms = _kl_terms(lt, ls, kl_clip, kl_clip_form)
     elif divergence == "reverse_kl":
-        terms = _kl_terms(ls, lt)
+        terms = _kl_terms(ls, lt, kl_clip, kl_clip_form)
     elif divergence == "jsd":
         lm = torch.logaddexp(ls + math.log1p(-beta), lt + math.log(beta))
         terms = beta * _kl_terms(lt, lm) + (1.0 - beta) * _kl_terms(ls, lm)
@@ -65,10 +66,15 @@ def hsd_kl(
     *,
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    reference_coef: float = 0.0,
     divergence: str = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     kl_clip: float | None = None,
+    kl_clip_form: str = "opsd",
     token_weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | None = None,
@@ -82,7 +88,12 @@ def hsd_kl(
         own_head = teacher_weight is not None
         head = (teacher_weight, teacher_bias) if own_head else (lm_head_weight, bias)
         teacher = logits(teacher_hidden, *head, **form)
-    per_token = per_token_divergence(student, teacher, divergence, beta, kl_clip)
+        if reference_hidden is not None:
+            head = (lm_head_weight, bias) if reference_weight is None else (reference_weight, reference_bias)
+            reference = logits(reference_hidden, *head, logit_scale=logit_scale, softcap=softcap)
+    per_token = per_token_divergence(student, teacher, divergence, beta, kl_clip, kl_clip_form)
+    if reference_hidden is not None:  # the policy itself, so without the temperature
+        per_token = per_token + reference_coef * per_token_divergence(student * temperature, reference, "reverse_kl")
     kept = torch.ones_like(per_token) if token_weights is None else token_weights
     # A row of weight 0 does not exist: NaN in it must not reach the sum.
     per_token = torch.where(kept != 0, per_token * kept, 0.0)
@@ -94,6 +105,9 @@ def hsd_kl(
     return per_token.sum() / items
 
 
-def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+def _kl_terms(log_p: Tensor, log_q: Tensor, clip: float | None = None, clip_form: str = "opsd") -> Tensor:
     p = log_p.exp()
-    return torch.where(p == 0, 0.0, p * (log_p - log_q))
+    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
+    if clip is not None and clip_form == "nonnegative":
+        terms = terms - p + log_q.exp()
+    return terms

@@ -1,12 +1,13 @@
 """Row backends: one pass for the statistics of a chunk of logits, one that turns the logits into their gradient.
 
-Each backend module has the same two functions, over raw head outputs ``x_student, x_teacher`` of shape (C, V):
+Each backend module has the same two functions, over raw head outputs ``x_student, x_teacher`` of shape (C, V)
+(``x_student - x_teacher`` in place of the first if ``spec.linear``):
 
     statistics(x_student, x_teacher, spec, bias, teacher_bias, target_ids, rows) -> RowStats
     gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out) -> None
 
 ``gradient_`` writes ``weights[:, None] * d kl / d x_student`` to ``out`` (C, V), which may be a view of the memory of
-``x_student`` in the same or a narrower dtype: its contents are no longer needed afterwards.
+``x_student`` or of ``x_teacher`` in the same or a narrower dtype: its contents are no longer needed afterwards.
 """
 
 from __future__ import annotations

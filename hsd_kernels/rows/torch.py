@@ -1,4 +1,4 @@
-"""Row backend in plain PyTorch: any device, fp32 or fp64 logits. See `hsd_kernels.divergence` for the mathematics."""
+"""Row backend in plain PyTorch: any device, fp32, bf16 or fp64 logits. Mathematics: `hsd_kernels.divergence`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ def statistics(
 ) -> RowStats:
     n = x_student.shape[0]
     names = ("kl", "student_logps", "teacher_logps", "student_entropy", "teacher_entropy")
-    cols: dict[str, Any] = {name: x_student.new_empty(n) for name in (*names, "student_lse", "teacher_lse", "grad_sum")}
+    names = (*names, "student_lse", "teacher_lse", "grad_sum")
+    cols: dict[str, Any] = {name: x_student.new_empty(n, dtype=_wide(x_student)) for name in names}
     for at in _blocks(x_student):
-        z_s = _logits(_scaled(x_student[at], bias, spec), spec)
-        z_t = _logits(_scaled(x_teacher[at], teacher_bias, spec), spec)
+        x_s, x_t = _pair(x_student[at], x_teacher[at], spec)
+        z_s = _logits(_scaled(x_s, bias, spec), spec)
+        z_t = _logits(_scaled(x_t, teacher_bias, spec), spec)
         lse_s, lse_t = torch.logsumexp(z_s, -1), torch.logsumexp(z_t, -1)
         ls, lt = z_s - lse_s.unsqueeze(-1), z_t - lse_t.unsqueeze(-1)
         ps, pt = ls.exp(), lt.exp()
@@ -68,9 +70,10 @@ def gradient_(
     out: Tensor,
 ) -> None:
     for at in _blocks(x_student):
-        scaled = _scaled(x_student[at], bias, spec)
+        x_s, x_t = _pair(x_student[at], x_teacher[at], spec)
+        scaled = _scaled(x_s, bias, spec)
         ls = _logits(scaled, spec) - stats.student_lse[at].unsqueeze(-1)
-        lt = _logits(_scaled(x_teacher[at], teacher_bias, spec), spec) - stats.teacher_lse[at].unsqueeze(-1)
+        lt = _logits(_scaled(x_t, teacher_bias, spec), spec) - stats.teacher_lse[at].unsqueeze(-1)
         ps, pt = ls.exp(), lt.exp()
         _, g = _summands(spec, ls, lt, ps, pt)
         dz = g if _no_grad_sum(spec) else g - ps * stats.grad_sum[at].unsqueeze(-1)
@@ -78,6 +81,27 @@ def gradient_(
         if spec.softcap is not None:
             dz *= 1.0 - torch.tanh(scaled / spec.softcap).square()
         out[at] = dz
+
+
+def summand_sums(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+) -> Tensor:
+    """(3, C): sums of f, g and ps over these columns, given the normalisers of the whole rows."""
+    sums = student_lse.new_empty(3, x_student.shape[0])
+    for at in _blocks(x_student):
+        x_s, x_t = _pair(x_student[at], x_teacher[at], spec)
+        ls = _logits(_scaled(x_s, bias, spec), spec) - student_lse[at].unsqueeze(-1)
+        lt = _logits(_scaled(x_t, teacher_bias, spec), spec) - teacher_lse[at].unsqueeze(-1)
+        ps = ls.exp()
+        f, g = _summands(spec, ls, lt, ps, lt.exp())
+        sums[:, at] = torch.stack([f.sum(-1), g.sum(-1), ps.sum(-1)])
+    return sums
 
 
 def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +121,8 @@ def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> 
         f = g + spec.beta * _times(pt, t_minus_m)
         clipped_g = torch.zeros_like(ps)
     if spec.kl_clip is not None:
+        if spec.kl_clip_form == "nonnegative" and spec.divergence != "jsd":
+            f, clipped_g = f + (ps - pt if spec.divergence == "forward_kl" else pt - ps), torch.zeros_like(ps)
         g = torch.where(f <= spec.kl_clip, g, clipped_g)
         f = f.clamp_max(spec.kl_clip)
     return f, g
@@ -109,6 +135,16 @@ def _no_grad_sum(spec: RowSpec) -> bool:
 def _times(p: Tensor, log_ratio: Tensor) -> Tensor:
     """p * log_ratio with 0 log 0 = 0: a probability of exactly zero may meet an undefined ratio. A NaN stays."""
     return torch.where(p == 0, 0.0, p * log_ratio)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _pair(x_student: Tensor, x_teacher: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    x_t = x_teacher.to(_wide(x_teacher))
+    x_s = x_student.to(x_t.dtype)
+    return (x_s + x_t if spec.linear else x_s), x_t
 
 
 def _scaled(x: Tensor, bias: Tensor | None, spec: RowSpec) -> Tensor:

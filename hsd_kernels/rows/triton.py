@@ -1,6 +1,6 @@
 """Row backend in Triton: fp32, bf16 or fp16 logits, fp32 arithmetic. Mathematics: `hsd_kernels.divergence`.
 
-One program per row. A logit is read as ``y`` with ``z = kappa * y`` (`_read`, `_scales`): ``y`` minus its
+One program per row. A logit is read as ``y`` with ``z = kappa * y`` (`_formed`, `_scales`): ``y`` minus its
 maximum is exact for large probabilities, and the temperature multiplies that difference, not a large logit.
 """
 
@@ -84,7 +84,8 @@ def gradient_(
     if out.untyped_storage().data_ptr() == x_student.untyped_storage().data_ptr():
         # What gradient_kernel relies on when it stores over logits that it has read.
         row_bytes = [t.stride(0) * t.element_size() for t in (out, x_student)]
-        assert out.data_ptr() == x_student.data_ptr() and (n == 1 or row_bytes[0] == row_bytes[1])
+        assert out.data_ptr() in (x_student.data_ptr(), x_teacher.data_ptr())
+        assert n == 1 or row_bytes[0] == row_bytes[1]
         assert out.element_size() <= x_student.element_size()
     config = configs.row_config("gradient", _capability(x_student.device))
     in_scale, kappa = _scales(spec)
@@ -134,6 +135,8 @@ def _flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> d
         "HAS_TEACHER_BIAS": teacher_bias is not None,
         "HAS_SOFTCAP": spec.softcap is not None,
         "HAS_CLIP": spec.kl_clip is not None,
+        "LINEAR": spec.linear,
+        "NONNEGATIVE": spec.kl_clip is not None and spec.kl_clip_form == "nonnegative",
     }
 
 
@@ -180,6 +183,8 @@ def statistics_kernel(
     HAS_TARGET: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    LINEAR: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -201,7 +206,7 @@ def statistics_kernel(
     a_t = tl.zeros([LANES], tl.float32)
     d = tl.zeros([LANES], tl.float32)  # sum of e_p ((y_p - m_p) - (y_q - m_q)) for KL(p || q)
     for start in range(0, V, BLOCK_V):
-        y_s = _read(xs_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
         y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
         top_s = tl.maximum(m_s, tl.max(y_s, 0))
         top_t = tl.maximum(m_t, tl.max(y_t, 0))
@@ -253,12 +258,12 @@ def statistics_kernel(
         g_sum = tl.zeros([LANES], tl.float32)
         p_sum = tl.zeros([LANES], tl.float32)
         for start in range(0, V, BLOCK_V):
-            y_s = _read(xs_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+            y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
             y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
             ls = tl.fma(y_s, kappa, -lse_s)
             lt = tl.fma(y_t, kappa, -lse_t)
             ps = tl.exp(ls)
-            f, g = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP)
+            f, g = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
             f_sum += tl.sum(f, 0)
             g_sum += tl.sum(g, 0)
             p_sum += tl.sum(ps, 0)
@@ -271,7 +276,7 @@ def statistics_kernel(
     tl.store(out_ptr, kl)
     if HAS_TARGET:
         target = tl.load(target_ptr + row).to(tl.int64)
-        y_s = _read(xs_ptr, bias_ptr, target, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, target, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
         y_t = _read(xt_ptr, teacher_bias_ptr, target, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
         tl.store(out_ptr + 1 * stride_out, kappa * (y_s - top_s) - log_s)
         tl.store(out_ptr + 2 * stride_out, kappa * (y_t - top_t) - log_t)
@@ -292,7 +297,7 @@ def gradient_kernel(
     lse_t_ptr,  # (C,)
     grad_sum_ptr,  # (C,)
     weights_ptr,  # (C,)
-    out_ptr,  # (C, V), may lie over xs
+    out_ptr,  # (C, V), may lie over xs or xt
     V,
     stride_xs,
     stride_xt,
@@ -307,6 +312,8 @@ def gradient_kernel(
     HAS_TEACHER_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    LINEAR: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -318,7 +325,7 @@ def gradient_kernel(
     scale = tl.load(weights_ptr + row).to(tl.float32) * chain
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        y_s = _read(xs_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
         y_t = _read(xt_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
         # bf16 out over fp32 logits, B = BLOCK_V: block k is read at bytes [4 B k, 4 B (k + 1)) of the row and
         # written at [2 B k, 2 B (k + 1)), which lies in blocks 0 to k. In ascending order, and with every
@@ -327,7 +334,7 @@ def gradient_kernel(
         ls = tl.fma(y_s, kappa, -lse_s)
         lt = tl.fma(y_t, kappa, -lse_t)
         ps = tl.exp(ls)
-        _, dz = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP)
+        _, dz = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
         if HAS_CLIP or DIVERGENCE != FORWARD_KL:
             dz -= ps * tl.load(grad_sum_ptr + row)
         dz *= scale
@@ -339,14 +346,41 @@ def gradient_kernel(
 @triton.jit
 def _read(x_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """y of the columns, -inf beyond V: a probability of zero on both sides, which no sum sees."""
-    inside = cols < V
-    y = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    return _formed(_load(x_ptr, cols, V), bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def _read_student(
+    xs_ptr,
+    xt_ptr,
+    bias_ptr,
+    cols,
+    V,
+    in_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
+    """As `_read`, also where the student's block holds the difference to the teacher's."""
+    x = _load(xs_ptr, cols, V)
+    if LINEAR:
+        x += _load(xt_ptr, cols, V)
+    return _formed(x, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def _load(x_ptr, cols, V):
+    return tl.load(x_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _formed(x, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    y *= in_scale
+        x += _load(bias_ptr, cols, V)
+    y = x * in_scale
     if HAS_SOFTCAP:
         y = _tanh(y)
-    return tl.where(inside, y, -float("inf"))
+    return tl.where(cols < V, y, -float("inf"))
 
 
 @triton.jit
@@ -366,7 +400,9 @@ def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE: tl.const
 
 
 @triton.jit
-def _summands(ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr):
+def _summands(
+    ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr, NONNEGATIVE: tl.constexpr
+):
     """(f, g) of the table in `divergence`."""
     if DIVERGENCE == FORWARD_KL:
         f = _times(pt, lt - ls)
@@ -382,6 +418,12 @@ def _summands(ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl
         g = (1.0 - beta) * _times(ps, tl.minimum(-d, 0.0) - mixed)
         f = g + beta * _times(pt, tl.minimum(d, 0.0) - mixed)
         clipped_g = tl.zeros_like(ps)
+    if NONNEGATIVE:
+        clipped_g = tl.zeros_like(ps)
+        if DIVERGENCE == FORWARD_KL:
+            f += ps - pt
+        elif DIVERGENCE == REVERSE_KL:
+            f += pt - ps
     if HAS_CLIP:
         clipped = f > clip
         f = tl.where(clipped, clip, f)

@@ -12,7 +12,7 @@ from hsd_kernels.testing import assert_within_budget
 
 T, D, V = 12, 16, 61
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-RELATIVE_L1 = {torch.float64: 1e-13, torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 3e-3}
+RELATIVE_L1 = {torch.float64: 1e-13, torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 TRAINED = ("student_hidden", "lm_head_weight", "bias")
 
 OPTIONS = {
@@ -24,6 +24,9 @@ OPTIONS = {
     "cold": {"temperature": 0.1},
     "hot": {"temperature": 10.0},
     "clip": {"kl_clip": 0.02},
+    "non-negative clip": {"kl_clip": 0.02, "kl_clip_form": "nonnegative"},
+    "reference": {"reference_dim": D, "reference_coef": 0.3},
+    "reference with its own head": {"reference_dim": 20, "reference_coef": 2.0, "temperature": 0.7},
     "weights": {"token_weights": True},
     "num_items": {"num_items": 37.0},
     "own head": {"teacher_dim": D},
@@ -36,6 +39,8 @@ OPTIONS = {
         "logit_scale": 1.5,
         "temperature": 0.7,
         "kl_clip": 0.05,
+        "reference_dim": 10,
+        "reference_coef": 0.5,
         "token_weights": True,
         "num_items": 5,
     },
@@ -50,7 +55,17 @@ class Case:
     options: dict = field(default_factory=dict)
 
     @classmethod
-    def make(cls, dtype, seed=0, bias=False, teacher_dim=None, teacher_bias=False, token_weights=False, **options):
+    def make(
+        cls,
+        dtype,
+        seed=0,
+        bias=False,
+        teacher_dim=None,
+        teacher_bias=False,
+        reference_dim=None,
+        token_weights=False,
+        **options,
+    ):
         g = torch.Generator().manual_seed(seed)
 
         def draw(*shape, scale=1.0):
@@ -63,6 +78,10 @@ class Case:
         }
         if teacher_dim is not None:
             tensors["teacher_weight"] = draw(V, teacher_dim, scale=0.5)
+        if reference_dim is not None:
+            tensors["reference_hidden"] = draw(T, reference_dim)
+            if reference_dim != D:
+                tensors["reference_weight"] = draw(V, reference_dim, scale=0.5)
         if bias:
             tensors["bias"] = draw(V)
         if teacher_bias:
@@ -231,7 +250,7 @@ def test_leading_dimensions_are_only_a_view():
     shaped = {k: v.view(3, 4, -1) if k.endswith("hidden") else v for k, v in case.tensors.items()}
     options = {"token_weights": case.options["token_weights"].view(3, 4), "target_ids": ids.view(3, 4)}
     for a, b in zip(flat, fused_hsd_kl(**shaped, **options, reduction="none", return_stats=True), strict=True):
-        assert torch.equal(a.view(3, 4), b)
+        assert a is b is None or torch.equal(a.view(3, 4), b)
 
 
 def test_divergences_are_what_their_names_say():

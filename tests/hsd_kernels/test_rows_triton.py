@@ -81,7 +81,8 @@ def exact(inputs: Inputs, spec: RowSpec) -> tuple[dict[str, Tensor], Tensor]:
     def expected(log_p, log_ratio):
         return log_p.exp() * torch.where(log_p.exp() > 0, log_ratio, 0.0)
 
-    x = inputs.x_student.double().requires_grad_()
+    x = inputs.x_student.double()
+    x = (x + inputs.x_teacher.double() if spec.linear else x).requires_grad_()
     z_s = compared_logits(x, inputs.bias, spec)
     z_t = compared_logits(inputs.x_teacher.double(), inputs.teacher_bias, spec)
     ls, lt = z_s.log_softmax(-1), z_t.log_softmax(-1)
@@ -94,6 +95,8 @@ def exact(inputs: Inputs, spec: RowSpec) -> tuple[dict[str, Tensor], Tensor]:
         at = [torch.where(nowhere, 0.0, log_p) for log_p in (ls, lt)]
         lm = torch.logaddexp(at[0] + math.log1p(-spec.beta), at[1] + math.log(spec.beta))
         f = spec.beta * expected(lt, lt - lm) + (1.0 - spec.beta) * expected(ls, ls - lm)
+    if spec.kl_clip_form == "nonnegative" and spec.divergence != "jsd":
+        f = f + (lt.exp() - ls.exp()) * (-1.0 if spec.divergence == "forward_kl" else 1.0)
     kl = (f if spec.kl_clip is None else f.clamp_max(spec.kl_clip)).sum(-1)
     (kl * inputs.weights.double()).sum().backward()
     assert x.grad is not None
@@ -155,6 +158,8 @@ FORMS = {
     "logit_scale": {"logit_scale": 0.3, "softcap": 30.0},
     "negative logit_scale": {"logit_scale": -0.7},
     "clip": {"kl_clip": 1e-3},
+    "non-negative clip": {"kl_clip": 1e-3, "kl_clip_form": "nonnegative"},
+    "linear": {"linear": True, "softcap": 20.0},
     "clip, softcap": {"kl_clip": 1e-2, "softcap": 10.0},
 }
 
@@ -164,6 +169,20 @@ FORMS = {
 def test_options(divergence, form):
     spec = RowSpec(divergence, beta=0.3, **FORMS[form])
     check(make_inputs(vocab=300, bias=True), spec)
+
+
+def test_gradient_over_the_memory_of_either_side():
+    """bf16 gradients at the head of each row's fp32 logits, the student's or the teacher's."""
+    spec = RowSpec("reverse_kl")
+    inputs = make_inputs(vocab=600)
+    _, want = run(triton_rows, inputs, spec, torch.empty_like(inputs.x_student, dtype=torch.bfloat16))
+    for side in ("x_student", "x_teacher"):
+        inputs = make_inputs(vocab=600)
+        both = torch.stack([inputs.x_student, inputs.x_teacher])  # one storage, as in the driver's workspace
+        inputs = inputs._replace(x_student=both[0], x_teacher=both[1])
+        out = getattr(inputs, side).view(torch.bfloat16)[:, :600]
+        run(triton_rows, inputs, spec, out)
+        assert torch.equal(out, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

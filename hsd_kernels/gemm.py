@@ -1,0 +1,98 @@
+"""The three matrix products of a chunk, each accumulated into fp32 (fp64 for fp64 operands).
+
+On CUDA the operands stay in the input dtype and cuBLAS writes fp32 (``out_dtype``). A CPU GEMM of torch rounds the
+output of bf16 operands to bf16: a relative L1 error in dH of 1.9e-2 against fp64 where fp32 logits give 1.8e-3 (error
+columns of benchmarks/bench_kernel.py). MKL, which torch's x86 wheels carry and export, has the product we want: bf16
+operands, fp32 accumulation and output, on AMX where the processor has it. One core of a Xeon with AMX, (512, 512) x
+(32,768, 512): 370 GFLOP/s for the logits, 670 for dH and 790 for dW; fp32 operands 150 each; torch's bf16 product 1,000
+and 750, but 300 for dW, which it cannot accumulate. Other CPU builds, and fp16, upcast the operands, UPCAST_ROWS of
+the vocabulary at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+UPCAST_ROWS = 8192
+_ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS's names for them
+
+
+def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = hidden @ weight.T: (n, D), (V, D) -> (n, V)."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif hidden.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    elif mkl_takes(hidden, weight, out):
+        _mkl_gemm(hidden, weight, out, trans_b=True)
+    else:
+        hidden = hidden.to(out.dtype)
+        for v in range(0, weight.shape[0], UPCAST_ROWS):
+            out[:, v : v + UPCAST_ROWS] = hidden @ weight[v : v + UPCAST_ROWS].to(out.dtype).t()
+
+
+def backproject(dz: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+    """dz @ weight: (n, V), (V, D) -> (n, D) wide."""
+    if weight.dtype == wide:
+        return torch.mm(dz, weight)
+    if dz.is_cuda:
+        return torch.mm(dz, weight, out_dtype=wide)
+    out = dz.new_zeros(dz.shape[0], weight.shape[1], dtype=wide)
+    if mkl_takes(dz, weight, out):
+        _mkl_gemm(dz, weight, out)
+        return out
+    for v in range(0, weight.shape[0], UPCAST_ROWS):
+        out.addmm_(dz[:, v : v + UPCAST_ROWS].to(wide), weight[v : v + UPCAST_ROWS].to(wide))
+    return out
+
+
+def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor) -> None:
+    """grad_weight += dz.T @ hidden: (V, D) wide, (n, V), (n, D)."""
+    if dz.is_cuda and dz.dtype != grad_weight.dtype:
+        torch.addmm(grad_weight, dz.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
+    elif mkl_takes(dz, hidden, grad_weight):
+        _mkl_gemm(dz, hidden, grad_weight, trans_a=True, beta=1.0)
+    else:
+        grad_weight.addmm_(dz.t().to(grad_weight.dtype), hidden.to(grad_weight.dtype))
+
+
+def gradient_view(x_student: Tensor, operand: Tensor) -> Tensor:
+    """Where dz goes: the head of each row's own memory in the dtype of the GEMM operands where a GEMM takes them
+    narrow, else the row itself."""
+    narrow = operand.dtype != x_student.dtype and (x_student.is_cuda or mkl_takes(operand, operand, x_student))
+    return x_student.view(operand.dtype)[:, : x_student.shape[1]] if narrow else x_student
+
+
+def mkl_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether MKL computes this product: bf16 rows into fp32 on a CPU whose torch exports the routine."""
+    fits = a.device.type == "cpu" and a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
+    return fits and a.stride(1) == b.stride(1) == out.stride(1) == 1 and _mkl_routine() is not None
+
+
+def _mkl_gemm(a: Tensor, b: Tensor, out: Tensor, trans_a: bool = False, trans_b: bool = False, beta: float = 0.0):
+    m, n = out.shape
+    k = a.shape[0] if trans_a else a.shape[1]
+    routine = _mkl_routine()
+    assert routine is not None and b.shape == ((n, k) if trans_b else (k, n))
+    flags = (_TRANS if trans_a else _NO_TRANS, _TRANS if trans_b else _NO_TRANS)
+    a_at, b_at, out_at = ((t.data_ptr(), max(t.stride(0), 1)) for t in (a, b, out))
+    routine(_ROW_MAJOR, *flags, m, n, k, 1.0, *a_at, *b_at, beta, *out_at)
+
+
+@cache
+def _mkl_routine():
+    """``cblas_gemm_bf16bf16f32`` of the MKL inside torch's CPU library, None if this build has none."""
+    try:
+        routine = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).cblas_gemm_bf16bf16f32
+    except (OSError, AttributeError):
+        return None
+    integer, real, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    matrix = [pointer, integer]
+    routine.argtypes = [integer] * 6 + [real, *matrix, *matrix, real, *matrix]
+    routine.restype = None
+    return routine

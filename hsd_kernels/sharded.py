@@ -1,0 +1,38 @@
+"""Weights that a distributed engine keeps in pieces: how to tell them, and how to have them whole for a while."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+SHARDED: dict[str, Callable[[Tensor], bool]] = {
+    "DTensor": lambda t: hasattr(t, "device_mesh"),
+    # DeepSpeed gives a partitioned parameter a ds_id and, while it is in pieces, no elements.
+    "ZeRO-3 partitioned parameter": lambda t: hasattr(t, "ds_id") and t.numel() == 0,
+}
+
+
+@contextmanager
+def gathered(weight: Tensor) -> Iterator[Tensor]:
+    """The whole of a head's weight or bias, for the length of the context::
+
+        with gathered(model.lm_head.weight) as weight:
+            loss = fused_hsd_kl(student_hidden, teacher_hidden, weight)
+
+    A DTensor (FSDP2, tensor parallelism) becomes its ``full_tensor()``, through which the gradient flows back to the
+    pieces. A ZeRO-3 parameter is gathered by DeepSpeed. A plain tensor passes through.
+
+    Raises:
+        ImportError: a ZeRO-3 parameter where deepspeed cannot be imported.
+    """
+    if SHARDED["DTensor"](weight):
+        yield weight.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+    elif SHARDED["ZeRO-3 partitioned parameter"](weight):
+        zero = importlib.import_module("deepspeed.zero")
+        with zero.GatheredParameters([weight]):
+            yield weight
+    else:
+        yield weight

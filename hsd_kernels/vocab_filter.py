@@ -1,0 +1,47 @@
+"""The active-vocabulary filter: which columns of dz the two backward GEMMs need.
+
+On the prefix that a rollout shares with its peer the two sides nearly agree, and most columns of dz hold nothing that
+survives rounding. Leaving them out costs a gather of the active rows of W and saves their share of 2U FLOPs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rounding to nearest loses eps / 4 of a number's binade on average, E[1 / mantissa] = 1 / (2 ln 2) for mantissas of
+# uniform logarithm: a share of 0.18 eps of the L1 mass. For bf16 that is 0.14 %, as measured on SmolLM2.
+ROUNDING_SHARE = 0.18
+# With more active columns than this share of the vocabulary the gathers cost what the GEMMs save.
+WORTHWHILE = 0.75
+
+
+class Active(NamedTuple):
+    columns: Tensor | None  # (A,) ascending, None: all of them
+    dropped: Tensor  # scalar, L1 mass of dz in the columns left out
+    total: Tensor  # scalar, L1 mass of dz
+
+
+def active_columns(dz: Tensor, filter_eps: float | str, largest_weight: Tensor, dtype: torch.dtype) -> Active:
+    """Columns of dz (n, V) to keep: those with an entry above ``filter_eps * largest_weight`` or, with "auto", all but
+    the lightest whose L1 mass together is at most what rounding dz to ``dtype`` loses. One host synchronization."""
+    vocab = dz.shape[1]
+    mass = column_mass(dz)
+    total = mass.sum()
+    if isinstance(filter_eps, str):  # "auto"
+        lightest, order = mass.sort()
+        dropped = lightest.cumsum(0) <= ROUNDING_SHARE * torch.finfo(dtype).eps * total  # all False with a NaN
+        keep = torch.ones_like(dropped).scatter_(0, order, ~dropped)
+    else:
+        keep = ~(dz.abs().amax(0) <= filter_eps * largest_weight)  # a NaN is kept
+    columns = keep.nonzero().squeeze(-1)
+    if columns.numel() > WORTHWHILE * vocab:
+        return Active(None, torch.zeros_like(total), total)
+    return Active(columns, mass.masked_fill(keep, 0.0).sum(), total)
+
+
+def column_mass(dz: Tensor) -> Tensor:
+    """L1 norm of each column, (n, V) -> (V,), fp64."""
+    return dz.abs().sum(0, dtype=torch.float64 if dz.dtype == torch.float64 else torch.float32).double()

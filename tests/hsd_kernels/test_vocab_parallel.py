@@ -1,0 +1,158 @@
+"""Vocabulary-parallel: real gloo ranks against one process, uneven and empty shards, and the merge by itself."""
+
+import os
+import tempfile
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hsd_kernels import fused_hsd_kl
+from hsd_kernels.divergence import RowSpec
+from hsd_kernels.rows import torch as torch_rows
+from hsd_kernels.vocab_parallel import merge_parts
+
+T, D, V = 14, 12, 71
+SIZES = {2: (50, 21), 4: (30, 1, 3, 37)}
+CASES = {
+    "forward_kl": {},
+    "reverse_kl": {"divergence": "reverse_kl", "temperature": 0.5},
+    "jsd": {"divergence": "jsd", "beta": 0.3, "softcap": 5.0},
+    "clip": {"kl_clip": 0.02},
+    "non-negative clip": {"kl_clip": 0.02, "kl_clip_form": "nonnegative", "divergence": "reverse_kl"},
+    "reference": {"reference": True, "token_weight_fn": lambda s: s.teacher_entropy},
+    "per token": {"reduction": "none"},
+    "own head": {"own_head": True, "logit_scale": -0.5},
+}
+
+
+def inputs(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    return {
+        "student_hidden": draw(T, D),
+        "teacher_hidden": draw(T, D),
+        "reference_hidden": draw(T, D),
+        "lm_head_weight": draw(V, D),
+        "bias": draw(V),
+        "teacher_weight": draw(V, D),
+    }
+
+
+def call(tensors, reference=False, own_head=False, group=None, **options):
+    given = {k: v.clone() for k, v in tensors.items()}
+    for name in ("student_hidden", "lm_head_weight", "bias"):
+        given[name].requires_grad_()
+    if not own_head:
+        del given["teacher_weight"]
+    if not reference:
+        del given["reference_hidden"]
+    weights = torch.linspace(0.0, 2.0, T)
+    out = fused_hsd_kl(
+        **given,
+        **options,
+        reference_coef=0.4 if reference else 0.0,
+        target_ids=torch.arange(T) * 5 % V,
+        token_weights=weights,
+        chunk_bytes=4 * 2 * V * 8,
+        process_group=group,
+        return_stats=True,
+    )
+    out.loss.backward(torch.linspace(-1.0, 1.0, T).to(out.loss.dtype) if out.loss.dim() else None)
+    return out, [given[n].grad for n in ("student_hidden", "lm_head_weight", "bias")]
+
+
+def shard(tensors, rank, world):
+    start = sum(SIZES[world][:rank])
+    rows = slice(start, start + SIZES[world][rank])
+    return {k: v[rows] if k.endswith(("weight", "bias")) else v for k, v in tensors.items()}, rows
+
+
+def same(got, want, close, label):
+    torch.testing.assert_close(got, want, rtol=close, atol=close, msg=lambda m: f"{label}: {m}")
+
+
+def worker(rank, world, path):
+    torch.set_num_threads(1)
+    store = dist.FileStore(path, world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    try:
+        for dtype, close in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+            for name, case in CASES.items():
+                whole = inputs(dtype)
+                want, want_grads = call(whole, **case)
+                part, rows = shard(whole, rank, world)
+                got, got_grads = call(part, **case, group=dist.group.WORLD)
+                label = f"{name} {dtype} rank {rank}"
+                for field, a, b in zip(got._fields, got, want, strict=True):
+                    assert (a is None) == (b is None), f"{label} {field}"
+                    if a is not None:
+                        same(a, b, close, f"{label} {field}")
+                want_grads = [want_grads[0], want_grads[1][rows], want_grads[2][rows]]
+                for a, b in zip(got_grads, want_grads, strict=True):
+                    same(a, b, close, f"{label} gradient")
+                everywhere = [torch.empty_like(got_grads[0]) for _ in range(world)]
+                dist.all_gather(everywhere, got_grads[0])
+                assert all(torch.equal(e, got_grads[0]) for e in everywhere), label
+        mistakes = {
+            "^token_weights: expected equal": (T - rank, D, V),
+            "^lm_head_weight: expected equal": (T, D - rank, V),
+            "^lm_head_weight: expected rows on every rank": (T, D, rank),
+        }
+        for message, (tokens, dim, vocab) in mistakes.items():
+            h, weight = torch.ones(tokens, dim), torch.ones(vocab, dim)
+            with pytest.raises(ValueError, match=message):
+                fused_hsd_kl(h, h, weight, process_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_agree_with_one_process(world):
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        mp.spawn(worker, args=(world, os.path.join(folder, "store")), nprocs=world)
+
+
+def parts_of(x_s, x_t, spec, sizes):
+    found = []
+    for a, b in zip(x_s.split(sizes, 1), x_t.split(sizes, 1), strict=True):
+        ids = torch.zeros(len(a), dtype=torch.long)
+        stats = torch_rows.statistics(a, b, spec, None, None, ids, ids)
+        found.append(torch.stack(stats[1:]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_merge_with_infinite_logits(divergence):
+    """A part without mass on one side or both; infinite KL exactly where one process says so."""
+    g = torch.Generator().manual_seed(1)
+    x_s, x_t = (3.0 * torch.randn(6, 20, generator=g, dtype=torch.float64) for _ in range(2))
+    x_s[1, :8] = x_t[1, :8] = -torch.inf  # no mass in the first part, either side
+    x_t[2, :8] = -torch.inf  # the teacher alone
+    x_s[3, :8] = -torch.inf  # the student alone
+    x_s[4, 9] = x_t[4, 9] = -torch.inf
+    spec = RowSpec(divergence)
+    ids = torch.zeros(6, dtype=torch.long)
+    whole = torch_rows.statistics(x_s, x_t, spec, None, None, ids, ids)
+    merged = merge_parts(parts_of(x_s, x_t, spec, [8, 12]), spec)
+    for i, name in ((0, "kl"), (3, "student_entropy"), (4, "teacher_entropy"), (5, "student_lse"), (6, "teacher_lse")):
+        torch.testing.assert_close(merged[i], getattr(whole, name), rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_merge_keeps_a_tiny_kl():
+    """KL of 1e-9 out of parts whose normalisers differ by nothing: no cancellation of large numbers."""
+    g = torch.Generator().manual_seed(2)
+    x_t = 5.0 * torch.randn(4, 40, generator=g, dtype=torch.float64)
+    x_s = x_t + 3e-4 * torch.randn(4, 40, generator=g, dtype=torch.float64)
+    spec = RowSpec()
+    ids = torch.zeros(4, dtype=torch.long)
+    exact = torch_rows.statistics(x_s, x_t, spec, None, None, ids, ids).kl
+    assert 1e-11 < exact.min() and exact.max() < 1e-6
+    merged = merge_parts(parts_of(x_s, x_t, spec, [10, 30]), spec)[0]
+    torch.testing.assert_close(merged, exact, rtol=1e-5, atol=1e-13)
