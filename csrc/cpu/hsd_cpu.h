@@ -22,10 +22,12 @@ struct hsd_rows {
     hsd_side teacher;
     int64_t rows;
     int64_t vocab;
-    int32_t is_bf16;     // the logits of both sides, fp32 else
+    int32_t is_bf16;  // the logits of both sides, fp32 else
     int32_t divergence;  // index in hsd_kernels.divergence.DIVERGENCES
     int32_t has_softcap;
     int32_t has_clip;
+    int32_t is_nonnegative;  // the form of the clip
+    int32_t is_linear;       // the student's logits are those of the teacher and these, added
     float in_scale;
     float kappa;
     float beta;

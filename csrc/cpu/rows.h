@@ -41,52 +41,61 @@ HSD_INLINE void store_some(T* p, F a, int64_t n) {
 // Reading: y of a block of columns.
 
 template <class X, class B>
-static void read_as(const X* x, const B* bias, int64_t n, const hsd_rows& p, float* y) {
+static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const hsd_rows& p, float* y) {
     const F in_scale = all(p.in_scale);
-    const auto read = [&](F a, F b) __attribute__((always_inline)) {
-        a = (bias ? a + b : a) * in_scale;
+    const auto formed = [&](F a) __attribute__((always_inline)) {
+        a = a * in_scale;
         return p.has_softcap ? tanh(a) : a;
     };
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(y + i, read(load(x + i), bias ? load(bias + i) : all(0.0f)));
+    for (; i + LANES <= n; i += LANES) {
+        F a = load(x + i);
+        if (plus) a = a + load(plus + i);
+        if (bias) a = a + load(bias + i);
+        store(y + i, formed(a));
+    }
     if (i < n) {
-        store(y + i, read(load_some(x + i, n - i), bias ? load_some(bias + i, n - i) : all(0.0f)));
+        F a = load_some(x + i, n - i);
+        if (plus) a = a + load_some(plus + i, n - i);
+        if (bias) a = a + load_some(bias + i, n - i);
+        store(y + i, formed(a));
         // A probability of zero on both sides, which no sum sees.
         for (int64_t k = n; k < round_up(n); k++) y[k] = -INF;
     }
 }
 
+// y of the columns [start, start + n) of a side, -inf behind them up to a multiple of LANES: the logits themselves
+// where that is what y is, `buffer` else. `plus` is another side to add, or null.
 template <class X>
-static void read_of(const X* x, const hsd_side& side, int64_t start, int64_t n, const hsd_rows& p, float* y) {
+static const float* read_of(
+    const hsd_rows& p, const hsd_side& side, const hsd_side* plus, int64_t row, int64_t start, int64_t n, float* buffer
+) {
+    const X* x = (const X*)side.x + row * side.stride + start;
+    const X* other = plus ? (const X*)plus->x + row * plus->stride + start : nullptr;
+    const bool formed = side.bias || plus || p.has_softcap || p.in_scale != 1.0f || n % LANES;
+    if (!p.is_bf16 && !formed) return (const float*)x;
     if (!side.bias) {
-        read_as<X, float>(x, nullptr, n, p, y);
+        read_as<X, float>(x, other, nullptr, n, p, buffer);
     } else if (side.bias_is_bf16) {
-        read_as(x, (const bf16*)side.bias + start, n, p, y);
+        read_as(x, other, (const bf16*)side.bias + start, n, p, buffer);
     } else {
-        read_as(x, (const float*)side.bias + start, n, p, y);
+        read_as(x, other, (const float*)side.bias + start, n, p, buffer);
     }
-}
-
-// y of the columns [start, start + n), -inf behind them up to a multiple of LANES: the logits themselves where that
-// is what y is, `buffer` else.
-static const float* read(const hsd_rows& p, const hsd_side& side, int64_t row, int64_t start, int64_t n, float* buffer) {
-    const int64_t at = row * side.stride + start;
-    if (p.is_bf16) {
-        read_of((const bf16*)side.x + at, side, start, n, p, buffer);
-        return buffer;
-    }
-    const float* x = (const float*)side.x + at;
-    if (!side.bias && !p.has_softcap && p.in_scale == 1.0f && n % LANES == 0) return x;
-    read_of(x, side, start, n, p, buffer);
     return buffer;
 }
 
-static float read_one(const hsd_rows& p, const hsd_side& side, int64_t row, int64_t column) {
-    float y[LANES];
-    return read(p, side, row, column, 1, y)[0];
+static const float* read_student(const hsd_rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
+    const hsd_side* plus = p.is_linear ? &p.teacher : nullptr;
+    return p.is_bf16 ? read_of<bf16>(p, p.student, plus, row, start, n, buffer)
+                     : read_of<float>(p, p.student, plus, row, start, n, buffer);
 }
 
-// The columns [start, start + n) of both sides, as `read` leaves them.
+static const float* read_teacher(const hsd_rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
+    return p.is_bf16 ? read_of<bf16>(p, p.teacher, nullptr, row, start, n, buffer)
+                     : read_of<float>(p, p.teacher, nullptr, row, start, n, buffer);
+}
+
+// The columns [start, start + n) of both sides, as read.
 struct Block {
     const float* y_s;
     const float* y_t;
@@ -111,8 +120,8 @@ HSD_INLINE void for_blocks(const hsd_rows& p, int64_t row, const Each& each) {
     for (int64_t start = 0; start < p.vocab; start += BLOCK) {
         const int64_t n = p.vocab - start < BLOCK ? p.vocab - start : BLOCK;
         const int64_t next = (start + BLOCK) * itemsize;
-        const float* y_s = read(p, p.student, row, start, n, buffer_s);
-        const float* y_t = read(p, p.teacher, row, start, n, buffer_t);
+        const float* y_s = read_student(p, row, start, n, buffer_s);
+        const float* y_t = read_teacher(p, row, start, n, buffer_t);
         each(Block{y_s, y_t, start, n, x_s + next, x_t + next, itemsize});
     }
 }
@@ -138,6 +147,10 @@ HSD_INLINE void summands(F ls, F lt, F ps, F pt, const hsd_rows& p, F* f, F* g) 
         // min(0, a) keeps a NaN of a, which log1p does not.
         *g = all(1.0f - p.beta) * times(ps, min(all(0.0f), all(0.0f) - d) - mixed);
         *f = *g + all(p.beta) * times(pt, min(all(0.0f), d) - mixed);
+    }
+    if (CLIP && p.is_nonnegative) {
+        if (D != JSD) *f = *f + (D == FORWARD_KL ? ps - pt : pt - ps);
+        clipped_g = all(0.0f);
     }
     if (CLIP) {
         const M clipped = less(all(p.clip), *f);
@@ -289,8 +302,9 @@ static void statistics_row(const hsd_rows& p, const hsd_statistics& s, int64_t r
     if (s.targets) {
         const int64_t target = s.targets[row];
         const bool inside = 0 <= target && target < p.vocab;
-        const float y_s = inside ? read_one(p, p.student, row, target) : __builtin_nanf("");
-        const float y_t = inside ? read_one(p, p.teacher, row, target) : __builtin_nanf("");
+        float buffer[LANES];
+        const float y_s = inside ? read_student(p, row, target, 1, buffer)[0] : __builtin_nanf("");
+        const float y_t = inside ? read_teacher(p, row, target, 1, buffer)[0] : __builtin_nanf("");
         out[1 * next] = (float)(kappa * ((double)y_s - sums.s.m) - log_s);
         out[2 * next] = (float)(kappa * ((double)y_t - sums.t.m) - log_t);
     }

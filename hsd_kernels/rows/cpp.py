@@ -43,6 +43,8 @@ class _Rows(ctypes.Structure):
         ("divergence", ctypes.c_int32),
         ("has_softcap", ctypes.c_int32),
         ("has_clip", ctypes.c_int32),
+        ("is_nonnegative", ctypes.c_int32),
+        ("is_linear", ctypes.c_int32),
         ("in_scale", ctypes.c_float),
         ("kappa", ctypes.c_float),
         ("beta", ctypes.c_float),
@@ -172,7 +174,7 @@ def _rows(
             f"impl='cpp': expected x_teacher in the dtype of x_student, {x_student.dtype}, got {x_teacher.dtype}"
         )
     n, vocab = x_student.shape
-    flags = (spec.softcap is not None, spec.kl_clip is not None)
+    flags = (spec.softcap is not None, spec.kl_clip is not None, spec.kl_clip_form == "nonnegative", spec.linear)
     bf16, divergence = x_student.dtype == torch.bfloat16, DIVERGENCES.index(spec.divergence)
     return _Rows(*sides, n, vocab, bf16, divergence, *flags, in_scale, kappa, spec.beta, spec.kl_clip or 0.0), kept
 

@@ -78,9 +78,9 @@ def exact(inputs: Inputs, spec: RowSpec) -> tuple[dict[str, Tensor], Tensor]:
         return reference.logits(x.unsqueeze(-1), eye, **form).squeeze(-1)
 
     x = inputs.x_student.double().clamp(min=-1e4).requires_grad_()
-    z_s = compared(x, inputs.bias)
+    z_s = compared(x + inputs.x_teacher.double() if spec.linear else x, inputs.bias)
     z_t = compared(inputs.x_teacher.double().clamp(min=-1e4), inputs.teacher_bias)
-    kl = reference.per_token_divergence(z_s, z_t, spec.divergence, spec.beta, spec.kl_clip)
+    kl = reference.per_token_divergence(z_s, z_t, spec.divergence, spec.beta, spec.kl_clip, spec.kl_clip_form)
     (kl * inputs.weights.double()).sum().backward()
     assert x.grad is not None
     found = {"kl": kl}
@@ -119,6 +119,9 @@ FORMS = {
     "negative logit_scale": {"logit_scale": -0.7},
     "clip": {"kl_clip": 1e-3},
     "clip, softcap": {"kl_clip": 1e-2, "softcap": 10.0},
+    "nonnegative clip": {"kl_clip": 1e-3, "kl_clip_form": "nonnegative", "temperature": 1.3},
+    "linear": {"linear": True},
+    "linear, softcap, scale": {"linear": True, "softcap": 5.0, "logit_scale": -0.7},
 }
 
 
@@ -127,7 +130,10 @@ FORMS = {
 @every_divergence
 def test_options(divergence, form, dtype, bias):
     # Eight rows: the rounding of lse, much of the error at temperature 0.1, is a matter of luck in each.
-    check(make_inputs(n=8, vocab=BLOCK + 77, dtype=dtype, bias=bias), RowSpec(divergence, beta=0.3, **FORMS[form]))
+    inputs = make_inputs(n=8, vocab=BLOCK + 77, dtype=dtype, bias=bias)
+    if FORMS[form].get("linear"):
+        inputs.x_student.sub_(inputs.x_teacher)
+    check(inputs, RowSpec(divergence, beta=0.3, **FORMS[form]))
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 127, BLOCK, 4099, 50257])
@@ -240,9 +246,12 @@ def test_gradient_where_one_token_has_all_the_mass(divergence):
 @every_divergence
 def test_equal_rows_give_exactly_zero(divergence, form):
     inputs = make_inputs(vocab=BLOCK + 77, offset=20.0)
-    inputs.x_student[:, 250:260] = INF if FORMS[form].get("logit_scale", 1.0) < 0.0 else -INF
+    spec = RowSpec(divergence, **FORMS[form])
+    inputs.x_student[:, 250:260] = INF if spec.logit_scale < 0.0 else -INF
     inputs = inputs._replace(x_teacher=inputs.x_student.clone())
-    stats, dz = run(cpp, inputs, RowSpec(divergence, **FORMS[form]))
+    if spec.linear:
+        inputs.x_student.zero_()
+    stats, dz = run(cpp, inputs, spec)
     assert (stats.kl == 0).all() and (stats.grad_sum == 0).all() and (dz == 0).all()
     assert torch.equal(stats.student_lse, stats.teacher_lse)
 
@@ -257,7 +266,7 @@ def test_kl_is_never_negative_without_a_clip(divergence):
 
 
 @pytest.mark.parametrize("over", ["x_student", "x_teacher"])
-@pytest.mark.parametrize("form", ["plain", "softcap", "clip"])
+@pytest.mark.parametrize("form", ["plain", "softcap", "clip", "linear"])
 @pytest.mark.parametrize("vocab", [7, 2 * BLOCK + 61])
 @every_divergence
 def test_gradient_over_the_logits(divergence, vocab, form, over):
