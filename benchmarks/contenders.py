@@ -1,0 +1,127 @@
+"""Everyone who computes this loss: mean over tokens of KL(teacher || student) from hidden states and a shared head.
+
+A contender is a function (student, teacher, weight) -> scalar loss; its backward gives dH and dW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def exact(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    return _ours(student, teacher, weight)
+
+
+def filtered(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    return _ours(student, teacher, weight, filter_eps="auto")
+
+
+def filtered_at_1e_5(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    return _ours(student, teacher, weight, filter_eps=1e-5)
+
+
+def linear_bf16(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    return _ours(student, teacher, weight, logits_dtype=torch.bfloat16)
+
+
+def _ours(student: Tensor, teacher: Tensor, weight: Tensor, **options) -> Tensor:
+    from hsd_kernels import fused_hsd_kl
+
+    loss = fused_hsd_kl(student, teacher, weight, **options)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def naive(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    ls = F.log_softmax(F.linear(student, weight).float(), -1)
+    with torch.no_grad():
+        lt = F.log_softmax(F.linear(teacher, weight).float(), -1)
+    return F.kl_div(ls, lt, log_target=True, reduction="none").sum(-1).mean()
+
+
+def naive_compiled(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    return torch.compile(naive)(student, teacher, weight)
+
+
+def trl_chunked(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    per_token, _ = ChunkedDivergenceFunction.apply(student, weight, None, teacher, weight.detach(), None, 0.0)  # type: ignore[misc]
+    return per_token.mean()
+
+
+def liger_chunked(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+    ids = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
+    return loss(student, weight, teacher, weight.detach(), ids)
+
+
+def liger_triton(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
+
+    return LigerFusedLinearJSD(jsd_beta=0.0)(student, weight, teacher, weight.detach())
+
+
+def fla_triton(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    from fla.modules.fused_kl_div import FusedKLDivLoss  # pyright: ignore[reportMissingImports]
+
+    return FusedKLDivLoss()(student, teacher, weight, weight.detach())
+
+
+CONTENDERS: dict[str, Loss] = {
+    "hsd_kernels": exact,
+    "hsd_kernels, filter auto": filtered,
+    "hsd_kernels, filter 1e-5": filtered_at_1e_5,
+    "hsd_kernels, linear bf16": linear_bf16,
+    "naive full logits": naive,
+    "naive, torch.compile": naive_compiled,
+    "TRL chunked": trl_chunked,
+    "Liger chunked": liger_chunked,
+    "Liger Triton JSD": liger_triton,
+    "FLA fused KL": fla_triton,
+}
+GPU_ONLY = ("Liger Triton JSD", "FLA fused KL")
+
+
+def contenders(device: str, dtype: str) -> dict[str, str | None]:
+    """Names, each with the reason why it is left out here, or None."""
+    reasons: dict[str, str | None] = dict.fromkeys(CONTENDERS)
+    if device == "cpu":
+        reasons |= dict.fromkeys(GPU_ONLY, "needs a GPU")
+    if dtype != "bfloat16":
+        reasons["hsd_kernels, linear bf16"] = "for bf16 inputs"
+    return reasons
+
+
+def step(loss_fn: Loss, student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward and backward: (loss, dH, dW)."""
+    student, weight = student.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = loss_fn(student, teacher, weight)
+    loss.backward()
+    assert student.grad is not None and weight.grad is not None
+    return loss.detach(), student.grad, weight.grad
+
+
+def bare_gemms(student: Tensor, teacher: Tensor, weight: Tensor, rows: int) -> Callable[[], None]:
+    """The floor, 4U FLOPs: the stacked forward GEMM and both backward GEMMs in chunks of ``rows`` tokens, outputs
+    preallocated and in the input dtype."""
+    z = student.new_empty(2 * rows, weight.shape[0])
+    dw, dh = torch.zeros_like(weight), torch.empty_like(student[:rows])
+
+    def run() -> None:
+        for start in range(0, student.shape[0], rows):
+            h = student[start : start + rows]
+            n = len(h)
+            torch.mm(torch.cat([h, teacher[start : start + n]]), weight.t(), out=z[: 2 * n])
+            torch.mm(z[:n], weight, out=dh[:n])
+            dw.addmm_(z[:n].t(), h)
+
+    return run

@@ -1,0 +1,58 @@
+"""Records real hidden states for the benchmarks: SmolLM2-135M-Instruct on the times table.
+
+    python benchmarks/smollm2_states.py runs/smollm2_states.pt [--tokens 1024]
+
+Rollouts are sampled, graded and paired as in `make demo-smollm2`; every failing rollout with a successful peer is read
+twice, by the student (prompt alone) and by the teacher (peer and answer in context). The file holds the states that
+predict its tokens, "student" and "teacher" (N, 576), and the head, "weight" (49,152, 576), in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from hsd.body import split_model
+from hsd.context import build_context, tokenize_prompt
+from hsd.demo import worlds
+from hsd.demo.__main__ import parse, sample_groups, say
+from hsd.loss import read_rollouts
+from hsd.peers import choose_peers, peer_rng
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokens", type=int, default=1024)
+    args = parser.parse_args()
+    world = worlds.smollm2(parse(["smollm2"]), say)
+    world.model.eval()
+    split = split_model(world.model)
+    student, teacher = [], []
+    for i, question in enumerate(world.held_out + world.train):
+        group = sample_groups(world, [question], seed=i)[0]
+        for place, peer in enumerate(choose_peers(group, "uniform", rng=peer_rng(0, 0, i))):
+            if peer is None or place in group.successes:
+                continue
+            rollout, shown = group.rollouts[place].token_ids, group.rollouts[peer].token_ids
+            context = build_context(world.tokenizer, group.prompt, group.answer, shown, world.template)
+            for prompt, states in (
+                (tokenize_prompt(world.tokenizer, group.prompt), student),
+                (context.prompt_ids, teacher),
+            ):
+                ids = torch.tensor([[*prompt, *rollout]])
+                states.append(read_rollouts(split, ids, torch.ones_like(ids), len(rollout))[0])
+        found = sum(len(s) for s in student)
+        say(f"{found} of {args.tokens} tokens")
+        if found >= args.tokens:
+            break
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    states = {"student": torch.cat(student), "teacher": torch.cat(teacher), "weight": split.weight.detach().clone()}
+    torch.save({name: t.float() for name, t in states.items()}, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What only a GPU can show: fp32 accumulation by cuBLAS, no synchronization, graphs, index ranges. `pytest -m cuda`.
+
+Every test here is skipped without one, by name; the same mathematics runs on a CPU in the other files.
+"""
+
+import pytest
+import torch
+
+from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels.divergence import DIVERGENCES
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+RELATIVE_L1 = {torch.float32: 1e-4, torch.bfloat16: 4e-3, torch.float16: 2e-3}
+
+
+def tensors(dtype, tokens=300, dim=128, vocab=5000, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    student = torch.randn(tokens, dim, generator=g)
+    teacher = student + 0.3 * torch.randn(tokens, dim, generator=g)
+    weight = torch.randn(vocab, dim, generator=g) * (2.0 / dim**0.5)
+    return [t.to("cuda", dtype) for t in (student, teacher, weight)]
+
+
+def grads(loss_fn, student, teacher, weight, **options):
+    leaves = [t.detach().clone().requires_grad_() for t in (student, weight)]
+    loss = loss_fn(leaves[0], teacher, leaves[1], **options)
+    loss.sum().backward()
+    return [loss.detach(), leaves[0].grad, leaves[1].grad]
+
+
+def relative_l1(got, want):
+    return ((got.double() - want).abs().sum() / want.abs().sum()).item()
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", list(RELATIVE_L1), ids=str)
+def test_loss_and_gradients_over_several_chunks(dtype, divergence, impl):
+    given = tensors(dtype)
+    exact = grads(reference.hsd_kl, *(t.double() for t in given), divergence=divergence)
+    for options in ({}, {"reduction": "none"}):
+        scale = 1.0 if not options else 300.0
+        got = grads(fused_hsd_kl, *given, divergence=divergence, impl=impl, chunk_bytes=2 * 64 * 5000 * 4, **options)
+        for a, b in zip(got[1:], exact[1:], strict=True):
+            assert relative_l1(a / scale, b) <= RELATIVE_L1[dtype]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_clip": 0.01},
+        {"kl_clip": 0.01, "kl_clip_form": "nonnegative"},
+        {"softcap": 5.0, "temperature": 0.7, "logit_scale": -0.5},
+        {"reference": True},
+        {"filter_eps": 1e-7},
+    ],
+    ids=str,
+)
+def test_options(options):
+    student, teacher, weight = tensors(torch.float32)
+    extra = {}
+    if options.pop("reference", False):
+        extra = {"reference_hidden": teacher.roll(1, 0), "reference_coef": 0.3}
+    law = {k: v for k, v in options.items() if k != "filter_eps"}
+    doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in extra.items()}
+    exact = grads(reference.hsd_kl, *(t.double() for t in (student, teacher, weight)), **law, **doubled)
+    got = grads(fused_hsd_kl, student, teacher, weight, **options, **extra)
+    for a, b in zip(got, exact, strict=True):
+        assert relative_l1(a, b) <= 1e-4
+
+
+def test_linear_form():
+    given = tensors(torch.bfloat16)
+    exact = grads(reference.hsd_kl, *(t.double() for t in given))
+    for a, b in zip(grads(fused_hsd_kl, *given, logits_dtype=torch.bfloat16), exact, strict=True):
+        assert relative_l1(a, b) <= 0.03
+
+
+def test_no_synchronization_without_weights_and_one_with_them():
+    student, teacher, weight = tensors(torch.bfloat16)
+    weights = torch.rand(300, device="cuda")
+    grads(fused_hsd_kl, student, teacher, weight)  # compiles
+    grads(fused_hsd_kl, student, teacher, weight, token_weights=weights)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grads(fused_hsd_kl, student, teacher, weight, chunk_bytes=2 * 64 * 5000 * 4)
+        torch.cuda.set_sync_debug_mode("warn")
+        with pytest.warns(UserWarning, match="synchronizing") as caught:
+            grads(fused_hsd_kl, student, teacher, weight, token_weights=weights, chunk_bytes=2 * 64 * 5000 * 4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(w.message) for w in caught) == 1
+
+
+def test_cuda_graph_of_the_default_path():
+    student, teacher, weight = tensors(torch.bfloat16)
+    want = grads(fused_hsd_kl, student, teacher, weight)
+    leaves = [t.detach().clone().requires_grad_() for t in (student, weight)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            fused_hsd_kl(leaves[0], teacher, leaves[1]).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    for leaf in leaves:
+        leaf.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = fused_hsd_kl(leaves[0], teacher, leaves[1])
+        loss.backward()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip([loss, *(leaf.grad for leaf in leaves)], want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_by_inductor():
+    student, teacher, weight = tensors(torch.bfloat16)
+    compiled = torch.compile(lambda *t: fused_hsd_kl(*t), fullgraph=True)
+    pairs = zip(grads(compiled, student, teacher, weight), grads(fused_hsd_kl, student, teacher, weight), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
+
+
+def test_chunk_of_more_elements_than_int32():
+    """14,200 rows of 151,936 in one chunk: 2^31 is passed at row 14,135."""
+    g = torch.Generator(device="cuda").manual_seed(0)
+    student, teacher = (torch.randn(14_200, 64, generator=g, device="cuda").bfloat16() for _ in range(2))
+    weight = torch.randn(151_936, 64, generator=g, device="cuda").bfloat16() * 0.2
+    given = {"return_stats": True, "chunk_bytes": 20 << 30}
+    whole = fused_hsd_kl(student.requires_grad_(), teacher, weight, **given)
+    whole.loss.backward()
+    part = student.detach()[-50:].clone().requires_grad_()
+    tail = fused_hsd_kl(part, teacher[-50:], weight, num_items=14_200, **given)
+    tail.loss.backward()
+    torch.testing.assert_close(whole.per_token_kl[-50:], tail.per_token_kl)
+    torch.testing.assert_close(student.grad[-50:], part.grad)
+
+
+def test_more_rows_than_a_grid_dimension():
+    student, teacher, weight = tensors(torch.bfloat16, tokens=70_000, dim=16, vocab=64)
+    got = grads(fused_hsd_kl, student, teacher, weight)
+    exact = grads(reference.hsd_kl, *(t.double() for t in (student, teacher, weight)))
+    assert relative_l1(got[1], exact[1]) <= 4e-3 and relative_l1(got[2], exact[2]) <= 4e-3
+
+
+def test_bitwise_repeatable():
+    given = tensors(torch.bfloat16)
+    first, second = grads(fused_hsd_kl, *given), grads(fused_hsd_kl, *given)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_memory_does_not_grow_with_tokens():
+    used = []
+    for tokens in (2_000, 20_000):
+        student, teacher, weight = tensors(torch.bfloat16, tokens=tokens, dim=64, vocab=50_000)
+        student.requires_grad_(), weight.requires_grad_()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fused_hsd_kl(student, teacher, weight, chunk_bytes=64 << 20).backward()
+        used.append(torch.cuda.max_memory_allocated() - before)
+    assert used[1] - used[0] < 18_000 * 64 * 2 * 4 + (4 << 20)
