@@ -109,7 +109,8 @@ def fused_hsd_kl(
             long as their share of the L1 mass is at most what rounding to the input dtype loses (0.14 % for bf16).
             The statistics return the measured share. One host synchronization a chunk. Exact by default.
         chunk_bytes: size of the logits workspace; by default 1 GiB on CUDA and 256 MiB elsewhere.
-        impl: "auto" (Triton on CUDA, torch elsewhere), "torch" or "triton". An explicit choice never falls back.
+        impl: "auto" (Triton on CUDA, C++ on a CPU in fp32 and bf16, torch elsewhere), "torch", "triton" or "cpp". An
+            explicit choice never falls back.
         process_group: the vocabulary is divided over its ranks. ``lm_head_weight``, ``bias`` and the heads of the
             other sides hold this rank's rows, in rank order, possibly of different numbers; everything else is the
             same on every rank, ``target_ids`` counted over the whole vocabulary. Every rank gets the whole loss,

@@ -12,24 +12,26 @@ Each backend module has the same two functions, over raw head outputs ``x_studen
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch as pytorch  # importing the submodule binds the name "torch" in this package to it
 
-IMPLS = ("auto", "torch", "triton")
+IMPLS = ("auto", "torch", "triton", "cpp")
 
 
 def resolve(impl: str, device: pytorch.device, dtype: pytorch.dtype) -> ModuleType:
     """The row backend for ``impl``. "auto" is Triton for fp32, bf16 and fp16 on CUDA (sm_80 and later) where triton
-    is installed, torch otherwise. An explicit choice that cannot run raises and says why."""
+    is installed, C++ for fp32 and bf16 on a CPU where its library is built, torch otherwise. An explicit choice that
+    cannot run raises and says why; a library that is there and cannot be loaded is a warning under "auto"."""
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if impl == "auto":
-        fits = device.type == "cuda" and dtype != pytorch.float64 and importlib.util.find_spec("triton")
-        impl = "triton" if fits and pytorch.cuda.get_device_capability(device) >= (8, 0) else "torch"
+        impl = _best(device, dtype)
     elif impl == "triton":
         if importlib.util.find_spec("triton") is None:
             raise ValueError("impl='triton': expected triton to be installed, it is not; use impl='torch'")
@@ -39,4 +41,33 @@ def resolve(impl: str, device: pytorch.device, dtype: pytorch.dtype) -> ModuleTy
             )
         if dtype == pytorch.float64:
             raise TypeError("impl='triton': expected float32, bfloat16 or float16 inputs, got float64")
+    elif impl == "cpp":
+        from hsd_kernels.rows import cpp
+
+        if device.type != "cpu":
+            raise ValueError(f"impl='cpp': expected CPU tensors, got {device}")
+        if dtype not in cpp.DTYPES:
+            raise TypeError(f"impl='cpp': expected float32 or bfloat16 inputs, got {dtype}")
+        cpp.library()
     return importlib.import_module(f"hsd_kernels.rows.{impl}")
+
+
+def _best(device: pytorch.device, dtype: pytorch.dtype) -> str:
+    if device.type == "cuda":
+        fits = dtype != pytorch.float64 and importlib.util.find_spec("triton")
+        return "triton" if fits and pytorch.cuda.get_device_capability(device) >= (8, 0) else "torch"
+    from hsd_kernels.rows import cpp
+
+    if device.type != "cpu" or dtype not in cpp.DTYPES or cpp.find() is None:
+        return "torch"
+    try:
+        cpp.library()
+    except RuntimeError as error:
+        _warn_once(f"impl='auto' takes the torch rows: {error}")
+        return "torch"
+    return "cpp"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 import hsd_kernels
-from hsd_kernels import HSDKLOutput, fused_hsd_kl
+from hsd_kernels import HSDKLOutput, fused_hsd_kl, rows
+from hsd_kernels.rows import torch as torch_rows
 
 T, D, V = 4, 8, 11
 NAN, INF = float("nan"), float("inf")
@@ -169,7 +170,7 @@ def test_triton_missing_is_refused_and_auto_uses_torch(monkeypatch):
     pretend_triton(monkeypatch, None)
     with pytest.raises(ValueError, match=r"^impl='triton': expected triton to be installed"):
         fused_hsd_kl(**good(impl="triton"))
-    assert torch.equal(fused_hsd_kl(**good(impl="auto")), fused_hsd_kl(**good(impl="torch")))
+    assert rows.resolve("auto", torch.device("cuda"), torch.float32) is torch_rows
 
 
 def test_triton_in_double_is_refused(monkeypatch):

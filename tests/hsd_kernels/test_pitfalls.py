@@ -1,4 +1,4 @@
-"""One test per way a fused loss is known to go wrong. All on the torch path; the Triton rows have their own."""
+"""One test per way a fused loss is known to go wrong. All on the rows that "auto" takes on a CPU."""
 
 import pytest
 import torch

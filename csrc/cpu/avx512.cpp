@@ -1,0 +1,8 @@
+#ifdef __x86_64__
+#ifndef __AVX512F__
+#error "compile with -mavx512f: see setup.py"
+#endif
+#include "rows.h"
+
+const Variant hsd_avx512 = {statistics_row, gradient_row, elementary};
+#endif

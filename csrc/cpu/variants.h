@@ -1,0 +1,14 @@
+// The row passes of each instruction set, for dispatch.cpp.
+#pragma once
+
+#include "hsd_cpu.h"
+
+struct Variant {
+    void (*statistics_row)(const hsd_rows&, const hsd_statistics&, int64_t row);
+    void (*gradient_row)(const hsd_rows&, const hsd_gradient&, int64_t row);
+    void (*elementary)(int function, const float* x, float* out, int64_t n);
+};
+
+extern const Variant hsd_baseline;
+extern const Variant hsd_avx2;
+extern const Variant hsd_avx512;
