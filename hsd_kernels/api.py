@@ -146,7 +146,12 @@ def fused_hsd_kl(
         "chunk_bytes": chunk_bytes,
     }
     check_options(
-        divergence=divergence, kl_clip_form=kl_clip_form, reduction=reduction, filter_eps=filter_eps, **numeric
+        divergence=divergence,
+        kl_clip_form=kl_clip_form,
+        reduction=reduction,
+        filter_eps=filter_eps,
+        impl=impl,
+        **numeric,
     )
     needed = True if reference_coef > 0 else False
     if needed == (reference_hidden is None):

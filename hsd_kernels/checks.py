@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hsd_kernels.divergence import CLIP_FORMS, DIVERGENCES
+from hsd_kernels.rows import IMPLS
 from hsd_kernels.sharded import SHARDED
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -84,6 +85,7 @@ def check_options(
     kl_clip_form: Any,
     reduction: Any,
     filter_eps: Any,
+    impl: Any,
     **numeric: Any,
 ) -> None:
     """``numeric``: the options that are numbers, those of OPTIONAL_NUMBERS possibly None."""
@@ -99,6 +101,7 @@ def check_options(
         ("divergence", divergence, DIVERGENCES),
         ("kl_clip_form", kl_clip_form, CLIP_FORMS),
         ("reduction", reduction, REDUCTIONS),
+        ("impl", impl, IMPLS),
     ):
         if value not in allowed:
             raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")

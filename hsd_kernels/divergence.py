@@ -49,6 +49,15 @@ class RowSpec:
     softcap: float | None = None
     linear: bool = False  # the student's block of logits holds x_student - x_teacher, by linearity of the head
 
+    @property
+    def scales(self) -> tuple[float, float]:
+        """(in_scale, kappa > 0): z = kappa * y with y = in_scale * x, or its tanh under a softcap."""
+        if self.softcap is not None:
+            return self.logit_scale / self.softcap, self.softcap / self.temperature
+        if self.logit_scale > 0.0:
+            return 1.0, self.logit_scale / self.temperature
+        return self.logit_scale, 1.0 / self.temperature
+
     @staticmethod
     def resolve(divergence: str, beta: float, **rest) -> RowSpec:
         """beta = 0 is the forward KL and beta = 1 the reverse KL, as in GKD: the raw formula would vanish there."""

@@ -156,7 +156,7 @@ def _rows(
     x_student: Tensor, x_teacher: Tensor, spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None
 ) -> tuple[_Rows, list[Tensor]]:
     """The problem as the library takes it, and tensors it points to that must live as long."""
-    in_scale, kappa = _scales(spec)
+    in_scale, kappa = spec.scales
     kept: list[Tensor] = []
     sides = []
     for name, x, b in (("x_student", x_student, bias), ("x_teacher", x_teacher, teacher_bias)):
@@ -177,15 +177,6 @@ def _rows(
     flags = (spec.softcap is not None, spec.kl_clip is not None, spec.kl_clip_form == "nonnegative", spec.linear)
     bf16, divergence = x_student.dtype == torch.bfloat16, DIVERGENCES.index(spec.divergence)
     return _Rows(*sides, n, vocab, bf16, divergence, *flags, in_scale, kappa, spec.beta, spec.kl_clip or 0.0), kept
-
-
-def _scales(spec: RowSpec) -> tuple[float, float]:
-    """(in_scale, kappa > 0): z = kappa * y with y = in_scale * x, or its tanh under a softcap."""
-    if spec.softcap is not None:
-        return spec.logit_scale / spec.softcap, spec.softcap / spec.temperature
-    if spec.logit_scale > 0.0:
-        return 1.0, spec.logit_scale / spec.temperature
-    return spec.logit_scale, 1.0 / spec.temperature
 
 
 def _check_dtype(name: str, t: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Row backend in Triton: fp32, bf16 or fp16 logits, fp32 arithmetic. Mathematics: `hsd_kernels.divergence`.
 
-One program per row. A logit is read as ``y`` with ``z = kappa * y`` (`_formed`, `_scales`): ``y`` minus its
+One program per row. A logit is read as ``y`` with ``z = kappa * y`` (`_formed`, `RowSpec.scales`): ``y`` minus its
 maximum is exact for large probabilities, and the temperature multiplies that difference, not a large logit.
 """
 
@@ -117,13 +117,7 @@ def gradient_(
 
 
 def _scales(spec: RowSpec) -> tuple[float, float]:
-    """(in_scale, kappa > 0): z = kappa * y with y = in_scale * x, or its tanh under a softcap."""
-    if spec.softcap is not None:
-        in_scale, kappa = spec.logit_scale / spec.softcap, spec.softcap / spec.temperature
-    elif spec.logit_scale > 0.0:
-        in_scale, kappa = 1.0, spec.logit_scale / spec.temperature
-    else:
-        in_scale, kappa = spec.logit_scale, 1.0 / spec.temperature
+    in_scale, kappa = spec.scales
     # Rounded here because a kernel takes it in fp32: its fp64 lines must use the same value.
     return float(in_scale), torch.tensor(kappa, dtype=torch.float32).item()
 
