@@ -73,7 +73,12 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         target_ids = _checked_targets(target_ids, rows, tensors[3], options[-1])
     problem = _problem(tensors, options, target_ids, rows.numel())
     made = Wanted(*wanted) if not _reruns(reduction, wanted) else Wanted(False, False, False)
-    result = run(problem, rows, weights, _hooks.get(hook), made)
+    scale = 1.0
+    if reduction == "mean":
+        scale = 1.0 / (max(rows.numel(), 1) if num_items is None else num_items)
+    # Scaled before the GEMMs rather than in a pass over dW after them; fp16 has no room for so small a dz.
+    before = 1.0 if student.dtype == torch.float16 else scale
+    result = run(problem, rows, weights * before, _hooks.get(hook), made)
 
     full = torch.zeros_like(result.factor)
     full[rows] = weights
@@ -82,11 +87,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     terms = effective[0] * kl
     if problem.reference is not None:
         terms = terms + effective[1] * reference_kl
-    scale = 1.0
-    if reduction == "mean":
-        scale = 1.0 / (max(rows.numel(), 1) if num_items is None else num_items)
     loss = terms if reduction == "none" else terms.sum() * scale
-    grads = _stored(result, tensors, scale, wanted)
+    grads = _stored(result, tensors, scale / before, wanted)
     return loss, result.stats, effective, result.filtered, *grads
 
 
@@ -255,7 +257,7 @@ def _stored(result: Result, tensors: Any, scale: float, wanted: list[bool]) -> t
     found = (result.grad_hidden, result.grad_weight, result.grad_bias)
     kinds = (tensors[0], tensors[3], tensors[4])
     return tuple(
-        tensors[0].new_empty(0) if g is None else g.mul_(scale).to(_storage_dtype(like))
+        tensors[0].new_empty(0) if g is None else (g if scale == 1.0 else g.mul_(scale)).to(_storage_dtype(like))
         for g, like in zip(found, kinds, strict=True)
     )
 
@@ -268,5 +270,9 @@ def _storage_dtype(like: Tensor) -> torch.dtype:
 def _times_upstream(g: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """g (R, ...) times a scalar or (R,) in the precision of ``grad``, rounded once: an upstream gradient rounded to
     bf16 would be off by up to 0.2 % in every entry alike."""
+    # On a CPU the usual 1 costs nothing to look at, and saves a pass over dW. Tracers have types of their own.
+    readable = type(grad) is Tensor and grad.device.type == "cpu" and grad.dim() == 0
+    if readable and g.dtype == dtype and grad.item() == 1.0:
+        return g
     grad = grad.reshape(-1, *(1,) * (g.dim() - 1))
     return torch.mul(g, grad, out=torch.empty_like(g, dtype=dtype))
