@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Trie:
-    """Nodes in depth-first preorder. Node k is seen by node q when ``k <= q < end[k]``, that is, when k is q or above it.
+    """Nodes in depth-first preorder. Node q sees node k when ``k <= q < end[k]``: k is q itself or above it.
 
     Attributes:
         ids: (N,) token ids.

@@ -1,5 +1,7 @@
 """The trie by property, on random sequences over small alphabets, where they share a lot."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ def test_trie_of_random_sequences(seed):
         assert trie.ids[path].tolist() == s
         assert trie.pos[path].tolist() == list(range(len(s)))
         assert (np.diff(path) > 0).all()
-        for above, below in zip(path, path[1:], strict=False):
+        for above, below in pairwise(path):
             assert parent.setdefault(below, above) == above  # one parent only
     for q in range(len(trie)):
         ancestors, k = {q}, q
@@ -31,9 +33,7 @@ def test_trie_of_random_sequences(seed):
             k = parent[k]
             ancestors.add(k)
         assert {k for k in range(len(trie)) if k <= q < trie.end[k]} == ancestors
-    assert [(a, b) for _, a, b in trie.runs] == list(
-        zip([0, *(r[2] for r in trie.runs[:-1])], [r[2] for r in trie.runs], strict=False)
-    )
+    assert [n for _, a, b in trie.runs for n in range(a, b)] == list(range(len(trie)))
     for i, start, stop in trie.runs:
         assert set(range(start, stop)) <= set(trie.path[i].tolist())
 
