@@ -1,14 +1,15 @@
 """Tree against each sequence by itself: hidden states of both sides, and gradients."""
 
 import pytest
-import torch
 
-from hsd.tree.attention import disable_tree, enable_tree, is_enabled
-from hsd.tree.forward import make_pack, tree_hidden_states
+from hsd.tree.attention import enable_tree
+from hsd.tree.forward import tree_hidden_states
 
 FP64 = ("qwen3", "llama", "gemma2", "mistral")
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma2", "gemma3", "gpt_oss", "phi3", "olmo2",
-            "olmo3", "cohere2", "granite", "smollm3", "glm4", "deepseek_v3", "gpt2", "opt", "gpt_neox")  # fmt: skip
+FAMILIES = (
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma2", "gemma3", "gpt_oss", "phi3", "olmo2",
+    "olmo3", "cohere2", "granite", "smollm3", "glm4", "deepseek_v3", "gpt2", "opt", "gpt_neox",
+)  # fmt: skip
 
 
 def scalar(student, teacher):
