@@ -133,11 +133,8 @@ def _windows(model: Any, size: int) -> Iterator[None]:
             holder.sliding_window = window
 
 
-def use_tree(model: Any) -> str | None:
-    """`why_not`, then `enable_tree` and `self_check`. Returns the reason to go on without a tree, or None.
-
-    With a reason, the model's attention is as it was, and a warning has said so.
-    """
+def try_tree(model: Any) -> str | None:
+    """`why_not`, then `enable_tree` and `self_check`. With a reason, the model's attention is as it was."""
     reason = why_not(model)
     if reason is None:
         try:
@@ -147,6 +144,12 @@ def use_tree(model: Any) -> str | None:
             reason = str(error)
         if reason is not None:
             disable_tree(model)
+    return reason
+
+
+def use_tree(model: Any) -> str | None:
+    """`try_tree`, and a warning with the reason where it fails: the caller goes on without a tree."""
+    reason = try_tree(model)
     if reason is not None:
         warnings.warn(f"prefix sharing is off, every sequence is read by itself: {reason}", stacklevel=2)
     return reason

@@ -183,9 +183,11 @@ def ancestors_in(trie: Trie, nodes: np.ndarray, among: np.ndarray) -> np.ndarray
     return among[np.searchsorted(nodes, trie.end[among]) > first]
 
 
-def read_student(body: nn.Module, pack: Pack, *, backend: str = "auto") -> tuple[Tensor, Keys | None]:
-    """Hidden states of the student's nodes, and the keys and values, detached, that its teacher needs from them."""
-    keep = ancestors_in(pack.trie, pack.teacher_only, pack.student_nodes)
+def read_student(
+    body: nn.Module, pack: Pack, *, live_teacher: bool = True, backend: str = "auto"
+) -> tuple[Tensor, Keys | None]:
+    """Hidden states of the student's nodes, and the keys and values, detached, that a live teacher needs from them."""
+    keep = ancestors_in(pack.trie, pack.teacher_only if live_teacher else pack.teacher_only[:0], pack.student_nodes)
     hidden, keys = read_nodes(body, pack.trie, pack.student_nodes, keep=keep if len(keep) else None, backend=backend)
     return hidden, None if keys is None else keys.detach()
 
