@@ -139,10 +139,12 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    backend = choose_backend(tree, query.device.type, softcap, sinks) if tree.backend == "auto" else tree.backend
+    backend = choose_backend(tree, query, softcap, sinks) if tree.backend == "auto" else tree.backend
     if backend == "dense":
-        mask = visible(tree, window)
-        return masked_attention(query, key, value, mask, scaling, softcap, sinks)
+        at = ("added", window, query.dtype)
+        if at not in tree.cache:
+            tree.cache[at] = _added(~visible(tree, window), query)
+        return masked_attention(query, key, value, tree.cache[at], scaling, softcap, sinks)
     if backend == "gather":
         return gather_attention(tree, query, key, value, scaling, window, softcap, sinks)
     from hsd.tree import cuda
@@ -154,9 +156,10 @@ def _attend(
     raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
-def choose_backend(tree: View, device: str, softcap: float | None, sinks: Tensor | None) -> str:
-    """On CUDA: varlen; FlexAttention for a soft cap; dense for sinks. Elsewhere: gather, or dense for a small tree."""
-    if device == "cuda":
+def choose_backend(tree: View, query: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
+    """On CUDA in half precision varlen, FlexAttention for a soft cap, dense for sinks; else gather, dense if small."""
+    device = query.device.type
+    if device == "cuda" and (torch.is_autocast_enabled(device) or query.dtype in (torch.bfloat16, torch.float16)):
         return "dense" if sinks is not None else "varlen" if softcap is None else "flex"
     n, m = len(tree.node), len(tree.key_node)
     rows = [b - a for a, b in pairwise(tree.query_starts)]
@@ -170,13 +173,9 @@ SMALL = 5_000  # scores that cost as much as one more SDPA call; measured on gro
 
 def visible(tree: View, window: int | None) -> Tensor:
     """(n, m) True where a query may see a key. The definition; the other backends must agree with it."""
-    if ("dense", window) not in tree.cache:
-        q, k = tree.node[:, None], tree.key_node[None, :]
-        mask = (k <= q) & (q < tree.key_end)
-        if window is not None:
-            mask &= tree.pos[:, None] - tree.key_pos < window
-        tree.cache["dense", window] = mask
-    return tree.cache["dense", window]
+    q, k = tree.node[:, None], tree.key_node[None, :]
+    mask = (k <= q) & (q < tree.key_end)
+    return mask if window is None else mask & (tree.pos[:, None] - tree.key_pos < window)
 
 
 def gather_attention(
@@ -207,17 +206,19 @@ def gather_attention(
 
 
 def _band(tree: View, rows: int, before: int, window: int | None, like: Tensor) -> Tensor:
-    """(rows, before + rows), to be added to the scores: causal, with ``before`` keys ahead of the first query's own.
-
-    Not bool: SDPA would convert that anew in every call, a fifth of its time.
-    """
+    """(rows, before + rows), to be added: causal, with ``before`` keys ahead of the first query's own."""
     at = (rows, before, window, like.dtype)
     if at not in tree.cache:
         hidden = torch.ones(rows, before + rows, dtype=torch.bool, device=like.device).triu(before + 1)
         if window is not None:
             hidden |= torch.ones_like(hidden).tril(before - window)
-        tree.cache[at] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+        tree.cache[at] = _added(hidden, like)
     return tree.cache[at]
+
+
+def _added(hidden: Tensor, like: Tensor) -> Tensor:
+    """A mask to be added to scores. SDPA would convert a bool one anew in every call, a fifth of its time."""
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
 
 
 def masked_attention(

@@ -35,12 +35,19 @@ def varlen_attention(
         starts = [torch.tensor(s, dtype=torch.int32, device=query.device) for s in (tree.query_starts, tree.key_starts)]
         longest = [max(b - a for a, b in pairwise(s)) for s in (tree.query_starts, tree.key_starts)]
         tree.cache["varlen"] = (*starts, *longest)
+    query, key, value = half(query, key, value)
     # (tokens, heads, dim); a left window of w - 1 is a window of w
     q = query[0].transpose(0, 1)
     k, v = (x[0].transpose(0, 1).index_select(0, tree.key_index) for x in (key, value))
     left = -1 if window is None else window - 1
     out = varlen_kernel()(q, k, v, *tree.cache["varlen"], scaling, left)
     return out.transpose(0, 1).unsqueeze(0)
+
+
+def half(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the rotated queries and keys are fp32 and the values are not; these kernels do not cast."""
+    kind = tensors[0].device.type
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors) if torch.is_autocast_enabled(kind) else tensors
 
 
 def varlen_kernel() -> Any:
@@ -91,6 +98,7 @@ def flex_attention(
             mask_mod(tree, window), None, None, *size, device=str(query.device), _compile=True
         )
 
+    query, key, value = half(query, key, value)
     return _compiled_flex()(
         query,
         key,
