@@ -48,11 +48,16 @@ def pad_states(split: Split, states: Sequence[Tensor], length: int) -> Tensor:
 
 
 def shuffle_groups(batch: dict[str, Any], size: int) -> dict[str, Any]:
-    """Whole groups of ``size`` rows change places. Rows that are not whole groups (a rank's share) stay in order."""
+    """Whole groups of ``size`` rows change places. Rows that are not whole groups (a rank's share) stay in order.
+
+    The groups' order is that of their first rows in TRL's shuffle of all rows: what is sampled next is the same with
+    and without the tree.
+    """
     n = len(batch["completion_ids"])
+    shuffled = torch.randperm(n)
     order = torch.arange(n)
     if n % size == 0:
-        order = order.reshape(-1, size)[torch.randperm(n // size)].flatten()
+        order = order.reshape(-1, size)[list(dict.fromkeys((shuffled // size).tolist()))].flatten()
 
     def permuted(value: Any) -> Any:
         if isinstance(value, Tensor):

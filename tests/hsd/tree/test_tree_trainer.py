@@ -201,6 +201,17 @@ def test_groups_stay_together_in_micro_batches(tmp_path):
     assert max(questions_per_micro_batch(prefix_sharing="none")) > 1
 
 
+def test_the_first_steps_are_those_of_a_run_without(tmp_path):
+    """The tree draws no more and no fewer random numbers: questions, rollouts and peers are the same."""
+    losses = []
+    for sharing in ("none", "tree"):
+        trainer = make(tmp_path / sharing, prefix_sharing=sharing, peer_rule="paired", max_steps=3, learning_rate=1e-3)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(set(losses[0])) == 3
+
+
 def test_shuffle_groups():
     torch.manual_seed(0)
     rows = torch.arange(12)
