@@ -1,5 +1,7 @@
 """Packs of several groups, checkpointing, adapters, bf16, what is kept, and bad input."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -142,6 +144,14 @@ def test_a_rollout_without_tokens_and_a_prompt_of_one(build, plain):
     assert [len(s) for s in student] == [len(s) for s in read] == [3, 0, 1]
     torch.testing.assert_close(student[0], plain(model, prompts[:1], rollouts[:1])[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(read[2], plain(model, teacher[2:], rollouts[2:])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_example_in_the_documentation_runs():
+    page = (Path(__file__).parents[3] / "docs" / "prefix_tree.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert names["loss"].item() > 0 and names["model"].model.embed_tokens.weight.grad.abs().max() > 0
 
 
 def test_bad_input_is_named(build, group):
