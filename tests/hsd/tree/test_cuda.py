@@ -1,6 +1,7 @@
 """The backends for CUDA: their index bookkeeping on a CPU, the kernels themselves where there is a GPU."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from hsd.tree import cuda
-from hsd.tree.attention import enable_tree, gather_attention, masked_attention, visible
+from hsd.tree.attention import choose_backend, enable_tree, gather_attention, masked_attention, visible
 from hsd.tree.forward import Keys, make_view, tree_hidden_states
 from hsd.tree.trie import build_trie
 
@@ -73,6 +74,27 @@ def test_gather_in_blocks(monkeypatch):
     for window, cap, sink in ((None, None, None), (4, None, None), (None, 2.0, None), (2, 2.0, sinks)):
         expected = masked_attention(q, k, v, visible(view, window), 0.3, cap, sink)
         torch.testing.assert_close(gather_attention(view, q, k, v, 0.3, window, cap, sink), expected)
+
+
+def test_which_backend_auto_takes(monkeypatch):
+    view = random_view(4)
+
+    def chosen(device, dtype, softcap=None, sinks=None):
+        return choose_backend(view, SimpleNamespace(device=torch.device(device), dtype=dtype), softcap, sinks)
+
+    assert chosen("cuda", torch.bfloat16) == "varlen"
+    assert chosen("cuda", torch.bfloat16, softcap=30.0) == "flex"
+    assert chosen("cuda", torch.bfloat16, sinks=torch.zeros(4)) == "dense"
+    assert chosen("cuda", torch.float32) == chosen("cpu", torch.float32) == "dense"  # a small pack
+    monkeypatch.setattr("hsd.tree.attention.SMALL", 0)
+    assert chosen("cuda", torch.float32) == chosen("cpu", torch.bfloat16) == "gather"
+
+
+def test_the_kernels_get_one_dtype_under_autocast():
+    mixed = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {t.dtype for t in cuda.half(*mixed)} == {torch.bfloat16}
+    assert cuda.half(*mixed)[0] is mixed[0]
 
 
 def test_the_kernels_refuse_what_they_cannot_do():
