@@ -7,7 +7,6 @@ teacher's prompt ``[q ; c_i]`` is built. In the loss, teacher and student read t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from hsd.groups import Group, Rollout
 from hsd.loss import LossOutput, Side, frozen_side, hsd_loss, read_rollouts
 from hsd.peers import choose_peers, peer_rng
 from hsd.tree.batch import pack_batch, pad_states, pays, shuffle_groups
-from hsd.tree.check import try_tree
+from hsd.tree.check import try_tree, warn_unshared
 from hsd.tree.forward import Pack, read_frozen, read_live_teacher, read_student, rows_of
 from hsd.tree.two_phase import two_phase_loss
 from hsd_kernels import HSDKLOutput, fused_hsd_kl
@@ -97,7 +96,7 @@ class HSDTrainer(GRPOTrainer):
             return "tree" if asked == "auto" else asked
         if asked != "auto":
             raise ValueError(f"prefix_sharing: expected 'none' for this model, got {asked!r}: {reason}")
-        warnings.warn(f"prefix sharing is off, every sequence is read by itself: {reason}", stacklevel=3)
+        warn_unshared(reason)
         return "none"
 
     # -- frozen policies ------------------------------------------------------------------------------------------

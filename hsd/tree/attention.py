@@ -59,13 +59,18 @@ class View:
 
 
 def enable_tree(model: Any) -> None:
-    """Let ``model`` (transformers, or PEFT around one) accept ``tree=``; ordinary batches are computed as before."""
+    """Let ``model`` (transformers, or PEFT around one) accept ``tree=``; ordinary batches are computed as before.
+
+    Raises ValueError for a model whose own attention is neither SDPA nor eager.
+    """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     base = inner.config._attn_implementation
     if base.startswith(PREFIX):
         return
-    if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS:
-        raise ValueError(f"model: expected a registered attention implementation, got {base!r}")
+    if base not in ("eager", "sdpa"):  # transformers looks up flash kernels by the very name that is replaced here
+        raise ValueError(
+            f"attn_implementation: expected 'sdpa' or 'eager', got {base!r}; the tree brings its own kernels on CUDA"
+        )
     name = PREFIX + base
     AttentionInterface.register(name, partial(tree_attention, base=base))
     # Without a mask function of the same name, padding would be lost on ordinary batches.

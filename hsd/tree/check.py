@@ -139,6 +139,10 @@ def _windows(model: Any, size: int) -> Iterator[None]:
             holder.sliding_window = window
 
 
+def warn_unshared(reason: str) -> None:
+    warnings.warn(f"prefix sharing is off, every sequence is read by itself: {reason}", stacklevel=4)
+
+
 def try_tree(model: Any) -> str | None:
     """`why_not`, then `enable_tree` and `self_check`. With a reason, the model's attention is as it was."""
     reason = why_not(model)
@@ -157,5 +161,5 @@ def use_tree(model: Any) -> str | None:
     """`try_tree`, and a warning with the reason where it fails: the caller goes on without a tree."""
     reason = try_tree(model)
     if reason is not None:
-        warnings.warn(f"prefix sharing is off, every sequence is read by itself: {reason}", stacklevel=2)
+        warn_unshared(reason)
     return reason
