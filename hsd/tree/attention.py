@@ -39,6 +39,8 @@ class View:
         query_starts, key_starts: (runs + 1) where each run begins, in the n queries and in ``key_index``.
         past: keys and values of the earlier forward, by layer.
         keep: (k,) which of the computed nodes' keys and values to leave in ``kept``, by layer.
+        kept: None once the forward is over. A checkpointed layer comes by again in backward, and its graph holds the
+            view: a view that held the graph would keep both alive.
         served: the layers that came by. A layer that did not has ignored the tree.
     """
 
@@ -52,7 +54,7 @@ class View:
     key_starts: list[int]
     past: dict[int, KeysValues] = field(default_factory=dict)
     keep: Tensor | None = None
-    kept: dict[int, KeysValues] = field(default_factory=dict)
+    kept: dict[int, KeysValues] | None = field(default_factory=dict)
     backend: str = "auto"
     served: set[int] = field(default_factory=set)
     cache: dict[Any, Any] = field(default_factory=dict)  # masks, built once a forward and shared by its layers
@@ -125,7 +127,8 @@ def tree_attention(
     layer = module.layer_idx
     if tree.keep is not None:
         pair = (key.index_select(2, tree.keep), value.index_select(2, tree.keep))
-        tree.kept.setdefault(layer, pair)  # the first: a checkpointed layer comes by again in backward
+        if tree.kept is not None:
+            tree.kept[layer] = pair
     tree.served.add(layer)
     if tree.past:
         past_key, past_value = tree.past[layer]

@@ -128,8 +128,8 @@ def read_nodes(
     layers = body.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
     if view.served != set(range(layers)):
         raise RuntimeError(f"body: expected {layers} attention layers to take the tree, got {sorted(view.served)}")
-    kept = None if keep is None else Keys(keep, dict(view.kept))
-    return out, kept
+    kept, view.kept = view.kept, None
+    return out, None if keep is None or kept is None else Keys(keep, kept)
 
 
 def make_view(

@@ -40,10 +40,12 @@ def two_phase_loss(
         pack: of student and teacher sequences.
         teacher: reads the teacher's states of a chunk; by default under the student's own weights.
 
-    Raises ValueError for a budget below 1 and for reentrant checkpointing, which cannot stop at leaves.
+    Raises ValueError for a budget below 1, a pack without tokens, and reentrant checkpointing, which knows no leaves.
     """
     if budget < 1:
         raise ValueError(f"budget: expected at least 1 token, got {budget}")
+    if not len(pack.trie):
+        raise ValueError("pack: expected at least one rollout with tokens, got none")
     _refuse_reentrant(body)
     trie, rollouts = pack.trie, range(len(pack.student))
     visits = trie.visits(rollouts)
@@ -76,8 +78,7 @@ def two_phase_loss(
     if reached and parameters:
         outputs, gradients = zip(*reached, strict=True)
         _add(total, torch.autograd.grad(outputs, parameters, gradients, allow_unused=True))
-    if value is None:
-        raise ValueError("pack: expected at least one rollout, got none")
+    assert value is not None
     return _Known.apply(value, total, *parameters)  # type: ignore[return-value]
 
 
@@ -102,18 +103,21 @@ class _Known(torch.autograd.Function):
 
 
 def chunks_of(pack: Pack, visits: np.ndarray, budget: int) -> list[list[int]]:
-    """Rollouts in order, as many together as keep their own nodes, of both sides, within ``budget``."""
+    """Rollouts in order, as many together as keep their own nodes, of both sides, within ``budget``.
+
+    One without nodes of its own, as a masked rollout is, never makes a chunk by itself.
+    """
     chunks: list[list[int]] = []
-    room = 0
+    used = 0
     for i in range(len(pack.student)):
         cost = int((visits[pack.trie.path[i]] < 2).sum())
         if pack.teacher:
             cost += len(pack.trie.path[len(pack.student) + i])
-        if not chunks or cost > room:
+        if not chunks or (cost and used and used + cost > budget):
             chunks.append([])
-            room = budget
+            used = 0
         chunks[-1].append(i)
-        room -= cost
+        used += cost
     return chunks
 
 

@@ -1,5 +1,7 @@
 """Packs of several groups, checkpointing, adapters, bf16, what is kept, and bad input."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hsd.tree.attention import enable_tree
-from hsd.tree.forward import make_pack, read_live_teacher, read_student, rows_of, tree_hidden_states
+from hsd.tree.forward import make_pack, read_live_teacher, read_nodes, read_student, rows_of, tree_hidden_states
 
 
 def loss_of(student, teacher):
@@ -120,6 +122,20 @@ def test_only_what_the_teacher_needs_is_kept(build, group):
     _, keys = read_student(model.model, pack)
     assert sorted(pack.trie.pos[keys.nodes]) == list(range(9))  # the question
     assert not any(t.requires_grad for pair in keys.layers.values() for t in pair)
+
+
+def test_a_forward_without_backward_leaves_nothing_behind(build, group):
+    """A checkpointed layer's graph holds the view: a view that held the graph would close a cycle unseen by gc."""
+    model = build("llama").train()
+    enable_tree(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    first = np.arange(9)
+    hidden, keys = read_nodes(model.model, make_pack(*group(29)).trie, first, keep=first)
+    alive = [weakref.ref(t) for pair in keys.layers.values() for t in pair]
+    assert hidden.requires_grad and len(alive) == 4
+    del hidden, keys
+    gc.collect()
+    assert [r() for r in alive] == [None] * 4
 
 
 def test_a_teacher_without_context_reads_nothing_and_equals_the_student(build, group):

@@ -114,6 +114,21 @@ def test_no_forward_is_larger_than_trunk_or_chunk(build, group):
     assert max(sizes) <= max(sizes[0], 40) and len(sizes) > 4
 
 
+@pytest.mark.parametrize("rollouts", [[[], [4, 5, 6, 7], []], [[4, 5, 6, 7], [], [8]]])
+def test_rollouts_without_tokens_and_nothing_shared(rollouts, build, plain):
+    model = build("llama")
+    prompts, teacher = [[7], [8], [9]], [[7, 3], [8, 3], [9, 3]]
+    alive = [i for i, o in enumerate(rollouts) if o]
+    sides = ([s[i] for i in alive] for s in (prompts, teacher, rollouts))
+    q, t, o = sides
+    expected = share(alive, plain(model, q, o), [h.detach() for h in plain(model, t, o)])
+    enable_tree(model)
+    pack = make_pack(prompts, rollouts, teacher)
+    assert two_phase_loss(model, model.model, pack, share, 1).item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="with tokens"):
+        two_phase_loss(model, model.model, make_pack(prompts, [[]] * 3, teacher), share, 1)
+
+
 def test_refusals_are_named(build, group):
     model = build("llama").train()
     enable_tree(model)
