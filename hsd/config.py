@@ -9,6 +9,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from hsd.loss import Objective
 from hsd.peers import PEER_RULES
 
+SHARING = ("auto", "tree", "prompt", "none")
+
 TEACHERS = ("live", "ema", "fixed")
 # Options of GRPO's policy-gradient loss: set to anything else, they would silently do nothing.
 UNUSED = (
@@ -31,7 +33,8 @@ class HSDConfig(GRPOConfig):
 
     Args:
         peer_rule: how a rollout's peer is drawn from the other successes of its group: "uniform", "paired",
-            "shortest", "highest_perplexity" or "lowest_perplexity".
+            "shortest", "highest_perplexity" or "lowest_perplexity". "auto" is "paired" where prefixes are shared, which
+            has the same expected gradient and at most two contexts a group, and else "uniform".
         divergence: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), or "jsd".
         jsd_beta: the teacher's share of the mixture, for "jsd".
         kl_temperature: divides the logits of both sides in the loss (sampling has its own ``temperature``).
@@ -45,6 +48,12 @@ class HSDConfig(GRPOConfig):
         max_teacher_prompt_length: tokens; a longer teacher prompt has its demonstration's tail cut.
         with_peer_template, answer_only_template: `str.format` templates of the privileged context, see
             `hsd.context.ContextTemplate`; both or neither.
+        prefix_sharing: what several sequences of a micro-batch begin with is computed once: "tree" every shared
+            prefix, of student and teacher, "prompt" the questions only, "none" nothing. "auto" is "tree" for models
+            that pass `hsd.tree.check`, in micro-batches where it saves a fifth of the tokens or more, and says so
+            when a model does not pass. "tree" and "prompt" raise the reason instead.
+        tree_token_budget: a micro-batch whose tree has more tokens is differentiated a few rollouts at a time, with
+            the same gradient (`hsd.tree.two_phase`), so that memory is bounded.
         kernel_impl, chunk_bytes: passed to `hsd_kernels.fused_hsd_kl`.
     """
 
@@ -52,7 +61,7 @@ class HSDConfig(GRPOConfig):
     lr_scheduler_type: str = "constant"
     adam_beta2: float = 0.95
     top_p: float = 0.95
-    peer_rule: str = "uniform"
+    peer_rule: str = "auto"
     divergence: str = "forward_kl"
     jsd_beta: float = 0.5
     kl_temperature: float = 1.0
@@ -64,6 +73,8 @@ class HSDConfig(GRPOConfig):
     max_teacher_prompt_length: int | None = None
     with_peer_template: str | None = None
     answer_only_template: str | None = None
+    prefix_sharing: str = "auto"
+    tree_token_budget: int | None = None
     kernel_impl: str = "auto"
     chunk_bytes: int | None = None
     logging_steps: float = 1
@@ -79,7 +90,10 @@ class HSDConfig(GRPOConfig):
                     f"{name}: expected {inherited[name]!r}, GRPO's default, because the HSD loss does not use it, "
                     f"got {getattr(self, name)!r}"
                 )
-        _one_of("peer_rule", self.peer_rule, PEER_RULES)
+        _one_of("peer_rule", self.peer_rule, ("auto", *PEER_RULES))
+        _one_of("prefix_sharing", self.prefix_sharing, SHARING)
+        if self.tree_token_budget is not None and self.tree_token_budget < 1:
+            raise ValueError(f"tree_token_budget: expected a positive number or None, got {self.tree_token_budget}")
         _one_of("divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd"))
         _one_of("teacher", self.teacher, TEACHERS)
         if self.beta != 0.0:

@@ -7,6 +7,7 @@ teacher's prompt ``[q ; c_i]`` is built. In the loss, teacher and student read t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import pad
+from trl.trainer.utils import pad, split_tensor_dict
 
-from hsd.body import check_split, split_model
+from hsd.body import Split, check_split, split_model
 from hsd.callbacks import RunFiles
 from hsd.config import HSDConfig
 from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, build_context
@@ -27,6 +28,10 @@ from hsd.frozen import adapters_off, ema_update_, frozen_copy, in_eval_mode, loa
 from hsd.groups import Group, Rollout
 from hsd.loss import LossOutput, Side, frozen_side, hsd_loss, read_rollouts
 from hsd.peers import choose_peers, peer_rng
+from hsd.tree.batch import pack_batch, pad_states, pays, shuffle_groups
+from hsd.tree.check import try_tree, warn_unshared
+from hsd.tree.forward import Pack, read_frozen, read_live_teacher, read_student, rows_of
+from hsd.tree.two_phase import two_phase_loss
 from hsd_kernels import HSDKLOutput, fused_hsd_kl
 
 INITIAL_POLICY = "initial_policy.safetensors"
@@ -68,11 +73,31 @@ class HSDTrainer(GRPOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # sharded weights cannot be read here
             check_split(policy, split_model(policy))
+        self.prefix_sharing = self._choose_sharing(policy)
+        rule = "uniform" if self.prefix_sharing == "none" else "paired"
+        self.peer_rule = rule if args.peer_rule == "auto" else args.peer_rule
         self._make_frozen_policies(policy)
         self._initial_is_saved = False
         self._redirect = _ForwardRedirection()
         self.add_callback(_EMA(self))
         self.add_callback(RunFiles(Path(str(args.output_dir))))
+
+    def _choose_sharing(self, policy: Any) -> str:
+        """ "tree", "prompt" or "none". Before frozen copies are made: they take the tree as the policy does."""
+        asked = self.args.prefix_sharing
+        if asked == "none":
+            return asked
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            reason = "it has not been tried with sharded weights (FSDP, DeepSpeed)"
+        else:
+            with self.accelerator.autocast():
+                reason = try_tree(policy)
+        if reason is None:
+            return "tree" if asked == "auto" else asked
+        if asked != "auto":
+            raise ValueError(f"prefix_sharing: expected 'none' for this model, got {asked!r}: {reason}")
+        warn_unshared(reason)
+        return "none"
 
     # -- frozen policies ------------------------------------------------------------------------------------------
 
@@ -102,13 +127,16 @@ class HSDTrainer(GRPOTrainer):
         self.initial_model = frozen_copy(policy) if needs_initial and not peft else None
         self.teacher_model = frozen_copy(policy) if self.args.teacher == "ema" else None
 
-    def _read_initial(self, policy: Any, ids: Tensor, mask: Tensor, length: int) -> Side:
+    def _initial(self, policy: Any, read: Callable[[Split], Sequence[Tensor]]) -> list[Side]:
+        """Sides read under the initial policy, by a function of its body and head."""
         if self.initial_model is not None:
             split = split_model(self.initial_model)
-            return frozen_side(split, read_rollouts(split, ids, mask, length))
+            return [frozen_side(split, hidden) for hidden in read(split)]
         with adapters_off(policy):
-            split = split_model(policy)
-            return Side(read_rollouts(split, ids, mask, length))
+            return [Side(hidden) for hidden in read(split_model(policy))]
+
+    def _read_initial(self, policy: Any, ids: Tensor, mask: Tensor, length: int) -> Side:
+        return self._initial(policy, lambda split: [read_rollouts(split, ids, mask, length)])[0]
 
     def _read_teacher(self, policy: Any, ids: Tensor, mask: Tensor, length: int) -> Side:
         if self.args.teacher == "fixed":
@@ -119,6 +147,17 @@ class HSDTrainer(GRPOTrainer):
         return Side(read_rollouts(split_model(policy), ids, mask, length))
 
     # -- rollouts -> groups -> privileged contexts ----------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch):
+        """TRL's, but whole groups change places: rows shuffled one by one would scatter what can be shared."""
+        if self.prefix_sharing == "none" or self._mode == "eval":
+            return super()._prepare_inputs(generation_batch)
+        steps: Any = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)  # type: ignore[arg-type]
+            size: Any = self.num_generations
+            self._buffered_inputs = split_tensor_dict(shuffle_groups(batch, size), steps)
+        return self._buffered_inputs[self._step % steps]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -132,7 +171,7 @@ class HSDTrainer(GRPOTrainer):
         mode = self._mode
         size: Any = self.num_generations if mode == "train" else self.num_generations_eval
         mean_logps = None
-        if self.args.peer_rule.endswith("perplexity"):
+        if self.peer_rule.endswith("perplexity"):
             mean_logps = gather_object(self._mean_logps(batch).tolist())
 
         first = self.accelerator.process_index * len(inputs)
@@ -146,7 +185,7 @@ class HSDTrainer(GRPOTrainer):
             members = tuple(rollouts[g * size : (g + 1) * size])
             group = Group(example["prompt"], str(example["answer"]), members, self.args.success_reward)
             rng = peer_rng(self.args.seed, self.state.global_step, g)
-            peer = choose_peers(group, self.args.peer_rule, rng=rng)[place]
+            peer = choose_peers(group, self.peer_rule, rng=rng)[place]
             shown = None if peer is None else members[peer].token_ids
             contexts.append(
                 build_context(
@@ -235,6 +274,31 @@ class HSDTrainer(GRPOTrainer):
 
     def _hsd_loss(self, policy: Any, batch: dict[str, Any]) -> Tensor:
         mode = self._mode
+        pack = self._pack(batch)
+        budget = self.args.tree_token_budget
+        if pack is None:
+            out = self._unshared_loss(policy, batch)
+        elif budget is not None and len(pack.trie) > budget and torch.is_grad_enabled():
+            out = self._loss_in_chunks(policy, batch, pack, budget)
+        else:
+            out = self._shared_loss(policy, batch, pack)
+        self._log_loss(mode, out, batch, _student_inputs(batch)[-1])
+        # As in GRPOTrainer: the mean over the micro-batches of one optimizer step.
+        return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
+
+    def _pack(self, batch: dict[str, Any]) -> Pack | None:
+        """None where every sequence is to be read by itself."""
+        if self.prefix_sharing == "none":
+            return None
+        pack = pack_batch(batch, self.prefix_sharing)
+        wanted = self.args.prefix_sharing != "auto" or pays(pack, batch, self._live)
+        return pack if wanted and len(pack.trie) else None  # a batch whose rollouts are all masked has no nodes
+
+    @property
+    def _live(self) -> bool:
+        return self.args.teacher == "live"
+
+    def _unshared_loss(self, policy: Any, batch: dict[str, Any]) -> LossOutput:
         ids, mask, targets, loss_mask = _student_inputs(batch)
         length = targets.shape[1]
         with torch.no_grad(), in_eval_mode(policy):  # no dropout noise in the target
@@ -244,10 +308,61 @@ class HSDTrainer(GRPOTrainer):
             reference = self._read_initial(policy, ids, mask, length) if self.args.reference_coef > 0.0 else None
         split = split_model(policy)
         student = read_rollouts(split, ids, mask, length)
-        out = hsd_loss(student, split, teacher, targets, loss_mask, self.args.objective, reference)
-        self._log_loss(mode, out, batch, loss_mask)
-        # As in GRPOTrainer: the mean over the micro-batches of one optimizer step.
-        return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
+        return hsd_loss(student, split, teacher, targets, loss_mask, self.args.objective, reference)
+
+    def _shared_loss(self, policy: Any, batch: dict[str, Any], pack: Pack) -> LossOutput:
+        """One forward for the student; the teacher, live, takes the question's keys and values from it."""
+        *_, targets, loss_mask = _student_inputs(batch)
+        length = targets.shape[1]
+        split = split_model(policy)
+        hidden, keys = read_student(split.body, pack, live_teacher=self._live)
+        student = pad_states(split, rows_of(hidden, pack.student_nodes, pack.student), length)
+        teacher, reference = self._frozen_sides(policy, pack, length)
+        if teacher is None:
+            with in_eval_mode(policy):
+                teacher = Side(pad_states(split, read_live_teacher(split.body, pack, hidden, keys), length))
+        return hsd_loss(student, split, teacher, targets, loss_mask, self.args.objective, reference)
+
+    @torch.no_grad()
+    def _frozen_sides(self, policy: Any, pack: Pack, length: int) -> tuple[Side | None, Side | None]:
+        """Teacher, unless it is live, and reference. A fixed teacher has the weights of the reference: one tree."""
+        fixed, reads_reference = self.args.teacher == "fixed", self.args.reference_coef > 0.0
+
+        def read(split: Split) -> list[Tensor]:
+            sides = read_frozen(split.body, pack, student=reads_reference, teacher=fixed)
+            return [pad_states(split, s, length) for s in sides if s]
+
+        with in_eval_mode(policy):
+            initial = self._initial(policy, read) if fixed or reads_reference else []
+        reference = initial[0] if reads_reference else None
+        if self.teacher_model is None:
+            return initial[-1] if fixed else None, reference
+        split = split_model(self.teacher_model)
+        states = read_frozen(split.body, pack, student=False, teacher=True)[1]
+        return frozen_side(split, pad_states(split, states, length)), reference
+
+    def _loss_in_chunks(self, policy: Any, batch: dict[str, Any], pack: Pack, budget: int) -> LossOutput:
+        """The same loss and gradient for a pack over the budget. Frozen policies share within a chunk only."""
+        *_, targets, loss_mask = _student_inputs(batch)
+        length = targets.shape[1]
+        split = split_model(policy)
+        outs: list[LossOutput] = []
+
+        def chunk_loss(chunk: Sequence[int], student: list[Tensor], live: list[Tensor]) -> Tensor:
+            rows = torch.tensor(list(chunk), device=targets.device)
+            teacher, reference = self._frozen_sides(policy, pack_batch(batch, self.prefix_sharing, chunk), length)
+            teacher = teacher or Side(pad_states(split, live, length))
+            hidden = pad_states(split, student, length)
+            outs.append(
+                hsd_loss(hidden, split, teacher, targets[rows], loss_mask[rows], self.args.objective, reference)
+            )
+            return outs[-1].loss * (len(chunk) / len(targets))
+
+        elsewhere = None if self._live else lambda chunk: []
+        loss = two_phase_loss(policy, split.body, pack, chunk_loss, budget, teacher=elsewhere)
+        per_token = [torch.cat(field) for field in zip(*(out.stats[1:] for out in outs), strict=True)]
+        kls = [out.reference_kl for out in outs if out.reference_kl is not None]
+        return LossOutput(loss, HSDKLOutput(loss.detach(), *per_token), torch.cat(kls) if kls else None)
 
     def _log_loss(self, mode: str, out: LossOutput, batch: dict[str, Any], mask: Tensor) -> None:
         t = out.stats
