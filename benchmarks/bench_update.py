@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_kernel import environment, peak
+from timing import environment, header, peak_bytes, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -191,9 +191,9 @@ def memory(model_name: str, shape: tuple[int, ...], contender: str, device: str)
     """Peak memory of one update beyond the model, in a process of its own."""
     model = build(model_name, device, torch.bfloat16 if device == "cuda" else torch.float32)
     group = make_group(shape, MODELS[model_name][-1])
-    base = peak(device)
+    base = peak_bytes(device)
     update(contender, model, group)
-    return {"peak_bytes": peak(device) - base}
+    return {"peak_bytes": peak_bytes(device) - base}
 
 
 def in_child(name: str, *arguments: Any) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def main() -> None:
         print(json.dumps({"times": times, "memory": memory}[name](model, tuple(shape), *rest)))
         return
     facts = environment(args.device)
-    print(", ".join(f"{k} {v}" for k, v in facts.items()))
+    print(header(facts))
     rows = []
     for model in args.models or (["toy"] if args.device == "cpu" else [m for m in MODELS if m != "toy"]):
         for text in args.shapes or SHAPES[args.device]:
@@ -270,7 +270,7 @@ def main() -> None:
             print(f"  {model} {text} done", file=sys.stderr)
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1))
+        save(args.json, facts, rows, table(rows))
 
 
 if __name__ == "__main__":

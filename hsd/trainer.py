@@ -360,9 +360,9 @@ class HSDTrainer(GRPOTrainer):
 
         elsewhere = None if self._live else lambda chunk: []
         loss = two_phase_loss(policy, split.body, pack, chunk_loss, budget, teacher=elsewhere)
-        per_token = [torch.cat(field) for field in zip(*(out.stats[1:] for out in outs), strict=True)]
-        kls = [out.reference_kl for out in outs if out.reference_kl is not None]
-        return LossOutput(loss, HSDKLOutput(loss.detach(), *per_token), torch.cat(kls) if kls else None)
+        fields = zip(*(out.stats[1:] for out in outs), strict=True)
+        per_token: list[Any] = [None if field[0] is None else torch.cat(field) for field in fields]
+        return LossOutput(loss, HSDKLOutput(loss.detach(), *per_token))
 
     def _log_loss(self, mode: str, out: LossOutput, batch: dict[str, Any], mask: Tensor) -> None:
         t = out.stats

@@ -108,7 +108,8 @@ def fused_hsd_kl(
             where no entry exceeds ``filter_eps`` times the largest token weight; with "auto" the lightest ones, as
             long as their share of the L1 mass is at most what rounding to the input dtype loses (0.14 % for bf16).
             The statistics return the measured share. One host synchronization a chunk. Exact by default.
-        chunk_bytes: size of the logits workspace; by default 1 GiB on CUDA and 256 MiB elsewhere.
+        chunk_bytes: size of the logits workspace; by default 1 GiB on CUDA and 512 MiB elsewhere (kept for
+            the next call on a CPU).
         impl: "auto" (Triton on CUDA, C++ on a CPU in fp32 and bf16, torch elsewhere), "torch", "triton" or "cpp". An
             explicit choice never falls back.
         process_group: the vocabulary is divided over its ranks. ``lm_head_weight``, ``bias`` and the heads of the

@@ -51,14 +51,19 @@ def backproject(dz: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
     return out
 
 
-def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor) -> None:
-    """grad_weight += dz.T @ hidden: (V, D) wide, (n, V), (n, D)."""
+def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) -> None:
+    """grad_weight += dz.T @ hidden: (V, D) wide, (n, V), (n, D). With ``first``, = instead of +=: what grad_weight
+    holds is not read."""
     if dz.is_cuda and dz.dtype != grad_weight.dtype:
-        torch.addmm(grad_weight, dz.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
+        if first:
+            torch.mm(dz.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
+        else:
+            torch.addmm(grad_weight, dz.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
     elif mkl_takes(dz, hidden, grad_weight):
-        _mkl_gemm(dz, hidden, grad_weight, trans_a=True, beta=1.0)
+        _mkl_gemm(dz, hidden, grad_weight, trans_a=True, beta=0.0 if first else 1.0)
     else:
-        grad_weight.addmm_(dz.t().to(grad_weight.dtype), hidden.to(grad_weight.dtype))
+        operands = (dz.t().to(grad_weight.dtype), hidden.to(grad_weight.dtype))
+        torch.mm(*operands, out=grad_weight) if first else grad_weight.addmm_(*operands)
 
 
 def gradient_view(x_student: Tensor, operand: Tensor) -> Tensor:

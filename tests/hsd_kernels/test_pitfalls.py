@@ -58,7 +58,7 @@ INSIDE = {"hsd_kernels::fused_hsd_kl": ops._forward, "hsd_kernels::fused_hsd_kl_
 
 
 class Recorder(TorchDispatchMode):
-    """Counts GEMMs and remembers the largest tensor made."""
+    """Counts GEMMs and remembers the size of the largest tensor made, in units of 4 bytes."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ class Recorder(TorchDispatchMode):
         self.gemms += func.overloadpacket._qualified_op_name in ("aten::mm", "aten::addmm", "aten::addmm_")
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor):
-                self.largest = max(self.largest, t.numel())
+                self.largest = max(self.largest, t.nbytes // 4)
         return out
 
 
