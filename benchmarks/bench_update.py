@@ -39,6 +39,7 @@ SHAPES = {
 # name: (hidden, intermediate, layers, heads, key-value heads, head dimension, vocabulary)
 MODELS = {
     "toy": (64, 192, 6, 4, 2, 16, 1024),
+    "toy-256": (256, 768, 6, 8, 4, 32, 1024),
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151_936),
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151_936),
     "qwen3-8b": (4096, 12_288, 36, 32, 8, 128, 151_936),
@@ -263,7 +264,7 @@ def main() -> None:
     facts = environment(args.device)
     print(header(facts))
     rows = []
-    for model in args.models or (["toy"] if args.device == "cpu" else [m for m in MODELS if m != "toy"]):
+    for model in args.models or [m for m in MODELS if m.startswith("toy") == (args.device == "cpu")]:
         for text in args.shapes or SHAPES[args.device]:
             shape = tuple(map(int, text.split(",")))
             rows += measure(model, shape, args.contenders, args.device, args.repeats)

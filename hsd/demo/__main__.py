@@ -36,6 +36,7 @@ OVERRIDES = {
     "teacher_ema_rate": float,
     "reference_coef": float,
     "peer_rule": str,
+    "prefix_sharing": str,
     "divergence": str,
 }
 
