@@ -36,18 +36,23 @@ EOF
 
 kernel="$python benchmarks/bench_kernel.py --device $device"
 if [ "$device" = cuda ]; then
-    part tests 120 "$python" -m pytest -m cuda tests -q
-    part kernel_main 150 $kernel --dtypes bfloat16 --repeats 5 --shapes 8192,4096,151936 1024,2048,151936 \
+    part tests 100 "$python" -m pytest -m cuda tests/hsd_kernels tests/hsd/tree -q
+    part triton_rows 60 "$python" -m pytest tests/hsd_kernels/test_rows_triton.py -q
+    part kernel_main 130 $kernel --dtypes bfloat16 --repeats 5 --shapes 8192,4096,151936 1024,2048,151936 \
         --json "$out/kernel_main.json"
-    part kernel_peaked 60 $kernel --dtypes bfloat16 --workload peaked --only hsd_kernels --shapes 8192,4096,151936 \
+    part kernel_peaked 40 $kernel --dtypes bfloat16 --workload peaked --only hsd_kernels --shapes 8192,4096,151936 \
         --json "$out/kernel_peaked.json"
-    part kernel_large 100 $kernel --dtypes bfloat16 --repeats 3 --only hsd_kernels TRL naive \
+    part kernel_large 80 $kernel --dtypes bfloat16 --repeats 3 --only hsd_kernels TRL naive \
         --shapes 32768,4096,151936 4096,5120,151936 8192,2560,256000 --json "$out/kernel_large.json"
-    part scaling 90 "$python" benchmarks/bench_scaling.py --device cuda --json "$out/scaling.json"
+    part update 90 "$python" benchmarks/bench_update.py --device cuda --repeats 3 --models qwen3-0.6b \
+        --json "$out/update.json"
+    part scaling 60 "$python" benchmarks/bench_scaling.py --device cuda --repeats 2 --json "$out/scaling.json"
 else
     part kernel_main 200 $kernel --repeats 1 --shapes 64,64,4096 --json "$out/kernel_main.json"
     part kernel_peaked 60 $kernel --repeats 1 --workload peaked --only hsd_kernels --shapes 64,64,4096 \
         --json "$out/kernel_peaked.json"
+    part update 100 "$python" benchmarks/bench_update.py --repeats 1 --models toy --shapes 100,40,40,4 \
+        --json "$out/update.json"
     part scaling 200 "$python" benchmarks/bench_scaling.py --device cpu --repeats 1 --json "$out/scaling.json"
 fi
 exit $failed

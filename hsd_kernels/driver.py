@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hsd_kernels import gemm
 from hsd_kernels.divergence import RowSpec, RowStats
-from hsd_kernels.vocab_filter import active_columns
+from hsd_kernels.vocab_filter import active_columns, take_columns
 from hsd_kernels.vocab_parallel import Shards
 
 # Bytes of the logits workspace. 1 GiB holds 883 fp32 row pairs at V = 151,936, tall enough that dW's read-modify-write
@@ -265,7 +265,7 @@ def _backward_gemms(
         out.filtered += torch.stack([active.dropped, active.total]).to(out.filtered)
         columns = active.columns
         if columns is not None:
-            dz, weight = dz[:, columns], weight[columns]
+            dz, weight = take_columns(dz, columns), weight[columns]
     if out.grad_hidden is not None:
         out.grad_hidden[at] = gemm.backproject(dz, weight, p.wide).to(out.grad_hidden.dtype)
     if out.grad_weight is None:

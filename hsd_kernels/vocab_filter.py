@@ -14,6 +14,7 @@ from torch import Tensor
 # Rounding to nearest loses eps / 4 of a number's binade on average, E[1 / mantissa] = 1 / (2 ln 2) for mantissas of
 # uniform logarithm: a share of 0.18 eps of the L1 mass. For bf16 that is 0.14 %, as measured on SmolLM2.
 ROUNDING_SHARE = 0.18
+BLOCK_ROWS = 32
 # With more active columns than this share of the vocabulary the gathers cost what the GEMMs save.
 WORTHWHILE = 0.75
 
@@ -28,20 +29,34 @@ def active_columns(dz: Tensor, filter_eps: float | str, largest_weight: Tensor, 
     """Columns of dz (n, V) to keep: those with an entry above ``filter_eps * largest_weight`` or, with "auto", all but
     the lightest whose L1 mass together is at most what rounding dz to ``dtype`` loses. One host synchronization."""
     vocab = dz.shape[1]
-    mass = column_mass(dz)
+    mass, largest = column_norms(dz)
     total = mass.sum()
     if isinstance(filter_eps, str):  # "auto"
         lightest, order = mass.sort()
         dropped = lightest.cumsum(0) <= ROUNDING_SHARE * torch.finfo(dtype).eps * total  # all False with a NaN
         keep = torch.ones_like(dropped).scatter_(0, order, ~dropped)
     else:
-        keep = ~(dz.abs().amax(0) <= filter_eps * largest_weight)  # a NaN is kept
+        keep = ~(largest <= filter_eps * largest_weight)  # a NaN is kept
     columns = keep.nonzero().squeeze(-1)
     if columns.numel() > WORTHWHILE * vocab:
         return Active(None, torch.zeros_like(total), total)
     return Active(columns, mass.masked_fill(keep, 0.0).sum(), total)
 
 
-def column_mass(dz: Tensor) -> Tensor:
-    """L1 norm of each column, (n, V) -> (V,), fp64."""
-    return dz.abs().sum(0, dtype=torch.float64 if dz.dtype == torch.float64 else torch.float32).double()
+def column_norms(dz: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 norm, fp64, and largest magnitude of each column: (n, V) -> (V,), (V,)."""
+    # A CPU takes BLOCK_ROWS at a time, whose magnitudes stay in its cache: 57 ms against 218 for (1,024, 49,152) fp32.
+    blocks = dz.split(BLOCK_ROWS) if dz.device.type == "cpu" else (dz,)
+    wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
+    mass, largest = dz.new_zeros(dz.shape[1], dtype=torch.float64), dz.new_zeros(dz.shape[1])
+    for block in blocks:
+        magnitude = block.abs()
+        mass += magnitude.sum(0, dtype=wide)
+        largest = torch.maximum(largest, magnitude.amax(0))
+    return mass, largest
+
+
+def take_columns(dz: Tensor, columns: Tensor) -> Tensor:
+    """dz[:, columns], the faster of torch's two ways for the dtype: 86 against 154 ms in fp32, 162 against 83 in bf16,
+    for 15,000 columns of (1,024, 49,152) on one CPU core."""
+    return dz.index_select(1, columns) if dz.dtype == torch.float32 else dz[:, columns]

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from hsd_kernels import fused_hsd_kl
-from hsd_kernels.vocab_filter import ROUNDING_SHARE, WORTHWHILE, active_columns
+from hsd_kernels.vocab_filter import (
+    BLOCK_ROWS,
+    ROUNDING_SHARE,
+    WORTHWHILE,
+    active_columns,
+    column_norms,
+    take_columns,
+)
 
 ONE = torch.tensor(1.0)
 
@@ -43,6 +50,17 @@ def test_error_is_bounded_by_the_measured_share(divergence, filter_eps):
     # a few times as much of its output.
     for got, want in zip(found[1:], exact[1:], strict=True):
         assert 0.0 < relative_l1(got, want) <= 3.0 * share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, BLOCK_ROWS, 2 * BLOCK_ROWS + 5])
+def test_norms_and_columns_of_strided_rows(rows, dtype):
+    dz = torch.randn(rows, 80, generator=torch.Generator().manual_seed(rows)).to(dtype)[:, :50]
+    mass, largest = column_norms(dz)
+    torch.testing.assert_close(mass, dz.double().abs().sum(0), rtol=1e-6, atol=0.0)
+    assert torch.equal(largest, dz.abs().amax(0))
+    columns = torch.tensor([0, 7, 49])
+    assert torch.equal(take_columns(dz, columns), dz[:, columns])
 
 
 def test_a_column_is_dropped_only_below_the_threshold():
