@@ -46,7 +46,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     row |= time_it(lambda: step(CONTENDERS[name], *tensors), job["repeats"], device)
     row["peak_bytes"] = peak_bytes(device) - base
     if "filter" in name:
-        row["filtered_share"] = filtered_share(name, tensors)
+        row |= look_at_filter(name, tensors)
     return row
 
 
@@ -66,15 +66,24 @@ def load(workload: str, shape: Any, dtype: torch.dtype, device: str) -> workload
     return workloads.recorded(workload, shape[0], dtype, device)
 
 
-def filtered_share(name: str, tensors: workloads.Workload) -> float:
-    """L1 share of the logit gradient that the filter left out."""
-    from hsd_kernels import HSDKLOutput, fused_hsd_kl
+def look_at_filter(name: str, tensors: workloads.Workload) -> dict[str, float]:
+    """L1 share of the logit gradient that the filter left out, and the share of the columns that it kept."""
+    from hsd_kernels import HSDKLOutput, driver, fused_hsd_kl
+
+    original, kept = driver.active_columns, []
+
+    def watched(*args):
+        active = original(*args)
+        kept.append(1.0 if active.columns is None else active.columns.numel() / args[0].shape[1])
+        return active
 
     student, teacher, weight = tensors
     eps = "auto" if "auto" in name else float(name.split()[-1])
+    driver.active_columns = watched
     out = fused_hsd_kl(student.detach().requires_grad_(), teacher, weight, filter_eps=eps, return_stats=True)
+    driver.active_columns = original
     assert isinstance(out, HSDKLOutput) and out.filtered_share is not None
-    return out.filtered_share.item()
+    return {"filtered_share": out.filtered_share.item(), "active_share": sum(kept) / len(kept)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -92,7 +101,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         floor = floors.get((tuple(r["shape"]), r["dtype"]))
         ratio = f"{r['median'] / floor:.2f}" if floor else ""
         errors = " / ".join(f"{r[k]:.1e}" for k in ("error_loss", "error_dH", "error_dW")) if "error_dH" in r else ""
-        errors += f" (left out {r['filtered_share']:.1e})" if "filtered_share" in r else ""
+        if "active_share" in r:
+            errors += f" (columns kept {r['active_share']:.2f}, left out {r['filtered_share']:.1e})"
         errors += f" (chunks of {r['rows']})" if "rows" in r else ""
         spread = f"{r['p20']:.3g} to {r['p80']:.3g}"
         lines.append(start + f"{r['median']:.3g} | {spread} | {ratio} | {r['peak_bytes'] / 2**20:.0f} | {errors} |")
