@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,8 @@ def peaked(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: i
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(v, d, generator=g) * (1.5 / d**0.5)
     likely = (v ** torch.rand(n, generator=g)).long().clamp_max(v - 1)
-    strength = 8.0 + 4.0 * torch.rand(n, 1, generator=g)
+    # The other logits have a standard deviation of 1.5, so that their log-sum-exp is log V + 1.1: 13 at V = 151,936.
+    strength = math.log(v) + 1.0 + 8.0 * torch.rand(n, 1, generator=g)
     student = torch.randn(n, d, generator=g) + strength * weight[likely] / weight[likely].square().sum(-1, keepdim=True)
     noise = torch.where(torch.rand(n, 1, generator=g) < 0.75, 0.02, 0.5)
     teacher = student + noise * torch.randn(n, d, generator=g)
