@@ -1,0 +1,119 @@
+"""The three matrix products, by MKL where this torch carries it and upcast, and the memory they run in."""
+
+import threading
+
+import pytest
+import torch
+
+from hsd_kernels import driver, fused_hsd_kl, gemm
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.fixture(params=["mkl", "upcast"])
+def route(request, monkeypatch):
+    if request.param == "upcast":
+        monkeypatch.setattr(gemm, "_mkl_routine", lambda: None)
+        monkeypatch.setattr(gemm, "UPCAST_ROWS", 50)
+    elif gemm._mkl_routine() is None:
+        pytest.skip("this build of torch does not export MKL's cblas_gemm_bf16bf16f32")
+    return request.param
+
+
+def draw(*shape, dtype=BF16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=F64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, F32, F64], ids=str)
+@pytest.mark.parametrize(("n", "vocab", "dim"), [(1, 1, 1), (1, 200, 3), (5, 127, 8), (33, 300, 70)])
+def test_products_accumulate_wide(route, dtype, n, vocab, dim):
+    wide = F64 if dtype == F64 else F32
+    hidden, weight, dz = draw(n, dim, dtype=dtype), draw(vocab, dim, dtype=dtype), draw(n, vocab, dtype=dtype)
+    workspace = torch.full((n, vocab), float("nan"), dtype=wide)
+    gemm.project_out(hidden, weight, workspace)
+    close = {"rtol": 1e-5, "atol": 1e-4} if wide == F32 else {}
+    torch.testing.assert_close(workspace.double(), hidden.double() @ weight.double().T, **close)
+
+    narrow = gemm.gradient_view(workspace, hidden)
+    assert narrow.dtype == (BF16 if dtype == BF16 and route == "mkl" else wide)
+    narrow.copy_(dz)  # as the rows leave it: over the logits, with their row stride
+    back = gemm.backproject(narrow, weight, wide)
+    assert back.dtype == wide
+    torch.testing.assert_close(back.double(), dz.double() @ weight.double(), **close)
+
+    total = torch.full((vocab, dim), float("nan"), dtype=wide)
+    gemm.accumulate_(total, narrow, hidden, first=True)
+    gemm.accumulate_(total, narrow, hidden, first=False)
+    torch.testing.assert_close(total.double(), 2.0 * dz.double().T @ hidden.double(), **close)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every second column", "slice"])
+def test_head_in_other_layouts(route, layout):
+    weight = draw(90, 16)
+    odd = {
+        "transposed": weight.T.contiguous().T,
+        "every second column": torch.stack([weight, weight], -1).flatten(1)[:, ::2],
+        "slice": torch.cat([weight, weight], 1)[:, :16],
+    }[layout]
+    assert torch.equal(odd, weight) and not odd.is_contiguous()
+    student, teacher = draw(7, 16), draw(6, 16)[torch.tensor([0, 1, 2, 3, 4, 5, 0])]
+    found = []
+    for head in (weight, odd):
+        leaves = student.clone().requires_grad_(), head.detach().requires_grad_()
+        loss = fused_hsd_kl(leaves[0], teacher, leaves[1])
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5)
+
+
+def test_the_workspace_is_kept_and_lent_to_one_caller_at_a_time():
+    student, teacher, weight = draw(40, 16, dtype=F32), draw(41, 16, dtype=F32)[:40], draw(500, 16, dtype=F32)
+    want = fused_hsd_kl(student, teacher, weight)
+    (kept,) = driver._spare
+    assert torch.equal(fused_hsd_kl(student, teacher, weight), want)
+    assert driver._spare[0].data_ptr() == kept.data_ptr()
+
+    inside = []
+
+    def hook(stats):
+        assert not driver._spare  # in use by the outer call
+        inside.append(fused_hsd_kl(teacher, student, weight))
+        return torch.ones_like(stats.kl)
+
+    assert torch.equal(fused_hsd_kl(student, teacher, weight, token_weight_fn=hook), want)
+    assert torch.equal(inside[0], fused_hsd_kl(teacher, student, weight))
+
+
+def test_threads_do_not_share_a_workspace():
+    given = [(draw(60 + i, 16, dtype=F32), draw(160 + i, 16, dtype=F32)[: 60 + i]) for i in range(4)]
+    weight = draw(800, 16, dtype=F32)
+    want = [fused_hsd_kl(*pair, weight) for pair in given]
+    wrong = []
+
+    def work(i):
+        for _ in range(25):
+            if not torch.equal(fused_hsd_kl(*given[i], weight), want[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_gradient_that_was_handed_over_is_not_changed_by_the_next():
+    """Accumulation into .grad must not write into what is kept for another backward."""
+    student, teacher, weight = draw(9, 16, dtype=F32).requires_grad_(), draw(8, 16, dtype=F32), draw(70, 16, dtype=F32)
+    teacher = torch.cat([teacher, teacher[:1]])
+    weight.requires_grad_()
+    loss = fused_hsd_kl(student, teacher, weight)
+    first = torch.autograd.grad(loss, (student, weight), retain_graph=True)
+    copies = [g.clone() for g in first]
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for leaf, copy, kept in zip((student, weight), copies, first, strict=True):
+        assert torch.equal(leaf.grad, 3.0 * copy) or torch.allclose(leaf.grad, 3.0 * copy, rtol=1e-6)
+        assert torch.equal(kept, copy)
