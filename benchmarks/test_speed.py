@@ -1,6 +1,6 @@
 """The kernel table's work as pytest-benchmark suites, for profiling one contender at a time; not part of `make test`:
 
-    python -m pytest benchmarks/test_speed.py --benchmark-group-by=param:shape [-k "hsd_kernels and float32"]
+python -m pytest benchmarks/test_speed.py --benchmark-group-by=param:shape [-k "hsd_kernels and float32"]
 """
 
 from __future__ import annotations

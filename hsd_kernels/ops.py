@@ -163,8 +163,7 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if ctx.per_token:
             upstream = upstream.masked_fill((effective == 0).all(0), 0.0)
         found = tuple(
-            _times_upstream(g, upstream, ctx.dtype) if want else None
-            for g, want in zip(saved, ctx.wanted, strict=True)
+            _times_upstream(g, upstream, ctx.dtype) if want else None for g, want in zip(saved, ctx.wanted, strict=True)
         )
     hidden, weight, bias = found
     grads = [None] * (_NUM_TENSORS + 2 + _NUM_OPTIONS + 4)

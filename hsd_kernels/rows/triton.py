@@ -394,9 +394,7 @@ def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE: tl.const
 
 
 @triton.jit
-def _summands(
-    ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr, NONNEGATIVE: tl.constexpr
-):
+def _summands(ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr, NONNEGATIVE: tl.constexpr):
     """(f, g) of the table in `divergence`."""
     if DIVERGENCE == FORWARD_KL:
         f = _times(pt, lt - ls)

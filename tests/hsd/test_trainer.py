@@ -90,13 +90,18 @@ def log_probs(model, prompt, prompt_mask, completion, completion_mask):
     return logits[:, -(completion.shape[1] + 1) : -1].log_softmax(-1)
 
 
-def paper_loss(student, teacher, reference, batch, coef):
-    """1/G sum_i 1/|o_i| sum_t KL(teacher || student), plus coef KL(student || reference)."""
+def paper_loss(student, teacher, reference, batch, coef, live_share=0.0):
+    """1/G sum_i 1/|o_i| sum_t KL(teacher || student), plus coef KL(student || reference).
+
+    With ``live_share`` the teacher's logits are mixed with those of the student's weights under its prompt.
+    """
     rollout = (batch["completion_ids"], batch["completion_mask"])
     mask = rollout[1].float()
     ls = log_probs(student, batch["prompt_ids"], batch["prompt_mask"], *rollout)
     with torch.no_grad():
         lt = log_probs(teacher, batch["teacher_prompt_ids"], batch["teacher_prompt_mask"], *rollout)
+        live = log_probs(student, batch["teacher_prompt_ids"], batch["teacher_prompt_mask"], *rollout)
+        lt = torch.lerp(lt, live, live_share).log_softmax(-1)
         lr = log_probs(reference, batch["prompt_ids"], batch["prompt_mask"], *rollout)
     per_token = (lt.exp() * (lt - ls)).sum(-1) + coef * (ls.exp() * (ls - lr)).sum(-1)
     return ((per_token * mask).sum(-1) / mask.sum(-1)).mean()
@@ -117,8 +122,9 @@ LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linea
         (None, {"teacher": "live", "reference_coef": 0.5, **ACCUMULATED, **CHECKPOINTED}),
         (LORA, {"teacher": "live", "reference_coef": 0.5}),
         (LORA, {"teacher": "fixed", "reference_coef": 0.0, **ACCUMULATED, **CHECKPOINTED}),
+        (LORA, {"teacher": "trust_region", "reference_coef": 0.5, "trust_region_share": 0.3}),
     ],
-    ids=["live", "fixed+reference", "ema+accumulation", "accumulation+checkpointing", "lora", "lora+all"],
+    ids=["live", "fixed+reference", "ema+accumulation", "accumulation+checkpointing", "lora", "lora+all", "lora+trust"],
 )
 def test_one_step_is_the_gradient_of_the_papers_equation(build, peft_config, options, tmp_path):
     """One SGD step at learning rate 1 moves every trained weight by minus the gradient of the plain computation."""
@@ -141,8 +147,9 @@ def test_one_step_is_the_gradient_of_the_papers_equation(build, peft_config, opt
             if p.requires_grad:
                 p.copy_(before[n])
     initial = model if peft_config is None else _Off(model)
-    teacher = initial if options["teacher"] == "fixed" else model
-    loss = paper_loss(model, teacher, initial, batch, options["reference_coef"])
+    teacher = initial if options["teacher"] in ("fixed", "trust_region") else model
+    share = options.get("trust_region_share", 0.0)
+    loss = paper_loss(model, teacher, initial, batch, options["reference_coef"], share)
     names = list(before)
     grads = torch.autograd.grad(loss, [dict(model.named_parameters())[n] for n in names])
 
@@ -201,12 +208,21 @@ def test_peer_rules_run(rule, tmp_path):
     make(qwen3(), tmp_path, peer_rule=rule, reference_coef=0.0).train()
 
 
-@pytest.mark.parametrize("teacher", ["ema", "fixed"])
+REFRESHED = {"reference_coef": 0.5, "reference_refresh_steps": 3, "reference_ema_rate": 0.5}
+FROZEN = {
+    "ema": {"ema_teacher", "initial_policy"},
+    "fixed": {"initial_policy"},
+    "trust_region": {"initial_policy", "reference", "reference_average"},
+}
+
+
+@pytest.mark.parametrize("teacher", FROZEN)
 def test_resume_continues_exactly(teacher, tmp_path):
     """Four steps in one go, and two, then two more in a new process-like trainer: same weights, same peers."""
     options = {
         "teacher": teacher,
         "teacher_ema_rate": 0.5,
+        **(REFRESHED if teacher == "trust_region" else {}),
         "optim": "adamw_torch",
         "learning_rate": 1e-2,
         "save_strategy": "steps",
@@ -226,9 +242,10 @@ def test_resume_continues_exactly(teacher, tmp_path):
         torch.testing.assert_close(mine["teacher_prompt_ids"], theirs["teacher_prompt_ids"], rtol=0, atol=0)
     for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    frozen = "ema_teacher" if teacher == "ema" else "initial_policy"
-    for a, b in zip(whole.frozen.models[frozen].parameters(), second.frozen.models[frozen].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert set(whole.frozen.models) == FROZEN[teacher]
+    for name, policy in whole.frozen.models.items():
+        for a, b in zip(policy.parameters(), second.frozen.models[name].parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
 def test_checkpoint_loads_with_from_pretrained(tmp_path):
