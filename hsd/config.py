@@ -169,11 +169,14 @@ class HSDConfig(GRPOConfig):
                 f"sampling ({self.temperature}), whose ratio pi / pi_old would be of two policies, got "
                 f"{self.importance_cap}"
             )
-        if self.spec.trl_loss and self.reference_coef:
-            raise ValueError(
-                f"reference_coef: expected 0 with method={self.method!r}, whose loss is TRL's, got "
-                f"{self.reference_coef}; use GRPO's beta"
-            )
+        if self.spec.token_advantages is None and self.advantage_mix:
+            raise ValueError(f"advantage_mix: expected 0 with method={self.method!r}, got {self.advantage_mix}")
+        for name, value in (HSD_DEFAULTS | {"reference_coef": 0.0}).items() if self.spec.trl_loss else ():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}: expected {value!r} with method={self.method!r}, whose loss is TRL's and has no teacher "
+                    f"(its reference is GRPO's beta), got {getattr(self, name)!r}"
+                )
         if self.beta != 0.0 and not self.spec.trl_loss:
             raise ValueError(
                 f"beta: expected 0 (GRPO's beta loads a second reference and samples its KL), got {self.beta}; "

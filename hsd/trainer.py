@@ -134,7 +134,7 @@ class HSDTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
-        unscored = rewards.isnan().all(-1)  # every verifier failed: neither a success nor a peer
+        unscored = rewards.isnan().all(-1)  # every verifier failed: no success, no peer, no advantage
         self._scored = (weighted.tolist(), unscored, [list(ids) for ids in completion_ids_list])  # rewards of all ranks
         self._feedback: Sequence[str | None] = [None] * len(inputs)
         if self.feedback_fn is not None:
@@ -150,6 +150,7 @@ class HSDTrainer(GRPOTrainer):
         mean_logps = None
         if self.args.has_teacher and self.peer_rule.endswith("perplexity"):
             mean_logps = gather_object(self._mean_logps(batch).tolist())
+        first = self.accelerator.process_index * len(inputs)
         lessons = make_lessons(
             self.args.spec,
             inputs,
@@ -157,7 +158,7 @@ class HSDTrainer(GRPOTrainer):
                 Rollout(tuple(ids), reward=r, mean_logp=None if mean_logps is None else mean_logps[i])
                 for i, (ids, r) in enumerate(zip(gather_object(completion_ids), rewards, strict=True))
             ],
-            first=self.accelerator.process_index * len(inputs),
+            first=first,
             group_size=size,
             success_reward=self.args.success_reward,
             peer_rule=self.peer_rule,
@@ -172,6 +173,7 @@ class HSDTrainer(GRPOTrainer):
             chat_template_kwargs=self._rendering,
         )
         device = batch["completion_ids"].device
+        batch["advantages"] = batch["advantages"].masked_fill(unscored[first : first + len(inputs)], 0.0)
         batch["success"] = torch.tensor([lesson.success for lesson in lessons], device=device)
         self._log_coverage(mode, batch["success"], lessons, size, unscored)
         if self.args.has_teacher:

@@ -282,6 +282,20 @@ def test_trust_region_mixes_logits(sharing, tmp_path):
     check(trainer, equation)
 
 
+def test_a_rollout_whose_verifier_failed_has_no_advantage(tmp_path):
+    """TRL counts None as a reward of 0, which would be a verdict."""
+
+    def unsure(completion_ids, **kwargs):
+        return [None if i == 1 else float(i % 2) for i in range(len(completion_ids))]
+
+    trainer = trainer_of(tmp_path, reward=unsure, method="grpo+opsd")
+    trainer.train()
+    advantages = trainer.batch["advantages"]
+    assert advantages[1] == 0.0 and (advantages[[0, 2, 3]] != 0.0).all()
+    assert not trainer.batch["success"][1]
+    assert trainer.state.log_history[0]["hsd/unscored"] == pytest.approx(1 / 8)
+
+
 def test_each_method_shows_its_own_context(tmp_path):
     def contexts(method, **options):
         trainer = trainer_of(tmp_path, method=method, **options)
@@ -318,6 +332,8 @@ def test_each_method_shows_its_own_context(tmp_path):
     [
         ({"method": "hsdd"}, "method"),
         ({"method": "grpo", "reference_coef": 0.1}, "reference_coef"),
+        ({"method": "grpo", "teacher": "ema"}, "teacher"),
+        ({"advantage_mix": 0.5}, "advantage_mix"),
         ({"method": "opsd", "epsilon": 0.3}, "epsilon"),
         ({"policy_coef": [1.0, 0.0]}, "policy_coef"),
         ({"advantage_mix": "much"}, "advantage_mix"),
