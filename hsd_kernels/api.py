@@ -10,6 +10,7 @@ from torch import Tensor
 from hsd_kernels.checks import check_logits_dtype, check_options, check_per_token, check_tensors
 from hsd_kernels.driver import STATS, TokenWeightFn
 from hsd_kernels.ops import lend_hook
+from hsd_kernels.vocab_filter import FILTER_AUTO
 
 
 class HSDKLOutput(NamedTuple):
@@ -183,7 +184,7 @@ def fused_hsd_kl(
             None if softcap is None else float(softcap),
             logits_dtype == torch.bfloat16,
             float(reference_coef),
-            None if filter_eps is None else str(filter_eps),
+            None if filter_eps is None else FILTER_AUTO if filter_eps == "auto" else float(filter_eps),
             None if chunk_bytes is None else int(chunk_bytes),
             impl,
             None if process_group is None else process_group.group_name,

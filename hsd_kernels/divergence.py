@@ -50,6 +50,11 @@ class RowSpec:
     linear: bool = False  # the student's block of logits holds x_student - x_teacher, by linearity of the head
 
     @property
+    def is_nonnegative(self) -> bool:
+        """Whether the sum of the f_v is at least 0."""
+        return self.kl_clip is None or self.kl_clip_form == "nonnegative" or self.divergence == "jsd"
+
+    @property
     def scales(self) -> tuple[float, float]:
         """(in_scale, kappa > 0): z = kappa * y with y = in_scale * x, or its tanh under a softcap."""
         if self.softcap is not None:

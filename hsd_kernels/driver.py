@@ -62,7 +62,7 @@ class Problem:
     reference: Side | None = None
     reference_coef: float = 0.0
     target_ids: Tensor | None = None
-    filter_eps: float | str | None = None
+    filter_eps: float | None = None
     chunk_bytes: int | None = None
     shards: Shards | None = None  # of the vocabulary, over a process group
 
@@ -122,9 +122,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _run(
-    p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tensor | None, wanted: Wanted
-) -> Result:
+def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tensor | None, wanted: Wanted) -> Result:
     out = _empty_result(p, wanted)
     if rows.numel() == 0:
         if out.grad_weight is not None:
@@ -179,8 +177,10 @@ def _chunks(
         dz = _logit_gradient(p, x[0], parts)
         if out.grad_bias is not None:
             out.grad_bias += dz.sum(0, dtype=p.wide)
-        largest_weight = torch.stack([part[3] for part in parts]).abs().amax()
-        _backward_gemms(p, dz, hidden[0], at, out, largest_weight, first=start == 0)
+        magnitudes = torch.stack([part[3] for part in parts]).abs()
+        if factor is not None:  # dW = dz^T h: 0 times the NaN of a row that the hook dropped would be NaN
+            hidden[0] = hidden[0].masked_fill((magnitudes == 0).all(0).unsqueeze(-1), 0.0)
+        _backward_gemms(p, dz, hidden[0], at, out, magnitudes.amax(), first=start == 0)
 
 
 @contextmanager
@@ -227,12 +227,18 @@ def _statistics(
     stats = p.rows_impl.statistics(x_s, x_side, side.spec, *biases, valid, at)
     if targets is not None:
         strange = targets != valid
+        student_logps, teacher_logps = stats.student_logps, stats.teacher_logps
+        if p.shards is not None:  # a part without mass has no log-probs of its own; in the whole row they are -inf
+            student_logps = student_logps.masked_fill(stats.student_lse == -torch.inf, -torch.inf)
+            teacher_logps = teacher_logps.masked_fill(stats.teacher_lse == -torch.inf, -torch.inf)
         stats = stats._replace(
-            student_logps=stats.student_logps.masked_fill(strange, float("nan")),
-            teacher_logps=stats.teacher_logps.masked_fill(strange, float("nan")),
+            student_logps=student_logps.masked_fill(strange, float("nan")),
+            teacher_logps=teacher_logps.masked_fill(strange, float("nan")),
         )
     if p.shards is not None:
         stats = p.shards.merge(stats, side.spec, x_s, x_side, *biases)
+    if side.spec.is_nonnegative:
+        stats = stats._replace(kl=stats.kl.clamp_min(0.0))  # rounding; a NaN stays
     silent = torch.zeros_like(at, dtype=torch.bool)
     if side.head is p.head:
         # A GEMM may sum the same row in another order at another position (MKL: D = 13), leaving 1e-7 of noise

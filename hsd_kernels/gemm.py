@@ -76,7 +76,13 @@ def gradient_view(x_student: Tensor, operand: Tensor) -> Tensor:
 def mkl_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """Whether MKL computes this product: bf16 rows into fp32 on a CPU whose torch exports the routine."""
     fits = a.device.type == "cpu" and a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
-    return fits and a.stride(1) == b.stride(1) == out.stride(1) == 1 and _mkl_routine() is not None
+    return fits and all(_rows_apart(t) for t in (a, b, out)) and _mkl_routine() is not None
+
+
+def _rows_apart(t: Tensor) -> bool:
+    """Columns side by side and no row over another, as an expanded matrix has: MKL refuses those, and says so only by
+    leaving the output as it was."""
+    return t.stride(1) == 1 and (t.shape[0] == 1 or t.stride(0) >= t.shape[1])
 
 
 def _mkl_gemm(a: Tensor, b: Tensor, out: Tensor, trans_a: bool = False, trans_b: bool = False, beta: float = 0.0):
@@ -85,7 +91,7 @@ def _mkl_gemm(a: Tensor, b: Tensor, out: Tensor, trans_a: bool = False, trans_b:
     routine = _mkl_routine()
     assert routine is not None and b.shape == ((n, k) if trans_b else (k, n))
     flags = (_TRANS if trans_a else _NO_TRANS, _TRANS if trans_b else _NO_TRANS)
-    a_at, b_at, out_at = ((t.data_ptr(), max(t.stride(0), 1)) for t in (a, b, out))
+    a_at, b_at, out_at = ((t.data_ptr(), max(t.stride(0), t.shape[1])) for t in (a, b, out))
     routine(_ROW_MAJOR, *flags, m, n, k, 1.0, *a_at, *b_at, beta, *out_at)
 
 

@@ -66,6 +66,24 @@ def test_head_in_other_layouts(route, layout):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["expanded", "overlapping", "one row"])
+def test_rows_that_overlap(route, layout):
+    """MKL refuses rows closer than they are long, and says so only by leaving its output unwritten."""
+    memory, student, teacher = draw(40, 16), draw(7, 16), draw(8, 16)[:7]
+    weight = {
+        "expanded": memory[:1].expand(40, 16),
+        "overlapping": memory.view(-1).as_strided((90, 16), (3, 1)),
+        "one row": memory.as_strided((1, 16), (1, 1)),
+    }[layout]
+    found = []
+    for head in (weight, weight.contiguous().clone()):
+        hidden = student.clone().requires_grad_()
+        loss = fused_hsd_kl(hidden, teacher, head)
+        found.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5)
+
+
 def test_the_workspace_is_kept_and_lent_to_one_caller_at_a_time():
     student, teacher, weight = draw(40, 16, dtype=F32), draw(41, 16, dtype=F32)[:40], draw(500, 16, dtype=F32)
     want = fused_hsd_kl(student, teacher, weight)
