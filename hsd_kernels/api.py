@@ -72,7 +72,9 @@ def fused_hsd_kl(
     but both projections are one GEMM, the gradient is made while the logits of a chunk are at hand, and the largest
     intermediate is ``chunk_bytes``; ``reference_coef * KL(student || reference)`` can be added per token in the same
     pass. The logits compared are ``softcap * tanh(logit_scale * (h W^T + b) / softcap) /
-    temperature`` on both sides; there is no silent temperature^2 factor.
+    temperature`` on both sides; there is no silent temperature^2 factor. In fp32 they and their log-sum-exp are rounded
+    at 6e-8 of their size, so the relative error of the gradient is about 1e-7 times the largest of them: 3e-5 at 300,
+    0.3 % at 30,000.
 
     Args:
         student_hidden: (..., D), fp32, bf16, fp16 or fp64. Gets a gradient.

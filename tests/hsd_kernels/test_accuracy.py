@@ -5,7 +5,7 @@ import torch
 
 from hsd_kernels import fused_hsd_kl, reference
 from hsd_kernels.divergence import DIVERGENCES
-from hsd_kernels.testing import double, draw, grads, small_problem
+from hsd_kernels.testing import double, draw, grads, logit_pair, small_problem
 
 BF16 = torch.bfloat16
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -47,3 +47,16 @@ def test_saturated_rows_keep_their_gradient(temperature, divergence):
     for got, want, truth in zip(found[1:], eager[1:], exact[1:], strict=True):
         ours, theirs = (((t - truth).abs().sum() / truth.abs().sum()).item() for t in (got, want))
         assert ours <= 1e-5 + 4.0 * theirs, (ours, theirs)
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_error_grows_with_the_size_of_the_logits_as_documented(impl, temperature, divergence):
+    options = {"divergence": divergence, "temperature": temperature}
+    for size in (30.0, 300.0, 3e4):
+        student, teacher = (temperature * (draw(32, 301, seed=i) + size) for i in range(2))
+        found = grads(fused_hsd_kl, *logit_pair(student, teacher), **options, impl=impl)[1]
+        exact = grads(reference.hsd_kl, *double(*logit_pair(student, teacher)), **options)[1]
+        error = ((found - exact).abs().sum() / exact.abs().sum()).item()
+        assert error <= 1.5e-7 * size, (size, error)
