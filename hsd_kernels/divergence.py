@@ -28,7 +28,7 @@ not use it and so checks it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -64,7 +64,7 @@ class RowSpec:
         return self.logit_scale, 1.0 / self.temperature
 
     @staticmethod
-    def resolve(divergence: str, beta: float, **rest) -> RowSpec:
+    def resolve(divergence: str, beta: float, **rest: Any) -> RowSpec:
         """beta = 0 is the forward KL and beta = 1 the reverse KL, as in GKD: the raw formula would vanish there."""
         if divergence == "jsd" and beta in (0.0, 1.0):
             divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
