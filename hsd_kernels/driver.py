@@ -123,14 +123,14 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tensor | None, wanted: Wanted) -> Result:
-    out = _empty_result(p, wanted)
+    sides = [Side(p.student_hidden, p.head, p.teacher.spec), p.teacher, *([p.reference] if p.reference else [])]
+    chunk = _chunk_rows(p, len(sides), rows.numel())
+    out = _empty_result(p, wanted, one_chunk=chunk >= rows.numel())
     if rows.numel() == 0:
         if out.grad_weight is not None:
             out.grad_weight.zero_()
         return out
-    sides = [Side(p.student_hidden, p.head, p.teacher.spec), p.teacher, *([p.reference] if p.reference else [])]
     vocab = p.head.weight.shape[0]
-    chunk = _chunk_rows(p, len(sides), rows.numel())
     with _borrowed(len(sides) * chunk * vocab, p.logits_dtype, p.student_hidden.device) as memory:
         _chunks(p, rows, weights, factor, wanted, out, sides, memory.view(-1, vocab))
     if p.shards is not None:
@@ -273,7 +273,7 @@ def _backward_gemms(
         if columns is not None:
             dz, weight = take_columns(dz, columns), weight[columns]
     if out.grad_hidden is not None:
-        out.grad_hidden[at] = gemm.backproject(dz, weight, p.wide).to(out.grad_hidden.dtype)
+        out.grad_hidden[at] = gemm.backproject(dz, weight, out.grad_hidden.dtype)
     if out.grad_weight is None:
         return
     if columns is None:
@@ -286,7 +286,7 @@ def _backward_gemms(
     out.grad_weight.index_add_(0, columns, part)
 
 
-def _empty_result(p: Problem, wanted: Wanted) -> Result:
+def _empty_result(p: Problem, wanted: Wanted, one_chunk: bool) -> Result:
     tokens, weight = p.student_hidden.shape[0], p.head.weight
 
     def zeros(*shape: int) -> Tensor:
@@ -296,11 +296,12 @@ def _empty_result(p: Problem, wanted: Wanted) -> Result:
     # parts of a vocabulary's shards are summed before they are rounded.
     wide = p.student_hidden.dtype == torch.float16 or p.shards is not None
     narrow = p.wide if wide else p.student_hidden.dtype
+    head = p.student_hidden.dtype if one_chunk and gemm.torch_leads(p.student_hidden) else p.wide
     return Result(
         stats=zeros(len(STATS), tokens),
         factor=zeros(tokens) + 1.0,
         grad_hidden=p.student_hidden.new_zeros(p.student_hidden.shape, dtype=narrow) if wanted.hidden else None,
-        grad_weight=p.student_hidden.new_empty(weight.shape, dtype=p.wide) if wanted.weight else None,
+        grad_weight=p.student_hidden.new_empty(weight.shape, dtype=head) if wanted.weight else None,
         grad_bias=zeros(weight.shape[0]) if wanted.bias else None,
         filtered=zeros(2),
     )
