@@ -37,6 +37,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         if not max(errors) < GATE[job["dtype"]]:
             return row | {"failed": f"gate: relative error {max(errors):.2g} against fp64"}
     tensors = load(job["workload"], shape, dtype, device)
+    if device == "cuda":  # not the temporaries of making the inputs
+        torch.cuda.reset_peak_memory_stats()
     base = peak_bytes(device)
     if name == FLOOR:
         runs = {rows: bare_gemms(*tensors, rows) for rows in FLOOR_ROWS[device] if rows <= max(shape[0], 128)}
@@ -126,7 +128,11 @@ def main() -> None:
     facts = environment(args.device) | {"workload": Path(args.workload).stem}
     print(header(facts))
     shapes = [[int(x) for x in text.split(",")] for text in args.shapes]
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def order(row: dict[str, Any]) -> tuple[int, int]:
+        return shapes.index(row["shape"]), args.dtypes.index(row["dtype"])
+
     for dtype in args.dtypes:
         for name, reason in {FLOOR: None, **contenders(args.device, dtype)}.items():
             if args.only and name != FLOOR and not any(part in name for part in args.only):
@@ -138,10 +144,10 @@ def main() -> None:
             for row in rows[-len(jobs) :]:
                 found = row.get("failed") or round(row["median"], 4)
                 print(f"  {dtype} {name} {row['shape']}: {found}", file=sys.stderr)
-    rows.sort(key=lambda r: (shapes.index(r["shape"]), args.dtypes.index(r["dtype"])))
-    print(table(rows))
-    if args.json:
-        save(args.json, facts, rows, table(rows))
+            if args.json:  # after each contender: a run that is cut off leaves what it has
+                done = sorted(rows, key=order)
+                save(args.json, facts, done, table(done))
+    print(table(sorted(rows, key=order)))
 
 
 if __name__ == "__main__":

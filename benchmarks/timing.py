@@ -72,12 +72,16 @@ def in_processes(script: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]
 
 def environment(device: str) -> dict[str, Any]:
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     facts = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
     }
     for name in ("triton", "transformers", "trl", "liger_kernel", "fla"):
         version = _version(name)

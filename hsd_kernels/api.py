@@ -10,6 +10,7 @@ from torch import Tensor
 from hsd_kernels.checks import check_logits_dtype, check_options, check_per_token, check_tensors
 from hsd_kernels.driver import STATS, TokenWeightFn
 from hsd_kernels.ops import lend_hook
+from hsd_kernels.vocab_filter import FILTER_AUTO
 
 
 class HSDKLOutput(NamedTuple):
@@ -71,7 +72,9 @@ def fused_hsd_kl(
     but both projections are one GEMM, the gradient is made while the logits of a chunk are at hand, and the largest
     intermediate is ``chunk_bytes``; ``reference_coef * KL(student || reference)`` can be added per token in the same
     pass. The logits compared are ``softcap * tanh(logit_scale * (h W^T + b) / softcap) /
-    temperature`` on both sides; there is no silent temperature^2 factor.
+    temperature`` on both sides; there is no silent temperature^2 factor. In fp32 they and their log-sum-exp are rounded
+    at 6e-8 of their size, so the relative error of the gradient is about 1e-7 times the largest of them: 3e-5 at 300,
+    0.3 % at 30,000.
 
     Args:
         student_hidden: (..., D), fp32, bf16, fp16 or fp64. Gets a gradient.
@@ -183,7 +186,7 @@ def fused_hsd_kl(
             None if softcap is None else float(softcap),
             logits_dtype == torch.bfloat16,
             float(reference_coef),
-            None if filter_eps is None else str(filter_eps),
+            None if filter_eps is None else FILTER_AUTO if filter_eps == "auto" else float(filter_eps),
             None if chunk_bytes is None else int(chunk_bytes),
             impl,
             None if process_group is None else process_group.group_name,

@@ -93,7 +93,7 @@ def check_options(
     for name, value in numeric.items():
         optional = name in OPTIONAL_NUMBERS
         kind = numbers.Integral if name == "chunk_bytes" else numbers.Real
-        if not (isinstance(value, kind) and not isinstance(value, bool)) and not (value is None and optional):
+        if isinstance(value, bool) or not (isinstance(value, kind) or (value is None and optional)):
             expected = "an integer" if kind is numbers.Integral else "a number"
             got = f"{value!r} ({type(value).__name__})"
             raise TypeError(f"{name}: expected {expected}{' or None' if optional else ''}, got {got}")
@@ -136,7 +136,7 @@ def check_logits_dtype(logits_dtype: Any, given: dict[str, Any]) -> None:
             raise ValueError(f"{name}: expected None with logits_dtype=torch.bfloat16, got a tensor")
 
 
-def check_per_token(name: str, t: Tensor | None, like: Tensor) -> None:
+def check_per_token(name: str, t: Any, like: Tensor) -> None:
     if t is None:
         return
     if not isinstance(t, Tensor):

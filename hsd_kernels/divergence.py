@@ -28,7 +28,7 @@ not use it and so checks it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -50,6 +50,11 @@ class RowSpec:
     linear: bool = False  # the student's block of logits holds x_student - x_teacher, by linearity of the head
 
     @property
+    def is_nonnegative(self) -> bool:
+        """Whether the sum of the f_v is at least 0."""
+        return self.kl_clip is None or self.kl_clip_form == "nonnegative" or self.divergence == "jsd"
+
+    @property
     def scales(self) -> tuple[float, float]:
         """(in_scale, kappa > 0): z = kappa * y with y = in_scale * x, or its tanh under a softcap."""
         if self.softcap is not None:
@@ -59,7 +64,7 @@ class RowSpec:
         return self.logit_scale, 1.0 / self.temperature
 
     @staticmethod
-    def resolve(divergence: str, beta: float, **rest) -> RowSpec:
+    def resolve(divergence: str, beta: float, **rest: Any) -> RowSpec:
         """beta = 0 is the forward KL and beta = 1 the reverse KL, as in GKD: the raw formula would vanish there."""
         if divergence == "jsd" and beta in (0.0, 1.0):
             divergence = "forward_kl" if beta == 0.0 else "reverse_kl"

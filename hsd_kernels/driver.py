@@ -62,7 +62,7 @@ class Problem:
     reference: Side | None = None
     reference_coef: float = 0.0
     target_ids: Tensor | None = None
-    filter_eps: float | str | None = None
+    filter_eps: float | None = None
     chunk_bytes: int | None = None
     shards: Shards | None = None  # of the vocabulary, over a process group
 
@@ -123,14 +123,14 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tensor | None, wanted: Wanted) -> Result:
-    out = _empty_result(p, wanted)
+    sides = [Side(p.student_hidden, p.head, p.teacher.spec), p.teacher, *([p.reference] if p.reference else [])]
+    chunk = _chunk_rows(p, len(sides), rows.numel())
+    out = _empty_result(p, wanted, one_chunk=chunk >= rows.numel())
     if rows.numel() == 0:
         if out.grad_weight is not None:
             out.grad_weight.zero_()
         return out
-    sides = [Side(p.student_hidden, p.head, p.teacher.spec), p.teacher, *([p.reference] if p.reference else [])]
     vocab = p.head.weight.shape[0]
-    chunk = _chunk_rows(p, len(sides), rows.numel())
     with _borrowed(len(sides) * chunk * vocab, p.logits_dtype, p.student_hidden.device) as memory:
         _chunks(p, rows, weights, factor, wanted, out, sides, memory.view(-1, vocab))
     if p.shards is not None:
@@ -177,8 +177,10 @@ def _chunks(
         dz = _logit_gradient(p, x[0], parts)
         if out.grad_bias is not None:
             out.grad_bias += dz.sum(0, dtype=p.wide)
-        largest_weight = torch.stack([part[3] for part in parts]).abs().amax()
-        _backward_gemms(p, dz, hidden[0], at, out, largest_weight, first=start == 0)
+        magnitudes = torch.stack([part[3] for part in parts]).abs()
+        if factor is not None:  # dW = dz^T h: 0 times the NaN of a row that the hook dropped would be NaN
+            hidden[0] = hidden[0].masked_fill((magnitudes == 0).all(0).unsqueeze(-1), 0.0)
+        _backward_gemms(p, dz, hidden[0], at, out, magnitudes.amax(), first=start == 0)
 
 
 @contextmanager
@@ -225,12 +227,18 @@ def _statistics(
     stats = p.rows_impl.statistics(x_s, x_side, side.spec, *biases, valid, at)
     if targets is not None:
         strange = targets != valid
+        student_logps, teacher_logps = stats.student_logps, stats.teacher_logps
+        if p.shards is not None:  # a part without mass has no log-probs of its own; in the whole row they are -inf
+            student_logps = student_logps.masked_fill(stats.student_lse == -torch.inf, -torch.inf)
+            teacher_logps = teacher_logps.masked_fill(stats.teacher_lse == -torch.inf, -torch.inf)
         stats = stats._replace(
-            student_logps=stats.student_logps.masked_fill(strange, float("nan")),
-            teacher_logps=stats.teacher_logps.masked_fill(strange, float("nan")),
+            student_logps=student_logps.masked_fill(strange, float("nan")),
+            teacher_logps=teacher_logps.masked_fill(strange, float("nan")),
         )
     if p.shards is not None:
         stats = p.shards.merge(stats, side.spec, x_s, x_side, *biases)
+    if side.spec.is_nonnegative:
+        stats = stats._replace(kl=stats.kl.clamp_min(0.0))  # rounding; a NaN stays
     silent = torch.zeros_like(at, dtype=torch.bool)
     if side.head is p.head:
         # A GEMM may sum the same row in another order at another position (MKL: D = 13), leaving 1e-7 of noise
@@ -265,7 +273,7 @@ def _backward_gemms(
         if columns is not None:
             dz, weight = take_columns(dz, columns), weight[columns]
     if out.grad_hidden is not None:
-        out.grad_hidden[at] = gemm.backproject(dz, weight, p.wide).to(out.grad_hidden.dtype)
+        out.grad_hidden[at] = gemm.backproject(dz, weight, out.grad_hidden.dtype)
     if out.grad_weight is None:
         return
     if columns is None:
@@ -278,7 +286,7 @@ def _backward_gemms(
     out.grad_weight.index_add_(0, columns, part)
 
 
-def _empty_result(p: Problem, wanted: Wanted) -> Result:
+def _empty_result(p: Problem, wanted: Wanted, one_chunk: bool) -> Result:
     tokens, weight = p.student_hidden.shape[0], p.head.weight
 
     def zeros(*shape: int) -> Tensor:
@@ -288,11 +296,12 @@ def _empty_result(p: Problem, wanted: Wanted) -> Result:
     # parts of a vocabulary's shards are summed before they are rounded.
     wide = p.student_hidden.dtype == torch.float16 or p.shards is not None
     narrow = p.wide if wide else p.student_hidden.dtype
+    head = p.student_hidden.dtype if one_chunk and gemm.torch_leads(p.student_hidden) else p.wide
     return Result(
         stats=zeros(len(STATS), tokens),
         factor=zeros(tokens) + 1.0,
         grad_hidden=p.student_hidden.new_zeros(p.student_hidden.shape, dtype=narrow) if wanted.hidden else None,
-        grad_weight=p.student_hidden.new_empty(weight.shape, dtype=p.wide) if wanted.weight else None,
+        grad_weight=p.student_hidden.new_empty(weight.shape, dtype=head) if wanted.weight else None,
         grad_bias=zeros(weight.shape[0]) if wanted.bias else None,
         filtered=zeros(2),
     )

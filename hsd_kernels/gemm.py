@@ -36,24 +36,25 @@ def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
             out[:, v : v + UPCAST_ROWS] = hidden @ weight[v : v + UPCAST_ROWS].to(out.dtype).t()
 
 
-def backproject(dz: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
-    """dz @ weight: (n, V), (V, D) -> (n, D) wide."""
-    if weight.dtype == wide:
+def backproject(dz: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dz @ weight: (n, V), (V, D) -> (n, D), rounded once to ``dtype``."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if weight.dtype == wide or (dz.dtype == dtype and torch_leads(dz)):
         return torch.mm(dz, weight)
     if dz.is_cuda:
-        return torch.mm(dz, weight, out_dtype=wide)
+        return torch.mm(dz, weight, out_dtype=wide).to(dtype)
     out = dz.new_zeros(dz.shape[0], weight.shape[1], dtype=wide)
     if mkl_takes(dz, weight, out):
         _mkl_gemm(dz, weight, out)
-        return out
+        return out.to(dtype)
     for v in range(0, weight.shape[0], UPCAST_ROWS):
         out.addmm_(dz[:, v : v + UPCAST_ROWS].to(wide), weight[v : v + UPCAST_ROWS].to(wide))
-    return out
+    return out.to(dtype)
 
 
 def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) -> None:
-    """grad_weight += dz.T @ hidden: (V, D) wide, (n, V), (n, D). With ``first``, = instead of +=: what grad_weight
-    holds is not read."""
+    """grad_weight += dz.T @ hidden: (V, D), (n, V), (n, D). With ``first``, = instead of +=: what grad_weight holds is
+    not read. It is wide, but for a sum of one chunk, which may be rounded to the operands' dtype."""
     if dz.is_cuda and dz.dtype != grad_weight.dtype:
         if first:
             torch.mm(dz.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
@@ -73,10 +74,30 @@ def gradient_view(x_student: Tensor, operand: Tensor) -> Tensor:
     return x_student.view(operand.dtype)[:, : x_student.shape[1]] if narrow else x_student
 
 
+def torch_leads(operand: Tensor) -> bool:
+    """Whether torch's product of bf16 into bf16 is faster than MKL's into fp32. It accumulates in fp32 too, so it
+    serves where the result is rounded to bf16 next: dH, and dW of a single chunk."""
+    return operand.device.type == "cpu" and operand.dtype == torch.bfloat16 and _no_amx()
+
+
+@cache
+def _no_amx() -> bool:
+    """Without AMX, MKL 2024 computes bf16 products at its fp32 speed: 85 GFLOP/s on one core of an EPYC with
+    avx512_bf16 where torch's oneDNN takes 190 to 200, (256, 512) x (16,384, 512)."""
+    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return has_bf16 and not torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+
+
 def mkl_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """Whether MKL computes this product: bf16 rows into fp32 on a CPU whose torch exports the routine."""
     fits = a.device.type == "cpu" and a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
-    return fits and a.stride(1) == b.stride(1) == out.stride(1) == 1 and _mkl_routine() is not None
+    return fits and all(_rows_apart(t) for t in (a, b, out)) and _mkl_routine() is not None
+
+
+def _rows_apart(t: Tensor) -> bool:
+    """Columns side by side and no row over another, as an expanded matrix has: MKL refuses those, and says so only by
+    leaving the output as it was."""
+    return t.stride(1) == 1 and (t.shape[0] == 1 or t.stride(0) >= t.shape[1])
 
 
 def _mkl_gemm(a: Tensor, b: Tensor, out: Tensor, trans_a: bool = False, trans_b: bool = False, beta: float = 0.0):
@@ -85,7 +106,7 @@ def _mkl_gemm(a: Tensor, b: Tensor, out: Tensor, trans_a: bool = False, trans_b:
     routine = _mkl_routine()
     assert routine is not None and b.shape == ((n, k) if trans_b else (k, n))
     flags = (_TRANS if trans_a else _NO_TRANS, _TRANS if trans_b else _NO_TRANS)
-    a_at, b_at, out_at = ((t.data_ptr(), max(t.stride(0), 1)) for t in (a, b, out))
+    a_at, b_at, out_at = ((t.data_ptr(), max(t.stride(0), t.shape[1])) for t in (a, b, out))
     routine(_ROW_MAJOR, *flags, m, n, k, 1.0, *a_at, *b_at, beta, *out_at)
 
 

@@ -8,6 +8,7 @@ the backward runs the chunks again with the upstream gradient as weights, ``fuse
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +24,10 @@ from hsd_kernels.vocab_parallel import Shards
 
 # A schema has no type for a Python function: a hook is lent under a number for the length of one call.
 _hooks: dict[int, TokenWeightFn] = {}
+_hook_numbers = itertools.count(1)  # drawn in one step, so that threads never share one
 _OPTIONS = (
     "str divergence, float beta, float temperature, float? kl_clip, str kl_clip_form, float logit_scale, "
-    "float? softcap, bool linear, float reference_coef, str? filter_eps, int? chunk_bytes, str impl, str? group_name"
+    "float? softcap, bool linear, float reference_coef, float? filter_eps, int? chunk_bytes, str impl, str? group_name"
 )
 _TENSORS = (
     "Tensor student_hidden, Tensor teacher_hidden, Tensor? reference_hidden, Tensor weight, Tensor? bias, "
@@ -55,7 +57,7 @@ def lend_hook(hook: TokenWeightFn | None) -> Iterator[int]:
         return
     if torch.compiler.is_compiling():
         raise RuntimeError("token_weight_fn: expected None under torch.compile, got a function; leave this call out")
-    number = max(_hooks, default=0) + 1
+    number = next(_hook_numbers)
     _hooks[number] = hook
     try:
         yield number
@@ -84,9 +86,9 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     full[rows] = weights
     effective = torch.stack([full * result.factor, full * problem.reference_coef])
     kl, reference_kl = (result.stats[STATS.index(name)] for name in ("kl", "reference_kl"))
-    terms = effective[0] * kl
+    terms = _times(effective[0], kl)
     if problem.reference is not None:
-        terms = terms + effective[1] * reference_kl
+        terms = terms + _times(effective[1], reference_kl)
     loss = terms if reduction == "none" else terms.sum() * scale
     grads = _stored(result, tensors, scale / before, wanted)
     return loss, result.stats, effective, result.filtered, *grads
@@ -210,7 +212,7 @@ def _problem(tensors: Any, options: Any, target_ids: Tensor | None, live: int) -
         reference_coef=reference_coef,
         rows_impl=row_backends.resolve(impl, student.device, student.dtype),
         target_ids=target_ids,
-        filter_eps=filter_eps if filter_eps in (None, "auto") else float(filter_eps),
+        filter_eps=filter_eps,
         chunk_bytes=chunk_bytes,
         shards=shards,
     )
@@ -226,6 +228,11 @@ def _head(weight: Tensor, bias: Tensor | None, *known: Head) -> Head:
         if (place(head.weight), place(head.bias)) == (place(weight), place(bias)):
             return head
     return Head(weight, bias)
+
+
+def _times(weights: Tensor, kl: Tensor) -> Tensor:
+    """A token that the hook gave weight 0 counts 0, also where its divergence is infinite or NaN."""
+    return torch.where(weights == 0, 0.0, weights * kl)
 
 
 def _live_rows(token_weights: Tensor | None, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Nothing optimized imports this module and it imports nothing optimized. It mater
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,17 +83,18 @@ def hsd_kl(
     softcap: float | None = None,
 ) -> Tensor:
     """The scalar (or, for reduction "none", per-token) loss of `hsd_kernels.fused_hsd_kl`, by definition."""
-    form = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-    student = logits(student_hidden, lm_head_weight, bias, **form)
+    raw = partial(logits, logit_scale=logit_scale, softcap=softcap)
+    student = raw(student_hidden, lm_head_weight, bias, temperature=temperature)
+    reference = None
     with torch.no_grad():
         own_head = teacher_weight is not None
         head = (teacher_weight, teacher_bias) if own_head else (lm_head_weight, bias)
-        teacher = logits(teacher_hidden, *head, **form)
+        teacher = raw(teacher_hidden, *head, temperature=temperature)
         if reference_hidden is not None:
             head = (lm_head_weight, bias) if reference_weight is None else (reference_weight, reference_bias)
-            reference = logits(reference_hidden, *head, logit_scale=logit_scale, softcap=softcap)
+            reference = raw(reference_hidden, *head)
     per_token = per_token_divergence(student, teacher, divergence, beta, kl_clip, kl_clip_form)
-    if reference_hidden is not None:  # the policy itself, so without the temperature
+    if reference is not None:  # the policy itself, so without the temperature
         per_token = per_token + reference_coef * per_token_divergence(student * temperature, reference, "reverse_kl")
     kept = torch.ones_like(per_token) if token_weights is None else token_weights
     # A row of weight 0 does not exist: NaN in it must not reach the sum.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ SHARDED: dict[str, Callable[[Tensor], bool]] = {
 
 
 @contextmanager
-def gathered(weight: Tensor) -> Iterator[Tensor]:
+def gathered(weight: Tensor) -> Generator[Tensor, None, None]:
     """The whole of a head's weight or bias, for the length of the context::
 
         with gathered(model.lm_head.weight) as weight:
@@ -29,7 +30,8 @@ def gathered(weight: Tensor) -> Iterator[Tensor]:
         ImportError: a ZeRO-3 parameter where deepspeed cannot be imported.
     """
     if SHARDED["DTensor"](weight):
-        yield weight.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+        sharded: Any = weight
+        yield sharded.full_tensor()
     elif SHARDED["ZeRO-3 partitioned parameter"](weight):
         zero = importlib.import_module("deepspeed.zero")
         with zero.GatheredParameters([weight]):

@@ -1,6 +1,10 @@
-"""How a kernel's error is judged: against fp64, measured by what plain PyTorch loses in the same dtype."""
+"""How a kernel's error is judged: against fp64, measured by what plain PyTorch loses in the same dtype. And the small
+problems it is judged on."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,3 +32,60 @@ def assert_within_budget(
     if not error <= budget:
         allowed = f"{budget:.3g} (the same dtype: {same_error:.3g})"
         raise AssertionError(f"{name}: expected an error of at most {allowed}, got {error:.3g}")
+
+
+def check_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """One rounding of the result to its dtype, and of fp32 logits of up to about 20 on the way."""
+    way = 20.0 * torch.finfo(torch.float32).eps / torch.finfo(got.dtype).eps
+    scale = max(exact.abs().max().item(), 1e-4)
+    assert_within_budget(name, got, eager.to(got.dtype), exact, scale=scale * (1.0 + way))
+    if exact.abs().max() > 1e-4:
+        ours, theirs = (((t - exact).abs().sum() / exact.abs().sum()).item() for t in (got, eager.to(got.dtype)))
+        assert ours <= 2.0 * theirs + 1e-5, f"{name}: relative L1 error {ours:.1e}, eager {theirs:.1e}"
+
+
+def draw(
+    *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0, grad: bool = False
+) -> Tensor:
+    """Gaussian numbers that depend on nothing but the shape and ``seed``."""
+    g = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=g) * scale).to(dtype).requires_grad_(grad)
+
+
+def small_problem(
+    tokens: int = 10, dim: int = 16, vocab: int = 61, dtype: torch.dtype = torch.float32, near: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(student_hidden, teacher_hidden, lm_head_weight); the teacher within ``near`` of the student if given."""
+    student = draw(tokens, dim, dtype=dtype)
+    teacher = draw(tokens, dim, seed=1) if near is None else student.float() + near * draw(tokens, dim, seed=1)
+    return student, teacher.to(dtype), draw(vocab, dim, dtype=dtype, scale=0.5, seed=2)
+
+
+def logit_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, V) logits, chosen freely, as the two hidden states and the head of a call: an identity as head."""
+    return student, teacher, torch.eye(student.shape[-1], dtype=student.dtype)
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [t.double() for t in tensors]
+
+
+def grads(
+    loss_fn: Callable[..., Any],
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    upstream: Tensor | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """[loss, d student, d weight, d bias] from fresh leaves."""
+    leaves = [t.detach().clone().requires_grad_() for t in (student, weight, bias) if t is not None]
+    loss = loss_fn(leaves[0], teacher, *leaves[1:], **options)
+    loss.backward(upstream)
+    return [loss.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+
+def rows_of_bytes(rows: int, vocab: int, itemsize: int = 4) -> int:
+    """chunk_bytes that give chunks of exactly ``rows``."""
+    return 2 * rows * vocab * itemsize

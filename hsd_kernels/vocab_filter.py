@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The value of ``filter_eps`` that stands for "auto" below the public function: an operator's schema has no union type.
+FILTER_AUTO = 0.0
 # Rounding to nearest loses eps / 4 of a number's binade on average, E[1 / mantissa] = 1 / (2 ln 2) for mantissas of
 # uniform logarithm: a share of 0.18 eps of the L1 mass. For bf16 that is 0.14 %, as measured on SmolLM2.
 ROUNDING_SHARE = 0.18
@@ -25,18 +27,20 @@ class Active(NamedTuple):
     total: Tensor  # scalar, L1 mass of dz
 
 
-def active_columns(dz: Tensor, filter_eps: float | str, largest_weight: Tensor, dtype: torch.dtype) -> Active:
-    """Columns of dz (n, V) to keep: those with an entry above ``filter_eps * largest_weight`` or, with "auto", all but
-    the lightest whose L1 mass together is at most what rounding dz to ``dtype`` loses. One host synchronization."""
+def active_columns(dz: Tensor, filter_eps: float, largest_weight: Tensor, dtype: torch.dtype) -> Active:
+    """Columns of dz (n, V) to keep: those with an entry above ``filter_eps * largest_weight`` or, with FILTER_AUTO, all
+    but the lightest whose L1 mass together is at most what rounding dz to ``dtype`` loses. A column that is not finite
+    is always kept. One host synchronization."""
     vocab = dz.shape[1]
     mass, largest = column_norms(dz)
     total = mass.sum()
-    if isinstance(filter_eps, str):  # "auto"
+    if filter_eps == FILTER_AUTO:
         lightest, order = mass.sort()
-        dropped = lightest.cumsum(0) <= ROUNDING_SHARE * torch.finfo(dtype).eps * total  # all False with a NaN
+        allowed = ROUNDING_SHARE * torch.finfo(dtype).eps * total
+        dropped = (lightest.cumsum(0) <= allowed) & allowed.isfinite()
         keep = torch.ones_like(dropped).scatter_(0, order, ~dropped)
     else:
-        keep = ~(largest <= filter_eps * largest_weight)  # a NaN is kept
+        keep = ~((largest <= filter_eps * largest_weight) & largest.isfinite())
     columns = keep.nonzero().squeeze(-1)
     if columns.numel() > WORTHWHILE * vocab:
         return Active(None, torch.zeros_like(total), total)

@@ -64,8 +64,7 @@ class Shards:
             from hsd_kernels.rows.torch import summand_sums
 
             sums = summand_sums(x_student, x_teacher, spec, bias, teacher_bias, *merged[5:7])
-            f, g, p = gather(sums, self.group).sum(0)
-            merged[0] = f if spec.kl_clip is not None else f.clamp_min(0.0)
+            merged[0], g, p = gather(sums, self.group).sum(0)
             merged[7] = g / p
         kl, student_logps, teacher_logps, *rest = merged
         if not with_targets:
@@ -90,7 +89,7 @@ def merge_parts(parts: Tensor, spec: RowSpec) -> list[Tensor]:
         total = _chain(kl, pi_t, log_t, log_s)
         merged_grad_sum = torch.zeros_like(total)
     found = [
-        total.clamp_min(0.0),
+        total,
         _of_owner(logp_s + log_s),
         _of_owner(logp_t + log_t),
         _times(pi_s, ent_s - log_s).sum(0),

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define HSD_CPU_ABI 1
+#define HSD_CPU_ABI 2
 
 extern "C" {
 

@@ -294,7 +294,6 @@ static void statistics_row(const hsd_rows& p, const hsd_statistics& s, int64_t r
         kl = summed.f;
         grad_sum = summed.g / summed.ps;  // ps sums to 1 but for the rounding of lse
     }
-    if (!p.has_clip && kl < 0.0) kl = 0.0;  // rounding; a NaN stays
 
     float* out = s.out + row;
     const int64_t next = p.rows;
@@ -353,6 +352,11 @@ static void gradient_row_of(const hsd_rows& p, const hsd_gradient& g, int64_t ro
 }
 
 static void gradient_row(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
+    if (g.weights[row] == 0.0f) {  // also where 0 times the gradient would be NaN
+        const int64_t itemsize = g.out_is_bf16 ? sizeof(bf16) : sizeof(float);
+        memset((char*)g.out + row * g.stride * itemsize, 0, p.vocab * itemsize);
+        return;
+    }
     if (p.divergence == FORWARD_KL) {
         p.has_clip ? gradient_row_of<FORWARD_KL, true>(p, g, row) : gradient_row_of<FORWARD_KL, false>(p, g, row);
     } else if (p.divergence == REVERSE_KL) {

@@ -6,8 +6,11 @@ Each backend module has the same two functions, over raw head outputs ``x_studen
     statistics(x_student, x_teacher, spec, bias, teacher_bias, target_ids, rows) -> RowStats
     gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out) -> None
 
+A ``kl`` that cannot be negative may be a rounding error below 0: the driver clamps it.
+
 ``gradient_`` writes ``weights[:, None] * d kl / d x_student`` to ``out`` (C, V), which may be a view of the memory of
-``x_student`` or of ``x_teacher`` in the same or a narrower dtype: its contents are no longer needed afterwards.
+``x_student`` or of ``x_teacher`` in the same or a narrower dtype: its contents are no longer needed afterwards. A row
+of weight 0 is all zeros, whatever its logits hold.
 """
 
 from __future__ import annotations

@@ -40,11 +40,9 @@ def statistics(
         # gradient where one token has nearly all of ps (jsd, temperature 0.1, fp32), and 0.4 % of a KL of 1e-4.
         sum_s, sum_t = ps.sum(-1), pt.sum(-1)
         kl = f.sum(-1)
-        if spec.kl_clip is None:
-            if spec.divergence != "jsd":
-                shift = torch.log1p((sum_s - sum_t) / sum_t)
-                kl += shift if spec.divergence == "forward_kl" else -shift
-            kl.clamp_min_(0.0)
+        if spec.kl_clip is None and spec.divergence != "jsd":
+            shift = torch.log1p((sum_s - sum_t) / sum_t)
+            kl += shift if spec.divergence == "forward_kl" else -shift
         cols["kl"][at] = kl
         cols["grad_sum"][at] = 0.0 if _no_grad_sum(spec) else g.sum(-1) / sum_s
         cols["student_lse"][at], cols["teacher_lse"][at] = lse_s, lse_t
@@ -80,6 +78,7 @@ def gradient_(
         dz *= (weights[at] * (spec.logit_scale / spec.temperature)).unsqueeze(-1)
         if spec.softcap is not None:
             dz *= 1.0 - torch.tanh(scaled / spec.softcap).square()
+        dz.masked_fill_((weights[at] == 0).unsqueeze(-1), 0.0)
         out[at] = dz
 
 

@@ -263,8 +263,6 @@ def statistics_kernel(
             p_sum += tl.sum(ps, 0)
         kl = tl.sum(f_sum, 0)
         grad_sum = tl.sum(g_sum, 0) / tl.sum(p_sum, 0)  # p_sum is 1 but for the rounding of lse
-    if not HAS_CLIP:
-        kl = tl.where(kl < 0.0, 0.0, kl)  # rounding; a NaN stays
 
     out_ptr += row
     tl.store(out_ptr, kl)
@@ -316,7 +314,7 @@ def gradient_kernel(
     out_ptr += row * stride_out
     lse_s = tl.load(lse_s_ptr + row)
     lse_t = tl.load(lse_t_ptr + row)
-    scale = tl.load(weights_ptr + row).to(tl.float32) * chain
+    weight = tl.load(weights_ptr + row).to(tl.float32)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
@@ -331,9 +329,10 @@ def gradient_kernel(
         _, dz = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
         if HAS_CLIP or DIVERGENCE != FORWARD_KL:
             dz -= ps * tl.load(grad_sum_ptr + row)
-        dz *= scale
+        dz *= weight * chain
         if HAS_SOFTCAP:
             dz *= 1.0 - y_s * y_s
+        dz = tl.where(weight == 0.0, 0.0, dz)
         tl.store(out_ptr + cols, dz.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 

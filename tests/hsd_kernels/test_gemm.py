@@ -5,13 +5,14 @@ import threading
 import pytest
 import torch
 
-from hsd_kernels import driver, fused_hsd_kl, gemm
+from hsd_kernels import driver, fused_hsd_kl, gemm, reference
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-@pytest.fixture(params=["mkl", "upcast"])
+@pytest.fixture(params=["mkl", "torch", "upcast"])
 def route(request, monkeypatch):
+    monkeypatch.setattr(gemm, "_no_amx", lambda: request.param == "torch")
     if request.param == "upcast":
         monkeypatch.setattr(gemm, "_mkl_routine", lambda: None)
         monkeypatch.setattr(gemm, "UPCAST_ROWS", 50)
@@ -35,16 +36,34 @@ def test_products_accumulate_wide(route, dtype, n, vocab, dim):
     torch.testing.assert_close(workspace.double(), hidden.double() @ weight.double().T, **close)
 
     narrow = gemm.gradient_view(workspace, hidden)
-    assert narrow.dtype == (BF16 if dtype == BF16 and route == "mkl" else wide)
+    assert narrow.dtype == (BF16 if dtype == BF16 and route != "upcast" else wide)
     narrow.copy_(dz)  # as the rows leave it: over the logits, with their row stride
     back = gemm.backproject(narrow, weight, wide)
     assert back.dtype == wide
     torch.testing.assert_close(back.double(), dz.double() @ weight.double(), **close)
 
+    rounded = gemm.backproject(narrow, weight, dtype)
+    assert rounded.dtype == dtype
+    torch.testing.assert_close(rounded, back.to(dtype), **close if dtype == F32 else {})
+
     total = torch.full((vocab, dim), float("nan"), dtype=wide)
     gemm.accumulate_(total, narrow, hidden, first=True)
     gemm.accumulate_(total, narrow, hidden, first=False)
     torch.testing.assert_close(total.double(), 2.0 * dz.double().T @ hidden.double(), **close)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_gradients_are_rounded_once(route, chunks):
+    """dz to bf16 for its products, dH and dW to bf16 in the end: two errors of one size, uncorrelated."""
+    student, teacher, weight = draw(48, 32), draw(49, 32)[:48], draw(3000, 32)
+    leaves = student.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = fused_hsd_kl(leaves[0], teacher, leaves[1], chunk_bytes=2 * 48 // chunks * 3000 * 4)
+    found = torch.autograd.grad(loss, leaves)
+    exact = [t.double().requires_grad_() for t in (student, weight)]
+    truth = torch.autograd.grad(reference.hsd_kl(exact[0], teacher.double(), exact[1]), exact)
+    for got, want in zip(found, truth, strict=True):
+        ours, rounding = ((t - want).abs().sum().item() for t in (got, want.to(BF16)))
+        assert ours <= 1.1 * 2**0.5 * rounding
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every second column", "slice"])
@@ -62,6 +81,24 @@ def test_head_in_other_layouts(route, layout):
         leaves = student.clone().requires_grad_(), head.detach().requires_grad_()
         loss = fused_hsd_kl(leaves[0], teacher, leaves[1])
         found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "overlapping", "one row"])
+def test_rows_that_overlap(route, layout):
+    """MKL refuses rows closer than they are long, and says so only by leaving its output unwritten."""
+    memory, student, teacher = draw(40, 16), draw(7, 16), draw(8, 16)[:7]
+    weight = {
+        "expanded": memory[:1].expand(40, 16),
+        "overlapping": memory.view(-1).as_strided((90, 16), (3, 1)),
+        "one row": memory.as_strided((1, 16), (1, 1)),
+    }[layout]
+    found = []
+    for head in (weight, weight.contiguous().clone()):
+        hidden = student.clone().requires_grad_()
+        loss = fused_hsd_kl(hidden, teacher, head)
+        found.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5)
 

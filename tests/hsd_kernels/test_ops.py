@@ -1,5 +1,7 @@
 """The custom operators: opcheck, torch.compile over the public function, and what autograd may not do with them."""
 
+import threading
+
 import pytest
 import torch
 
@@ -67,6 +69,19 @@ def test_fullgraph_with_any_number_of_tokens(reduction, dynamic):
             assert torch.equal(eager, traced)
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_fullgraph_with_any_filter(dynamic):
+    student, teacher, _, weight, bias = operands()
+
+    def step(eps):
+        return fused_hsd_kl(student, teacher, weight, bias, filter_eps=eps)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for eps in (None, "auto", 1e-3, 1e-2, 1e-1):
+        assert torch.equal(compiled(eps), step(eps))
+
+
 def test_autocast_is_respected_under_compile():
     student, teacher, _, weight, bias = operands()
 
@@ -101,6 +116,34 @@ def test_a_hook_that_raises_leaves_nothing_behind():
     with pytest.raises(KeyError, match="mine"):
         fused_hsd_kl(student, teacher, weight, token_weight_fn=broken)
     assert not ops._hooks
+
+
+def test_threads_do_not_share_a_hook_number(monkeypatch):
+    """Each of two hooks is lent while the other one is being lent."""
+    from hsd_kernels import ops
+
+    class Slow(dict):
+        def __setitem__(self, number, hook):
+            barrier.wait()  # both have drawn their numbers, neither has stored its hook
+            super().__setitem__(number, hook)
+
+    barrier = threading.Barrier(2, timeout=10.0)
+    monkeypatch.setattr(ops, "_hooks", Slow())
+    student, teacher, _, weight, _ = (t.detach() for t in operands())
+    found = {}
+
+    def work(scale):
+        fn = lambda stats: torch.full_like(stats.kl, scale)  # noqa: E731
+        found[scale] = fused_hsd_kl(student, teacher, weight, token_weight_fn=fn)
+
+    threads = [threading.Thread(target=work, args=(scale,)) for scale in (2.0, 3.0)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    want = fused_hsd_kl(student, teacher, weight)
+    for scale in (2.0, 3.0):
+        torch.testing.assert_close(found[scale], scale * want)
 
 
 def test_hooks_may_nest():

@@ -1,11 +1,14 @@
 """The active-vocabulary filter: what it leaves out is what it says, and never more than it may."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
 from hsd_kernels import fused_hsd_kl
 from hsd_kernels.vocab_filter import (
     BLOCK_ROWS,
+    FILTER_AUTO,
     ROUNDING_SHARE,
     WORTHWHILE,
     active_columns,
@@ -76,7 +79,7 @@ def test_auto_drops_no_more_than_rounding(dtype):
     g = torch.Generator().manual_seed(1)
     dz = torch.randn(16, 2000, generator=g) * torch.exp(-8.0 * torch.rand(2000, generator=g) ** 0.3)
     dz[:, ::2] *= 1e-9
-    active = active_columns(dz, "auto", ONE, dtype)
+    active = active_columns(dz, FILTER_AUTO, ONE, dtype)
     allowed = ROUNDING_SHARE * torch.finfo(dtype).eps
     share = (active.dropped / active.total).item()
     assert 0.0 < share <= allowed
@@ -128,12 +131,20 @@ def test_all_columns_when_the_gathers_would_cost_more():
     assert active.columns is None and active.dropped == 0.0 and active.total.item() == 320.0
 
 
-@pytest.mark.parametrize("filter_eps", ["auto", 1e-3])
-def test_a_nan_is_never_dropped(filter_eps):
+@pytest.mark.parametrize("filter_eps", [FILTER_AUTO, 1e-3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("largest_weight", [1.0, float("inf"), float("nan")])
+def test_what_is_not_finite_is_never_dropped(largest_weight, bad, filter_eps):
     dz = torch.zeros(4, 100)
-    dz[1, 3], dz[2, 5] = float("nan"), 1.0
-    active = active_columns(dz, filter_eps, ONE, torch.float32)
+    dz[1, 3], dz[2, 5] = bad, 1.0
+    active = active_columns(dz, filter_eps, torch.tensor(largest_weight), torch.float32)
     assert active.columns is None or 3 in active.columns.tolist()
+
+
+def test_a_fraction_is_a_number():
+    tensors = peaked()
+    found = [grads(*tensors, filter_eps=eps)[1] for eps in (Fraction(1, 1024), 1 / 1024)]
+    assert torch.equal(*found)
 
 
 def test_weights_scale_the_threshold():

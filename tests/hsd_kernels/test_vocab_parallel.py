@@ -25,6 +25,8 @@ CASES = {
     "reference": {"reference": True, "token_weight_fn": lambda s: s.teacher_entropy},
     "per token": {"reduction": "none"},
     "own head": {"own_head": True, "logit_scale": -0.5},
+    "part without mass": {"silent_part": True},
+    "part without mass, reverse": {"silent_part": True, "divergence": "reverse_kl"},
 }
 
 
@@ -84,8 +86,11 @@ def worker(rank, world, path):
     try:
         for dtype, close in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
             for name, case in CASES.items():
-                whole = inputs(dtype)
+                whole, case = inputs(dtype), dict(case)
+                if case.pop("silent_part", False):  # holds some of the targets: their log-probs are -inf, not NaN
+                    whole["bias"][: SIZES[world][0]] = -torch.inf
                 want, want_grads = call(whole, **case)
+                assert name.startswith("part") == (want.student_logps == -torch.inf).any()
                 part, rows = shard(whole, rank, world)
                 got, got_grads = call(part, **case, group=dist.group.WORLD)
                 label = f"{name} {dtype} rank {rank}"
