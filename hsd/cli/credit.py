@@ -86,19 +86,18 @@ def load(args: argparse.Namespace, model: str) -> World:
     from hsd.evaluate import Sampling
     from hsd.verify import number_reward
 
+    if args.data is None and not (args.run and (args.run / "arguments.json").exists()):
+        raise ValueError("data: expected a JSONL file of questions (no run folder of the demo is given), got none")
     cuda = torch.cuda.is_available()
     policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto" if cuda else torch.float32)
     policy = policy.to("cuda" if cuda else "cpu")
-    recorded = args.run / "arguments.json" if args.run else None
-    if args.data is None and recorded is not None and recorded.exists():
-        given = json.loads(recorded.read_text())
+    if args.data is None:
+        given = json.loads((args.run / "arguments.json").read_text())
         name = given.pop("world")
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
         world = getattr(worlds, name)(parse([name, *flags, f"--out={args.run}"]), say)
         length = args.max_new_tokens or world.sampling.max_new_tokens
         return replace(world, model=policy, sampling=replace(world.sampling, max_new_tokens=length))
-    if args.data is None:
-        raise ValueError("data: expected a JSONL file of questions (the run folder does not name a demo), got none")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     questions = worlds.read_questions(args.data, args.questions)
