@@ -36,6 +36,19 @@ function textOf(r) {
   return r.text;
 }
 
+// The character that token t is a part of, where it is one: the fewest neighbours whose bytes make whole characters.
+function characterAt(r, t) {
+  const bytes = (i) => data.bytes[r.tokens[i]];
+  for (let length = 2; length <= 4; length++)
+    for (let from = Math.max(0, t - length + 1); from <= t; from++) {
+      const parts = Array.from({ length }, (_, i) => bytes(from + i));
+      if (parts.includes(undefined)) continue;
+      const joined = Uint8Array.from(parts.join("").match(/../g), (x) => parseInt(x, 16));
+      try { return new TextDecoder("utf-8", { fatal: true }).decode(joined); } catch { /* not whole characters */ }
+    }
+  return null;
+}
+
 // What must not act on the page is spelled out: control characters, invisible ones, those that turn the direction of
 // the text, halves of surrogate pairs.
 const SPELLED = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
@@ -262,6 +275,8 @@ function show(token) {
   const offset = own.tau === null ? "" : ` (\u03c4 ${t < own.tau ? "\u2212" : "+"} ${Math.abs(t - own.tau)})`;
   const where = element("div", "", `${isPeer ? "peer, " : ""}token ${t}${own.tau === t ? " (\u03c4)" : offset} `);
   where.append(element("span", "name", oneLine(data.texts[r.tokens[t]])));
+  const character = characterAt(r, t);
+  if (character) where.append(" part of ", element("span", "name", oneLine(character)));
   const facts = element("dl");
   const fact = (name, value) => facts.append(element("dt", "", name), element("dd", "", value));
   fact(isPeer ? "credit under its own teacher" : "credit A", `${signed(a)} nats`);

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hsd.groups import Group, Prompt
 from hsd.measure import TokenCredit
-from hsd.viewer.tokens import token_texts
+from hsd.viewer.tokens import partial_bytes, token_texts
 
 LIMITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)  # nats at full colour; page.js offers the same
 NOT_FINITE = -32768
@@ -83,6 +83,7 @@ def payload(tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit]
         "wide": code == "I",
         "first": _first(read, groups),
         "texts": token_texts(tokenizer, used),
+        "bytes": {str(n): data.hex() for n, token in enumerate(used) if (data := partial_bytes(tokenizer, token))},
         "groups": [[_question(group.prompt), group.answer] for group in groups],
         "rollouts": [
             {

@@ -18,22 +18,24 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     return [_text(tokenizer, int(i)) for i in ids]
 
 
+def partial_bytes(tokenizer: Any, token_id: int) -> bytes | None:
+    """The bytes of a token that is not whole characters; None for any other token."""
+    if REPLACEMENT not in tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False):
+        return None
+    data = _bytes_of(tokenizer.convert_ids_to_tokens(token_id) or "")
+    return data if data and data.decode("utf-8", errors="ignore").encode() != data else None
+
+
 def _text(tokenizer: Any, token_id: int) -> str:
     name = tokenizer.convert_ids_to_tokens(token_id)
     if name is None:
         return f"<id {token_id}>"
+    if data := partial_bytes(tokenizer, token_id):
+        return data.decode("utf-8", errors="backslashreplace")
     text = tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if REPLACEMENT in text:
-        data = _bytes_of(name)
-        return text if data is None else _spell(data)
     if name.startswith("\u2581") and not text.startswith(" "):  # SentencePiece's mark; decode drops the first space
         return " " + text
     return text or name
-
-
-def _spell(data: bytes) -> str:
-    """Valid UTF-8 as it is, every other byte as ``\\xHH``."""
-    return data.decode("utf-8", errors="backslashreplace")
 
 
 def _bytes_of(name: str) -> bytes | None:

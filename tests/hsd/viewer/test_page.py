@@ -143,6 +143,7 @@ def test_in_a_browser(tmp_path, tokenizer, group, read):
         document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}));
         out.escaped = q('#card').hidden;
         at(0).focus();
+        at(21).focus(); out.part = q('#card').innerText.split('\n')[0]; at(0).focus();
         out.focused = q('#card').innerText.split('\n')[0];
         at(0).dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));
         out.moved = document.activeElement.dataset.t;

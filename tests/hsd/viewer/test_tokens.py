@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from hsd.demo import small_world
-from hsd.viewer.tokens import token_texts
+from hsd.viewer.tokens import partial_bytes, token_texts
 
 
 def test_byte_level_tokens(made):
@@ -13,6 +13,8 @@ def test_byte_level_tokens(made):
     assert token_texts(tokenizer, ids) == ["a", "\n", "<!--", " leading space"]
     emoji = tokenizer(made.SPLIT, add_special_tokens=False)["input_ids"]
     assert token_texts(tokenizer, emoji) == ["\\xf0", "\\x9f", "\\x98", "\\x80"]
+    assert [partial_bytes(tokenizer, i) for i in emoji] == [b"\xf0", b"\x9f", b"\x98", b"\x80"]
+    assert partial_bytes(tokenizer, ids[0]) is None
     assert token_texts(tokenizer, [tokenizer.eos_token_id]) == ["<|end|>"]
     assert token_texts(tokenizer, [len(tokenizer) + 5]) == [f"<id {len(tokenizer) + 5}>"]
 
