@@ -52,7 +52,7 @@ def made_up(tokenizer, group: Group, peers: list[int | None], g: int = 0, k: int
         t = torch.arange(n)
         credit = 0.01 * torch.cos(t) if tau is None else torch.cos((t - tau) / 3) * -4 * 0.9 ** (t - tau).abs()
         top = (torch.tensor(rollout.token_ids)[:, None] + torch.arange(k)) % len(tokenizer)
-        probs = torch.tensor([0.7, 0.2, 0.05])[:k].expand(n, k)
+        probs = torch.tensor([0.7, 0.2, 0.05, 0.02, 0.01])[:k].expand(n, k)
         read.append(
             TokenCredit(
                 g, i, peer, tau, credit, 0.1 * credit, credit.abs(), -1 - credit.abs(), Top(top, probs), Top(top, probs)
