@@ -29,6 +29,7 @@ from hsd_kernels import HSDKLOutput, fused_hsd_kl
 
 WINDOWS = (2, 4, 8, 16, 32)
 DIFFICULTY = (0.2, 0.5, 0.8)  # pass rates between the bins; below 0.2 is the paper's "hard", above 0.5 its "easy"
+TOKEN_BUDGET = 16_384
 TOP_CHUNK = 256  # tokens whose full logits exist at once: 156 MB in fp32 at V = 151,936
 
 Peers = list[list[int | None]]
@@ -126,11 +127,12 @@ def measure_credit(
     template: ContextTemplate,
     *,
     seed: int = 0,
-    batch_size: int = 32,
+    token_budget: int = TOKEN_BUDGET,
 ) -> MeasuredCredit | None:
     """Credit of every failing rollout with a successful peer (`draw_peers`), teacher = the same weights.
 
-    None if there is no such rollout.
+    None if there is no such rollout. Several rollouts are read at once as long as their tokens, padded, stay within
+    ``token_budget``.
     """
     peers = draw_peers(tokenizer, groups, seed)
     found = [
@@ -144,8 +146,8 @@ def measure_credit(
     split = split_model(model)
     columns: dict[str, list[Tensor]] = {"with_peer": [], "answer_only": [], "mask": []}
     with in_eval_mode(model):
-        for start in range(0, len(found), batch_size):
-            part = found[start : start + batch_size]
+        for start, stop in _within_budget([len(g.rollouts[i].token_ids) for g, i, _ in found], token_budget):
+            part = found[start:stop]
             rollouts = [group.rollouts[i].token_ids for group, i, _ in part]
             student, ids, live = _hidden(split, tokenizer, _plain_prompts(tokenizer, part), rollouts)
             for name in ("with_peer", "answer_only"):
@@ -174,12 +176,12 @@ def read_tokens(
     template: ContextTemplate,
     *,
     top_k: int = 5,
-    token_budget: int = 16_384,
+    token_budget: int = TOKEN_BUDGET,
 ) -> list[TokenCredit]:
     """Every rollout of ``groups``, successes too, in order, beside its peer in ``peers`` (`draw_peers`).
 
-    Several rollouts are read at once as long as their tokens, padded, stay within ``token_budget``. The full logits
-    that the likeliest tokens need exist for `TOP_CHUNK` tokens at a time.
+    Rollouts are batched as in `measure_credit`. The full logits that the likeliest tokens need exist for `TOP_CHUNK`
+    tokens at a time.
     """
     if top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}")

@@ -297,13 +297,17 @@ function show(token) {
   }
   card.replaceChildren(where, facts, tops);
   card.hidden = false;
+  place(token);
+  shown.focus?.removeAttribute("aria-describedby");
+  token.setAttribute("aria-describedby", "card");
+  shown.focus = token;
+}
+
+function place(token) {
   const box = token.getClientRects()[0] ?? token.getBoundingClientRect(), size = card.getBoundingClientRect();
   const below = box.bottom + 8, fits = below + size.height < innerHeight;
   card.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - size.width - 8))}px`;
   card.style.top = `${fits ? below : Math.max(8, box.top - size.height - 8)}px`;
-  shown.focus?.removeAttribute("aria-describedby");
-  token.setAttribute("aria-describedby", "card");
-  shown.focus = token;
 }
 
 function hide() { card.hidden = true; }
@@ -324,7 +328,10 @@ rows.addEventListener("pointerover", (e) => { const token = tokenOf(e); if (toke
 rows.addEventListener("pointerleave", hide);
 rows.addEventListener("focusin", (e) => { const token = tokenOf(e); if (token) show(token); });
 rows.addEventListener("click", (e) => { const token = tokenOf(e); if (token) focusOn(token); });
-document.addEventListener("scroll", () => { if (shown.focus !== document.activeElement) hide(); }, { passive: true });
+document.addEventListener("scroll", () => {  // the card stays with a token that has the focus
+  if (!card.hidden && shown.focus === document.activeElement) place(shown.focus);
+  else hide();
+}, { passive: true });
 document.addEventListener("pointerdown", (e) => { if (!tokenOf(e)) hide(); });
 
 rows.addEventListener("keydown", (e) => {

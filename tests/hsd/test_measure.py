@@ -74,10 +74,10 @@ def log_probs(model: nn.Module, prompt: str, rollout: Rollout) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [qwen3, gpt2])
-@pytest.mark.parametrize("batch_size", [1, 32])
-def test_credit_equals_full_logits_one_sequence_at_a_time(make, batch_size):
+@pytest.mark.parametrize("token_budget", [1, 10_000])
+def test_credit_equals_full_logits_one_sequence_at_a_time(make, token_budget):
     model = build(make).train()  # dropout must not enter
-    measured = measure_credit(model, TOKENIZER, [FAILED, MIXED, OTHER, SOLVED], TEMPLATE, batch_size=batch_size)
+    measured = measure_credit(model, TOKENIZER, [FAILED, MIXED, OTHER, SOLVED], TEMPLATE, token_budget=token_budget)
     assert measured is not None and model.training
     assert [g for g, _, _ in rows(measured)] == [MIXED, MIXED, MIXED, OTHER]
     assert measured.rollout == [1, 3, 4, 1]
