@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hsd.credit import coverage
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -80,6 +82,75 @@ def plot_credit_mass(
     _finish(fig, axes, path, title)
 
 
+def plot_coverage(
+    path: str | Path,
+    bins: Sequence[tuple[float, float, float, int]],
+    overall: tuple[float, float],
+    group_size: int,
+    *,
+    title: str,
+) -> None:
+    """Coverage, the share of all rollouts that fail and have a successful peer, over the success rate.
+
+    Args:
+        path: The picture to write; its suffix picks the format.
+        bins: ``(success, coverage, error, groups)`` of questions of like difficulty: two shares, the standard error of
+            the second (NaN where there is none) and the number of groups. Drawn with 95 % intervals beside ``f(p, G)``
+            of :func:`hsd.credit.coverage`.
+        overall: ``(success, coverage)`` of all questions together.
+        group_size: G.
+        title: Stands above the picture.
+
+    Raises:
+        ValueError: No bin.
+    """
+    if not bins:
+        raise ValueError("bins: expected at least one bin, got none")
+    fig, axes = _figure(6.4, 3.8)
+    ps = [i / 200 for i in range(201)]
+    axes.plot(ps, [coverage(p, group_size) for p in ps], color=_GREY, linewidth=1.2, label=f"f(p, {group_size})")
+    success, covered, error, groups = zip(*bins, strict=True)
+    bars = [0.0 if math.isnan(e) else 1.96 * e for e in error]
+    axes.errorbar(success, covered, yerr=bars, label="measured, by difficulty", capsize=3, linestyle="", **_style(0))
+    for x, y, n in zip(success, covered, groups, strict=True):
+        label = f"{n} group{'s' * (n > 1)}"
+        axes.annotate(label, (x, y), (6, 6), textcoords="offset points", fontsize=8, color=_GREY)
+    axes.plot([overall[0]], [overall[1]], label="measured, all", **_star())
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("success rate of the rollouts, p")
+    axes.set_ylabel("share failing, with a peer")
+    _finish(fig, axes, path, title)
+
+
+def plot_silence(path: str | Path, with_peer: Sequence[float], answer_only: Sequence[float], *, title: str) -> None:
+    """Rollout-averaged ``|A|`` (nats) of the answer-only teacher against the peer teacher's, a point for each rollout.
+
+    Below the diagonal the answer alone says less than a peer. Logarithmic; values under 1e-4 nats are drawn there.
+
+    Args:
+        path: The picture to write; its suffix picks the format.
+        with_peer, answer_only: One value for each rollout, nats.
+        title: Stands above the picture.
+
+    Raises:
+        ValueError: No rollout, or two different numbers of them.
+    """
+    _check_lengths("answer_only", {"rollouts": (with_peer, answer_only)} if len(with_peer) else {})
+    fig, axes = _figure(4.8, 4.4)
+    floor = 1e-4
+    xs, ys = ([max(floor, v) for v in _floats(values)] for values in (with_peer, answer_only))
+    low, high = floor * 0.8, 1.5 * max(*xs, *ys, 1.0)
+    axes.plot([low, high], [low, high], color=_GREY, linewidth=1, linestyle="--", label="equal")
+    axes.scatter(xs, ys, s=14, color=_COLOURS[0], alpha=0.5, edgecolors="none", label=f"{len(xs)} rollouts")
+    mean_x, mean_y = (sum(_floats(values)) / len(values) for values in (with_peer, answer_only))
+    axes.plot([max(floor, mean_x)], [max(floor, mean_y)], label=f"mean: {mean_x:.3f} and {mean_y:.3f}", **_star())
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.set_xlabel("peer teacher, mean $|A|$ of a rollout (nats)")
+    axes.set_ylabel("answer-only teacher, mean $|A|$ (nats)")
+    _finish(fig, axes, path, title)
+
+
 def plot_training(path: str | Path, steps: Sequence[float], curves: Mapping[str, Sequence[float]]) -> None:
     """Small multiples: one panel for each metric over the training steps.
 
@@ -128,6 +199,10 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _style(i: int) -> dict[str, Any]:
     return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.6}
+
+
+def _star() -> dict[str, Any]:
+    return _style(1) | {"marker": "*", "markersize": 12, "linestyle": ""}
 
 
 def _clean(axes: Axes) -> None:

@@ -26,9 +26,8 @@ from hsd.callbacks import StepLine, StopOnSignal
 from hsd.config import HSDConfig
 from hsd.demo import report, worlds
 from hsd.evaluate import Success, end_token_ids, sample, score, success
-from hsd.groups import Group, Rollout
-from hsd.measure import measure_credit
 from hsd.trainer import HSDTrainer
+from hsd.viewer.make import make_credit, sample_groups
 
 OVERRIDES = {
     "learning_rate": float,
@@ -54,12 +53,12 @@ def main(argv: list[str] | None = None) -> None:
 
     before = once(args.out / "before.json", lambda: evaluate(world, world.eval_samples, args.seed))
     say(f"success before: {before}")
-    credit_file = args.out / "credit.json"
-    if not credit_file.exists():
-        groups = sample_groups(world, world.held_out[: world.credit_questions], args.seed)
+    if not (args.out / "credit.json").exists():
+        questions = world.held_out[: world.credit_questions]
+        groups, again = (sample_groups(world, questions, args.seed + n) for n in (0, 1))
         say("measuring credit on the failing rollouts of held-out groups")
-        measured = measure_credit(world.model, world.tokenizer, groups, world.template, seed=args.seed)
-        report.save_credit(credit_file, measured, groups, world.tokenizer)
+        note = f"Before training, {command(args)}. Rollouts of held-out questions; the teacher has the same weights."
+        make_credit(args.out, world, groups, again, seed=args.seed, note=note)
 
     trainer = make_trainer(world, args)
     checkpoint = last_checkpoint(args.out)
@@ -156,15 +155,6 @@ def evaluate(world: worlds.World, samples: int, seed: int) -> Success:
     )
     rewards = score(world.tokenizer, questions, rollouts, world.reward)
     return success(rewards, rollouts, samples, end_token_ids(world.model, world.tokenizer))
-
-
-def sample_groups(world: worlds.World, questions: list[dict], seed: int, size: int = 8) -> list[Group]:
-    repeated = [q for q in questions for _ in range(size)]
-    prompts = [q["prompt"] for q in repeated]
-    rollouts = sample(world.model, world.tokenizer, prompts, world.sampling, seed=seed + 1, progress=counter)
-    rewards = score(world.tokenizer, repeated, rollouts, world.reward)
-    scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
-    return [Group(q["prompt"], q["answer"], tuple(scored[g * size : (g + 1) * size])) for g, q in enumerate(questions)]
 
 
 def once(path: Path, compute: Callable[[], Success]) -> Success:

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from hsd.callbacks import read_metrics
-from hsd.credit import coverage
 from hsd.evaluate import Success
-from hsd.groups import Group
-from hsd.measure import WINDOWS, MeasuredCredit
-from hsd.plots import plot_credit_mass, plot_credit_profile, plot_training
+from hsd.plots import plot_training
+from hsd.viewer import summary
 
 if TYPE_CHECKING:
     from hsd.demo.worlds import World
 
-TEACHERS = {"with_peer": "peer + answer", "answer_only": "answer only"}
-PROFILE_ROWS = (-8, -4, -2, -1, 0, 1, 2, 4, 8, 16)
-EXAMPLES = 3
 CURVES = {
     "loss": "loss (nats)",
     "hsd/success_rate": "success of rollouts",
@@ -33,31 +26,6 @@ CURVES = {
     "hsd/student_entropy": "student entropy (nats/token)",
     "completions/mean_length": "rollout length (tokens)",
 }
-
-
-def save_credit(
-    path: Path, measured: MeasuredCredit | None, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """What the report needs of a credit measurement, as JSON."""
-    size = len(groups[0].rollouts)
-    rates = [len(g.successes) / size for g in groups]
-    kept: dict[str, Any] = {
-        "questions": len(groups),
-        "group_size": size,
-        "success": sum(rates) / len(rates),
-        "coverage": sum(len(g.failures) for g in groups if g.successes) / (size * len(groups)),
-        "mixed_groups": sum(g.is_mixed for g in groups) / len(groups),
-        "failing_with_peer": 0 if measured is None else len(measured.rollout),
-    }
-    if measured is not None:
-        tau = measured.tau[measured.tau >= 0]
-        kept["median_tau"] = tau.float().median().item() if tau.numel() else None
-        kept["windows"] = WINDOWS
-        kept["mean_abs"] = {name: measured.mean_abs(name) for name in TEACHERS}
-        kept["mass"] = {name: measured.mass(name) for name in TEACHERS}
-        kept["profile"] = {name: measured.profile(name) for name in TEACHERS}
-        kept["examples"] = [_example(measured, i, tokenizer) for i in _spread(measured)]
-    path.write_text(json.dumps(_strict(kept), indent=1))
 
 
 def write(
@@ -74,7 +42,8 @@ def write(
     rows = read_metrics(folder / "metrics.jsonl")
     alarms = {name: f"step {r['step']}: {text}" for r in rows for name, text in r.get("alarms", {}).items()}
     settings = settings | {"steps": len(rows)}
-    pictures = _pictures(folder, credit, rows)
+    credit_lines = summary.lines(credit)
+    pictures = summary.draw(folder, credit) + training_picture(folder, rows)
     text = "\n".join(
         [
             f"# {world.title}",
@@ -86,7 +55,10 @@ def write(
             "",
             *_alarm_lines(alarms),
             "",
-            *_credit_lines(credit),
+            "Before training, " + credit_lines[0],
+            *credit_lines[1:],
+            "",
+            "[Token by token](credit.html), each rollout beside its peer.",
             "",
             *(f"![{p.stem}]({p.name})" for p in pictures),
             "",
@@ -96,15 +68,6 @@ def write(
     facts = {"settings": settings, "before": asdict(before), "after": asdict(after), "alarms": alarms}
     (folder / "report.json").write_text(json.dumps({**facts, "seconds": seconds, "credit": credit}, indent=1))
     return text
-
-
-def _strict(value: Any) -> Any:
-    """NaN (an offset that no rollout reaches) as null: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _success_table(before: Success, after: Success, world: World) -> list[str]:
@@ -125,110 +88,13 @@ def _alarm_lines(alarms: dict[str, str]) -> list[str]:
     return [f"ALARM, {text}." for text in alarms.values()]
 
 
-def _credit_lines(credit: dict[str, Any]) -> list[str]:
-    lines = [
-        f"Before training, {credit['questions']} questions x {credit['group_size']} rollouts: success "
-        f"{credit['success']:.3f}, coverage (failing, with a successful peer) {credit['coverage']:.3f} of all rollouts "
-        f"(were all questions alike, f({credit['success']:.3f}, {credit['group_size']}) = "
-        f"{coverage(credit['success'], credit['group_size']):.3f}), mixed groups {credit['mixed_groups']:.3f}; "
-        f"{credit['failing_with_peer']} failing rollouts with a peer."
-    ]
-    if not credit["failing_with_peer"]:
-        return [*lines, "No failing rollout has a successful peer: there is no credit profile to show."]
-    if credit["median_tau"] is None:
-        return [*lines, "No failing rollout leaves its peer: there is no credit profile to show."]
-    profiles = {name: _profile(credit, name) for name in TEACHERS}
-    return [
-        *lines,
-        f"Median divergence position: {credit['median_tau']:.0f}. Rollout-averaged |A|: "
-        + ", ".join(f"{credit['mean_abs'][n]:.3f} ({label})" for n, label in TEACHERS.items())
-        + " nats.",
-        "",
-        "| mean \\|A\\| (nats) at t - tau | " + " | ".join(map(str, PROFILE_ROWS)) + " |",
-        "|---" * (len(PROFILE_ROWS) + 1) + "|",
-        *(
-            f"| {label} | "
-            + " | ".join(f"{profiles[name][o]:.3f}" if o in profiles[name] else "-" for o in PROFILE_ROWS)
-            + " |"
-            for name, label in TEACHERS.items()
-        ),
-        "",
-        "| credit mass within w of tau | " + " | ".join(f"w = {w}" for w in credit["windows"]) + " |",
-        "|---" * (len(credit["windows"]) + 1) + "|",
-        *(
-            f"| {label} | " + " | ".join(f"{m:.0%}" for m in credit["mass"][name]) + " |"
-            for name, label in TEACHERS.items()
-        ),
-        "",
-        "Failing rollouts, their peer, and where they part (`>>` marks tau; the number is A in nats there):",
-        "",
-        "```",
-        *(line for example in credit["examples"] for line in _example_lines(example)),
-        "```",
-    ]
-
-
-def _profile(credit: dict[str, Any], name: str) -> dict[int, float]:
-    """Mean |A| by offset, where any rollout reaches it."""
-    offsets, mean_abs, _ = credit["profile"][name]
-    return {o: a for o, a in zip(offsets, mean_abs, strict=True) if a is not None}
-
-
-def _example_lines(example: dict[str, Any]) -> list[str]:
-    credit = f"A {example['credit']:+.2f}, answer only {example['credit_answer_only']:+.2f}"
-    return [
-        f"question  {example['question']}   answer {example['answer']}",
-        f"rollout   {example['rollout']}   {credit}",
-        f"peer      {example['peer']}",
-        "",
-    ]
-
-
-def _pictures(folder: Path, credit: dict[str, Any], rows: list[dict]) -> list[Path]:
-    pictures = []
-    if credit.get("median_tau") is not None:  # some failing rollout leaves its peer
-        points = {label: _profile(credit, name) for name, label in TEACHERS.items()}
-        profiles = {label: (list(p), list(p.values())) for label, p in points.items()}
-        masses = {label: credit["mass"][name] for name, label in TEACHERS.items()}
-        count = credit["failing_with_peer"]
-        pictures += [folder / "credit_profile.png", folder / "credit_mass.png"]
-        plot_credit_profile(pictures[0], profiles, title=f"Where the credit lands ({count} failing rollouts)")
-        plot_credit_mass(pictures[1], masses, credit["windows"], title=f"Credit near tau ({count} failing rollouts)")
-    if rows:
-        nan = float("nan")
-        curves: dict[str, Sequence[float]] = {
-            label: [nan if row.get(key) is None else row[key] for row in rows] for key, label in CURVES.items()
-        }
-        pictures.append(folder / "training.png")
-        plot_training(pictures[-1], [row["step"] for row in rows], curves)
-    return pictures
-
-
-def _spread(measured: MeasuredCredit) -> list[int]:
-    """A few failing rollouts that part from their peer, from different questions."""
-    seen, chosen = set(), []
-    for i, group in enumerate(measured.groups):
-        if measured.tau[i] >= 0 and id(group) not in seen and len(chosen) < EXAMPLES:
-            seen.add(id(group))
-            chosen.append(i)
-    return chosen
-
-
-def _example(measured: MeasuredCredit, i: int, tokenizer: Any) -> dict[str, Any]:
-    group, tau = measured.groups[i], int(measured.tau[i])
-    question = group.prompt if isinstance(group.prompt, str) else group.prompt[-1]["content"]
-
-    def marked(index: int) -> str:
-        ids = list(group.rollouts[index].token_ids)
-        left = tokenizer.decode(ids[:tau], skip_special_tokens=True)
-        return (left + ">>" + tokenizer.decode(ids[tau:], skip_special_tokens=True)).replace("\n", "\\n")
-
-    at = min(tau, int(measured.mask[i].sum()) - 1)
-    return {
-        "question": question.replace("\n", "\\n"),
-        "answer": group.answer,
-        "rollout": marked(measured.rollout[i]),
-        "peer": marked(measured.peer[i]),
-        "credit": measured.with_peer[i, at].item(),
-        "credit_answer_only": measured.answer_only[i, at].item(),
+def training_picture(folder: Path, rows: list[dict]) -> list[Path]:
+    """Write training.png, unless there is no step to show."""
+    if not rows:
+        return []
+    nan = float("nan")
+    curves: dict[str, Sequence[float]] = {
+        label: [nan if row.get(key) is None else row[key] for row in rows] for key, label in CURVES.items()
     }
+    plot_training(folder / "training.png", [row["step"] for row in rows], curves)
+    return [folder / "training.png"]

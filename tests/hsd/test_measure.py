@@ -8,9 +8,17 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.context import ContextTemplate
+from hsd.credit import coverage
 from hsd.demo import small_world
 from hsd.groups import Group, Rollout
-from hsd.measure import WINDOWS, MeasuredCredit, measure_credit
+from hsd.measure import (
+    WINDOWS,
+    MeasuredCredit,
+    coverage_by_difficulty,
+    draw_peers,
+    measure_credit,
+    read_tokens,
+)
 
 TOKENIZER = small_world.build_tokenizer()
 TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
@@ -54,17 +62,22 @@ def rows(measured: MeasuredCredit) -> list[tuple[Group, Rollout, Rollout]]:
 
 
 @torch.no_grad()
-def log_probs(model: nn.Module, prompt: str, rollout: Rollout) -> torch.Tensor:
+def full_log_probs(model: nn.Module, prompt: str, rollout: Rollout) -> torch.Tensor:
     before, ids = encode(prompt), list(rollout.token_ids)
     logits = model(input_ids=torch.tensor([before + ids]), use_cache=False).logits[0, len(before) - 1 : -1]
-    return logits.double().log_softmax(-1)[torch.arange(len(ids)), ids]
+    return logits.double().log_softmax(-1)
+
+
+def log_probs(model: nn.Module, prompt: str, rollout: Rollout) -> torch.Tensor:
+    ids = list(rollout.token_ids)
+    return full_log_probs(model, prompt, rollout)[torch.arange(len(ids)), ids]
 
 
 @pytest.mark.parametrize("make", [qwen3, gpt2])
-@pytest.mark.parametrize("batch_size", [1, 32])
-def test_credit_equals_full_logits_one_sequence_at_a_time(make, batch_size):
+@pytest.mark.parametrize("token_budget", [1, 10_000])
+def test_credit_equals_full_logits_one_sequence_at_a_time(make, token_budget):
     model = build(make).train()  # dropout must not enter
-    measured = measure_credit(model, TOKENIZER, [FAILED, MIXED, OTHER, SOLVED], TEMPLATE, batch_size=batch_size)
+    measured = measure_credit(model, TOKENIZER, [FAILED, MIXED, OTHER, SOLVED], TEMPLATE, token_budget=token_budget)
     assert measured is not None and model.training
     assert [g for g, _, _ in rows(measured)] == [MIXED, MIXED, MIXED, OTHER]
     assert measured.rollout == [1, 3, 4, 1]
@@ -138,3 +151,94 @@ def test_summaries_of_a_measurement():
     assert mean_abs[:3] == pytest.approx([0.0, 2.5, 0.5])
     late = dataclasses.replace(measured, tau=torch.tensor([0, -1]))
     assert late.mass("with_peer")[:2] == pytest.approx([0.75, 1.0])
+
+
+@pytest.mark.parametrize("make", [qwen3, gpt2])
+@pytest.mark.parametrize("token_budget", [1, 30, 10_000])
+def test_tokens_equal_full_logits_one_sequence_at_a_time(make, token_budget, monkeypatch):
+    monkeypatch.setattr("hsd.measure.TOP_CHUNK", 3)
+    model = build(make).train()
+    groups = [FAILED, MIXED]
+    peers = draw_peers(TOKENIZER, groups, seed=0)
+    assert peers[0] == [None, None] and all(j in (0, 2) and j != i for i, j in enumerate(peers[1]))
+    read = read_tokens(model, TOKENIZER, groups, peers, TEMPLATE, top_k=4, token_budget=token_budget)
+    assert [(r.group, r.rollout) for r in read] == [(0, 0), (0, 1), *((1, i) for i in range(5))]
+    assert model.training
+    model.eval()
+    for r in read:
+        group, own = groups[r.group], groups[r.group].rollouts[r.rollout]
+        assert r.peer == peers[r.group][r.rollout]
+        alone = context = f"[{group.answer}]"
+        if r.peer is not None:
+            shown = TOKENIZER.decode(group.rollouts[r.peer].token_ids, skip_special_tokens=True)
+            context = f"[{group.answer}|{shown}]"
+        student = full_log_probs(model, group.prompt, own)
+        teacher = full_log_probs(model, group.prompt + context, own)
+        at = (torch.arange(len(own.token_ids)), list(own.token_ids))
+        silent = log_probs(model, group.prompt + alone, own)
+        expected = {
+            "student_logps": student[at],
+            "credit": (teacher - student)[at],
+            "answer_only": silent - student[at],
+            "kl": (teacher.exp() * (teacher - student)).sum(-1),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(getattr(r, name), value.float(), rtol=1e-4, atol=1e-5)
+        for top, logps in ((r.student_top, student), (r.teacher_top, teacher)):
+            best = logps.exp().topk(4)
+            assert torch.equal(top.ids, best.indices)
+            torch.testing.assert_close(top.probs, best.values.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_and_statistics_are_measured_with_the_same_peers():
+    model = build()
+    groups = [OTHER, FAILED, MIXED]
+    measured = measure_credit(model, TOKENIZER, groups, TEMPLATE, seed=5)
+    read = read_tokens(model, TOKENIZER, groups, draw_peers(TOKENIZER, groups, 5), TEMPLATE)
+    failing = [r for r in read if r.peer is not None and r.rollout in groups[r.group].failures]
+    assert [r.peer for r in failing] == measured.peer
+    for b, r in enumerate(failing):
+        torch.testing.assert_close(measured.with_peer[b, : len(r.credit)], r.credit, rtol=1e-4, atol=1e-5)
+        assert (-1 if r.tau is None else r.tau) == measured.tau[b]
+
+
+def test_a_peer_that_says_nothing_is_none():
+    silent = group("1+1=", "2", **{"$": 1.0, "3$": 0.0})
+    assert draw_peers(TOKENIZER, [silent], seed=0) == [[None, None]]
+
+
+def test_no_likeliest_token_is_refused():
+    with pytest.raises(ValueError, match=r"^top_k: expected at least 1, got 0"):
+        read_tokens(build(), TOKENIZER, [OTHER], [[None, 0]], TEMPLATE, top_k=0)
+
+
+def outcomes(question: int, successes: int, size: int = 4) -> Group:
+    made = tuple(Rollout((1,), float(i < successes)) for i in range(size))
+    return Group(f"question {question}", "0", made)
+
+
+def test_coverage_is_measured_on_the_group_that_did_not_grade():
+    first = [outcomes(0, 0), outcomes(1, 4), outcomes(2, 2)]
+    second = [outcomes(0, 1), outcomes(1, 3), outcomes(2, 2)]
+    hard, middle, easy = coverage_by_difficulty(first, second, edges=(0.2, 0.6))
+    # 0 of 4 grades question 0 hard; measured there: 1 of 4, three failures with a peer
+    assert (hard.groups, hard.success, hard.coverage) == (1, 0.25, 0.75)
+    # 1 of 4 grades it middling; measured: 0 of 4, no peer. Question 2 twice: half fail, with a peer
+    assert (middle.groups, middle.success, middle.coverage) == (3, pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert (easy.groups, easy.success, easy.coverage) == (2, 0.875, 0.125)
+    assert (easy.low, easy.high) == (0.6, 1.0)
+    assert hard.error != hard.error  # one group has no spread
+    assert middle.error == pytest.approx(torch.tensor([0.0, 0.5, 0.5]).std().item() / 3**0.5)
+    with pytest.raises(ValueError, match=r"^second: expected one group for each question"):
+        coverage_by_difficulty(first, second[::-1])
+
+
+def test_coverage_of_alike_questions_is_the_formula():
+    g = torch.Generator().manual_seed(0)
+    size, p = 8, 0.3
+    draws = torch.rand(2, 2000, size, generator=g) < p
+    first, second = ([outcomes(q, int(n), size) for q, n in enumerate(half)] for half in draws.sum(-1))
+    bins = [b for b in coverage_by_difficulty(first, second) if b.groups > 50]
+    assert len(bins) == 3
+    for b in bins:
+        assert abs(b.coverage - coverage(p, size)) < 4 * b.error < 0.1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hsd.plots import plot_credit_mass, plot_credit_profile, plot_training
+from hsd.plots import plot_coverage, plot_credit_mass, plot_credit_profile, plot_silence, plot_training
 
 DPI = 120
 
@@ -51,6 +51,26 @@ def test_credit_mass(tmp_path):
     plot_credit_mass(path, {"peer": [0.2, 0.4, 0.6, 0.8, 1.0], "answer": [0.1] * 5}, windows, title="Mass")
     assert size(path) == (768, 456)
     assert {BLUE, ORANGE} <= colours(path)
+
+
+def test_coverage(tmp_path):
+    path = tmp_path / "coverage.png"
+    plot_coverage(path, [(0.1, 0.5, 0.02, 7), (0.9, 0.1, math.nan, 1)], (0.4, 0.5), 8, title="Coverage")
+    assert size(path) == (768, 456)
+    assert {BLUE, ORANGE} <= colours(path)
+    with pytest.raises(ValueError, match=r"^bins: expected at least one bin"):
+        plot_coverage(path, [], (0.4, 0.5), 8, title="")
+
+
+def test_silence(tmp_path):
+    path = tmp_path / "silence.png"
+    plot_silence(path, [0.5, 0.0, 2.0], torch.tensor([0.01, 0.0, 1e-6]), title="Silence")  # zeros on a log scale
+    assert size(path) == pytest.approx((4.8 * DPI, 4.4 * DPI), abs=1)
+    assert ORANGE in colours(path)
+    with pytest.raises(ValueError, match=r"^answer_only\['rollouts'\]: expected 2 values, got 1"):
+        plot_silence(path, [0.1, 0.2], [0.1], title="")
+    with pytest.raises(ValueError, match=r"^answer_only: "):
+        plot_silence(path, [], [], title="")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hsd.demo import report, small_world
 from hsd.evaluate import Success
 from hsd.groups import Group, Rollout
 from hsd.measure import MeasuredCredit
+from hsd.viewer import summary
 
 TOKENIZER = small_world.build_tokenizer()
 BEFORE = Success(0.258, 0.221, 0.297, 512, 1, 0.0312, 32.51)
@@ -24,7 +25,7 @@ WORLD = SimpleNamespace(
 )
 COMMAND = "python -m hsd.demo small --seed 3 --steps 3"
 SETTINGS = WORLD.config | {"teacher": "ema"}
-PICTURES = ["credit_profile.png", "credit_mass.png", "training.png"]
+PICTURES = ["credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png", "training.png"]
 
 
 def group(prompt: str, answer: str, **rollouts: float) -> Group:
@@ -47,6 +48,10 @@ def measured(tau: list[int]) -> MeasuredCredit:
     return MeasuredCredit([MIXED, MIXED], [1, 2], [0, 0], with_peer, answer_only, mask, torch.tensor(tau))
 
 
+def save(path: Path, of: MeasuredCredit | None, groups: list[Group], again: list[Group] | None = None) -> None:
+    path.write_text(json.dumps(summary.summarise(of, groups, again or groups, TOKENIZER)))
+
+
 def metrics(folder: Path, **extra) -> None:
     rows = [{"step": i, "loss": 0.5 / i, "hsd/success_rate": 0.3, "hsd/credit_at_tau": None} for i in range(1, 4)]
     rows[-1] |= extra
@@ -59,6 +64,12 @@ def write(folder: Path, world=WORLD, seconds: float = 12.4) -> str:
     return text
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(summary, "draw", lambda folder, credit: [])
+    monkeypatch.setattr(report, "training_picture", lambda folder, rows: [])
+
+
 def cells(text: str, label: str) -> list[list[str]]:
     """The cells of every table row that opens with `label`."""
     rows = (re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| "))
@@ -67,7 +78,7 @@ def cells(text: str, label: str) -> list[list[str]]:
 
 def test_save_credit_keeps_coverage_and_credit(tmp_path):
     path = tmp_path / "credit.json"
-    report.save_credit(path, measured([6, -1]), [MIXED, FAILED], TOKENIZER)
+    save(path, measured([6, -1]), [MIXED, FAILED])
     kept = json.loads(path.read_text())
     assert (kept["questions"], kept["group_size"], kept["failing_with_peer"]) == (2, 4, 2)
     assert kept["success"] == pytest.approx(0.25)
@@ -92,13 +103,13 @@ def test_chat_questions_are_shown_by_their_last_message(tmp_path):
     chat = Group([{"role": "user", "content": "12+34=\n?"}], "46", MIXED.rollouts)
     m = measured([6, -1])
     m = MeasuredCredit([chat, chat], m.rollout, m.peer, m.with_peer, m.answer_only, m.mask, m.tau)
-    report.save_credit(tmp_path / "credit.json", m, [chat], TOKENIZER)
+    save(tmp_path / "credit.json", m, [chat])
     (example,) = json.loads((tmp_path / "credit.json").read_text())["examples"]
     assert example["question"] == "12+34=\\n?"
 
 
 def test_report_holds_the_numbers(tmp_path):
-    report.save_credit(tmp_path / "credit.json", measured([6, -1]), [MIXED, FAILED], TOKENIZER)
+    save(tmp_path / "credit.json", measured([6, -1]), [MIXED, FAILED])
     metrics(tmp_path)
     text = write(tmp_path)
     assert text.startswith("# a made-up world\n")
@@ -110,13 +121,13 @@ def test_report_holds_the_numbers(tmp_path):
     assert cells(text, "mean length (tokens)") == [["32.5", "33.9"]]
     assert "success 0.250" in text and "2 failing rollouts with a peer" in text
     assert "Median divergence position: 6." in text
-    assert cells(text, "mean \\|A\\| (nats) at t - tau") == [[str(o) for o in report.PROFILE_ROWS]]
+    assert cells(text, "mean \\|A\\| (nats) at t - tau") == [[str(o) for o in summary.PROFILE_ROWS]]
     profile, mass = cells(text, "peer + answer")
-    at = dict(zip(report.PROFILE_ROWS, profile, strict=True))
+    at = dict(zip(summary.PROFILE_ROWS, profile, strict=True))
     assert (at[0], at[-1], at[1], at[-8]) == ("3.000", "0.000", "0.000", "-")  # tau is 6: no token 8 before it
     assert mass == ["75%", "100%", "100%", "100%", "100%"]
     profile, _ = cells(text, "answer only")
-    assert dict(zip(report.PROFILE_ROWS, profile, strict=True))[0] == "0.750"
+    assert dict(zip(summary.PROFILE_ROWS, profile, strict=True))[0] == "0.750"
     assert re.search(r"12\+34=>>56;#56 +A -3\.00[,;] answer only -0\.75\n", text)
     assert "No alarm was raised" in text
     for name in PICTURES:
@@ -124,8 +135,8 @@ def test_report_holds_the_numbers(tmp_path):
         assert (tmp_path / name).stat().st_size > 5000
 
 
-def test_report_json_holds_the_same(tmp_path):
-    report.save_credit(tmp_path / "credit.json", measured([6, -1]), [MIXED], TOKENIZER)
+def test_report_json_holds_the_same(tmp_path, no_pictures):
+    save(tmp_path / "credit.json", measured([6, -1]), [MIXED])
     metrics(tmp_path)
     write(tmp_path)
     facts = json.loads((tmp_path / "report.json").read_text())
@@ -135,42 +146,43 @@ def test_report_json_holds_the_same(tmp_path):
     assert facts["credit"]["failing_with_peer"] == 2
 
 
-def test_an_alarm_stands_in_the_report(tmp_path):
-    report.save_credit(tmp_path / "credit.json", measured([6, -1]), [MIXED], TOKENIZER)
+def test_an_alarm_stands_in_the_report(tmp_path, no_pictures):
+    save(tmp_path / "credit.json", measured([6, -1]), [MIXED])
     metrics(tmp_path, alarms={"success": "success fell from 0.500 at best to 0.010"})
     text = write(tmp_path)
     assert "ALARM, step 3: success fell from 0.500 at best to 0.010." in text
     assert "No alarm" not in text
 
 
-def test_the_same_questions_for_training_and_evaluation_are_owned_up_to(tmp_path):
-    report.save_credit(tmp_path / "credit.json", None, [FAILED], TOKENIZER)
+def test_the_same_questions_for_training_and_evaluation_are_owned_up_to(tmp_path, no_pictures):
+    save(tmp_path / "credit.json", None, [FAILED])
     metrics(tmp_path)
     text = write(tmp_path, SimpleNamespace(**(vars(WORLD) | {"held_out": WORLD.train})))
     assert "training questions (too few to hold any out)" in text and "held-out" not in text
 
 
 def test_no_failing_rollout_with_a_peer_is_said(tmp_path):
-    report.save_credit(tmp_path / "credit.json", None, [FAILED], TOKENIZER)
+    save(tmp_path / "credit.json", None, [FAILED])
     metrics(tmp_path)
     text = write(tmp_path)
     assert "0 failing rollouts with a peer" in text
     assert "No failing rollout has a successful peer: there is no credit profile to show." in text
     assert not cells(text, "peer + answer")
-    assert [name for name in PICTURES if (tmp_path / name).exists()] == ["training.png"]
+    assert [name for name in PICTURES if (tmp_path / name).exists()] == ["coverage.png", "training.png"]
 
 
 def test_failures_that_never_leave_their_peer(tmp_path):
     """Truncated rollouts that are prefixes of their peer have credit, but no divergence position to put it at."""
-    report.save_credit(tmp_path / "credit.json", measured([-1, -1]), [MIXED], TOKENIZER)
+    save(tmp_path / "credit.json", measured([-1, -1]), [MIXED])
     metrics(tmp_path)
     text = write(tmp_path)
     assert "2 failing rollouts with a peer" in text
     assert "No failing rollout leaves its peer: there is no credit profile to show." in text
     assert "nan" not in text
-    assert [name for name in PICTURES if (tmp_path / name).exists()] == ["training.png"]
+    drawn = ["credit_silence.png", "coverage.png", "training.png"]
+    assert [name for name in PICTURES if (tmp_path / name).exists()] == drawn
 
 
 def test_without_metrics_there_is_no_training_picture(tmp_path):
-    report.save_credit(tmp_path / "credit.json", None, [FAILED], TOKENIZER)
+    save(tmp_path / "credit.json", None, [FAILED])
     assert "training.png" not in write(tmp_path)

@@ -1,0 +1,1 @@
+"""The credit page and the figures of a credit measurement."""

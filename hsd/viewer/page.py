@@ -1,0 +1,155 @@
+"""The credit page: one HTML file that shows each rollout token by token beside its peer, and asks nothing of a network.
+
+Numbers travel as base64 of little-endian 16-bit integers: 1e-3 nats a unit (more only where 32 nats would not fit),
+probabilities in 65,535ths. With the 5 likeliest tokens of both sides that is 67 characters a token.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import re
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsd.groups import Group, Prompt
+from hsd.measure import TokenCredit
+from hsd.viewer.tokens import partial_bytes, token_texts
+
+LIMITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)  # nats at full colour; page.js offers the same
+NOT_FINITE = -32768
+SMALL_VOCABULARY = 1 << 16  # texts that 16 bits can number
+
+
+def write_page(
+    path: str | Path, tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit], *, title: str, note: str
+) -> None:
+    """Write the page of ``read``, all rollouts of ``groups`` in order (`hsd.measure.read_tokens`).
+
+    Args:
+        title: heading of the page, plain text.
+        note: a line below it: which model and which questions these are, plain text.
+
+    Raises:
+        ValueError: ``read`` is empty or does not hold every rollout of ``groups`` in order.
+    """
+    Path(path).write_text(page(payload(tokenizer, groups, read), title=title, note=note), encoding="utf-8")
+
+
+def page(data: dict[str, Any], *, title: str, note: str) -> str:
+    """The HTML text. ``data`` stands in a script element that is never run, with every ``<`` escaped."""
+    folder = files("hsd.viewer")
+    text = json.dumps(data, separators=(",", ":"))  # ASCII: control characters and U+2028 are escaped
+    parts = {
+        "title": html.escape(title),
+        "note": html.escape(note),
+        "data": text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
+        "css": folder.joinpath("page.css").read_text(encoding="utf-8"),
+        "js": folder.joinpath("page.js").read_text(encoding="utf-8"),
+    }
+    template = folder.joinpath("page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)  # in one pass: parts are not searched
+
+
+def payload(tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit]) -> dict[str, Any]:
+    """What page.js draws, ready for JSON."""
+    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
+    if not read or [(r.group, r.rollout) for r in read] != places:
+        raise ValueError(f"read: expected the {len(places)} rollouts of the groups in order, got {len(read)}")
+    own = [groups[r.group].rollouts[r.rollout].token_ids for r in read]
+    used = sorted({t for ids in own for t in ids}.union(*(_used(r) for r in read)))
+    place = {token: n for n, token in enumerate(used)}
+    code = "H" if len(used) <= SMALL_VOCABULARY else "I"
+
+    def ids(tokens: Iterable[int]) -> str:
+        return _pack(code, (place[t] for t in tokens))
+
+    columns = [torch.cat([getattr(r, name) for r in read]) for name in ("credit", "answer_only", "kl", "student_logps")]
+    largest = max((c[c.isfinite()].abs().max().item() for c in columns if c.isfinite().any()), default=0.0)
+    unit = max(1e-3, largest / 32767)
+    record_of = {place: n for n, place in enumerate(places)}
+    return {
+        "unit": unit,
+        "limit": _limit(read),
+        "wide": code == "I",
+        "first": _first(read, groups),
+        "texts": token_texts(tokenizer, used),
+        "bytes": {str(n): data.hex() for n, token in enumerate(used) if (data := partial_bytes(tokenizer, token))},
+        "groups": [[_question(group.prompt), group.answer] for group in groups],
+        "rollouts": [
+            {
+                "group": r.group,
+                "index": r.rollout,
+                "ok": r.rollout in groups[r.group].successes,
+                "reward": groups[r.group].rollouts[r.rollout].reward,
+                "peer": None if r.peer is None else record_of[r.group, r.peer],
+                "tau": r.tau,
+                "mean": [_mean_abs(r.credit), _mean_abs(r.answer_only)],
+                "ids": ids(tokens),
+                "credit": _pack_nats(r.credit, unit),
+                "answer": _pack_nats(r.answer_only, unit),
+                "kl": _pack_nats(r.kl, unit),
+                "logp": _pack_nats(r.student_logps, unit),
+                "si": ids(r.student_top.ids.flatten().tolist()),
+                "sp": _pack_probs(r.student_top.probs),
+                "ti": ids(r.teacher_top.ids.flatten().tolist()),
+                "tp": _pack_probs(r.teacher_top.probs),
+            }
+            for r, tokens in zip(read, own, strict=True)
+        ],
+    }
+
+
+def _used(r: TokenCredit) -> set[int]:
+    return {*r.student_top.ids.flatten().tolist(), *r.teacher_top.ids.flatten().tolist()}
+
+
+def _limit(read: Sequence[TokenCredit]) -> float:
+    """Nats at full colour: the median over rollouts of the largest |A|, rounded up to a step of the page's scale. Where
+    any leaves its peer, over those: a success beside a success has little credit."""
+    peaks = sorted(
+        r.credit[r.credit.isfinite()].abs().max().item()
+        for r in ([r for r in read if r.tau is not None] or read)
+        if r.credit.isfinite().any()
+    )
+    return next((step for step in LIMITS if peaks and step >= peaks[len(peaks) // 2]), LIMITS[-1])
+
+
+def _first(read: Sequence[TokenCredit], groups: Sequence[Group]) -> int:
+    """The rollout that the page opens with: the first failure that leaves its peer."""
+    failing = (n for n, r in enumerate(read) if r.tau is not None and r.rollout in groups[r.group].failures)
+    return next(failing, 0)
+
+
+def _mean_abs(credit: Tensor) -> float | None:
+    mean = credit.abs().mean().item()
+    return round(mean, 4) if math.isfinite(mean) else None
+
+
+def _question(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _pack_nats(values: Tensor, unit: float) -> str:
+    scaled = (values.double() / unit).round().clamp(-32767, 32767)
+    return _pack("h", scaled.where(values.isfinite(), NOT_FINITE).int().tolist())
+
+
+def _pack_probs(probs: Tensor) -> str:
+    return _pack("H", (probs.double().flatten() * 65535).round().int().tolist())
+
+
+def _pack(code: str, values: Iterable[int]) -> str:
+    numbers = array(code, values)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode("ascii")
