@@ -7,7 +7,7 @@ from decimal import Decimal
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _SAYS = re.compile(r"(?i:answer\s*(?:is|:|=))[\s:]*([^\s:][^\n]*)")
-_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_MATH = re.compile(r"(?<!\\)\$\$?((?:\\.|[^$\\])+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 _NUMBER = re.compile(r"([-+]?)\$?(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?", re.ASCII)
 
 _SPACES = re.compile(r"\\[!,;: ]|~|\\q?quad(?![a-zA-Z])|\\(?:left|right|displaystyle|limits)(?![a-zA-Z])")
@@ -16,21 +16,8 @@ _UNIT = re.compile(
     r"(?<=[\d})])(?:\s*\\(?:text|mathrm|mbox)\s*\{\s*([A-Za-z][A-Za-z .]*)\}|\s+([A-Za-z]{2,}(?: [A-Za-z]+)*))"
     r"(?:\s*\^\s*(?:\d|\{\d\}))?\s*$"
 )
-# Words after a number that change its value, so that they are no units.
-_SCALES = {
-    "hundred",
-    "thousand",
-    "million",
-    "billion",
-    "trillion",
-    "dozen",
-    "percent",
-    "pi",
-    "or",
-    "and",
-    "base",
-    "mod",
-}
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_NO_UNITS = {*_SCALES, "percent", "pi", "or", "and", "base", "mod"}  # words that change the number before them
 _WORD = re.compile(r"[A-Za-z]{4,}(?:[ -][A-Za-z]+)*")
 
 
@@ -89,7 +76,7 @@ def normalized(answer: str) -> str:
     s = re.sub(r"^[A-Za-z]\s*(?:=|\\in(?![a-zA-Z]))\s*", "", s)
     s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s)
     s = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", s)
-    s = re.sub(r"\\\\(\s)", r"\\\\", s)
+    s = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", s)
     s = re.sub(r"\s+", "", s)
     s = re.sub(r"^\(([A-Za-z])\)$", r"\1", s)  # a choice: (A) is A
     number = _NUMBER.fullmatch(s)
@@ -100,18 +87,23 @@ def normalized(answer: str) -> str:
 
 def _without_unit(s: str) -> str:
     unit = _UNIT.search(s)
-    if unit is None or (unit[1] or unit[2]).strip(" .").split()[0].lower() in _SCALES:
-        return s
-    return s[: unit.start()].strip()
+    return s if unit is None or _word(unit) in _NO_UNITS else s[: unit.start()].strip()
+
+
+def _word(unit: re.Match[str]) -> str:
+    return (unit[1] or unit[2]).strip(" .").split()[0].lower()
 
 
 def plain_number(answer: str) -> Decimal | None:
-    """The value of an answer that is one decimal number, with or without a unit: ``\\$1,234.50`` is 1234.5."""
-    s = normalized(answer)
-    match = _NUMBER.fullmatch(s)
+    """The value of an answer that is one decimal number, with or without a unit: ``\\$1,234.50`` is 1234.5, 3 million
+    is 3000000 (math-verify drops such words)."""
+    scale, unit = 1, _UNIT.search(answer.strip().rstrip("."))
+    if unit is not None and _word(unit) in _SCALES:
+        answer, scale = answer.strip()[: unit.start()], _SCALES[_word(unit)]
+    match = _NUMBER.fullmatch(normalized(answer))
     if match is None or not (match[2] or match[3]):
         return None
-    return Decimal(f"{match[1]}{match[2].replace(',', '') or 0}{match[3] or ''}")
+    return scale * Decimal(f"{match[1]}{match[2].replace(',', '') or 0}{match[3] or ''}")
 
 
 def is_words(answer: str) -> bool:

@@ -19,6 +19,7 @@ from hsd.verify.answers import extract_answer, normalized, plain_number, same_te
         ("Final Answer: **(3, 4)**", "(3, 4)"),
         ("first\nso $a$ and then $b + 1$", "b + 1"),
         (r"so \(\frac12\)", r"\frac12"),
+        (r"it is $\$32,\!348$.", r"\$32,\!348"),
         ("the answer is:", "the answer is:"),
         ("  \n", None),
         ("", None),
@@ -48,6 +49,7 @@ def test_extract_answer(text, answer):
         (r"\sqrt3", r"\sqrt{3}"),
         ("\u22125", "-5"),
         (r"5\%", "5%"),
+        (r"1\frac{4}{5}", "1 4/5"),
     ],
 )
 def test_same_text(a, b):
@@ -76,6 +78,8 @@ def test_different_text(a, b):
 
 def test_plain_number():
     assert plain_number(r"\$1,234.50") == plain_number("1234.5 dollars") == plain_number("+1234.5")
+    assert plain_number(r"3\text{ million}") == plain_number("3 million.") == 3_000_000
+    assert plain_number("5 percent") is None and plain_number("5 pi") is None
     assert plain_number(".5") == plain_number("0.5") and plain_number("-0") == plain_number("0")
     for text in ("1/2", "1e3", "5x", "", ".", "-", "12,34", "1.2.3", r"\frac12", "\u0663"):
         assert plain_number(text) is None, text
