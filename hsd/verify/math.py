@@ -31,6 +31,7 @@ from hsd.verify.status import (
 SERVER = Path(__file__).parent / "child" / "sympy_server.py"
 TIMEOUT = 5.0  # seconds of wall clock for one comparison
 START_TIMEOUT = 120.0  # importing SymPy takes a second, more on a busy machine
+GRACE = 30.0  # for the server's own work around a comparison
 MEMORY = 2 << 30
 MAX_ANSWER = 1_000  # characters; the longest gold answer of MATH-500 has 53
 
@@ -91,7 +92,7 @@ def _ask_sympy(gold: str, answer: str, timeout: float) -> Result:
     reply = _SERVERS.ask(gold, answer, timeout)
     if "equal" in reply:
         return Result(Status.CORRECT if reply["equal"] else Status.INCORRECT)
-    alone = _SERVERS.ask(gold, gold, timeout)
+    alone = {} if "lost" in reply else _SERVERS.ask(gold, gold, timeout)
     if not alone.get("equal"):
         return Result(Status.VERIFIER_FAILED, f"SymPy on the gold answer {gold[:100]!r}: {alone}, before: {reply}")
     if "error" in reply:
@@ -100,7 +101,7 @@ def _ask_sympy(gold: str, answer: str, timeout: float) -> Result:
 
 
 class _Server:
-    """One child process; `ask` returns its reply, or how the child ended, after which it is gone."""
+    """One child process (`child/sympy_server.py`): `ask` returns its reply, or ``lost`` if it is of no more use."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -123,8 +124,8 @@ class _Server:
             self.process.stdin.write(line)
             self.process.stdin.flush()
         except OSError:
-            return {"ended": "died before"}
-        return self._reply(time.monotonic() + timeout)
+            return {"lost": "the server had ended"}
+        return self._reply(time.monotonic() + timeout + GRACE)
 
     def _reply(self, deadline: float) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -134,10 +135,10 @@ class _Server:
         while b"\n" not in self.buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not poll.poll(left * 1000):
-                return {"ended": "timeout"}
+                return {"lost": "the server did not answer"}
             part = os.read(fd, 1 << 16)
             if not part:
-                return {"ended": "died"}
+                return {"lost": "the server ended"}
             self.buffer += part
         line, self.buffer = self.buffer.split(b"\n", 1)
         return json.loads(line)
@@ -167,11 +168,11 @@ class _Servers:
             self.__init__()
         with self.starting:
             server = self._take() or _Server()
-            reply = {"ended": "interrupted"}
+            reply: dict[str, Any] = {"lost": "interrupted"}
             try:
                 reply = server.ask(gold, answer, timeout)
             finally:
-                if "ended" in reply:
+                if "lost" in reply:
                     server.kill()
                 else:
                     with self.lock:
