@@ -220,6 +220,7 @@ def _peak_mib() -> int:
 
 def report(facts: Facts) -> str:
     lines = [", ".join(f"{k} {v}" for k, v in facts["environment"].items()), ""]
+    lines += ["Commits: " + ", ".join(f"{part} {at}" for part, at in facts["commits"].items()), ""]
     lines += _gold_report(facts["gold"]) if "gold" in facts else []
     lines += _human_eval_report(facts["humaneval"]) if "humaneval" in facts else []
     lines += _hostile_report(facts["hostile"]) if "hostile" in facts else []
@@ -234,7 +235,8 @@ def _gold_report(gold: Facts) -> list[str]:
         lines += ["| form | cases | " + f"{part['wanted']} |", "|---|---|---|"]
         for form, count in part["forms"].items():
             lines.append(f"| {form} | {sum(count.values()):,} | {count.get(part['wanted'], 0):,} |")
-        lines += ["", *(f"- `{c['gold']}` against `{c['text'][:100]}`: {c['status']}" for c in part["not"][:40]), ""]
+        lines += ["", *(f"- `{c['gold']}` against `{c['text'][:100]}`: {c['status']}" for c in part["not"][:40])]
+        lines += [""] if part["not"] else []
     return lines
 
 
@@ -272,14 +274,17 @@ def _hostile_report(found: Facts) -> list[str]:
 
 
 def environment() -> Facts:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     return {
         "python": platform.python_version(),
         "system": platform.system() + " " + platform.release().split("-")[0],
         "cores": len(os.sched_getaffinity(0)),
-        "commit": commit.stdout.strip() or "unknown",
         "sandbox": str(isolation()),
     }
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -295,6 +300,7 @@ def main() -> None:
         if args.only in (None, name):
             start = time.monotonic()
             facts[name] = part(args.workers)
+            facts.setdefault("commits", {})[name] = commit()
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(facts, indent=1) + "\n")

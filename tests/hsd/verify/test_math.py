@@ -55,9 +55,8 @@ def test_not_equal(text, gold, status):
 
 def test_a_timeout_is_the_answers_and_the_next_one_is_judged():
     start = time.monotonic()
-    slow = r"\boxed{1000000000!}"
-    assert verify_math(slow, "2x", timeout=0.5).status is Status.TIMEOUT
-    assert time.monotonic() - start < 8
+    assert verify_math(r"\boxed{1000000000!}", "2x", timeout=2.0).status is Status.TIMEOUT
+    assert time.monotonic() - start < 60  # the first call starts the child
     assert verify_math(r"\boxed{x + x}", "2x").status is Status.CORRECT
 
 

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's layers are Linux's"),
     pytest.mark.usefixtures("no_leftovers"),
 ]
-LIMITS = Limits(timeout=2.0, output=1 << 20)
+LIMITS = Limits(timeout=20.0, output=1 << 20)
 FORBIDDEN = {
     "fork": "import os; os.fork()",
     "fork bomb": "import os\nwhile True: os.fork()",
@@ -55,10 +55,9 @@ FORBIDDEN = {
 def test_a_program_may_not(name):
     if isolation().level != "strong":
         pytest.skip(f"this machine's isolation is {isolation()}")
-    start = time.monotonic()
-    outcome = run_program(FORBIDDEN[name], "", LIMITS)
-    assert outcome.status in ("crashed", "timeout"), outcome
-    assert time.monotonic() - start < 6
+    endless = name == "threads without end"
+    outcome = run_program(FORBIDDEN[name], "", Limits(timeout=2.0) if endless else LIMITS)
+    assert outcome.status in ("crashed", "timeout") if endless else outcome.status == "crashed", outcome
     assert not os.path.exists("/tmp/hsd-sandbox-was-here") and not os.path.exists("/dev/shm/hsd-sandbox-was-here")
 
 
@@ -88,7 +87,7 @@ def test_what_landlock_alone_stops():
 def test_without_layers_the_group_is_still_killed():
     """Children that stay in the program's process group end with it, and the limits hold."""
     fork = "import os, time\nif os.fork() == 0:\n    time.sleep(60)\nprint(1)"
-    outcome = sandbox._run(fork, layers=(), limits=Limits(timeout=3.0))
+    outcome = sandbox._run(fork, layers=(), limits=LIMITS)
     assert outcome.status == "finished"  # the fixture finds no leftovers
     assert "MemoryError" in sandbox._run(FORBIDDEN["ten gigabytes"], layers=()).detail
 
