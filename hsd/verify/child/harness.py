@@ -29,6 +29,7 @@ def main() -> None:
     job = json.loads(_read(job_fd))
     confine.lower_limits(job["timeout"], job["memory"], job["file_size"])
     _die_first()
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # one buffer per core would not fit into the address space
     separated = confine.separate(job["layers"])
     confine.die_with_parent()
     outer = separated + confine.shut_files(job["layers"])
@@ -90,7 +91,6 @@ def _program(job: dict[str, Any], channel: socket.socket, grants: int, separated
     code = 1
     try:
         confine.die_with_parent()
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # one buffer per core would not fit into the address space
         tests = job["mode"] == "tests"
         granted = separated + confine.shut_files(job["layers"]) + confine.shut_calls(job["layers"], separated)
         os.write(grants, " ".join(granted).encode())

@@ -188,6 +188,17 @@ def test_reward_keeps_the_order_and_leaves_other_rows_alone():
         code_reward(["a"], [])
 
 
+def test_numpy_on_both_sides():
+    pytest.importorskip("numpy")
+    program = "import numpy as np\ndef f(x): return np.linalg.inv(np.array(x))"
+    tests = {
+        "setup": "import numpy as np",
+        "asserts": ["assert np.allclose(f([[2, 0], [0, 4]]) @ np.eye(2), [[0.5, 0], [0, 0.25]])"],
+    }
+    result = verify_code(program, tests, limits=LIMITS)
+    assert result.status is Status.CORRECT, result
+
+
 def test_off_the_main_thread_and_several_at_a_time():
     results = []
     thread = threading.Thread(target=lambda: results.extend(code_reward([RIGHT] * 6, [ADD_ONE] * 6, workers=3)))
