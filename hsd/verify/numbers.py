@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from hsd.verify.status import Completion, check_column, completion_text
 
 # A sign counts only where no operand stands before it ("7-5" ends in 5). Thousands groups come before plain
 # digits, so that "1,234" is one number; a comma or a period with no digit after it is punctuation.
@@ -52,7 +54,7 @@ def final_answer(text: str) -> str:
 
 
 def number_reward(
-    completions: Sequence[str | Sequence[Mapping[str, Any]]],
+    completions: Sequence[Completion],
     answer: Sequence[str | int | float],
     **kwargs: Any,
 ) -> list[float]:
@@ -61,21 +63,8 @@ def number_reward(
     A completion is a string, or a chat of which the last message counts; an answer is a number or a text for
     `final_answer`.
     """
-    if len(answer) != len(completions):
-        raise ValueError(f"answer: expected {len(completions)} entries, got {len(answer)}")
+    check_column("answer", answer, completions)
     return [
-        float(numbers_equal(_completion_text(completion), final_answer(str(target))))
+        float(numbers_equal(completion_text(completion), final_answer(str(target))))
         for completion, target in zip(completions, answer, strict=True)
     ]
-
-
-def _completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    text: Any = completion
-    if isinstance(completion, Sequence) and not isinstance(completion, str) and completion:
-        text = completion[-1].get("content") if isinstance(completion[-1], Mapping) else None
-    if not isinstance(text, str):
-        raise TypeError(
-            "completions: expected strings or lists of messages whose last one has a string as content, "
-            f"got {completion!r}"
-        )
-    return text

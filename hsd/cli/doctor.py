@@ -1,0 +1,230 @@
+"""``hsd doctor``: what is installed, which kernels and attention backends a run would use and why, how shut the sandbox
+is. Works without the ``[train]`` extras; what is missing is named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+HELP = "what is installed, which kernels and attention backends will be used and why, how shut the sandbox is"
+PACKAGES = {
+    "kernel": ("torch", "triton"),
+    "trainer": ("transformers", "trl", "accelerate", "datasets", "peft", "math-verify", "sympy", "matplotlib"),
+    "optional": ("vllm", "deepspeed", "liger-kernel", "flash-attn", "gguf", "trackio", "wandb", "tensorboard"),
+}
+Facts = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0, or 1 if a part is broken (not if it is only missing)."""
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    return 1 if _broken(report) else 0
+
+
+def examine() -> Facts:
+    """Every section's facts; a section that raises is ``{"broken": why}`` and does not hide the others."""
+    sections: dict[str, Callable[[], Facts]] = {
+        "packages": packages,
+        "machine": machine,
+        "row kernels": row_kernels,
+        "matrix products": matrix_products,
+        "tree attention": tree_attention,
+        "verifiers": verifiers,
+    }
+    return {name: _tried(section) for name, section in sections.items()}
+
+
+def packages() -> Facts:
+    found: Facts = {}
+    for group in PACKAGES.values():
+        for name in group:
+            try:
+                found[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                found[name] = None
+    return found
+
+
+def machine() -> Facts:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: Facts = {"python": platform.python_version(), "system": platform.platform(), "cpu": _cpu(), "cores": cores}
+    try:
+        import torch
+    except ImportError:
+        return found | {"gpus": [], "why no gpu": "torch is not installed"}
+    found["threads of torch"] = torch.get_num_threads()
+    found["gpus"] = [
+        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}, "
+        f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
+        for i in range(torch.cuda.device_count())
+    ]
+    if not found["gpus"]:
+        built = "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+        found["why no gpu"] = f"torch sees none ({built})"
+    return found
+
+
+def row_kernels() -> Facts:
+    """What ``impl="auto"`` takes, by device and dtype of the logits."""
+    import torch
+
+    from hsd_kernels import rows
+    from hsd_kernels.rows import cpp
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    chosen: Facts = {}
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # a broken library is a line of its own
+                name = rows.resolve("auto", torch.device(device), dtype).__name__.rpartition(".")[2]
+            chosen[f"{device} {str(dtype).removeprefix('torch.')}"] = {"impl": name, "why": _why_rows(device, name)}
+    if "cuda" not in devices:
+        chosen["cuda"] = {"impl": None, "why": "no GPU; with one of sm_80 or later: triton, else torch"}
+    if cpp.find() is None:
+        chosen["C++ library"] = {"built": False, "why": f"not built; run `{cpp.BUILD}`"}
+    else:
+        library = {"built": True, "file": str(cpp.find())}
+        try:
+            chosen["C++ library"] = library | {"instructions": cpp.VARIANTS[cpp.variant()]}
+        except RuntimeError as error:
+            chosen["C++ library"] = library | {"broken": str(error)}
+    return chosen
+
+
+def _why_rows(device: str, name: str) -> str:
+    import torch
+
+    if device == "cuda":
+        capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+        if name != "triton":
+            return f"sm_{capability} is below sm_80, or triton is not installed"
+        from hsd_kernels.configs import KERNELS, row_config
+
+        pinned = {kernel: row_config(kernel, capability) for kernel in KERNELS}
+        return "; ".join(f"{kernel}: {c.block_v} columns, {c.num_warps} warps" for kernel, c in pinned.items())
+    if name == "cpp":
+        return "the C++ library is built"
+    return "the C++ library is not built, or it does not load"
+
+
+def matrix_products() -> Facts:
+    """How bf16 operands get an fp32 result, on a CPU and on a GPU."""
+    import torch
+
+    from hsd_kernels import gemm
+
+    a = torch.zeros(2, 2, dtype=torch.bfloat16)
+    mkl = gemm.mkl_takes(a, a, torch.zeros(2, 2))
+    return {
+        "cpu float32": {"impl": "torch.mm", "why": "operands and result are fp32"},
+        "cpu bfloat16": {
+            "impl": "MKL bf16 x bf16 -> fp32" if mkl else "upcast to fp32, then torch.mm",
+            "why": "torch's CPU library exports cblas_gemm_bf16bf16f32"
+            if mkl
+            else "torch's CPU library does not export cblas_gemm_bf16bf16f32",
+        },
+        "cuda bfloat16": {"impl": "cuBLAS, out_dtype=float32", "why": "always"},
+    }
+
+
+def tree_attention() -> Facts:
+    """What ``backend="auto"`` takes where a group's sequences are read as one tree."""
+    import torch
+
+    try:
+        from hsd.tree.attention import choose_backend
+    except ImportError as error:
+        return {"all": {"backend": None, "why": f"{error}: the trainer's extras are not installed"}}
+
+    def chosen(device: str, dtype: torch.dtype, runs: int, softcap: float | None = None, sinks: Any = None) -> str:
+        starts = [500 * i for i in range(runs + 1)]
+        tree: Any = SimpleNamespace(
+            node=range(starts[-1]), key_node=range(starts[-1]), query_starts=starts, key_starts=starts
+        )
+        query: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
+        return choose_backend(tree, query, softcap, sinks)
+
+    half, wide = torch.bfloat16, torch.float32
+    found: Facts = {
+        "cpu, few branches": {"backend": chosen("cpu", wide, 1), "why": "a full mask costs less than gathering"},
+        "cpu, many branches": {
+            "backend": chosen("cpu", wide, 16),
+            "why": "each branch reads the keys on its path only",
+        },
+        "cuda float32": {"backend": chosen("cuda", wide, 16), "why": "the kernels for CUDA take half precision only"},
+        "cuda bfloat16": {"backend": chosen("cuda", half, 16), "why": "half precision"},
+        "cuda bfloat16, soft cap": {"backend": chosen("cuda", half, 16, softcap=30.0), "why": "varlen has no soft cap"},
+        "cuda bfloat16, sinks": {"backend": chosen("cuda", half, 16, sinks=1), "why": "neither kernel has sinks"},
+    }
+    if not torch.cuda.is_available():
+        found["note"] = "no GPU here: the lines for cuda say what one would use"
+    return found
+
+
+def verifiers() -> Facts:
+    from hsd.verify.sandbox import isolation
+
+    without = "text and plain numbers; what needs SymPy gets no reward: math-verify is missing"
+    found: Facts = {"math": "math-verify" if packages()["math-verify"] else without}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a weak sandbox is a line here
+        here = isolation()
+    return found | {"code sandbox": str(here), "level": here.level, "layers": list(here.layers)}
+
+
+def render(report: Facts) -> str:
+    lines = []
+    for title, section in report.items():
+        lines += ["", title]
+        if title == "packages" and "broken" not in section:
+            lines += _package_lines(section)
+            continue
+        for name, value in section.items():
+            text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+            if isinstance(value, dict):
+                head = next(iter(value.values()))
+                rest = "; ".join(str(v) if k == "why" else f"{k}: {v}" for k, v in list(value.items())[1:])
+                text = f"{'-' if head is None else head}{f'  ({rest})' if rest else ''}"
+            lines.append(f"  {name:<24} {text}")
+    return "\n".join(lines[1:])
+
+
+def _package_lines(found: Facts) -> list[str]:
+    lines = []
+    for group, names in PACKAGES.items():
+        have = ", ".join(f"{name} {found[name]}" for name in names if found[name])
+        lack = ", ".join(name for name in names if not found[name])
+        lines.append(f"  {group:<24} {have or '-'}{f'  (missing: {lack})' if lack else ''}")
+    return lines
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _tried(section: Callable[[], Facts]) -> Facts:
+    try:
+        return section()
+    except Exception as error:  # the doctor reports what is broken, whatever it is
+        return {"broken": f"{type(error).__name__}: {error}"}
+
+
+def _broken(facts: Facts) -> bool:
+    return "broken" in facts or any(_broken(value) for value in facts.values() if isinstance(value, dict))

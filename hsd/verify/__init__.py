@@ -1,0 +1,23 @@
+"""Verifiers: reward functions for any TRL trainer, and the judgements behind them, each with a status."""
+
+from hsd.verify.code import code_reward, verify_code
+from hsd.verify.math import math_reward, verify_math
+from hsd.verify.numbers import final_answer, last_number, number_reward, numbers_equal
+from hsd.verify.sandbox import Isolation, Limits, isolation
+from hsd.verify.status import Result, Status
+
+__all__ = [
+    "Isolation",
+    "Limits",
+    "Result",
+    "Status",
+    "code_reward",
+    "final_answer",
+    "isolation",
+    "last_number",
+    "math_reward",
+    "number_reward",
+    "numbers_equal",
+    "verify_code",
+    "verify_math",
+]

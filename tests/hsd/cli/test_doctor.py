@@ -1,0 +1,87 @@
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hsd.cli import doctor
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"trl", "transformers", "accelerate", "datasets", "peft", "matplotlib"}:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+import argparse
+from hsd.cli import doctor
+assert "torch" not in sys.modules
+sys.exit(doctor.run(argparse.Namespace(json=True)))
+"""
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """The report of an installation without the trainer's extras."""
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=120)
+    return done, json.loads(done.stdout or "{}")
+
+
+def test_it_works_without_the_trainers_extras(bare):
+    done, report = bare
+    assert done.returncode == 0, done.stderr
+    assert "transformers is blocked" in report["tree attention"]["all"]["why"]
+    assert set(report["row kernels"]) >= {"cpu float32", "cpu bfloat16", "C++ library"}
+    assert report["verifiers"]["level"] in ("strong", "partial", "limits")
+
+
+def test_missing_packages_are_named(monkeypatch):
+    def version(name):
+        if name in ("vllm", "trl"):
+            raise doctor.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    text = doctor.render({"packages": doctor.packages()})
+    assert "(missing: trl)" in text and "(missing: vllm)" in text and "torch 1.0" in text
+
+
+def test_the_rows_are_those_that_run(monkeypatch):
+    from hsd_kernels.rows import cpp
+
+    monkeypatch.setattr(cpp, "find", lambda: None)
+    rows = doctor.row_kernels()
+    assert rows["cpu bfloat16"]["impl"] == "torch" and rows["C++ library"]["built"] is False
+    assert cpp.BUILD in doctor.render({"row kernels": rows})
+
+
+def test_a_library_that_does_not_load_is_broken_and_hides_nothing(monkeypatch, tmp_path, capsys):
+    from hsd_kernels.rows import cpp
+
+    broken = tmp_path / "_cpu.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(cpp, "find", lambda: broken)
+    cpp.variant.cache_clear()
+    monkeypatch.setattr(doctor, "verifiers", lambda: 1 / 0)
+    assert doctor.run(argparse.Namespace(json=True)) == 1
+    cpp.variant.cache_clear()
+    report = json.loads(capsys.readouterr().out)
+    assert "expected a library that loads" in report["row kernels"]["C++ library"]["broken"]
+    assert report["row kernels"]["cpu float32"]["impl"] == "torch"
+    assert report["verifiers"]["broken"].startswith("ZeroDivisionError") and "python" in report["machine"]
+
+
+def test_tree_attention_asks_the_trainers_own_rule():
+    pytest.importorskip("transformers")
+    found = doctor.tree_attention()
+    assert found["cuda bfloat16"]["backend"] == "varlen" and found["cpu, many branches"]["backend"] == "gather"
+
+
+def test_arguments_and_the_printed_report(capsys):
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    assert doctor.HELP and parser.parse_args(["--json"]).json is True
+    assert doctor.run(parser.parse_args([])) == 0
+    text = capsys.readouterr().out
+    assert all(title in text for title in ("packages", "row kernels", "matrix products", "code sandbox"))

@@ -1,0 +1,96 @@
+import pytest
+
+from hsd.verify.answers import extract_answer, normalized, plain_number, same_text
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{5} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}} is it", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed 7$", "7"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed{5} no, \boxed{7", None),  # cut off: the earlier one was taken back
+        (r"\boxed{}", None),
+        (r"\boxedfoo 3", r"\boxedfoo 3"),
+        ("work\n#### 1,234\n", "1,234"),
+        ("The answer is $x^2$.\nBye", "x^2"),
+        ("Final Answer: **(3, 4)**", "(3, 4)"),
+        ("first\nso $a$ and then $b + 1$", "b + 1"),
+        (r"so \(\frac12\)", r"\frac12"),
+        (r"it is $\$32,\!348$.", r"\$32,\!348"),
+        ("the answer is:", "the answer is:"),
+        ("  \n", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (r"\dfrac{1}{2}", r"\frac12"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
+        (r"\$18.90", "18.90"),
+        ("$5$", "5"),
+        (r"\text{Evelyn}", "evelyn"),
+        (r"\text{(A)}", "A"),
+        ("1,234", "1234"),
+        (r"11,\! 111", "11111"),
+        (r"10\text{ cm}^2", "10"),
+        ("18 dollars.", "18"),
+        (r"45^\circ", "45"),
+        (r"45^{\circ}", "45"),
+        ("x = 5", "5"),
+        (r"x \in [-2,7]", "[-2,7]"),
+        (r"\sqrt3", r"\sqrt{3}"),
+        ("\u22125", "-5"),
+        (r"5\%", "5%"),
+        (r"1\frac{4}{5}", "1 4/5"),
+    ],
+)
+def test_same_text(a, b):
+    assert same_text(a, b) and same_text(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("5 million", "5"),
+        (r"5\text{ percent}", "5"),
+        ("5 pi", "5"),
+        ("5x", "5"),
+        ("(1,2)", "[1,2]"),
+        ("1,2", "12"),
+        (r"\text{Evelyn}", r"\text{Eve}"),
+        ("nylevE", "Evelyn"),
+        ("", ""),
+        ("2_5", "25"),
+        ("a", "A"),  # as symbols they differ
+    ],
+)
+def test_different_text(a, b):
+    assert not same_text(a, b)
+
+
+def test_plain_number():
+    assert plain_number(r"\$1,234.50") == plain_number("1234.5 dollars") == plain_number("+1234.5")
+    assert plain_number(r"3\text{ million}") == plain_number("3 million.") == 3_000_000
+    assert plain_number("5 percent") is None and plain_number("5 pi") is None
+    assert plain_number(".5") == plain_number("0.5") and plain_number("-0") == plain_number("0")
+    for text in ("1/2", "1e3", "5x", "", ".", "-", "12,34", "1.2.3", r"\frac12", "\u0663"):
+        assert plain_number(text) is None, text
+
+
+def test_hostile_text_is_read_in_linear_time():
+    import time
+
+    start = time.perf_counter()
+    for text in (r"\boxed{" * 20_000, "{" * 100_000, "$" * 100_000, "answer is" * 20_000, r"\text{" * 20_000):
+        extract_answer(text)
+    for text in ("5 " + "a " * 500, "\\text{" * 160, "1," * 500, "\\left" * 200, " " * 1000, "5" + " a" * 499):
+        normalized(text)
+    assert time.perf_counter() - start < 2
