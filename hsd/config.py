@@ -1,49 +1,71 @@
-"""`HSDConfig`: GRPO's configuration plus what Hindsight Self-Distillation adds."""
+"""`HSDConfig`: GRPO's configuration plus what the self-distillation family adds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from hsd.loss import Objective
+from hsd.methods import HSD_DEFAULTS, METHODS, Method
 from hsd.peers import PEER_RULES
 
 SHARING = ("auto", "tree", "prompt", "none")
-
-TEACHERS = ("live", "ema", "fixed")
+TEACHERS = ("live", "ema", "fixed", "trust_region")
 # Options of GRPO's policy-gradient loss: set to anything else, they would silently do nothing.
 UNUSED = (
     "loss_type",
     "importance_sampling_level",
-    "epsilon",
     "delta",
     "top_entropy_quantile",
     "entropy_coef",
     "use_adaptive_entropy",
     "off_policy_mask_threshold",
 )
+UNUSED_WITHOUT_POLICY_TERM = ("epsilon", "epsilon_high")
+
+# A number, or [start, end, steps]: linear in optimizer steps, then constant.
+Schedule = float | list[float]
 
 
 @dataclass
 class HSDConfig(GRPOConfig):
-    """TRL's `GRPOConfig` with what the HSD update needs. The paper's values (arXiv 2606.15576) are the defaults of the
-    learning rate, its constant schedule, Adam's beta2, top_p, the group size and temperature, the live teacher and the
-    reference coefficient; lengths, batch and steps are the user's.
+    """TRL's `GRPOConfig` with what the update needs. The HSD paper's values (arXiv 2606.15576) are the defaults of the
+    learning rate, its constant schedule, Adam's beta2, top_p, the group size and temperature; lengths, batch and steps
+    are the user's. Options that are None here are the method's to decide (`hsd.methods`), and hold its choice
+    afterwards.
 
     Args:
-        peer_rule: how a rollout's peer is drawn from the other successes of its group: "uniform", "paired",
+        method: "hsd", "opsd", "sdpo", "sdft", "rlsd", "grpo+opsd", or, with TRL's own loss, "grpo", "dr_grpo", "gspo",
+            "dapo". Each is a page in docs/methods.md.
+        divergence_coef, policy_coef: weights of the divergence from the teacher and of GRPO's clipped surrogate over
+            the same rollouts. A number, or [start, end, steps]: linear in optimizer steps, then constant.
+        advantage_mix: for "rlsd": share of the teacher's weights in the advantage, a schedule as above.
+        peer_rule: how a rollout's peer is drawn from the other successes of its group: "uniform", "paired", "first",
             "shortest", "highest_perplexity" or "lowest_perplexity". "auto" is "paired" where prefixes are shared, which
             has the same expected gradient and at most two contexts a group, and else "uniform".
+        show_answer: whether the answer stands beside a demonstration.
+        fallback: what a rollout without a demonstration is shown: "answer", or nothing, and it is left out ("mask").
         divergence: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), or "jsd".
         jsd_beta: the teacher's share of the mixture, for "jsd".
         kl_temperature: divides the logits of both sides in the loss (sampling has its own ``temperature``).
-        kl_clip: OPSD's pointwise clip of the vocabulary summands.
-        teacher: whose weights read the privileged context. "live" is the student of the moment, the paper's setting
-            at learning rate 1e-6; at that of the small world it runs away (docs/teachers.md), and
-            "ema" or "fixed" (the initial policy; with LoRA, adapters off) hold.
+        kl_clip: OPSD's pointwise clip of the vocabulary summands; 0 is none.
+        loss_mean: over the tokens of a rollout, then over rollouts ("rollout"), or over all tokens of the step
+            ("token"). Of the divergence; the policy term is a mean over rollouts.
+        importance_cap: multiplies a token's divergence by min(pi / pi_old, cap) where rollouts are older than the
+            policy; 0 is no such weight.
+        teacher: whose weights read the privileged context: "live", "fixed", "ema" or "trust_region"
+            (`hsd.policies`). "live" is HSD's setting at learning rate 1e-6; at that of the small world it runs away
+            (docs/teachers.md).
         teacher_ema_rate: share of the student that enters an "ema" teacher at each optimizer step.
-        reference_coef: weight of the exact KL(student || initial policy). GRPO's own ``beta`` must stay 0.
+        trust_region_share: share of the live logits in those of a "trust_region" teacher.
+        reference_coef: weight of KL(student || reference policy). GRPO's own ``beta`` must stay 0, except with TRL's
+            losses, where it is the only one.
+        reference_kl: "exact" over the full vocabulary, in the same pass, or "k3" at the sampled token.
+        reference_refresh_steps: every so many steps the reference becomes an average of the policy; None keeps the
+            initial policy.
+        reference_ema_rate: share of the policy that enters that average at each step.
         success_reward: a rollout whose (weighted) reward reaches this is a success and may be a peer.
         max_teacher_prompt_length: tokens; a longer teacher prompt has its demonstration's tail cut.
         with_peer_template, answer_only_template: `str.format` templates of the privileged context, see
@@ -61,14 +83,26 @@ class HSDConfig(GRPOConfig):
     lr_scheduler_type: str = "constant"
     adam_beta2: float = 0.95
     top_p: float = 0.95
-    peer_rule: str = "auto"
-    divergence: str = "forward_kl"
-    jsd_beta: float = 0.5
-    kl_temperature: float = 1.0
+    method: str = "hsd"
+    divergence_coef: Schedule | None = None
+    policy_coef: Schedule | None = None
+    advantage_mix: Schedule | None = None
+    peer_rule: str | None = None
+    show_answer: bool | None = None
+    fallback: str | None = None
+    divergence: str | None = None
+    jsd_beta: float | None = None
+    kl_temperature: float | None = None
     kl_clip: float | None = None
-    teacher: str = "live"
-    teacher_ema_rate: float = 0.005
-    reference_coef: float = 0.001
+    loss_mean: str | None = None
+    importance_cap: float | None = None
+    teacher: str | None = None
+    teacher_ema_rate: float | None = None
+    trust_region_share: float = 0.05
+    reference_coef: float | None = None
+    reference_kl: str = "exact"
+    reference_refresh_steps: int | None = None
+    reference_ema_rate: float = 0.01
     success_reward: float = 1.0
     max_teacher_prompt_length: int | None = None
     with_peer_template: str | None = None
@@ -78,51 +112,127 @@ class HSDConfig(GRPOConfig):
     kernel_impl: str = "auto"
     chunk_bytes: int | None = None
     logging_steps: float = 1
-    # The loss has no importance ratios; with vLLM the correction would cost TRL full logits for a ratio nobody reads.
+    # The loss has no rollout-engine correction; with vLLM it would cost TRL full logits for a ratio nobody reads.
     vllm_importance_sampling_correction: bool = False
 
     def __post_init__(self):
+        _one_of("method", self.method, tuple(METHODS))
+        self._take_defaults()
         super().__post_init__()
-        inherited = {f.name: f.default for f in fields(GRPOConfig)}
-        for name in UNUSED:
-            if name in inherited and getattr(self, name) != inherited[name]:
-                raise ValueError(
-                    f"{name}: expected {inherited[name]!r}, GRPO's default, because the HSD loss does not use it, "
-                    f"got {getattr(self, name)!r}"
-                )
+        self._check()
+
+    def _take_defaults(self) -> None:
+        """Where the user left the choice to the method."""
+        trl_loss, chosen = self.spec.trl_loss, self.spec.defaults
+        own = HSD_DEFAULTS | ({"reference_coef": 0.0} if trl_loss else dict(chosen))
+        for name in HSD_DEFAULTS:
+            if getattr(self, name) is None:
+                setattr(self, name, own[name])
+        if trl_loss:
+            inherited = _grpo_defaults()
+            for name, value in chosen.items():
+                if getattr(self, name) == inherited[name]:
+                    setattr(self, name, value)
+
+    def _check(self) -> None:
+        policy_term = self.policy_coef != 0.0
+        if not self.spec.trl_loss:
+            inherited = _grpo_defaults()
+            for name in (*UNUSED, *(() if policy_term else UNUSED_WITHOUT_POLICY_TERM)):
+                if name in inherited and getattr(self, name) != inherited[name]:
+                    raise ValueError(
+                        f"{name}: expected {inherited[name]!r}, GRPO's default, because the loss of method="
+                        f"{self.method!r} does not use it, got {getattr(self, name)!r}"
+                    )
+        for name in ("divergence_coef", "policy_coef", "advantage_mix"):
+            _check_schedule(name, getattr(self, name))
         _one_of("peer_rule", self.peer_rule, ("auto", *PEER_RULES))
+        _one_of("fallback", self.fallback, ("answer", "mask"))
+        _one_of("loss_mean", self.loss_mean, ("rollout", "token"))
+        _one_of("reference_kl", self.reference_kl, ("exact", "k3"))
         _one_of("prefix_sharing", self.prefix_sharing, SHARING)
-        if self.tree_token_budget is not None and self.tree_token_budget < 1:
-            raise ValueError(f"tree_token_budget: expected a positive number or None, got {self.tree_token_budget}")
         _one_of("divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd"))
         _one_of("teacher", self.teacher, TEACHERS)
-        if self.beta != 0.0:
+        for name in ("tree_token_budget", "reference_refresh_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected a positive number or None, got {value}")
+        for name in ("teacher_ema_rate", "reference_ema_rate", "trust_region_share"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}: expected a number in (0, 1], got {getattr(self, name)}")
+        for name in ("reference_coef", "kl_clip", "importance_cap"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        if self.importance_cap and self.kl_temperature != self.temperature:
+            raise ValueError(
+                f"importance_cap: expected 0 where the loss has another temperature ({self.kl_temperature}) than "
+                f"sampling ({self.temperature}), whose ratio pi / pi_old would be of two policies, got "
+                f"{self.importance_cap}"
+            )
+        if self.spec.trl_loss and self.reference_coef:
+            raise ValueError(
+                f"reference_coef: expected 0 with method={self.method!r}, whose loss is TRL's, got "
+                f"{self.reference_coef}; use GRPO's beta"
+            )
+        if self.beta != 0.0 and not self.spec.trl_loss:
             raise ValueError(
                 f"beta: expected 0 (GRPO's beta loads a second reference and samples its KL), got {self.beta}; "
-                "use reference_coef for the exact KL(student || initial policy)"
+                "use reference_coef for KL(student || initial policy), and reference_kl='k3' to sample it"
             )
-        if not 0.0 < self.teacher_ema_rate <= 1.0:
-            raise ValueError(f"teacher_ema_rate: expected a number in (0, 1], got {self.teacher_ema_rate}")
-        if self.reference_coef < 0.0:
-            raise ValueError(f"reference_coef: expected a number >= 0, got {self.reference_coef}")
+        if self.reference_refresh_steps is not None and not self.reference_coef:
+            raise ValueError("reference_refresh_steps: expected None without reference_coef, which is 0")
         if not self.num_generations or self.num_generations < 2:
             raise ValueError(f"num_generations: expected at least 2 rollouts a group, got {self.num_generations}")
         if (self.with_peer_template is None) != (self.answer_only_template is None):
             raise ValueError("with_peer_template, answer_only_template: expected both or neither")
 
     @property
-    def objective(self) -> Objective:
+    def spec(self) -> Method:
+        return METHODS[self.method]
+
+    @property
+    def has_teacher(self) -> bool:
+        return not self.spec.trl_loss
+
+    def objective(self, step: int) -> Objective:
+        """The objective at an optimizer step, counted from 0."""
         return Objective(
-            divergence=self.divergence,
-            beta=self.jsd_beta,
-            temperature=self.kl_temperature,
-            kl_clip=self.kl_clip,
-            reference_coef=self.reference_coef,
+            divergence=self.divergence,  # type: ignore[arg-type]
+            beta=self.jsd_beta,  # type: ignore[arg-type]
+            temperature=self.kl_temperature,  # type: ignore[arg-type]
+            kl_clip=self.kl_clip or None,
+            divergence_coef=scheduled(self.divergence_coef, step),
+            importance_cap=self.importance_cap or None,
+            reference_coef=self.reference_coef,  # type: ignore[arg-type]
+            reference_kl=self.reference_kl,
+            policy_coef=scheduled(self.policy_coef, step),
+            advantage_mix=scheduled(self.advantage_mix, step),
+            epsilon_low=self.epsilon,
+            epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
+            sampling_temperature=self.temperature,
             chunk_bytes=self.chunk_bytes,
             impl=self.kernel_impl,
         )
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def scheduled(value: Any, step: int) -> float:
+    """``value`` itself, or, for [start, end, steps], the straight line from start to end at ``step``."""
+    if not isinstance(value, list | tuple):
+        return float(value)
+    start, end, steps = value
+    return start + (end - start) * min(step / steps, 1.0)
+
+
+def _check_schedule(name: str, value: Any) -> None:
+    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value, 1]
+    if len(numbers) != 3 or not all(isinstance(x, int | float) and x >= 0.0 for x in numbers) or numbers[2] < 1:
+        raise ValueError(f"{name}: expected a number >= 0 or [start, end, steps], got {value!r}")
+
+
+def _grpo_defaults() -> dict[str, Any]:
+    return {f.name: f.default for f in fields(GRPOConfig)}
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")

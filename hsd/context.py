@@ -1,13 +1,14 @@
 """The privileged context ``c_i`` in the teacher's prompt ``[q ; c_i]`` (arXiv 2606.15576).
 
-``c_i = (a*, o_i+)`` when rollout i has a successful peer, else ``c_i = a*`` (endpoint fallback). The context
-is appended to the question, so the teacher's prompt shares the question's tokens with the student's.
+``c_i = (a*, o_i+)`` when rollout i has a successful peer, else ``c_i = a*`` (endpoint fallback). Other methods show a
+demonstration alone, or feedback. The context is appended to the question, so the teacher's prompt shares the
+question's tokens with the student's.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,12 +35,14 @@ def _check_fields(name: str, template: str, required: set[str]) -> None:
 
 @dataclass(frozen=True)
 class ContextTemplate:
-    """The words of the privileged context: two ``str.format`` templates, appended to the question.
+    """The words of the privileged context: ``str.format`` templates, appended to the question.
 
     Args:
         with_peer: Must use both ``{answer}`` and ``{demonstration}``: ``a*`` stays explicit even with a peer,
             which steadies the teacher after the divergence position.
         answer_only: Must use ``{answer}`` and must not use ``{demonstration}``.
+        demonstration_only: Must use ``{demonstration}`` only: methods that do not show the answer.
+        feedback_only: Must use ``{feedback}`` only: what the environment said about this rollout.
 
     Raises:
         ValueError: A template lacks a field it must use, uses another one, or is not a valid format string.
@@ -47,10 +50,22 @@ class ContextTemplate:
 
     with_peer: str
     answer_only: str
+    demonstration_only: str = (
+        "\n\nHere is a correct solution to the same problem.\n\n"
+        "Correct solution:\n{demonstration}\n\n"
+        "Now solve the problem in your own words."
+    )
+    feedback_only: str = (
+        "\n\nHere is feedback on an earlier, unsuccessful attempt at the problem.\n\n"
+        "Feedback:\n{feedback}\n\n"
+        "Now solve the problem in your own words."
+    )
 
     def __post_init__(self) -> None:
         _check_fields("with_peer", self.with_peer, {"answer", "demonstration"})
         _check_fields("answer_only", self.answer_only, {"answer"})
+        _check_fields("demonstration_only", self.demonstration_only, {"demonstration"})
+        _check_fields("feedback_only", self.feedback_only, {"feedback"})
 
 
 DEFAULT_CHAT_TEMPLATE = ContextTemplate(
@@ -71,6 +86,8 @@ DEFAULT_CHAT_TEMPLATE = ContextTemplate(
 DEFAULT_TEXT_TEMPLATE = ContextTemplate(
     with_peer=DEFAULT_CHAT_TEMPLATE.with_peer + "\n\nSolution:",
     answer_only=DEFAULT_CHAT_TEMPLATE.answer_only + "\n\nSolution:",
+    demonstration_only=DEFAULT_CHAT_TEMPLATE.demonstration_only + "\n\nSolution:",
+    feedback_only=DEFAULT_CHAT_TEMPLATE.feedback_only + "\n\nSolution:",
 )
 
 
@@ -80,13 +97,14 @@ class PrivilegedContext:
 
     Attributes:
         prompt_ids: The token ids of the whole teacher prompt.
-        kind: ``"peer"`` when a demonstration is in it, else ``"answer_only"``.
-        demonstration_tokens: How many of the demonstration's token ids were kept; 0 for ``"answer_only"``.
+        kind: ``"peer"`` when a demonstration is in it, ``"answer_only"``, ``"feedback"``, or ``"nothing"``: the
+            question alone.
+        demonstration_tokens: How many of the demonstration's token ids were kept.
         truncated: Whether the demonstration was cut, or left out altogether, to fit ``max_length``.
     """
 
     prompt_ids: tuple[int, ...]
-    kind: Literal["peer", "answer_only"]
+    kind: Literal["peer", "answer_only", "feedback", "nothing"]
     demonstration_tokens: int
     truncated: bool
 
@@ -94,10 +112,11 @@ class PrivilegedContext:
 def build_context(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    answer: str,
-    demonstration_ids: Sequence[int] | None,
+    answer: str | None,
+    demonstration: Sequence[int] | str | None,
     template: ContextTemplate,
     *,
+    feedback: str | None = None,
     max_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PrivilegedContext:
@@ -109,13 +128,14 @@ def build_context(
     Args:
         tokenizer: Must have a chat template when ``prompt`` is a list of messages.
         prompt: The question ``q``.
-        answer: The ground-truth answer ``a*``; braces in it are plain characters.
-        demonstration_ids: Token ids of the peer ``o_i+``. None, or ids that decode to nothing but white space
-            and special tokens, give the answer-only context.
+        answer: The ground-truth answer ``a*``; braces in it are plain characters. None is not shown.
+        demonstration: Token ids of the peer ``o_i+``, or a text. None, or ids that decode to nothing but white
+            space and special tokens, leave the answer, else the feedback, else nothing.
         template: The wording.
+        feedback: Shown where there is neither a demonstration nor an answer.
         max_length: Limit on the teacher prompt in tokens, rollout excluded. To fit, the tail of the
-            demonstration is cut, never the question nor the answer; when no token of it fits, the context
-            becomes answer-only.
+            demonstration (or feedback) is cut, never the question nor the answer; when no token of it fits, it is
+            left out.
         chat_template_kwargs: Passed to ``tokenizer.apply_chat_template``; use what the student's prompt uses.
 
     Raises:
@@ -128,29 +148,56 @@ def build_context(
     limit = float("inf") if max_length is None else max_length
 
     def prompt_ids(context: str) -> tuple[int, ...]:
-        return tokenize_prompt(tokenizer, _append(prompt, context), chat_template_kwargs=chat_template_kwargs)
+        asked = _append(prompt, context) if context else prompt
+        return tokenize_prompt(tokenizer, asked, chat_template_kwargs=chat_template_kwargs)
 
-    total = len(demonstration_ids) if demonstration_ids is not None else 0
-    kept = total
-    while demonstration_ids is not None and kept > 0:
-        demonstration = _decode(tokenizer, demonstration_ids[:kept])
-        if kept < total:
-            demonstration = demonstration.rstrip("\ufffd")  # a character whose last bytes were cut off
-        if not demonstration.strip():
-            break
-        ids = prompt_ids(template.with_peer.format(answer=answer, demonstration=demonstration))
-        if len(ids) <= limit:
+    def with_demonstration(text: str) -> tuple[int, ...]:
+        if answer is None:
+            return prompt_ids(template.demonstration_only.format(demonstration=text))
+        return prompt_ids(template.with_peer.format(answer=answer, demonstration=text))
+
+    cut = demonstration is not None
+    if demonstration is not None:
+        ids, kept, total = _fit(tokenizer, demonstration, with_demonstration, limit)
+        if ids is not None:
             return PrivilegedContext(ids, "peer", kept, truncated=kept < total)
-        # Decoded text can tokenize into other tokens than it came from, so this may take a few rounds.
-        kept -= len(ids) - int(limit)
+        cut = kept < total
+    elif answer is None and feedback:
+        ids, kept, total = _fit(
+            tokenizer, feedback, lambda text: prompt_ids(template.feedback_only.format(feedback=text)), limit
+        )
+        if ids is not None:
+            return PrivilegedContext(ids, "feedback", 0, truncated=kept < total)
+        cut = kept < total
 
-    ids = prompt_ids(template.answer_only.format(answer=answer))
+    ids = prompt_ids("" if answer is None else template.answer_only.format(answer=answer))
     if len(ids) > limit:
         raise ValueError(
             f"max_length: expected at least {len(ids)} tokens, which the question and the answer take "
             f"without any demonstration, got {max_length}"
         )
-    return PrivilegedContext(ids, "answer_only", 0, truncated=kept < total)
+    return PrivilegedContext(ids, "nothing" if answer is None else "answer_only", 0, truncated=cut)
+
+
+def _fit(
+    tokenizer: Any, shown: Sequence[int] | str, prompt_with: Callable[[str], tuple[int, ...]], limit: float
+) -> tuple[tuple[int, ...] | None, int, int]:
+    """(prompt, tokens kept, tokens in all) with as much of the beginning of ``shown`` as fits; None for no prompt."""
+    tokens = tokenizer(text=shown, add_special_tokens=False)["input_ids"] if isinstance(shown, str) else shown
+    kept = total = len(tokens)
+    while kept > 0:
+        text = shown if isinstance(shown, str) and kept == total else _decode(tokenizer, tokens[:kept])
+        assert isinstance(text, str)
+        if kept < total:
+            text = text.rstrip("\ufffd")  # a character whose last bytes were cut off
+        if not text.strip():
+            break
+        ids = prompt_with(text)
+        if len(ids) <= limit:
+            return ids, kept, total
+        # Decoded text can tokenize into other tokens than it came from, so this may take a few rounds.
+        kept -= len(ids) - int(limit)
+    return None, kept, total
 
 
 def tokenize_prompt(

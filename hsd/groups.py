@@ -19,7 +19,6 @@ class Rollout:
         reward: The verifier's score ``R_i``.
         mean_logp: Mean log-probability (nats) of its tokens under the policy that sampled it. Only the
             perplexity rules of :func:`hsd.peers.choose_peers` need it.
-        truncated: Whether the rollout stopped at the length limit.
 
     Raises:
         TypeError: ``token_ids`` is not a tuple of ints, or ``reward`` or ``mean_logp`` is not a number.
@@ -29,7 +28,6 @@ class Rollout:
     token_ids: tuple[int, ...]
     reward: float
     mean_logp: float | None = None
-    truncated: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.token_ids, tuple):

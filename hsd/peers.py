@@ -8,7 +8,7 @@ import random
 
 from hsd.groups import Group
 
-PEER_RULES = ("uniform", "paired", "shortest", "highest_perplexity", "lowest_perplexity")
+PEER_RULES = ("uniform", "paired", "first", "shortest", "highest_perplexity", "lowest_perplexity")
 
 
 def choose_peers(group: Group, rule: str = "uniform", *, rng: random.Random) -> list[int | None]:
@@ -20,10 +20,11 @@ def choose_peers(group: Group, rule: str = "uniform", *, rng: random.Random) -> 
             A gets B. Each rollout's peer is still uniform over its ``S_i``, so the expected gradient is the
             same, but a group has at most two distinct peers and so at most two distinct contexts with a peer.
             With a single success everyone else gets it.
+        ``"first"``: the first other success, SDPO's rule.
         ``"shortest"``: the peer with the fewest tokens.
         ``"highest_perplexity"``, ``"lowest_perplexity"``: by ``exp(-mean_logp)``.
 
-    The last three do not draw from ``rng``; ties go to the lowest index.
+    The last four do not draw from ``rng``; ties go to the lowest index.
 
     Returns:
         One entry for each rollout, never its own index; None where ``S_i`` is empty (the endpoint fallback:
@@ -74,6 +75,8 @@ def _paired(group: Group, rng: random.Random) -> list[int | None]:
 def _rank(group: Group, j: int, rule: str) -> float:
     """The smallest rank is chosen."""
     rollout = group.rollouts[j]
+    if rule == "first":
+        return j
     if rule == "shortest":
         return len(rollout.token_ids)
     if rollout.mean_logp is None:

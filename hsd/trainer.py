@@ -1,8 +1,8 @@
-"""`HSDTrainer`: TRL's GRPO rollouts, rewards, logging and checkpoints; the update is Hindsight Self-Distillation.
+"""`HSDTrainer`: TRL's GRPO rollouts, rewards, logging and checkpoints; the update is self-distillation's.
 
-Two hooks carry the method. After a batch is generated and scored, every rollout gets a peer from its own group and the
-teacher's prompt ``[q ; c_i]`` is built. In the loss, teacher and student read the same rollout tokens and meet in
-`hsd.loss.hsd_loss`, over hidden states; logits are never made.
+Two hooks carry it. After a batch is generated and scored, every rollout gets what its teacher is shown (for HSD a peer
+from its own group) and the teacher's prompt ``[q ; c_i]`` is built. In the loss, teacher and student read the same
+rollout tokens and meet in `hsd.loss.method_loss`, over hidden states; logits are never made.
 """
 
 from __future__ import annotations
@@ -22,31 +22,35 @@ from trl.trainer.utils import pad, split_tensor_dict
 from hsd.body import Split, check_split, split_model
 from hsd.callbacks import RunFiles
 from hsd.config import HSDConfig
-from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, build_context
-from hsd.credit import credit, credit_at_divergence, credit_mass, divergence_position
-from hsd.frozen import adapters_off, ema_update_, frozen_copy, in_eval_mode, load_policy_, save_policy
-from hsd.groups import Group, Rollout
-from hsd.loss import LossOutput, Side, frozen_side, hsd_loss, read_rollouts
-from hsd.peers import choose_peers, peer_rng
+from hsd.context import ContextTemplate
+from hsd.credit import credit, credit_at_divergence, credit_mass
+from hsd.frozen import in_eval_mode
+from hsd.groups import Rollout
+from hsd.loss import LossOutput, Objective, Rollouts, Side, method_loss, read_rollouts, rollout_weights
+from hsd.policies import FrozenPolicies
+from hsd.sampled import sampled_logps
+from hsd.teaching import Lesson, make_lessons
 from hsd.tree.batch import pack_batch, pad_states, pays, shuffle_groups
 from hsd.tree.check import try_tree, warn_unshared
 from hsd.tree.forward import Pack, read_frozen, read_live_teacher, read_student, rows_of
 from hsd.tree.two_phase import two_phase_loss
-from hsd_kernels import HSDKLOutput, fused_hsd_kl
+from hsd_kernels import HSDKLOutput
 
-INITIAL_POLICY = "initial_policy.safetensors"
-EMA_TEACHER = "ema_teacher.safetensors"
+# What the environment says about each completion: called with prompts=, completions= and the data-set columns.
+FeedbackFn = Callable[..., Sequence[str | None]]
 
 
 class HSDTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer` with the HSD update (arXiv 2606.15576). The data set needs a ``prompt`` and an ``answer``.
+    """`trl.GRPOTrainer` with the update of HSD (arXiv 2606.15576) or of another method of the family.
 
-    Args: as `GRPOTrainer`, with an `HSDConfig`, and
+    Args: as `GRPOTrainer`, with an `HSDConfig` and a data set with ``prompt`` and ``answer`` (and the columns that
+    the method needs), and
 
         context_template: words of the privileged context; by default the config's templates, else one that suits
             chat or plain-text prompts.
+        feedback_fn: what the environment says about each completion, for methods that show it (SDPO).
 
-    Raises ValueError for a data set without ``answer``, a model whose logits are not a plain head over its hidden
+    Raises ValueError for a data set without a needed column, a model whose logits are not a plain head over its hidden
     states, and combinations that are not supported, by name.
     """
 
@@ -58,29 +62,44 @@ class HSDTrainer(GRPOTrainer):
         train_dataset: Any = None,
         *,
         context_template: ContextTemplate | None = None,
+        feedback_fn: FeedbackFn | None = None,
         **kwargs: Any,
     ):
         columns = getattr(train_dataset, "column_names", None) or ()
-        if train_dataset is not None and columns and not {"prompt", "answer"} <= set(columns):
-            raise ValueError(f"train_dataset: expected columns 'prompt' and 'answer' (a*), got {sorted(columns)}")
+        needed = {"prompt", "answer", *args.spec.needs}
+        if train_dataset is not None and columns and not needed <= set(columns):
+            raise ValueError(
+                f"train_dataset: expected columns {sorted(needed)} for method={args.method!r}, got {sorted(columns)}"
+            )
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.args: HSDConfig
         if self._is_vlm:
             raise ValueError("model: expected a text model, got a vision-language one")
+        if feedback_fn is not None and not args.spec.feedback:
+            raise ValueError(f"feedback_fn: expected None with method={args.method!r}, which shows no feedback")
         if context_template is None and args.with_peer_template and args.answer_only_template:
             context_template = ContextTemplate(args.with_peer_template, args.answer_only_template)
         self.context_template = context_template
+        self.feedback_fn = feedback_fn
         policy = self.accelerator.unwrap_model(self.model)
-        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # sharded weights cannot be read here
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.is_deepspeed_enabled and getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
+            raise ValueError("deepspeed: expected ZeRO stage 0 to 2, got 3: the partitioned head is not gathered here")
+        if sharded and str(args.peer_rule).endswith("perplexity"):
+            raise ValueError(f"peer_rule: expected one without perplexity under sharding, got {args.peer_rule!r}")
+        if args.has_teacher and not sharded:  # sharded weights cannot be read here
             check_split(policy, split_model(policy))
-        self.prefix_sharing = self._choose_sharing(policy)
+        self.prefix_sharing = self._choose_sharing(policy) if args.has_teacher else "none"
         rule = "uniform" if self.prefix_sharing == "none" else "paired"
-        self.peer_rule = rule if args.peer_rule == "auto" else args.peer_rule
-        self._make_frozen_policies(policy)
-        self._initial_is_saved = False
+        self.peer_rule: Any = rule if args.peer_rule == "auto" else args.peer_rule
+        self.frozen = FrozenPolicies(policy, args, sharded=sharded, reference=self._reference_coef > 0.0)
         self._redirect = _ForwardRedirection()
-        self.add_callback(_EMA(self))
+        self.add_callback(_AfterStep(self))
         self.add_callback(RunFiles(Path(str(args.output_dir))))
+
+    @property
+    def _reference_coef(self) -> float:
+        return self.args.reference_coef or 0.0
 
     def _choose_sharing(self, policy: Any) -> str:
         """ "tree", "prompt" or "none". Before frozen copies are made: they take the tree as the policy does."""
@@ -99,53 +118,6 @@ class HSDTrainer(GRPOTrainer):
         warn_unshared(reason)
         return "none"
 
-    # -- frozen policies ------------------------------------------------------------------------------------------
-
-    def _make_frozen_policies(self, policy: Any) -> None:
-        """`teacher_model` and `initial_model` are copies, or None where the student's own module serves."""
-        peft = hasattr(policy, "peft_config")
-        needs_initial = self.args.teacher == "fixed" or self.args.reference_coef > 0.0
-        needs_copy = (needs_initial and not peft) or self.args.teacher == "ema"
-        if needs_copy and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                "teacher, reference_coef: expected 'live' and 0 (or LoRA) under FSDP and DeepSpeed, where a frozen "
-                f"copy of sharded weights is not supported, got {self.args.teacher!r} and {self.args.reference_coef}"
-            )
-        if self.is_deepspeed_enabled and getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
-            raise ValueError("deepspeed: expected ZeRO stage 0 to 2, got 3: the partitioned head is not gathered here")
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if sharded and self.args.peer_rule.endswith("perplexity"):
-            raise ValueError(f"peer_rule: expected one without perplexity under sharding, got {self.args.peer_rule!r}")
-        if self.args.teacher == "ema" and peft:
-            raise ValueError("teacher: expected 'live' or 'fixed' (adapters off) with LoRA, got 'ema'")
-        half = next((p.dtype for p in policy.parameters() if p.dtype not in (torch.float32, torch.float64)), None)
-        if self.args.teacher == "ema" and half is not None:
-            # 1,000 steps of rate 0.005 from 1.0 towards 1.5 leave a bf16 weight at 1.0.
-            raise ValueError(f"teacher: expected fp32 weights for 'ema' (bf16=True computes in bf16), got {half}")
-        if peft and needs_initial and "ref" in policy.peft_config:
-            raise ValueError("model: expected a fresh adapter (adapters off = initial policy), got a trained one")
-        self.initial_model = frozen_copy(policy) if needs_initial and not peft else None
-        self.teacher_model = frozen_copy(policy) if self.args.teacher == "ema" else None
-
-    def _initial(self, policy: Any, read: Callable[[Split], Sequence[Tensor]]) -> list[Side]:
-        """Sides read under the initial policy, by a function of its body and head."""
-        if self.initial_model is not None:
-            split = split_model(self.initial_model)
-            return [frozen_side(split, hidden) for hidden in read(split)]
-        with adapters_off(policy):
-            return [Side(hidden) for hidden in read(split_model(policy))]
-
-    def _read_initial(self, policy: Any, ids: Tensor, mask: Tensor, length: int) -> Side:
-        return self._initial(policy, lambda split: [read_rollouts(split, ids, mask, length)])[0]
-
-    def _read_teacher(self, policy: Any, ids: Tensor, mask: Tensor, length: int) -> Side:
-        if self.args.teacher == "fixed":
-            return self._read_initial(policy, ids, mask, length)
-        if self.teacher_model is not None:
-            split = split_model(self.teacher_model)
-            return frozen_side(split, read_rollouts(split, ids, mask, length))
-        return Side(read_rollouts(split_model(policy), ids, mask, length))
-
     # -- rollouts -> groups -> privileged contexts ----------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch):
@@ -162,58 +134,66 @@ class HSDTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
-        self._scored = (weighted.tolist(), [list(ids) for ids in completion_ids_list])  # rewards of all ranks
+        unscored = rewards.isnan().all(-1)  # every verifier failed: neither a success nor a peer
+        self._scored = (weighted.tolist(), unscored, [list(ids) for ids in completion_ids_list])  # rewards of all ranks
+        self._feedback: Sequence[str | None] = [None] * len(inputs)
+        if self.feedback_fn is not None:
+            columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
+            self._feedback = self.feedback_fn(prompts=prompts, completions=completions, **columns)
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        rewards, completion_ids = self._scored
+        rewards, unscored, completion_ids = self._scored
         mode = self._mode
         size: Any = self.num_generations if mode == "train" else self.num_generations_eval
         mean_logps = None
-        if self.peer_rule.endswith("perplexity"):
+        if self.args.has_teacher and self.peer_rule.endswith("perplexity"):
             mean_logps = gather_object(self._mean_logps(batch).tolist())
-
-        first = self.accelerator.process_index * len(inputs)
-        rollouts = [
-            Rollout(tuple(ids), reward=r, mean_logp=None if mean_logps is None else mean_logps[i])
-            for i, (ids, r) in enumerate(zip(gather_object(completion_ids), rewards, strict=True))
-        ]
-        contexts, taus, successes = [], [], []
-        for i, example in enumerate(inputs):
-            g, place = divmod(first + i, size)  # a group may be split between ranks: all of them see it whole
-            members = tuple(rollouts[g * size : (g + 1) * size])
-            group = Group(example["prompt"], str(example["answer"]), members, self.args.success_reward)
-            rng = peer_rng(self.args.seed, self.state.global_step, g)
-            peer = choose_peers(group, self.peer_rule, rng=rng)[place]
-            shown = None if peer is None else members[peer].token_ids
-            contexts.append(
-                build_context(
-                    self._tokenizer,
-                    example["prompt"],
-                    group.answer,
-                    shown,
-                    self._template_for(example["prompt"]),
-                    max_length=self.args.max_teacher_prompt_length,
-                    chat_template_kwargs=self._rendering,
-                )
-            )
-            seen = shown is not None and contexts[-1].kind == "peer"  # it may have been left out for length
-            tau = divergence_position(members[place].token_ids, shown) if seen else None  # type: ignore[arg-type]
-            taus.append(-1 if tau is None else tau)
-            successes.append(place in group.successes)
-
-        ids = [torch.tensor(c.prompt_ids) for c in contexts]
+        lessons = make_lessons(
+            self.args.spec,
+            inputs,
+            [
+                Rollout(tuple(ids), reward=r, mean_logp=None if mean_logps is None else mean_logps[i])
+                for i, (ids, r) in enumerate(zip(gather_object(completion_ids), rewards, strict=True))
+            ],
+            first=self.accelerator.process_index * len(inputs),
+            group_size=size,
+            success_reward=self.args.success_reward,
+            peer_rule=self.peer_rule,
+            show_answer=bool(self.args.show_answer),
+            fallback=str(self.args.fallback),
+            seed=self.args.seed,
+            step=self.state.global_step,
+            feedback=self._feedback,
+            tokenizer=self._tokenizer,
+            template=self.context_template,
+            max_length=self.args.max_teacher_prompt_length,
+            chat_template_kwargs=self._rendering,
+        )
         device = batch["completion_ids"].device
+        batch["success"] = torch.tensor([lesson.success for lesson in lessons], device=device)
+        self._log_coverage(mode, batch["success"], lessons, size, unscored)
+        if self.args.has_teacher:
+            self._add_teacher(batch, lessons)
+        return batch
+
+    def _add_teacher(self, batch: dict[str, Any], lessons: Sequence[Lesson]) -> None:
+        device = batch["completion_ids"].device
+        contexts = [lesson.context for lesson in lessons if lesson.context is not None]
+        ids = [torch.tensor(c.prompt_ids) for c in contexts]
         pad_id: Any = self._tokenizer.pad_token_id
         batch["teacher_prompt_ids"] = pad(ids, pad_id, padding_side="left").to(device)
         masks = [torch.ones_like(x) for x in ids]
         batch["teacher_prompt_mask"] = pad(masks, 0, padding_side="left").to(device)
+        taus = [-1 if lesson.tau is None else lesson.tau for lesson in lessons]
         batch["divergence_position"] = torch.tensor(taus, device=device)
-        batch["success"] = torch.tensor(successes, device=device)
-        has_peer = torch.tensor([c.kind == "peer" for c in contexts], device=device)
-        self._log_coverage(mode, batch["success"], has_peer, size, [c.truncated for c in contexts])
-        return batch
+        batch["shown"] = torch.tensor([c.kind != "nothing" for c in contexts], device=device)
+        # What a micro-batch of one process holds on average: the mean over all tokens of a step divides by it.
+        tokens: Any = (_student_inputs(batch)[-1].sum(-1) * batch["shown"]).sum()
+        tokens = self.accelerator.reduce(tokens.float(), reduction="mean")
+        steps: Any = self.args.steps_per_generation if self._mode == "train" else 1
+        batch["tokens_per_micro_batch"] = tokens.clamp_min(1.0) / steps
 
     @property
     def _mode(self) -> str:
@@ -225,11 +205,6 @@ class HSDTrainer(GRPOTrainer):
         given: Any = self.chat_template_kwargs
         return {**given, "chat_template": self.chat_template, "tools": self.tools or None}
 
-    def _template_for(self, prompt: str | list) -> ContextTemplate:
-        if self.context_template is not None:
-            return self.context_template
-        return DEFAULT_TEXT_TEMPLATE if isinstance(prompt, str) else DEFAULT_CHAT_TEMPLATE
-
     @torch.no_grad()
     def _mean_logps(self, batch: dict[str, Any]) -> Tensor:
         """Mean log-prob (B,) of each rollout under the policy, for the perplexity rules."""
@@ -240,13 +215,11 @@ class HSDTrainer(GRPOTrainer):
             size = self.args.per_device_train_batch_size
             parts = zip(ids.split(size), mask.split(size), strict=True)
             h = torch.cat([read_rollouts(split, x, m, targets.shape[1]) for x, m in parts])
-        form = {"logit_scale": split.logit_scale, "softcap": split.softcap, "impl": self.args.kernel_impl}
-        h = h.to(split.weight.dtype)
-        out = fused_hsd_kl(h, h, split.weight, split.bias, target_ids=targets, return_stats=True, **form)
-        assert isinstance(out, HSDKLOutput) and out.student_logps is not None
-        return (out.student_logps * weights).sum(-1) / weights.sum(-1).clamp_min(1)
+        logps = sampled_logps(h.to(split.weight.dtype), split, targets, weights)
+        return logps.sum(-1) / weights.sum(-1).clamp_min(1)
 
-    def _log_coverage(self, mode: str, success: Tensor, has_peer: Tensor, size: int, truncated: list[bool]) -> None:
+    def _log_coverage(self, mode: str, success: Tensor, lessons: Sequence[Lesson], size: int, unscored: Tensor) -> None:
+        has_peer = torch.tensor([lesson.has_peer for lesson in lessons], device=success.device)
         gathered: Any = self.accelerator.gather((success, has_peer))
         success, has_peer = gathered
         solved = success.reshape(-1, size).float().mean(-1)
@@ -257,15 +230,23 @@ class HSDTrainer(GRPOTrainer):
             coverage=(~success & has_peer).float().mean(),
             failing_with_peer=(~success & has_peer).sum() / (~success).sum(),
             mixed_groups=((solved > 0) & (solved < 1)).float().mean(),
-            fallback_share=(~has_peer).float().mean(),
-            demonstration_truncated=sum(truncated) / len(truncated),
+            unscored=unscored.float().mean(),
         )
+        if self.args.has_teacher:
+            contexts = [lesson.context for lesson in lessons if lesson.context is not None]
+            self._record(
+                mode,
+                fallback_share=sum(c.kind != "peer" for c in contexts) / len(contexts),
+                demonstration_truncated=sum(c.truncated for c in contexts) / len(contexts),
+            )
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("return_outputs: expected False, HSDTrainer computes no model outputs")
+        if not self.args.has_teacher:
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         policy = self.accelerator.unwrap_model(model)
         # Through the wrapper's forward, so that DDP and FSDP hooks apply. Accelerate's autocast sits in the very
         # attribute that the redirection replaces, so it is entered here.
@@ -276,15 +257,29 @@ class HSDTrainer(GRPOTrainer):
         mode = self._mode
         pack = self._pack(batch)
         budget = self.args.tree_token_budget
-        if pack is None:
-            out = self._unshared_loss(policy, batch)
-        elif budget is not None and len(pack.trie) > budget and torch.is_grad_enabled():
+        if pack is not None and budget is not None and len(pack.trie) > budget and torch.is_grad_enabled():
             out = self._loss_in_chunks(policy, batch, pack, budget)
         else:
-            out = self._shared_loss(policy, batch, pack)
+            sides = self._read_unshared(policy, batch) if pack is None else self._read_shared(policy, batch, pack)
+            student, teacher, reference = sides
+            split = split_model(policy)
+            rollouts, objective = self._rollouts(batch), self._objective
+            out = method_loss(student, split, teacher, reference, rollouts, objective, self.args.spec)
         self._log_loss(mode, out, batch, _student_inputs(batch)[-1])
         # As in GRPOTrainer: the mean over the micro-batches of one optimizer step.
         return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
+
+    @property
+    def _objective(self) -> Objective:
+        return self.args.objective(self.state.global_step)
+
+    def _rollouts(self, batch: dict[str, Any]) -> Rollouts:
+        *_, targets, mask = _student_inputs(batch)
+        shown = mask * batch["shown"].unsqueeze(-1)
+        over_tokens = self.args.loss_mean == "token"
+        weights = shown / batch["tokens_per_micro_batch"] if over_tokens else rollout_weights(shown)
+        old = batch.get("old_per_token_logps")
+        return Rollouts(targets, weights, rollout_weights(mask), batch["advantages"], old)
 
     def _pack(self, batch: dict[str, Any]) -> Pack | None:
         """None where every sequence is to be read by itself."""
@@ -296,67 +291,70 @@ class HSDTrainer(GRPOTrainer):
 
     @property
     def _live(self) -> bool:
-        return self.args.teacher == "live"
+        """Whether the student's own weights read the teacher's prompts."""
+        return self.args.teacher in ("live", "trust_region")
 
-    def _unshared_loss(self, policy: Any, batch: dict[str, Any]) -> LossOutput:
-        ids, mask, targets, loss_mask = _student_inputs(batch)
+    def _read_unshared(self, policy: Any, batch: dict[str, Any]) -> tuple[Tensor, Side, Side | None]:
+        """Student states, teacher and reference, every sequence read by itself."""
+        ids, mask, targets, _ = _student_inputs(batch)
         length = targets.shape[1]
-        with torch.no_grad(), in_eval_mode(policy):  # no dropout noise in the target
-            teacher_ids = torch.cat([batch["teacher_prompt_ids"], targets], 1)
-            teacher_mask = torch.cat([batch["teacher_prompt_mask"], batch["completion_mask"]], 1)
-            teacher = self._read_teacher(policy, teacher_ids, teacher_mask, length)
-            reference = self._read_initial(policy, ids, mask, length) if self.args.reference_coef > 0.0 else None
+        prompts = {
+            "student": (ids, mask),
+            "teacher": (
+                torch.cat([batch["teacher_prompt_ids"], targets], 1),
+                torch.cat([batch["teacher_prompt_mask"], batch["completion_mask"]], 1),
+            ),
+        }
+
+        def read(split: Split, wanted: Sequence[str]) -> list[Tensor]:
+            return [read_rollouts(split, *prompts[name], length) for name in wanted]
+
         split = split_model(policy)
-        student = read_rollouts(split, ids, mask, length)
-        return hsd_loss(student, split, teacher, targets, loss_mask, self.args.objective, reference)
+        with torch.no_grad(), in_eval_mode(policy):  # no dropout noise in the target
+            frozen, reference = self.frozen.read(policy, read)
+            live = Side(read(split, ["teacher"])[0]) if self._live else None
+        student = read(split, ["student"])[0]
+        return student, self.frozen.combine(live, frozen, split), reference
 
-    def _shared_loss(self, policy: Any, batch: dict[str, Any], pack: Pack) -> LossOutput:
+    def _read_shared(self, policy: Any, batch: dict[str, Any], pack: Pack) -> tuple[Tensor, Side, Side | None]:
         """One forward for the student; the teacher, live, takes the question's keys and values from it."""
-        *_, targets, loss_mask = _student_inputs(batch)
-        length = targets.shape[1]
+        length = batch["completion_ids"].shape[1]
         split = split_model(policy)
         hidden, keys = read_student(split.body, pack, live_teacher=self._live)
         student = pad_states(split, rows_of(hidden, pack.student_nodes, pack.student), length)
-        teacher, reference = self._frozen_sides(policy, pack, length)
-        if teacher is None:
+        frozen, reference = self._read_frozen_tree(policy, pack, length)
+        live = None
+        if self._live:
             with in_eval_mode(policy):
-                teacher = Side(pad_states(split, read_live_teacher(split.body, pack, hidden, keys), length))
-        return hsd_loss(student, split, teacher, targets, loss_mask, self.args.objective, reference)
+                live = Side(pad_states(split, read_live_teacher(split.body, pack, hidden, keys), length))
+        return student, self.frozen.combine(live, frozen, split), reference
 
     @torch.no_grad()
-    def _frozen_sides(self, policy: Any, pack: Pack, length: int) -> tuple[Side | None, Side | None]:
-        """Teacher, unless it is live, and reference. A fixed teacher has the weights of the reference: one tree."""
-        fixed, reads_reference = self.args.teacher == "fixed", self.args.reference_coef > 0.0
-
-        def read(split: Split) -> list[Tensor]:
-            sides = read_frozen(split.body, pack, student=reads_reference, teacher=fixed)
-            return [pad_states(split, s, length) for s in sides if s]
+    def _read_frozen_tree(self, policy: Any, pack: Pack, length: int) -> tuple[Side | None, Side | None]:
+        def read(split: Split, wanted: Sequence[str]) -> list[Tensor]:
+            sides = read_frozen(split.body, pack, student="student" in wanted, teacher="teacher" in wanted)
+            return [pad_states(split, states, length) for states in sides if states]
 
         with in_eval_mode(policy):
-            initial = self._initial(policy, read) if fixed or reads_reference else []
-        reference = initial[0] if reads_reference else None
-        if self.teacher_model is None:
-            return initial[-1] if fixed else None, reference
-        split = split_model(self.teacher_model)
-        states = read_frozen(split.body, pack, student=False, teacher=True)[1]
-        return frozen_side(split, pad_states(split, states, length)), reference
+            return self.frozen.read(policy, read)
 
     def _loss_in_chunks(self, policy: Any, batch: dict[str, Any], pack: Pack, budget: int) -> LossOutput:
         """The same loss and gradient for a pack over the budget. Frozen policies share within a chunk only."""
-        *_, targets, loss_mask = _student_inputs(batch)
-        length = targets.shape[1]
+        rollouts, objective = self._rollouts(batch), self._objective
+        length = rollouts.target_ids.shape[1]
         split = split_model(policy)
         outs: list[LossOutput] = []
 
         def chunk_loss(chunk: Sequence[int], student: list[Tensor], live: list[Tensor]) -> Tensor:
-            rows = torch.tensor(list(chunk), device=targets.device)
-            teacher, reference = self._frozen_sides(policy, pack_batch(batch, self.prefix_sharing, chunk), length)
-            teacher = teacher or Side(pad_states(split, live, length))
+            rows = torch.tensor(list(chunk), device=rollouts.target_ids.device)
+            part = pack_batch(batch, self.prefix_sharing, chunk)
+            frozen, reference = self._read_frozen_tree(policy, part, length)
+            seen = Side(pad_states(split, live, length)) if self._live else None
+            teacher = self.frozen.combine(seen, frozen, split)
             hidden = pad_states(split, student, length)
-            outs.append(
-                hsd_loss(hidden, split, teacher, targets[rows], loss_mask[rows], self.args.objective, reference)
-            )
-            return outs[-1].loss * (len(chunk) / len(targets))
+            some = rollouts.rows(rows)
+            outs.append(method_loss(hidden, split, teacher, reference, some, objective, self.args.spec))
+            return outs[-1].loss
 
         elsewhere = None if self._live else lambda chunk: []
         loss = two_phase_loss(policy, split.body, pack, chunk_loss, budget, teacher=elsewhere)
@@ -367,6 +365,7 @@ class HSDTrainer(GRPOTrainer):
     def _log_loss(self, mode: str, out: LossOutput, batch: dict[str, Any], mask: Tensor) -> None:
         t = out.stats
         assert t.student_logps is not None and t.teacher_logps is not None
+        mask = mask * batch["shown"].unsqueeze(-1)
         a = credit(t.teacher_logps, t.student_logps)
         failing = torch.where(batch["success"], -1, batch["divergence_position"])
         tokens = mask.sum().clamp_min(1)
@@ -394,40 +393,22 @@ class HSDTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         # First, so that a checkpoint with a trainer_state.json, which is written last, is whole.
-        out = Path(self._get_output_dir(trial=trial))
-        if self.args.should_save and self.teacher_model is not None:
-            save_policy(self.teacher_model, out / f"checkpoint-{self.state.global_step}" / EMA_TEACHER)
-        if self.args.should_save and self.initial_model is not None and not self._initial_is_saved:
-            save_policy(self.initial_model, out / INITIAL_POLICY)  # over that of an earlier run in this folder
-            self._initial_is_saved = True
+        if self.args.should_save:
+            self.frozen.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        checkpoint = Path(resume_from_checkpoint)
-        files = (
-            (self.teacher_model, checkpoint / EMA_TEACHER),
-            (self.initial_model, checkpoint.parent / INITIAL_POLICY),
-        )
-        for twin, path in files:
-            if twin is not None and not path.exists():
-                raise ValueError(
-                    f"resume_from_checkpoint: expected {path}, which a run with teacher={self.args.teacher!r} and "
-                    f"reference_coef={self.args.reference_coef} saves; the checkpoint is of another kind of run"
-                )
-            if twin is not None:
-                load_policy_(twin, path)
-        self._initial_is_saved = True
+        self.frozen.load(Path(resume_from_checkpoint))
 
 
-class _EMA(TrainerCallback):
+class _AfterStep(TrainerCallback):
     def __init__(self, trainer: HSDTrainer):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
         t = self.trainer
-        if t.teacher_model is not None:
-            ema_update_(t.teacher_model, t.accelerator.unwrap_model(t.model), t.args.teacher_ema_rate)
+        t.frozen.step(t.accelerator.unwrap_model(t.model), state.global_step)
 
 
 def _student_inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -226,8 +226,8 @@ def test_resume_continues_exactly(teacher, tmp_path):
         torch.testing.assert_close(mine["teacher_prompt_ids"], theirs["teacher_prompt_ids"], rtol=0, atol=0)
     for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    frozen = "teacher_model" if teacher == "ema" else "initial_model"
-    for a, b in zip(getattr(whole, frozen).parameters(), getattr(second, frozen).parameters(), strict=True):
+    frozen = "ema_teacher" if teacher == "ema" else "initial_policy"
+    for a, b in zip(whole.frozen.models[frozen].parameters(), second.frozen.models[frozen].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -242,14 +242,15 @@ def test_checkpoint_loads_with_from_pretrained(tmp_path):
 
 def test_ema_teacher_moves_and_fixed_does_not(tmp_path):
     ema = make(qwen3(), tmp_path, teacher="ema", teacher_ema_rate=0.25, reference_coef=0.0)
-    start = [p.clone() for p in ema.teacher_model.parameters()]
+    teacher = ema.frozen.models["ema_teacher"]
+    start = [p.clone() for p in teacher.parameters()]
     ema.train()
-    for old, mine, theirs in zip(start, ema.teacher_model.parameters(), ema.model.parameters(), strict=True):
+    for old, mine, theirs in zip(start, teacher.parameters(), ema.model.parameters(), strict=True):
         torch.testing.assert_close(mine, 0.75 * old + 0.25 * theirs)
     fixed = make(qwen3(), tmp_path, teacher="fixed", reference_coef=0.0)
-    start = [p.clone() for p in fixed.initial_model.parameters()]
+    start = [p.clone() for p in fixed.frozen.models["initial_policy"].parameters()]
     fixed.train()
-    for old, mine in zip(start, fixed.initial_model.parameters(), strict=True):
+    for old, mine in zip(start, fixed.frozen.models["initial_policy"].parameters(), strict=True):
         assert torch.equal(old, mine)
 
 
@@ -330,4 +331,5 @@ def test_a_fresh_run_in_a_used_folder_saves_its_own_initial_policy(tmp_path):
     trainer = make(other, tmp_path, **options)
     trainer.train()
     stored = load_file(tmp_path / "initial_policy.safetensors")
-    assert torch.equal(stored["model.embed_tokens.weight"], trainer.initial_model.model.embed_tokens.weight)
+    initial = trainer.frozen.models["initial_policy"]
+    assert torch.equal(stored["model.embed_tokens.weight"], initial.model.embed_tokens.weight)

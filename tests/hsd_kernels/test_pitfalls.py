@@ -883,9 +883,7 @@ def test_targets_of_dropped_tokens_may_be_anything():
     torch.manual_seed(0)
     h_s, h_t, w = torch.randn(3, 8), torch.randn(3, 8), torch.randn(11, 8)
     kept = torch.tensor([1.0, 0.0, 2.0])
-    with_pad = fused_hsd_kl(
-        h_s, h_t, w, token_weights=kept, target_ids=torch.tensor([4, -100, 10]), return_stats=True
-    )
+    with_pad = fused_hsd_kl(h_s, h_t, w, token_weights=kept, target_ids=torch.tensor([4, -100, 10]), return_stats=True)
     plain = fused_hsd_kl(h_s, h_t, w, token_weights=kept, target_ids=torch.tensor([4, 0, 10]), return_stats=True)
     assert torch.equal(with_pad.student_logps, plain.student_logps)
     assert with_pad.student_logps[1] == 0 and with_pad.student_logps[0] < 0

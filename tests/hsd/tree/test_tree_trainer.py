@@ -54,13 +54,13 @@ class Recorder(HSDTrainer):
         self.micro.append(batch)
         return super()._hsd_loss(policy, batch)
 
-    def _unshared_loss(self, *args):
+    def _read_unshared(self, *args):
         self.ways["unshared"] += 1
-        return super()._unshared_loss(*args)
+        return super()._read_unshared(*args)
 
-    def _shared_loss(self, *args):
+    def _read_shared(self, *args):
         self.ways["shared"] += 1
-        return super()._shared_loss(*args)
+        return super()._read_shared(*args)
 
     def _loss_in_chunks(self, *args):
         self.ways["chunks"] += 1

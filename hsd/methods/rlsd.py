@@ -1,0 +1,34 @@
+"""RLSD (arXiv 2604.03128): the teacher weighs GRPO's advantage, token by token.
+
+With ``D_t = log q(o_t) - log p(o_t)`` (stop-gradient) and the sequence advantage A::
+
+    w_t = exp(sign(A) D_t)
+    A_t = A ((1 - l) + l clip(w_t, 0.8, 1.2))        # l from 0.5 to 0 over 50 steps: advantage_mix
+    L   = GRPO's clipped surrogate with A_t
+
+The paper's last equation differs; this is the form that public ports use. Where A = 0 nothing happens.
+"""
+
+from torch import Tensor
+
+from hsd.methods.method import Method
+
+CLIP = 0.2
+
+
+def token_advantages(advantages: Tensor, d: Tensor, mix: float) -> Tensor:
+    weight = (advantages.sign() * d).exp().clamp(1.0 - CLIP, 1.0 + CLIP)
+    return advantages * ((1.0 - mix) + mix * weight)
+
+
+METHOD = Method(
+    "rlsd",
+    demonstration="solution",
+    token_advantages=token_advantages,
+    defaults={
+        "divergence_coef": 0.0,
+        "policy_coef": 1.0,
+        "advantage_mix": [0.5, 0.0, 50],
+        "reference_coef": 0.0,
+    },
+)

@@ -1,0 +1,23 @@
+"""Self-Distillation Fine-Tuning (SDFT, arXiv 2601.19897): the teacher reads a demonstration from the data set.
+
+    L = 1/|tokens| sum_{i,t} JSD_0.5(p, q)
+
+Published descriptions disagree on the teacher's weights and on the divergence; these are the defaults of TRL 1.16's
+SDFTTrainer (initial policy, JSD with 0.5) over the full vocabulary. The data set needs a ``demonstration`` column.
+"""
+
+from hsd.methods.method import Method
+
+METHOD = Method(
+    "sdft",
+    demonstration="demonstration",
+    needs=("demonstration",),
+    defaults={
+        "teacher": "fixed",
+        "show_answer": False,
+        "fallback": "mask",
+        "divergence": "jsd",
+        "loss_mean": "token",
+        "reference_coef": 0.0,
+    },
+)

@@ -1,0 +1,29 @@
+"""Self-Distillation Policy Optimization (SDPO, arXiv 2601.20802), with the full vocabulary for its top 100 and tail.
+
+The teacher reads the group's first other success, without the answer, else the environment's feedback on this very
+rollout; a rollout with neither is left out. An EMA of the student teaches::
+
+    L = 1/|tokens| sum_{i,t} min(pi / pi_old, 2) JSD_0.5(p, q)
+
+pi / pi_old is 1 with one update per generated batch. The EMA moves by 0.05 an optimizer step; the paper's alternative
+is ``teacher="trust_region"``. Its correction for a rollout engine that differs from the model is not here.
+"""
+
+from hsd.methods.method import Method
+
+METHOD = Method(
+    "sdpo",
+    demonstration="peer",
+    feedback=True,
+    defaults={
+        "teacher": "ema",
+        "teacher_ema_rate": 0.05,
+        "show_answer": False,
+        "fallback": "mask",
+        "peer_rule": "first",
+        "divergence": "jsd",
+        "loss_mean": "token",
+        "importance_cap": 2.0,
+        "reference_coef": 0.0,
+    },
+)
