@@ -21,7 +21,7 @@ from hsd.trainer import HSDTrainer
 
 SIZE = 4  # rollouts a group
 TOKENIZER = small_world.build_tokenizer()
-TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
+TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY, demonstration_only="[|{demonstration}]")
 QUESTIONS = small_world.make_questions(8, seed=0)
 
 # name: (rows of a rank's micro-batch, HSDConfig's fields)
@@ -33,6 +33,9 @@ DDP = {
         {"teacher": "ema", "reference_coef": 0.5, "gradient_accumulation_steps": 2, "prefix_sharing": "none"},
     ),
     "group and a half": (2, {"teacher": "fixed", "reference_coef": 0.0, "gradient_accumulation_steps": 3}),
+    # Means over all tokens of the step, and advantages of groups that no rank holds whole.
+    "sdpo": (2, {"method": "sdpo", "gradient_accumulation_steps": 3}),
+    "grpo+opsd": (2, {"method": "grpo+opsd"}),
     "budget": (4, {"teacher": "live", "reference_coef": 0.0, "prefix_sharing": "tree", "tree_token_budget": 40}),
 }
 # name: (whether with LoRA, HSDConfig's fields); the batch is that of DDP's "split"
@@ -163,7 +166,7 @@ def interrupted(folder: Path, rank: int) -> None:
     second = make(folder / "parts", 2, **options)
     second.train(resume_from_checkpoint=str(folder / "parts" / "checkpoint-2"))
     runs = {"whole": whole, "parts": second}
-    saved = {k: [weights(t.model), dict(t.teacher_model.named_parameters())] for k, t in runs.items()}
+    saved = {k: [weights(t.model), dict(t.frozen.models["ema_teacher"].named_parameters())] for k, t in runs.items()}
     torch.save({"stopped_at": first.state.global_step, **saved}, folder / f"interrupted-{rank}.pt")
 
 
