@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from hsd.cli.compare import flat
 from hsd.cli.settings import Settings, read
 
 HELP = "train a model as a YAML file says; the same command resumes"
@@ -129,7 +130,7 @@ def claim(out: Path, settings: Settings, config: Any, rows: list[dict[str, Any]]
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
     data = {"questions": len(rows), "sha256": digest}
     if path.exists():
-        began, asked = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(text))
+        began, asked = flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(text))
         free = {f"train.{key}" for key in FREE}
         if config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
             free.discard("train.max_steps")  # the schedule ends with it
@@ -152,13 +153,6 @@ def claim(out: Path, settings: Settings, config: Any, rows: list[dict[str, Any]]
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
         part.write_text(content)
         part.replace(target)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def last_checkpoint(folder: Path) -> Path | None:
