@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -75,7 +76,8 @@ class StopOnSignal(TrainerCallback):
 
     A second SIGTERM changes nothing: a scheduler's reaches a rank twice, once by itself and once through the launcher.
     All ranks stop after the same step, whichever of them the signal reached: a rank that went on alone would wait for
-    the others for ever. ``signal`` is the number that stopped this run, or None.
+    the others for ever. Where a generation serves several steps, the run stops after the last of them: its rollouts are
+    not in a checkpoint. ``signal`` is the number that stopped this run, or None.
     """
 
     def __init__(self):
@@ -91,7 +93,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.signal = _largest(self.signal, args)
-        if self.signal is not None:
+        if self.signal is not None and state.global_step % steps_of_a_generation(args) == 0:
             control.should_save = control.should_training_stop = True
 
     def _stop(self, number, frame):
@@ -100,6 +102,14 @@ class StopOnSignal(TrainerCallback):
         if self.signal is None:
             print("\nStopping after this step; run the same command again to resume.", flush=True)
             self.signal = number
+
+
+def steps_of_a_generation(args) -> int:
+    """Optimizer steps after which a run with these GRPO arguments begins with new rollouts."""
+    if args is None:
+        return 1
+    micro = args.steps_per_generation * args.num_iterations
+    return micro // math.gcd(micro, args.gradient_accumulation_steps)
 
 
 def _largest(number: int | None, args) -> int | None:

@@ -22,7 +22,7 @@ from hsd.alarms import WINDOW
 HELP = "compare runs: a table, their settings' differences, learning curves"
 SUCCESS = "hsd/success_rate"
 COLUMNS = {"KL": "hsd/kl", "entropy": "hsd/student_entropy", "length": "completions/mean_length", "s/step": "step_time"}
-CURVES = {SUCCESS: "success of rollouts", "hsd/kl": "KL(teacher || student), nats/token"}
+CURVES = {SUCCESS: "success of rollouts", "hsd/kl": "divergence from the teacher, nats/token"}
 CURVES |= {"hsd/student_entropy": "student entropy, nats/token", "completions/mean_length": "rollout length, tokens"}
 
 

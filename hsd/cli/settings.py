@@ -76,7 +76,7 @@ def _mapping(loader: Loader, node: yaml.MappingNode) -> Section:
         if key in section:
             raise ValueError(f"{loader.source}, line {line}: {key}: expected once, got it again")
         section[key] = loader.construct_object(value_node, deep=True)
-        section.origin[key] = f"{loader.source}, line {line}: "
+        section.origin[key] = f"{loader.source}, line {line}: " if loader.source else ""
     return section
 
 

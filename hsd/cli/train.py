@@ -40,18 +40,25 @@ def run(args: argparse.Namespace) -> int:
     # TRL 1.16 still uses names that transformers 5.23 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     settings, origin = read(args.config, args.overrides)
-    config = make_config(settings, origin, name=args.config.stem)
+    config = make_config(settings, origin, args.config.stem, check=args.check)
     if args.check:
         print(as_yaml(settings, config), end="")
         return 0
     return train(settings, config)
 
 
-def make_config(settings: Settings, origin: dict[str, str], name: str) -> Any:
-    """`HSDConfig` of the train section; what it refuses is named with the line that asked for it."""
+def make_config(settings: Settings, origin: dict[str, str], name: str, *, check: bool = False) -> Any:
+    """`HSDConfig` of the train section; what it refuses is named with the line that asked for it.
+
+    With ``check`` a machine without a GPU does for a configuration that needs one.
+    """
+    import torch
+
     from hsd.config import HSDConfig
 
     given: dict[str, Any] = {"output_dir": str(Path("runs") / name)} | settings.train
+    if check and not torch.cuda.is_available():
+        given["use_cpu"] = True
     try:
         return HSDConfig(**given)
     except ValueError as error:
@@ -64,7 +71,7 @@ def train(settings: Settings, config: Any) -> int:
     from transformers.trainer_callback import ProgressCallback
     from transformers.utils import logging as transformers_logging
 
-    from hsd.callbacks import StepLine, StopOnSignal
+    from hsd.callbacks import StepLine, StopOnSignal, steps_of_a_generation
     from hsd.cli.pieces import load_model, load_rewards, load_rows, peft_config
     from hsd.trainer import HSDTrainer
 
@@ -79,6 +86,12 @@ def train(settings: Settings, config: Any) -> int:
     needed = config.generation_batch_size // config.num_generations
     if len(rows) < needed:
         raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(rows)}")
+    period = steps_of_a_generation(config)
+    if config.save_strategy == "steps" and config.save_steps % period:
+        raise ValueError(
+            f"train.save_steps: expected a multiple of {period}, the steps that one generation serves (a checkpoint "
+            f"between them could not be resumed exactly), got {config.save_steps}"
+        )
     stop = StopOnSignal()
     trainer = HSDTrainer(
         model=model,
@@ -114,8 +127,10 @@ def resolved(settings: Settings, config: Any) -> dict[str, Any]:
     """All sections; of HSDConfig what was given, and HSD's own fields with their values."""
     from trl.trainer.grpo_config import GRPOConfig
 
-    own = {f.name for f in fields(config)} - {f.name for f in fields(GRPOConfig)}
-    keys = sorted({*settings.train, *own, "output_dir", "seed", "learning_rate", "lr_scheduler_type", "top_p"})
+    inherited = {f.name: f.default for f in fields(GRPOConfig)}
+    # Also those of GRPO's whose default is another one here.
+    own = {f.name for f in fields(config) if f.name not in inherited or f.default != inherited[f.name]}
+    keys = sorted({*settings.train, *own, "output_dir", "seed"})
     return asdict(settings) | {"train": {key: getattr(config, key) for key in keys}}
 
 
