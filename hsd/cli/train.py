@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 
-from hsd.cli.compare import flat
 from hsd.cli.settings import Settings, read
 
 HELP = "train a model as a YAML file says; the same command resumes"
@@ -139,13 +138,10 @@ def as_yaml(settings: Settings, config: Any) -> str:
 
 
 def claim(out: Path, settings: Settings, config: Any, rows: list[dict[str, Any]]) -> None:
-    """Write config.yaml, or raise ValueError where ``out`` holds another run: its checkpoints would be resumed."""
-    path, data_path = out / "config.yaml", out / "data.json"
-    text = as_yaml(settings, config)
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
-    data = {"questions": len(rows), "sha256": digest}
+    """Write config.yaml and run.json, or raise ValueError where ``out`` holds another run, which would be resumed."""
+    path, asked = out / "run.json", identity(settings, config, rows)
     if path.exists():
-        began, asked = flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(text))
+        began = json.loads(path.read_text())
         free = {f"train.{key}" for key in FREE}
         if config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
             free.discard("train.max_steps")  # the schedule ends with it
@@ -154,20 +150,25 @@ def claim(out: Path, settings: Settings, config: Any, rows: list[dict[str, Any]]
                 raise ValueError(
                     f"{key}: {out} holds a run with {began[key]!r}, got {asked[key]!r}; choose another --output_dir"
                 )
-        if data_path.exists() and (before := json.loads(data_path.read_text())) != data:
-            raise ValueError(
-                f"data.path: {out} holds a run with other questions ({before['questions']}), got {len(rows)} of "
-                f"{settings.data.path}; choose another --output_dir"
-            )
     elif any(out.glob("checkpoint-*")) or (out / "metrics.jsonl").exists():
         raise ValueError(
             f"output_dir: expected a new folder or a run of `hsd train`, got {out}, which holds another run"
         )
     out.mkdir(parents=True, exist_ok=True)
-    for target, content in ((data_path, json.dumps(data)), (path, text)):
+    for target, text in ((out / "config.yaml", as_yaml(settings, config)), (path, json.dumps(asked, indent=1))):
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        part.write_text(content)
+        part.write_text(text)
         part.replace(target)
+
+
+def identity(settings: Settings, config: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """All that makes a run what it is, by key: also what was left to its default, and the questions themselves."""
+    parts = {"model": settings.model, "data": settings.data}
+    found: dict[str, Any] = {f"{name}.{key}": v for name, part in parts.items() for key, v in asdict(part).items()}
+    found |= {"reward": settings.reward} | {f"train.{f.name}": getattr(config, f.name) for f in fields(config)}
+    text = json.dumps(rows, sort_keys=True, default=str)
+    found["data.questions"] = f"{len(rows)} questions, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return json.loads(json.dumps(found, default=str))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
