@@ -90,7 +90,7 @@ def test_a_folder_with_another_run_is_refused(here, words, named):
 
 def test_other_questions_are_another_run(here):
     claim(Path("out"), *settings(), [{"prompt": "q"}])
-    with pytest.raises(ValueError, match=r"data\.questions: out holds a run with 1 questions"):
+    with pytest.raises(ValueError, match=r"data\.questions: out holds a run with '1 questions"):
         claim(Path("out"), *settings(), [{"prompt": "r"}])
 
 
