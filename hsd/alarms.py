@@ -3,6 +3,9 @@
 In the small world a live teacher lets success rise to 0.5 and then turns rollouts into one repeated digit; on
 SmolLM2 at too high a learning rate KL and success fall to 0. Each sign alone has innocent causes, so every alarm
 compares the last `WINDOW` steps with the run's own past.
+
+The paper's run without a reference term ended in repeated trailing tokens (arXiv 2606.15576, beta = 0 at step 1,200):
+`repeated_tail` sees it in one rollout, and the share of such rollouts is the metric ``hsd/repeated_tail``.
 """
 
 from __future__ import annotations
@@ -11,6 +14,24 @@ import math
 from collections.abc import Mapping, Sequence
 
 WINDOW = 5
+TAIL, COPIES, LONGEST_CYCLE = 20, 4, 32  # tokens, times, tokens
+
+
+def repeated_tail(token_ids: Sequence[int]) -> bool:
+    """Whether a rollout ends in at least 4 copies, and at least 20 tokens, of a cycle of at most 32 tokens.
+
+    One end token behind the cycle is allowed. A shorter rollout is never one: `1, 1, 1` may be an answer.
+    """
+    return any(_cycles(ids, period) for ids in (token_ids, token_ids[:-1]) for period in range(1, LONGEST_CYCLE + 1))
+
+
+def _cycles(ids: Sequence[int], period: int) -> bool:
+    span = max(TAIL, COPIES * period)
+    # The last token first: nearly every call ends here.
+    if len(ids) < span or ids[-1] != ids[-1 - period]:
+        return False
+    tail = list(ids[-span:])
+    return tail[period:] == tail[:-period]
 
 
 def alarms(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
@@ -31,6 +52,16 @@ def alarms(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     short, cut = _first(history, "completions/clipped_ratio"), _last(history, "completions/clipped_ratio")
     if short is not None and cut is not None and cut > max(2.0 * short, 0.5):
         found["length"] = f"{cut:.0%} of the rollouts run into the length limit, {short:.0%} did at the start"
+    begun, length = _first(history, "completions/mean_length"), _last(history, "completions/mean_length")
+    if begun and length is not None and length > 2.0 * begun and not learned and "length" not in found:
+        found["length"] = f"rollouts grew from {begun:.0f} to {length:.0f} tokens, and success did not"
+    clean, tails = _first(history, "hsd/repeated_tail"), _last(history, "hsd/repeated_tail")
+    if clean is not None and tails is not None and tails > max(2.0 * clean, 0.1):
+        found["repetition"] = f"{tails:.0%} of the rollouts end in a repeated cycle, {clean:.0%} did at the start"
+    # Not hsd/coverage, which falls in every run that learns: f(p, G) goes to 0 with the failures.
+    helped, helps = _first(history, "hsd/failing_with_peer"), _last(history, "hsd/failing_with_peer")
+    if helped is not None and helps is not None and helps < 0.5 * helped and not learned:
+        found["coverage"] = f"failing rollouts with a successful peer fell from {helped:.0%} to {helps:.0%}"
     return found
 
 

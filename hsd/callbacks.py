@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -70,13 +72,19 @@ class RunFiles(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one at once."""
+    """The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second Ctrl-C at once.
+
+    A second SIGTERM changes nothing: a scheduler's reaches a rank twice, once by itself and once through the launcher.
+    All ranks stop after the same step, whichever of them the signal reached: a rank that went on alone would wait for
+    the others for ever. Where a generation serves several steps, the run stops after the last of them: its rollouts are
+    not in a checkpoint. ``signal`` is the number that stopped this run, or None.
+    """
 
     def __init__(self):
-        self.stopped = False
+        self.signal: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.stopped = False
+        self.signal = None
         self.before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -84,14 +92,33 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.stopped:
+        self.signal = _largest(self.signal, args)
+        if self.signal is not None and state.global_step % steps_of_a_generation(args) == 0:
             control.should_save = control.should_training_stop = True
 
     def _stop(self, number, frame):
-        if self.stopped:
+        if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        print("\nStopping after this step; run the same command again to resume.", flush=True)
-        self.stopped = True
+        if self.signal is None:
+            print("\nStopping after this step; run the same command again to resume.", flush=True)
+            self.signal = number
+
+
+def steps_of_a_generation(args) -> int:
+    """Optimizer steps after which a run with these GRPO arguments begins with new rollouts."""
+    if args is None:
+        return 1
+    micro = args.steps_per_generation * args.num_iterations
+    return micro // math.gcd(micro, args.gradient_accumulation_steps)
+
+
+def _largest(number: int | None, args) -> int | None:
+    """The largest of all ranks' signal numbers; None where no rank has one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    shared = torch.tensor(number or 0, device=args.device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return int(shared) or None
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from hsd.alarms import WINDOW, alarms
+from hsd.alarms import WINDOW, alarms, repeated_tail
 
 SUCCESS, ENTROPY, CLIPPED = "hsd/success_rate", "hsd/student_entropy", "completions/clipped_ratio"
+LENGTH, TAILS, HELPED = "completions/mean_length", "hsd/repeated_tail", "hsd/failing_with_peer"
 
 
 def line(start: float, end: float, n: int) -> list[float]:
@@ -15,6 +16,7 @@ def line(start: float, end: float, n: int) -> list[float]:
 
 def history(**columns: list) -> list[dict]:
     keys = {"success": SUCCESS, "entropy": ENTROPY, "clipped": CLIPPED}
+    keys |= {"length": LENGTH, "tails": TAILS, "helped": HELPED}
     named = {keys[name]: values for name, values in columns.items()}
     return [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
 
@@ -89,3 +91,52 @@ def test_a_model_that_has_learned_may_be_sure():
     assert alarms(learned) == {}
     lost = [row | {"hsd/success_rate": 0.4 - 0.15 * t / 49} for t, row in enumerate(learned)]
     assert set(alarms(lost)) == {"entropy"}
+
+
+def test_rollouts_that_grow_while_success_does_not():
+    found = alarms(history(length=line(100, 300, 20), success=[0.3] * 20))
+    assert found.keys() == {"length"} and "tokens" in found["length"]
+    assert alarms(history(length=line(100, 300, 20), success=line(0.3, 0.5, 20))) == {}  # longer and better
+    assert alarms(history(length=line(100, 180, 20), success=[0.3] * 20)) == {}
+    both = alarms(history(length=line(100, 300, 20), success=[0.3] * 20, clipped=line(0.0, 1.0, 20)))
+    assert "limit" in both["length"]
+
+
+def test_rollouts_that_end_in_repetition():
+    found = alarms(history(tails=line(0.0, 0.4, 20)))
+    assert found.keys() == {"repetition"} and "36%" in found["repetition"]
+    assert alarms(history(tails=line(0.0, 0.09, 20))) == {}
+    assert alarms(history(tails=[0.3] * 10 + [0.5] * 10)) == {}  # they always did
+
+
+def test_coverage_that_falls_without_success():
+    found = alarms(history(helped=line(0.9, 0.1, 20), success=[0.2] * 20))
+    assert found.keys() == {"coverage"} and "90%" not in found["coverage"] and "18%" in found["coverage"]
+    assert alarms(history(helped=line(0.9, 0.1, 20), success=line(0.2, 0.6, 20))) == {}  # only hard questions fail
+    assert alarms(history(helped=line(0.9, 0.6, 20), success=[0.2] * 20)) == {}
+
+
+TEXT = [(7 * i * i + i) % 101 for i in range(200)]
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 7, 12, 32])
+def test_a_tail_of_four_copies_is_repeated(period):
+    cycle = [1000 + i for i in range(period)]
+    copies = max(4, -(-20 // period))
+    assert repeated_tail(TEXT + cycle * copies)
+    assert repeated_tail(TEXT + cycle * copies + [5000])  # an end token
+    assert repeated_tail(TEXT + cycle * 40 + cycle[: period // 2])  # cut in the middle
+    assert not repeated_tail(TEXT + cycle * copies + [5000, 5001])
+    assert not repeated_tail(TEXT + cycle * copies + TEXT)
+    if period > 5:
+        assert not repeated_tail(TEXT + cycle * 3)
+
+
+def test_what_is_no_repeated_tail():
+    assert not repeated_tail([])
+    assert not repeated_tail([1] * 19)
+    assert repeated_tail([1] * 20)
+    assert not repeated_tail(TEXT)
+    assert not repeated_tail([*range(33)] * 4)  # longer than a short cycle
+    # A table's rule and a row of zeros are short.
+    assert not repeated_tail(TEXT + [3, 4] * 8)

@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_stops_after_the_step_and_the_second_at_once(number, handlers, capsys):
+def test_the_first_signal_stops_after_the_step_and_a_second_ctrl_c_at_once(number, handlers, capsys):
     stop, state, control = StopOnSignal(), TrainerState(), TrainerControl()
     begin(stop)
     stop.on_step_end(None, state, control)
@@ -133,9 +134,11 @@ def test_the_first_signal_stops_after_the_step_and_the_second_at_once(number, ha
     assert not control.should_training_stop  # the step is still on its way
     stop.on_step_end(None, state, control)
     assert control.should_save and control.should_training_stop
-    assert "resume" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("resume") == 1
+    signal.raise_signal(signal.SIGTERM)  # a scheduler's, once more through the launcher
+    assert stop.signal == number and capsys.readouterr().out == ""
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGINT)
     stop.on_train_end(None, state, control)
     assert {s: signal.getsignal(s) for s in handlers} == handlers
 
@@ -151,6 +154,25 @@ def test_a_stop_does_not_outlive_its_run(handlers):
     assert not control.should_training_stop
     stop.on_train_end(None, TrainerState(), control)
     assert {s: signal.getsignal(s) for s in handlers} == handlers
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "generation", "iterations", "steps"), [(4, 4, 1, 1), (1, 4, 1, 4), (4, 4, 2, 2), (2, 3, 1, 3)]
+)
+def test_a_stop_waits_for_the_end_of_a_generation(accumulation, generation, iterations, steps, handlers):
+    args = SimpleNamespace(
+        gradient_accumulation_steps=accumulation, steps_per_generation=generation, num_iterations=iterations
+    )
+    stop = StopOnSignal()
+    begin(stop)
+    signal.raise_signal(signal.SIGTERM)
+    stopped = []
+    for step in range(1, 9):
+        control = TrainerControl()
+        stop.on_step_end(args, TrainerState(global_step=step), control)
+        stopped += [step] if control.should_training_stop else []
+    assert stopped == list(range(steps, 9, steps))
+    stop.on_train_end(None, TrainerState(), TrainerControl())
 
 
 def test_step_line_is_one_short_line(capsys):

@@ -1,0 +1,76 @@
+"""One command line for everything: ``hsd COMMAND ...``, or ``python -m hsd.cli COMMAND ...``.
+
+A command is a module ``hsd/cli/NAME.py`` with ``HELP`` (a line), ``add_arguments(parser)`` and ``run(args) -> int``,
+which returns the exit code. It is imported when it is called, and imports torch, if it must, when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from types import ModuleType
+from typing import NoReturn
+
+COMMANDS = ("train", "eval", "credit", "compare", "data", "doctor")
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad arguments are one line, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 2 for bad input, which is one line on stderr; ``--traceback`` or HSD_TRACEBACK=1 shows where."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in words or os.environ.get("HSD_TRACEBACK", "0") not in ("", "0")
+    try:
+        return dispatch([word for word in words if word != "--traceback"])
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if traceback:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+
+
+def dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if words else 2
+    name = words[0]
+    if name not in COMMANDS:
+        raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
+    module = load(name)
+    parser = Parser(prog=f"hsd {name}", description=module.HELP, allow_abbrev=False)
+    module.add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    if getattr(module, "TAKES_OVERRIDES", False):
+        args, args.overrides = parser.parse_known_args(words[1:])
+    else:
+        args = parser.parse_args(words[1:])
+    return module.run(args)
+
+
+def overview() -> str:
+    lines = ["usage: hsd COMMAND ...", ""]
+    lines += [f"  {name:<9}{load(name).HELP if exists(name) else '(missing here)'}" for name in COMMANDS]
+    return "\n".join([*lines, "", "`hsd COMMAND --help` says more; --traceback shows where an error comes from."])
+
+
+def exists(name: str) -> bool:
+    return importlib.util.find_spec(f"hsd.cli.{name}") is not None
+
+
+def load(name: str) -> ModuleType:
+    if not exists(name):
+        raise ValueError(f"command: expected a module hsd.cli.{name}, which this installation lacks, got {name!r}")
+    return importlib.import_module(f"hsd.cli.{name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""`hsd compare RUN RUN ...`: a table of runs, what their settings differ in, and a picture of their learning curves.
+
+Reads each folder's metrics.jsonl, and, where they are there, config.yaml (`hsd train`) and report.json (the demo's).
+Success is that of the training rollouts, as a mean over ``--window`` steps; success on held-out questions stands beside
+it, with its interval, where report.json has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hsd.alarms import WINDOW
+
+HELP = "compare runs: a table, their settings' differences, learning curves"
+SUCCESS = "hsd/success_rate"
+COLUMNS = {"KL": "hsd/kl", "entropy": "hsd/student_entropy", "length": "completions/mean_length", "s/step": "step_time"}
+CURVES = {SUCCESS: "success of rollouts", "hsd/kl": "divergence from the teacher, nats/token"}
+CURVES |= {"hsd/student_entropy": "student entropy, nats/token", "completions/mean_length": "rollout length, tokens"}
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    rows: list[dict[str, Any]]  # metrics.jsonl
+    settings: dict[str, Any]  # dotted keys
+    evaluated: str  # success with its interval, where it was measured
+
+    @property
+    def alarms(self) -> dict[str, int]:
+        """The step of each alarm."""
+        return {name: row["step"] for row in self.rows for name in row.get("alarms", {})}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--window", type=int, default=WINDOW, help=f"steps that a mean is over ({WINDOW})")
+    parser.add_argument("--png", type=Path, default=Path("compare.png"), help="the picture (compare.png)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.window < 1:
+        raise ValueError(f"--window: expected a positive number of steps, got {args.window}")
+    runs = [read_run(folder, name) for folder, name in zip(args.runs, short_names(args.runs), strict=True)]
+    print("\n".join(table(runs, args.window)))
+    if differences := differing(runs):
+        print("\n" + "\n".join(differences))
+    plot(args.png, runs, args.window)
+    print(f"\nlearning curves: {args.png}")
+    return 0
+
+
+def read_run(folder: Path, name: str) -> Run:
+    from hsd.callbacks import read_metrics
+
+    rows = read_metrics(folder / "metrics.jsonl")
+    if not rows:
+        raise ValueError(f"RUN: expected a folder with a metrics.jsonl that has steps, got {folder}")
+    settings, evaluated = {}, ""
+    if (folder / "config.yaml").exists():
+        settings = flat(yaml.safe_load((folder / "config.yaml").read_text()))
+    if (folder / "report.json").exists():
+        report = json.loads((folder / "report.json").read_text())
+        settings = settings or flat(report.get("settings", {}))
+        after = report.get("after") or {}
+        if {"mean", "low", "high"} <= after.keys():
+            evaluated = f"{after['mean']:.3f} [{after['low']:.3f}, {after['high']:.3f}]"
+    return Run(name, rows, settings, evaluated)
+
+
+def table(runs: Sequence[Run], window: int) -> list[str]:
+    """Markdown, one line a run. "-" is a value that the run did not log."""
+    head = ["run", "steps", "success, last", "success, best", "held out [95 %]", *COLUMNS, "alarms"]
+    lines = [head, ["---"] * len(head)]
+    for r in runs:
+        means = moving_mean(r.rows, SUCCESS, window)
+        full = min(window, len(means)) - 1  # means of fewer steps are noisier, and would win
+        finite = [(m, row["step"]) for m, row in list(zip(means, r.rows, strict=True))[full:] if not math.isnan(m)]
+        best = max(finite, key=lambda pair: pair[0], default=None)
+        alarms = ", ".join(f"{name} at {step}" for name, step in r.alarms.items())
+        lines.append(
+            [
+                r.name,
+                str(r.rows[-1]["step"]),
+                number(means[-1]),
+                "-" if best is None else f"{number(best[0])} at {best[1]}",
+                r.evaluated or "-",
+                *(number(moving_mean(r.rows, key, window)[-1]) for key in COLUMNS.values()),
+                alarms or "none",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """A line for each setting that is not the same in all runs that have settings."""
+    known = [r for r in runs if r.settings]
+    keys = sorted({key for r in known for key in r.settings} - {"train.output_dir"})
+    lines = []
+    for key in keys:
+        values = [r.settings.get(key, "(not set)") for r in known]
+        if any(v != values[0] for v in values):
+            lines.append(f"{key}: " + ", ".join(f"{r.name} {v}" for r, v in zip(known, values, strict=True)))
+    return lines
+
+
+def moving_mean(rows: Sequence[dict[str, Any]], key: str, window: int) -> list[float]:
+    """At each step the mean of the last ``window`` values; NaN where none of them was measured."""
+    values = [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
+    means = []
+    for end in range(1, len(values) + 1):
+        seen = [v for v in values[max(0, end - window) : end] if not math.isnan(v)]
+        means.append(sum(seen) / len(seen) if seen else float("nan"))
+    return means
+
+
+def plot(path: Path, runs: Sequence[Run], window: int) -> None:
+    """Learning curves, a panel for each metric that a run has and a line for each run."""
+    from matplotlib.figure import Figure
+
+    curves = {k: title for k, title in CURVES.items() if any(row.get(k) is not None for r in runs for row in r.rows)}
+    if not curves:
+        raise ValueError(f"RUN: expected a run that logged one of {', '.join(CURVES)}, got none")
+    figure = Figure(figsize=(9.0, 3.2 * math.ceil(len(curves) / 2) + 0.3), layout="constrained")
+    panels = list(figure.subplots(math.ceil(len(curves) / 2), 2, squeeze=False).flat)
+    for axes, (key, title) in zip(panels, curves.items(), strict=False):
+        for i, r in enumerate(runs):
+            style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "linewidth": 1.6}
+            axes.plot([row["step"] for row in r.rows], moving_mean(r.rows, key, window), label=r.name, **style)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("step" if window == 1 else f"step (means of {window})", fontsize=9)
+        axes.grid(True, color="#E5E5E5", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(curves) :]:
+        axes.set_visible(False)
+    panels[0].legend(fontsize=8, framealpha=0.9, edgecolor="none")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"RUN: expected different folders, got {', '.join(map(str, folders))}")
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys in dotted form."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"

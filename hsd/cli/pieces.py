@@ -1,0 +1,142 @@
+"""From the words of a configuration to a model, questions and reward functions."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hsd.cli.settings import Data, Lora, Model
+
+SMALL_WORLD = "small_world"
+SMALL_WORLD_QUESTIONS = 2048
+DTYPES = ("float32", "bfloat16", "float16")
+VERIFIERS = ("number", "math", "code")
+QUESTION, ANSWER = ("question", "problem"), ("answer",)
+
+
+def load_model(model: Model, seed: int, cache: Path) -> tuple[Any, Any]:
+    """Model and tokenizer. The small world's is warm-started on first use and kept under ``cache``."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if model.dtype not in DTYPES:
+        raise ValueError(f"model.dtype: expected one of {DTYPES}, got {model.dtype!r}")
+    path, tokenizer = model.path, None
+    if path == SMALL_WORLD:
+        from hsd.demo import small_world
+
+        path, tokenizer = str(_warm_start(seed, cache)), small_world.build_tokenizer()
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    kwargs = {} if model.attention is None else {"attn_implementation": model.attention}
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, model.dtype), **kwargs)
+    return policy, tokenizer
+
+
+def peft_config(lora: Lora | None) -> Any:
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_rows(data: Data, seed: int, chat: bool) -> list[dict[str, Any]]:
+    """Rows with ``prompt``, ``answer`` and whatever else they came with; all have the same keys.
+
+    A question that is a text gets ``data.instruction`` below it and, with ``chat``, becomes a user's message; a list of
+    messages stays as it is. Of an answer with ``####``, GSM8K's mark, only what follows it is the answer.
+    """
+    if data.path == SMALL_WORLD:
+        from hsd.demo import small_world
+
+        rows: list[dict[str, Any]] = list(small_world.make_questions(SMALL_WORLD_QUESTIONS, seed=seed))
+    elif Path(data.path).is_file():
+        rows = _read_jsonl(Path(data.path))
+    elif data.path.endswith((".jsonl", ".json")) or importlib.util.find_spec("hsd.data") is None:
+        raise ValueError(
+            f"data.path: expected a JSONL file or {SMALL_WORLD!r}, got {data.path!r}, which does not exist"
+        )
+    else:
+        rows = importlib.import_module("hsd.data").load(data.path, data.split)
+    rows = rows[: data.limit]
+    if not rows:
+        raise ValueError(f"data: expected at least one question, got none from {data.path!r}")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [_row({key: row.get(key) for key in columns}, data.instruction, chat) for row in rows]
+
+
+def _row(row: dict[str, Any], instruction: str | None, chat: bool) -> dict[str, Any]:
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        text = prompt if instruction is None else f"{prompt}\n\n{instruction}"
+        prompt = [{"role": "user", "content": text}] if chat else text
+    answer = str(row["answer"])
+    return row | {"prompt": prompt, "answer": answer.rpartition("####")[2].strip() if "####" in answer else answer}
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: expected JSON, got {line[:60]!r} ({error.msg})") from None
+        prompt = next((row[key] for key in ("prompt", *QUESTION) if row.get(key)), None) if type(row) is dict else None
+        if prompt is None or row.get("answer") is None:
+            keys = sorted(row) if type(row) is dict else type(row).__name__
+            raise ValueError(f"{path}, line {number}: expected 'prompt' or 'question', and 'answer', got {keys}")
+        rows.append({key: value for key, value in row.items() if key not in QUESTION} | {"prompt": prompt})
+    return rows
+
+
+def load_rewards(names: str | list[str]) -> list[Callable[..., Any]]:
+    """TRL reward functions: hsd.verify's by name, others as module:function (the current folder can be imported)."""
+    return [_reward(name) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _reward(name: str) -> Callable[..., Any]:
+    module, colon, function = name.partition(":")
+    if colon:
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        found = getattr(importlib.import_module(module), function, None)
+    elif name in VERIFIERS:
+        found = getattr(importlib.import_module("hsd.verify"), f"{name}_reward", None)
+    else:
+        raise ValueError(f"reward: expected one of {VERIFIERS} or module:function, got {name!r}")
+    if not callable(found):
+        raise ValueError(f"reward: expected a function, got {name!r}, which is none")
+    return found
+
+
+def _warm_start(seed: int, cache: Path) -> Path:
+    from hsd.demo import small_world
+
+    folder = cache / f"small_world-seed{seed}"
+    if not (folder / "config.json").exists():
+        print("warm start: teaching a fresh Qwen3 to add, with slips", flush=True)
+        model = small_world.build_model(seed)
+        small_world.warm_start(model, small_world.build_tokenizer(), seed=seed, progress=_progress)
+        part = folder.with_suffix(".part")
+        model.save_pretrained(part)
+        part.replace(folder)
+    return folder
+
+
+def _progress(step: int, loss: float) -> None:
+    if step % 200 == 0:
+        print(f"warm start: step {step}, loss {loss:.3f}", flush=True)

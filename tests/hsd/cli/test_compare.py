@@ -1,0 +1,84 @@
+"""`hsd compare` on made-up runs: means, best steps, alarms, differences and the picture."""
+
+import json
+import math
+
+import pytest
+
+from hsd.cli.__main__ import main
+from hsd.cli.compare import moving_mean, short_names
+
+
+@pytest.fixture
+def runs(tmp_path):
+    def write(name, success, config=None, report=None, **columns):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        rows = [{"step": i + 1, "hsd/success_rate": s} for i, s in enumerate(success)]
+        for key, values in columns.items():
+            for row, value in zip(rows, values, strict=True):
+                row[key] = value
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if config:
+            (folder / "config.yaml").write_text(json.dumps(config))
+        if report:
+            (folder / "report.json").write_text(json.dumps(report))
+        return str(folder)
+
+    return write
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_line_a_run(runs, tmp_path, capsys):
+    one = {"model": {"path": "m"}, "train": {"learning_rate": 1e-5, "teacher": "live", "output_dir": "x"}}
+    two = {"model": {"path": "m"}, "train": {"learning_rate": 1e-5, "teacher": "fixed", "output_dir": "y"}}
+    after = {"after": {"mean": 0.5, "low": 0.4, "high": 0.625}}
+    a = runs("a", [0.9, 0.1, 0.2, 0.4, 0.6], one, after, step_time=[9.0, 1.0, 1.0, 2.0, 2.0])
+    b = runs("b", [0.0, 0.5, 0.5, 0.1], two, alarms=[{}, {}, {"success": "fell"}, {}])
+    png = tmp_path / "deep" / "curves.png"
+    assert main(["compare", a, b, "--window", "2", "--png", str(png)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head, first, second = (cells(line) for line in (lines[0], lines[2], lines[3]))
+    row = dict(zip(head, first, strict=True))
+    assert row["run"] == "a" and row["steps"] == "5" and row["success, last"] == "0.5"
+    assert row["success, best"] == "0.5 at 2"  # the first full window: a single step of 0.9 is no mean of two
+    assert row["held out [95 %]"] == "0.500 [0.400, 0.625]" and row["s/step"] == "2" and row["alarms"] == "none"
+    row = dict(zip(head, second, strict=True))
+    assert row["success, best"] == "0.5 at 3" and row["alarms"] == "success at 3"
+    assert row["held out [95 %]"] == "-" and row["KL"] == "-"
+    assert "train.teacher: a live, b fixed" in lines
+    assert not any("learning_rate" in line or "output_dir" in line or "model.path" in line for line in lines)
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
+
+
+def test_one_run_and_more_runs_than_colours(runs, tmp_path, capsys):
+    folders = [runs(f"r{i}", [0.1 * i] * 3) for i in range(12)]
+    assert main(["compare", folders[0], "--png", str(tmp_path / "one.png")]) == 0
+    assert main(["compare", *folders, "--png", str(tmp_path / "all.png")]) == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| r")]) == 1 + 12 + 2
+
+
+def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
+    empty = runs("empty", [])
+    good = runs("good", [0.5])
+    for words, said in (
+        ([str(tmp_path / "nowhere")], "nowhere"),
+        ([empty], "metrics.jsonl"),
+        ([good, good], "different folders"),
+        ([good, "--window", "0"], "--window"),
+    ):
+        assert main(["compare", *words, "--png", str(tmp_path / "x.png")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_names_are_as_short_as_they_can_be(tmp_path):
+    assert short_names([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
+    assert short_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+
+
+def test_means_pass_over_what_was_not_measured():
+    means = moving_mean([{"k": 1.0}, {"k": None}, {}, {"k": math.nan}, {"k": 3.0}], "k", 2)
+    assert means[:2] == [1.0, 1.0] and all(map(math.isnan, means[2:4])) and means[4] == 3.0

@@ -1,0 +1,179 @@
+"""`hsd train`: whose folder it is, what it refuses before training, and its metrics in tensorboard.
+
+Training, a stop and a resume through the command line are in tests/hsd/test_resume.py.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from hsd.callbacks import read_metrics
+from hsd.cli.__main__ import main
+from hsd.cli.settings import read
+from hsd.cli.train import claim, last_checkpoint, make_config
+from hsd.demo import small_world
+
+CONFIG = """
+model: {path: model}
+data: {path: questions.jsonl}
+reward: hsd.demo.small_world:reward
+train:
+  max_steps: 1
+  per_device_train_batch_size: 4
+  num_generations: 4
+  max_completion_length: 4
+  learning_rate: 1e-3
+  teacher: fixed
+  reference_coef: 0
+  with_peer_template: "[{answer}|{demonstration}]"
+  answer_only_template: "[{answer}]"
+  bf16: false
+  gradient_checkpointing: false
+  use_cpu: true
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(CONFIG)
+    Path("questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in small_world.make_questions(4, seed=0)))
+    return tmp_path
+
+
+def settings(*overrides):
+    got, origin = read(Path("run.yaml"), overrides)
+    return got, make_config(got, origin, "run")
+
+
+def test_the_folder_gets_a_configuration_that_makes_the_same_run(here):
+    claim(Path("out"), *settings("--max_steps", "7"), [{"prompt": "q"}])
+    written = yaml.safe_load(Path("out/config.yaml").read_text())
+    assert written["train"]["max_steps"] == 7 and written["train"]["learning_rate"] == 1e-3
+    assert written["train"]["method"] == "hsd" and written["model"]["dtype"] == "float32"
+    got, origin = read(Path("out/config.yaml"))
+    claim(Path("out"), got, make_config(got, origin, "run"), [{"prompt": "q"}])
+    assert not list(Path("out").glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "words", [["--max_steps", "9"], ["--save_steps", "3"], ["--report_to", "none"], ["--logging_steps", "2"]]
+)
+def test_a_run_may_go_on_longer_and_log_otherwise(here, words):
+    claim(Path("out"), *settings(), [])
+    claim(Path("out"), *settings(*words), [])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--learning_rate", "2e-3"], r"train\.learning_rate: out holds a run with 0\.001, got 0\.002"),
+        (["--teacher", "live"], r"train\.teacher"),
+        (["--model.path", "other"], r"model\.path"),
+        (["--lora", "{r: 4}"], r"model\.lora: out holds a run with None"),
+        (["--weight_decay", "0.1"], r"train\.weight_decay: out holds a run with 0\.0"),  # left to its default before
+        (["--seed", "1"], r"train\.seed"),
+    ],
+)
+def test_a_folder_with_another_run_is_refused(here, words, named):
+    claim(Path("out"), *settings(), [])
+    before = Path("out/config.yaml").read_text()
+    with pytest.raises(ValueError, match=named):
+        claim(Path("out"), *settings(*words), [])
+    assert Path("out/config.yaml").read_text() == before
+
+
+def test_other_questions_are_another_run(here):
+    claim(Path("out"), *settings(), [{"prompt": "q"}])
+    with pytest.raises(ValueError, match=r"data\.questions: out holds a run with '1 questions"):
+        claim(Path("out"), *settings(), [{"prompt": "r"}])
+
+
+def test_more_steps_are_another_run_where_the_schedule_ends_with_them(here):
+    claim(Path("out"), *settings("--lr_scheduler_type", "linear"), [])
+    with pytest.raises(ValueError, match="max_steps"):
+        claim(Path("out"), *settings("--lr_scheduler_type", "linear", "--max_steps", "9"), [])
+
+
+def test_a_folder_of_something_else_is_refused(here):
+    (here / "demo").mkdir()
+    (here / "demo" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="which holds another run"):
+        claim(Path("demo"), *settings(), [])
+
+
+def test_the_last_whole_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step, whole in ((2, True), (10, True), (12, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_check_prints_the_resolved_configuration_and_leaves_nothing(here, capsys):
+    assert main(["train", "run.yaml", "--check", "--learning_rate", "2e-3"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["train"]["learning_rate"] == 2e-3 and shown["train"]["output_dir"] == "runs/run"
+    assert sorted(p.name for p in here.iterdir()) == ["questions.jsonl", "run.yaml"]
+
+
+@pytest.fixture
+def model(here):
+    tokenizer = small_world.build_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads, **special)).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.path", "nowhere/at/all"], "nowhere/at/all"),
+        (["--data.path", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--per_device_train_batch_size", "32"], "data: expected at least 8 questions, one step's worth, got 4"),
+        (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
+        (["--method", "sdft"], "demonstration"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
+    assert main(["train", "run.yaml", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+
+
+def test_a_crash_in_training_keeps_its_traceback(model, here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    (here / "broken_reward_of_a_test.py").write_text("def f(**kwargs): raise ValueError('reward broke')\n")
+    with pytest.raises(RuntimeError, match="training stopped at step 0") as error:
+        main(["train", "run.yaml", "--reward", "broken_reward_of_a_test:f"])
+    assert "reward broke" in str(error.value.__cause__)
+
+
+def test_metrics_reach_tensorboard_through_trl(model, here, monkeypatch):
+    """As wandb and trackio do: through TRL's report_to."""
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(here / "board"))
+    assert main(["train", "run.yaml", "--report_to", "tensorboard"]) == 0
+    seen = {}
+    for path in (here / "board").rglob("*tfevents*"):
+        data = path.read_bytes()
+        while data:  # length, its checksum, the record, its checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            for value in Event.FromString(data[12 : 12 + length]).summary.value:
+                seen[value.tag] = value.simple_value
+            data = data[16 + length :]
+    (row,) = read_metrics(here / "runs" / "run" / "metrics.jsonl")
+    for name in ("hsd/success_rate", "hsd/kl", "completions/mean_length"):
+        assert seen[f"train/{name}"] == pytest.approx(row[name], rel=1e-5)

@@ -1,0 +1,185 @@
+"""One rank of a two-rank job on gloo: trains with DDP and differentiates under raw FSDP2, and saves what it saw.
+
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python job.py FOLDER
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.distributed.fsdp import fully_shard
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+
+from hsd.callbacks import StopOnSignal
+from hsd.config import HSDConfig
+from hsd.context import ContextTemplate
+from hsd.demo import small_world
+from hsd.trainer import HSDTrainer
+
+SIZE = 4  # rollouts a group
+TOKENIZER = small_world.build_tokenizer()
+TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY, demonstration_only="[|{demonstration}]")
+QUESTIONS = small_world.make_questions(8, seed=0)
+
+# name: (rows of a rank's micro-batch, HSDConfig's fields)
+DDP = {
+    "whole": (4, {"teacher": "fixed", "reference_coef": 0.5}),
+    "split": (2, {"teacher": "live", "reference_coef": 0.0}),
+    "split+accumulation": (
+        1,
+        {"teacher": "ema", "reference_coef": 0.5, "gradient_accumulation_steps": 2, "prefix_sharing": "none"},
+    ),
+    "group and a half": (2, {"teacher": "fixed", "reference_coef": 0.0, "gradient_accumulation_steps": 3}),
+    # Means over all tokens of the step, and advantages of groups that no rank holds whole.
+    "sdpo": (2, {"method": "sdpo", "gradient_accumulation_steps": 3}),
+    "grpo+opsd": (2, {"method": "grpo+opsd"}),
+    "budget": (4, {"teacher": "live", "reference_coef": 0.0, "prefix_sharing": "tree", "tree_token_budget": 40}),
+}
+# name: (whether with LoRA, HSDConfig's fields); the batch is that of DDP's "split"
+FSDP = {
+    "live": (False, {"teacher": "live", "reference_coef": 0.0, "prefix_sharing": "none"}),
+    "fixed+reference": (False, {"teacher": "fixed", "reference_coef": 0.5, "prefix_sharing": "none"}),
+    "lora": (True, {"teacher": "fixed", "reference_coef": 0.5, "prefix_sharing": "none"}),
+}
+
+
+def build_model():
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+        eos_token_id=TOKENIZER.eos_token_id,
+        pad_token_id=TOKENIZER.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config).float()
+
+
+def half(completion_ids, **kwargs):
+    """A verifier that a random model passes about half the time."""
+    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
+
+
+class Recorder(HSDTrainer):
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        self.batches = [*getattr(self, "batches", []), batch | {"questions": [x["prompt"] for x in inputs]}]
+        return batch
+
+
+def make(folder, rows, *, lora=False, callbacks=(), **kwargs):
+    """A trainer whose single step, SGD at learning rate 1, moves the weights by minus the gradient."""
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": rows,
+        "num_generations": SIZE,
+        "max_completion_length": 9,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0.0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    } | kwargs
+    adapter = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return Recorder(
+        model=build_model(),
+        reward_funcs=half,
+        args=HSDConfig(**settings),
+        train_dataset=Dataset.from_list(QUESTIONS),
+        processing_class=TOKENIZER,
+        context_template=TEMPLATE,
+        peft_config=adapter if lora else None,
+        callbacks=list(callbacks),
+    )
+
+
+def start_elsewhere(trainer) -> None:
+    """The student off the initial policy (and LoRA off its zero): where they agree, a wrong side would not show."""
+    generator = torch.Generator().manual_seed(3)  # its own: one seed for both ranks would give both the same rollouts
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def ddp(name: str, folder: Path, rank: int) -> list[dict]:
+    rows, options = DDP[name]
+    trainer = make(folder / "run", rows, **options)
+    start_elsewhere(trainer)
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    gradient = {n: before[n] - after[n] for n in before}
+    loss = trainer.state.log_history[0]["loss"]
+    torch.save({"gradient": gradient, "batches": trainer.batches, "loss": loss}, folder / f"ddp-{name}-{rank}.pt")
+    return trainer.batches
+
+
+def fsdp(name: str, batch: dict, folder: Path, rank: int) -> None:
+    lora, options = FSDP[name]
+    trainer = make(folder / "run", 2, lora=lora, **options)
+    start_elsewhere(trainer)
+    model = trainer.model
+    for layer in model.get_base_model().model.layers if lora else model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    gradient = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+    torch.save({"gradient": gradient, "loss": loss.item()}, folder / f"fsdp-{name}-{rank}.pt")
+
+
+class Interrupt(TrainerCallback):
+    """SIGTERM reaches this rank alone, while step 2 is on its way."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def interrupted(folder: Path, rank: int) -> None:
+    """Four steps in one go; and two, stopped by a signal to rank 1, and two more after a resume."""
+    options = {"teacher": "ema", "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2}
+    options |= {"save_strategy": "steps", "save_steps": 100, "teacher_ema_rate": 0.5}
+    whole = make(folder / "whole", 2, **options)
+    whole.train()
+    first = make(folder / "parts", 2, callbacks=[StopOnSignal(), *([Interrupt()] if rank == 1 else [])], **options)
+    first.train()
+    second = make(folder / "parts", 2, **options)
+    second.train(resume_from_checkpoint=str(folder / "parts" / "checkpoint-2"))
+    runs = {"whole": whole, "parts": second}
+    saved = {k: [weights(t.model), dict(t.frozen.models["ema_teacher"].named_parameters())] for k, t in runs.items()}
+    torch.save({"stopped_at": first.state.global_step, **saved}, folder / f"interrupted-{rank}.pt")
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), torch.distributed.get_rank()
+    batches = {name: ddp(name, folder, rank) for name in DDP}
+    for name in FSDP:
+        fsdp(name, batches["split"][0], folder, rank)
+    interrupted(folder, rank)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    main()
+    torch.distributed.destroy_process_group()
