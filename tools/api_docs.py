@@ -1,6 +1,6 @@
 """The API reference from the docstrings, as a folder of HTML:
 
-    make docs        or: python tools/api_docs.py build/docs
+make docs        or: python tools/api_docs.py build/docs
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def library() -> ctypes.CDLL:
     path = find()
     if path is None:
         raise ValueError(
-            f"impl='cpp': expected the built library {FOLDER / '_cpu.*'}, got none; run `{BUILD}` in a checkout; a pure "
-            "wheel has none, pip builds it from the sdist (HSD_BUILD_CPU=1)"
+            f"impl='cpp': expected the built library {FOLDER / '_cpu.*'}, got none; run `{BUILD}` in a checkout; a "
+            "pure wheel has none, pip builds it from the sdist (HSD_BUILD_CPU=1)"
         )
     return load(path)
 
