@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STEPS  ?=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-smollm2 test lint clean-test
+.PHONY: demo demo-smollm2 test lint clean-test release-check docs
 demo: $(VENV)/.train
 	$(BIN)/python -m hsd.demo small $(if $(STEPS),--steps $(STEPS)) $(if $(ARGS),$(ARGS))
 
@@ -23,6 +23,13 @@ lint: $(VENV)/.dev
 clean-test:
 	dir=$$(mktemp -d) && git clone -q . $$dir/clone && $(MAKE) -C $$dir/clone test && rm -rf $$dir
 
+# Builds what a release ships, from a clone of HEAD, and installs and runs it in new environments (docs/releasing.md).
+release-check: $(VENV)/.release
+	$(BIN)/python tools/release_check.py
+
+docs: $(VENV)/.release
+	$(BIN)/python tools/api_docs.py build/docs
+
 # torch first and alone: an unconstrained request, also inside an isolated build, would pull CUDA packages.
 $(VENV)/.train: pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,4 +40,8 @@ $(VENV)/.train: pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*)
 # The tests want the C++ rows: here a build that fails is an error.
 $(VENV)/.dev: $(VENV)/.train
 	HSD_BUILD_CPU=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	touch $@
+
+$(VENV)/.release: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt build pdoc
 	touch $@

@@ -2,14 +2,16 @@
 
     python setup.py build_ext --inplace
 
-A machine without a compiler installs the package without it: `impl="auto"` then uses the torch rows. HSD_BUILD_CPU=1
-makes a failed build an error, HSD_BUILD_CPU=0 does not try.
+`pip install` builds it if it can: a machine without a compiler gets the package without it, and `impl="auto"` then uses
+the torch rows. `python -m build` leaves it out and makes a pure wheel. HSD_BUILD_CPU=1 builds it in both, and a failed
+build is an error; HSD_BUILD_CPU=0 does not try.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -17,6 +19,9 @@ from setuptools.command.build_ext import build_ext
 WANTED = os.environ.get("HSD_BUILD_CPU", "")
 if WANTED not in ("", "0", "1"):
     raise ValueError(f"HSD_BUILD_CPU: expected 0, 1 or unset, got {WANTED!r}")
+# Both call the same hook; pip leaves this variable in the environment (so it does from 22.1 to 26.3).
+INSTALLING = "PIP_BUILD_TRACKER" in os.environ
+PURE = WANTED == "0" or (WANTED == "" and "bdist_wheel" in sys.argv and not INSTALLING)
 
 # No contraction: see csrc/cpu/simd.h. Without exceptions nothing of a C++ runtime is linked.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-exceptions", "-fvisibility=hidden"]
@@ -44,4 +49,4 @@ class PerFileFlags(build_ext):
 
 
 cpu = Extension("hsd_kernels._cpu", SOURCES, depends=HEADERS, language="c++", optional=WANTED != "1")
-setup(ext_modules=[] if WANTED == "0" else [cpu], cmdclass={"build_ext": PerFileFlags})
+setup(ext_modules=[] if PURE else [cpu], cmdclass={"build_ext": PerFileFlags})

@@ -91,7 +91,10 @@ def library() -> ctypes.CDLL:
     """Raises ValueError where it was not built and RuntimeError where it was and is broken."""
     path = find()
     if path is None:
-        raise ValueError(f"impl='cpp': expected the built library {FOLDER / '_cpu.*'}, got none; run `{BUILD}`")
+        raise ValueError(
+            f"impl='cpp': expected the built library {FOLDER / '_cpu.*'}, got none; run `{BUILD}` in a checkout; a "
+            "pure wheel has none, pip builds it from the sdist (HSD_BUILD_CPU=1)"
+        )
     return load(path)
 
 
