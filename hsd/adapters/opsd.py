@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hsd.adapters.common import check_version, divergence, inside_forward, read, side_of, take_apart
 from hsd.loss import Side
 
-# Theirs pins trl 0.26.0 and transformers 4.57.1; this project's environment has the upper ends.
+# Theirs pins trl 0.26.0 and transformers 4.57.1: there the adapter was compared with their own class (docs/adapters).
 TESTED = {"trl": ("0.26", "1.16"), "transformers": ("4.57", "5.23")}
 
 
@@ -37,8 +37,8 @@ class FusedOPSD:
 
         Args:
             inputs: ``student_input_ids``, ``student_attention_mask`` (B, P + T), ``teacher_input_ids``,
-                ``teacher_attention_mask`` (B, P' + T), ``labels`` (B, P + T) with -100 where a token does not count, and
-                the padded prompts' lengths ``student_prompt_length`` P and ``teacher_prompt_length`` P'.
+                ``teacher_attention_mask`` (B, P' + T), ``labels`` (B, P + T) with -100 where a token does not
+                count, and the padded prompts' lengths ``student_prompt_length`` P and ``teacher_prompt_length`` P'.
 
         Raises ValueError for a model that `hsd.body` cannot take apart.
         """
