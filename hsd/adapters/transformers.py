@@ -21,6 +21,7 @@ from hsd.body import Split, hidden_states
 from hsd.context import check_alignment
 from hsd.frozen import in_eval_mode
 from hsd.loss import LossOutput, Objective, Side
+from hsd_kernels import HSDKLOutput
 
 TESTED = ("5.23", "5.23")
 
@@ -78,7 +79,7 @@ def hsd_loss_from_ids(
             hidden = _states(other, teacher_ids, lengths)
         return Side(hidden) if teacher is None else side_of(other, hidden)
 
-    def loss() -> LossOutput:
+    def loss() -> tuple[Tensor, HSDKLOutput]:
         # The teacher first: its activations are gone before the student's are kept.
         side = teacher_side() if teacher is None else inside_forward(teacher, teacher, teacher_side)
         hidden = _states(split, student_ids, lengths)
@@ -99,9 +100,9 @@ def hsd_loss_from_ids(
             chunk_bytes=objective.chunk_bytes,
             impl=objective.impl,
         )
-        return LossOutput(out.loss, out)
+        return out.loss, out  # tuples: FSDP looks for the tensors it must hook in these, not in dataclasses
 
-    return inside_forward(model, inner, loss)
+    return LossOutput(*inside_forward(model, inner, loss))
 
 
 def _states(split: Split, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
