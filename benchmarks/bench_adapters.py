@@ -2,12 +2,12 @@
 
     python benchmarks/bench_adapters.py [--shapes 151936,256 ...] [--only NAME ...] [--json PATH]
 
-A shape is (vocabulary, completion tokens), in two rollouts behind prompts of 32 tokens (the teacher's: 96). The model is
-a Qwen3 of two layers with hidden size 256, fp32, tied; one thread runs it. TRL's and Liger's sides are the packages
+A shape is (vocabulary, completion tokens), in two rollouts behind prompts of 32 tokens (the teacher's: 96). The model
+is a Qwen3 of two layers with hidden size 256, fp32, tied; one thread runs it. TRL's and Liger's sides are the packages
 themselves; OPSD's and verl's are their formulas over dense logits, written anew in a few lines, since no package of
 them exists. The gate comes first, at a small vocabulary: loss and gradient of both sides; a red one gets no time. Every
-row has a process of its own. Times are seconds of CPU, which a busy machine inflates less than wall time. Memory is what
-the resident set grows by, at its peak, once model, inputs and gradients are there.
+row has a process of its own. Times are seconds of CPU, which a busy machine inflates less than wall time. Memory is how
+much the resident set grows, at its peak, once model, inputs and gradients are there.
 """
 
 from __future__ import annotations
