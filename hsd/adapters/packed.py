@@ -6,7 +6,7 @@ log-softmax them and call `compute_self_distillation_loss`; docs/adapters/verl.m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from hsd.adapters.common import ImportanceRatio
 from hsd_kernels import HSDKLOutput, fused_hsd_kl
 
 
-@dataclass(frozen=True)
-class PackedOutput:
+class PackedOutput(NamedTuple):
     """``loss`` (scalar) has the gradient; the rest is (nnz,), detached, 0 where a token's weight is 0."""
 
     loss: Tensor
@@ -115,6 +114,18 @@ def packed_loss(
     return PackedOutput(
         out.loss, per_token, out.per_token_kl, out.student_logps, out.teacher_logps, out.student_entropy, ratios
     )
+
+
+def response_rows(attention_mask: Tensor, length: int) -> Tensor:
+    """(nnz,) bool: which states of a packed batch predict a token of its responses.
+
+    ``attention_mask`` (B, S) is that of the padded batch, prompts left and responses of at most ``length`` tokens
+    right, as in verl. Student and teacher read the same responses behind other prompts, so that the states so
+    picked are the same tokens in the same order, those of ``responses[attention_mask[:, -length:].bool()]``.
+    """
+    predicts = torch.zeros_like(attention_mask, dtype=torch.bool)
+    predicts[:, -length - 1 : -1] = attention_mask[:, -length:].bool()
+    return predicts[attention_mask.bool()]
 
 
 def _shares(mask: Tensor, aggregation: str, cu_seqlens: Tensor | None, normalizer: float | None) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hsd.adapters.packed import packed_loss
+from hsd.adapters.packed import packed_loss, response_rows
 
 B, T, D, V = 3, 6, 8, 23
 LENGTHS = (6, 3, 5)  # a prompt of two tokens and a response each; the second rollout has no context
@@ -93,6 +93,19 @@ def test_a_global_batch_has_its_own_normalizer(states):
     given = {"target_ids": s["targets"][pick], "loss_mask": s["counted"][pick]}
     one, ten = (packed_loss(*args, **given, normalizer=n).loss for n in (1.0, 10.0))
     torch.testing.assert_close(one, 10 * ten)
+
+
+def test_response_rows_of_both_sides_are_the_same_tokens():
+    """States numbered by (side, row, position): the picked ones stand right before the response's tokens."""
+    length, widths = 4, {"student": 3, "teacher": 6}
+    responses = torch.tensor([4, 1, 2])
+    live = torch.arange(length)[None] < responses[:, None]
+    for prompts, width in (([3, 1, 2], widths["student"]), ([4, 6, 1], widths["teacher"])):
+        left = torch.arange(width)[None] >= width - torch.tensor(prompts)[:, None]
+        mask = torch.cat([left, live], 1).long()
+        padded = torch.arange(mask.numel()).view_as(mask)
+        picked = padded[mask.bool()][response_rows(mask, length)]
+        assert torch.equal(picked + 1, padded[:, -length:][live])
 
 
 def test_what_it_refuses(states):
