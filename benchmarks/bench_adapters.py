@@ -1,20 +1,22 @@
 """Other people's losses and ours in their place: time and peak memory of a loss and its backward.
 
-    python benchmarks/bench_adapters.py [--shapes 151936,128 ...] [--only NAME ...] [--json PATH]
+    python benchmarks/bench_adapters.py [--shapes 32000,256 ...] [--only NAME ...] [--json PATH]
 
 A shape is (vocabulary, completion tokens), in two rollouts behind prompts of 32 tokens (the teacher's: 96). The model
 is a Qwen3 of two layers with hidden size 256, fp32, tied; one thread runs it. TRL's and Liger's sides are the packages
 themselves; OPSD's and verl's are their formulas over dense logits, written anew in a few lines, since no package of
 them exists. The gate comes first, at a small vocabulary: loss and gradient of both sides; a red one gets no time. Every
-row has a process of its own. Times are seconds of CPU, which a busy machine inflates less than wall time. Memory is how
-much the resident set grows, at its peak, once model, inputs and gradients are there.
+row has a process of its own, forked from one that has imported and not computed. Times are seconds of CPU of the second
+call, which a busy machine inflates less than wall time. Memory is how much the resident set grows, at its peak, once
+model, inputs and gradients are there. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import os
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -26,13 +28,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from timing import environment, header, in_own_process, run_jobs, save
+from timing import environment, header, save
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hsd.demo import small_world
 
-SHAPES = ["151936,128"]
+SHAPES = ["32000,256", "151936,128"]
 GATE_SHAPE = (1009, 24)
 GATE = 1e-4  # relative, in fp32: loss, and L2 of all gradients
 ROLLOUTS, PROMPT, TEACHER_PROMPT, HIDDEN = 2, 32, 96, 256
@@ -273,6 +275,19 @@ CASES = {
 }
 
 
+HOSTS = (
+    "trl.experimental.gkd",
+    "trl.experimental.sdpo",
+    "trl.trainer.distillation_trainer",
+    "liger_kernel.chunked_loss",
+    "hsd.adapters.trl",
+    "hsd.adapters.opsd",
+    "hsd.adapters.packed",
+    "hsd.adapters.liger",
+    "hsd.adapters.transformers",
+)
+
+
 def gate(name: str) -> float:
     """The largest relative difference of loss and gradient between both sides."""
     model, *sides = CASES[name](*GATE_SHAPE)
@@ -310,6 +325,29 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     return checked | {"seconds": seconds, "added": resident("VmHWM") - before, "before": before}
 
 
+def forked(job: dict[str, Any]) -> dict[str, Any]:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def attempt() -> None:
+        try:
+            row = child(job)
+        except Exception as error:
+            row = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        there.send(row)
+
+    process = context.Process(target=attempt)
+    process.start()
+    there.close()
+    try:
+        return job | here.recv()
+    except EOFError:
+        process.join()
+        return job | {"failed": f"exit status {process.exitcode}"}
+    finally:
+        process.join()
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| in place of | vocabulary, tokens | theirs | ours | time | memory |", "|" + "---|" * 6]
     for case, vocabulary, tokens in dict.fromkeys((r["case"], r["vocabulary"], r["tokens"]) for r in rows):
@@ -330,13 +368,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child")
     given = parser.parse_args()
-    if given.child:
-        run_jobs(json.loads(given.child), child)
-        return
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in HOSTS:
+        importlib.import_module(name)
     facts = environment("cpu")
     print(header(facts), flush=True)
     rows = []
@@ -344,11 +379,11 @@ def main() -> None:
         for shape in given.shapes:
             vocabulary, tokens = map(int, shape.split(","))
             for side in ("theirs", "ours"):
-                job = {"case": name, "side": side, "vocabulary": vocabulary, "tokens": tokens, "device": "cpu"}
+                job = {"case": name, "side": side, "vocabulary": vocabulary, "tokens": tokens}
                 if side == "ours" and "failed" in rows[-1]:
                     rows.append(job | {"failed": "not run"})
                     continue
-                rows += in_own_process(__file__, [job])
+                rows.append(forked(job))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     print(table(rows))
     if given.json:

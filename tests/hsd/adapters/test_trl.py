@@ -106,8 +106,10 @@ def both(trainer, inputs, gradients, **kwargs):
     return ours, theirs
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere", "granite", "gpt2", "phi"])
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("family", "beta"),
+    [("qwen3", 0.0), ("qwen3", 1.0), *((f, 0.3) for f in ("qwen3", "gemma2", "cohere", "granite", "gpt2", "phi"))],
+)
 def test_gkd(family, beta, build, batch, tmp_path, gradients, assert_same):
     """beta 0 is KL(teacher || student); the sampling temperature does not reach the loss."""
     trainer = gkd(build(family), build(family, seed=1), tmp_path, beta=beta, temperature=0.7)
@@ -144,8 +146,10 @@ def test_gkd_leaves_outputs_and_a_differently_capped_teacher_to_trl(build, batch
     torch.testing.assert_close(found, trainer.compute_loss(trainer.model, inputs))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere", "phi"])
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("family", "beta"),
+    [("qwen3", 0.0), ("qwen3", 1.0), *((f, 0.3) for f in ("qwen3", "gemma2", "cohere", "phi"))],
+)
 def test_distillation(family, beta, build, batch, tmp_path, gradients, assert_same):
     trainer = distillation(build(family), build(family, seed=1), tmp_path, beta=beta, temperature=0.7)
     tools = torch.ones_like(batch["completion_mask"])
@@ -166,9 +170,17 @@ def test_distillation_leaves_another_scale_to_trl(build, batch, tmp_path, gradie
         assert_same(*both(trainer, batch, gradients), rtol=0)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2"])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("is_clip", [None, 1.05])
+@pytest.mark.parametrize(
+    ("family", "alpha", "is_clip"),
+    [
+        ("qwen3", 0.0, 1.05),
+        ("qwen3", 0.3, 1.05),
+        ("qwen3", 1.0, 1.05),
+        ("qwen3", 1.0, None),
+        ("gemma2", 0.3, 1.05),
+        ("gpt2", 0.3, None),
+    ],
+)
 def test_sdpo(family, alpha, is_clip, build, batch, tmp_path, gradients, assert_same):
     """Temperature, a rollout without context, the clipped importance ratio, and the logged metric."""
     options = LIVE | {"distillation_alpha": alpha, "temperature": 0.7, "distillation_is_clip": is_clip}
