@@ -1,0 +1,187 @@
+"""What the adapters share: a version check, and the loss on a model that is read as its own forward would read it."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Partial
+
+from hsd.body import Split, check_split, split_model
+from hsd.loss import Side
+from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl, gathered
+
+T = TypeVar("T")
+
+# Logit multipliers that `split_model` does not read. `check_split` finds them too, but not on a sharded model.
+UNREAD_SCALES = ("output_multiplier", "lm_head_multiplier")
+
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@cache
+def check_version(package: str, first: str, last: str) -> None:
+    """Warn, once, when ``package`` is installed in a version before ``first`` or after ``last`` ("1.16" has 1.16.3)."""
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return
+    release = _release(found)
+    if not _release(first) <= release or release[: len(_release(last))] > _release(last):
+        warnings.warn(
+            f"{package} {found}: this adapter was tested with {package} {first} to {last}; compare a loss before you "
+            "trust it",
+            stacklevel=3,
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")
+    return tuple(int(p) for p in parts if p.isdigit())
+
+
+@dataclass(frozen=True)
+class Head:
+    """What `divergence` needs of a `Split`, for code that holds the head's tensors only."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class ImportanceRatio:
+    """Token weights min(exp(log p - log p_old), cap), for ``token_weight_fn``; the exponent is clamped to [-20, 20].
+
+    The form of TRL's SDPO and lasgroup/SDPO. No gradient flows through it.
+    """
+
+    old_logps: Tensor  # (N,), log-probs of the targets when they were sampled
+    cap: float
+    values: Tensor  # (N,), the weights of the rows seen so far
+
+    @staticmethod
+    def of(old_logps: Tensor | None, cap: float | None) -> ImportanceRatio | None:
+        """None unless both are given."""
+        if old_logps is None or cap is None:
+            return None
+        flat = old_logps.detach().reshape(-1)
+        return ImportanceRatio(flat, cap, torch.zeros_like(flat, dtype=torch.float32))
+
+    def __call__(self, stats: RowStats) -> Tensor:
+        assert stats.student_logps is not None
+        gap = (stats.student_logps - self.old_logps[stats.rows]).clamp(-20.0, 20.0)
+        ratio = gap.exp().clamp(max=self.cap)
+        self.values[stats.rows] = ratio.float()
+        return ratio
+
+
+def take_apart(model: nn.Module) -> Split:
+    """Body and head of ``model``; at first sight also proof that they give its logits (not if it is sharded).
+
+    Raises ValueError naming the model class, as `hsd.body.split_model` and `hsd.body.check_split` do.
+    """
+    split = split_model(model)
+    if model not in _checked:
+        config: Any = split.body.config
+        odd = [n for n in UNREAD_SCALES if getattr(config.get_text_config(), n, None) not in (None, 1.0)]
+        if odd:
+            raise ValueError(f"model: expected no logit multiplier beyond hsd.body.Split's, got {odd[0]} in the config")
+        if not any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()):
+            check_split(model, split)
+        _checked.add(model)
+    return split
+
+
+def read(split: Split, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states (B, S, D) behind the logits of ``model(input_ids=..., attention_mask=...)``.
+
+    Without position ids, as the codebases adapted here call their models: positions then count the padding too, which
+    changes the distance from a right-padded prompt to its completion (`hsd.body.hidden_states` would skip it).
+    """
+    return split.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def side_of(head: Split | Head, hidden: Tensor) -> Side:
+    """A policy's reading together with its head as it is now, for a teacher that does not share the student's head.
+
+    A head in pieces is copied whole, (V, D); a plain one is not copied.
+    """
+
+    def whole(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        with gathered(t) as found:
+            return found.clone() if hasattr(t, "ds_id") else found.detach()
+
+    return Side(hidden.detach(), whole(head.weight), whole(head.bias))
+
+
+def _student_head(t: Tensor) -> AbstractContextManager[Tensor]:
+    """The student's weight or bias, whole. One that FSDP2 shards by itself, not with the root, comes as a DTensor here:
+    its gradient is averaged over the ranks on its way back, as FSDP2 does with all others."""
+    if not hasattr(t, "device_mesh"):
+        return gathered(t)
+    dtensor: Any = t
+    return nullcontext(dtensor.full_tensor(grad_placements=[Partial("avg")] * dtensor.device_mesh.ndim))
+
+
+def divergence(student: Split | Head, hidden: Tensor, teacher: Side, **options: Any) -> HSDKLOutput:
+    """`fused_hsd_kl` with ``student``'s head, logit scale and softcap, statistics included.
+
+    A teacher without a weight of its own shares the student's head. Sides of different dtypes meet in the wider one.
+    """
+    dtype = torch.promote_types(hidden.dtype, teacher.hidden.dtype)
+
+    def cast(t: Tensor | None) -> Any:
+        return None if t is None else t.to(dtype)
+
+    with ExitStack() as stack:
+        weight = stack.enter_context(_student_head(student.weight))
+        bias = None if student.bias is None else stack.enter_context(_student_head(student.bias))
+        out = fused_hsd_kl(
+            cast(hidden),
+            cast(teacher.hidden),
+            cast(weight),
+            cast(bias),
+            teacher_weight=cast(teacher.weight),
+            teacher_bias=cast(teacher.bias),
+            logit_scale=student.logit_scale,
+            softcap=student.softcap,
+            return_stats=True,
+            **options,
+        )
+    assert isinstance(out, HSDKLOutput)
+    return out
+
+
+def inside_forward(wrapper: nn.Module, model: nn.Module, compute: Callable[[], T]) -> T:
+    """``compute()`` from within ``wrapper``'s forward, ``model`` being what it wraps (or itself): the hooks by which
+    DDP and FSDP gather parameters and reduce gradients then apply, though the model's own forward is not used."""
+    own = model.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = own
+
+    def forward(run: Callable[[], T]) -> T:
+        restore()
+        return run()
+
+    model.forward = forward
+    try:
+        return wrapper(compute)
+    finally:
+        restore()

@@ -1,0 +1,132 @@
+"""The HSD loss for a hand-written loop over a transformers model: token ids in, a loss out, no trainer.
+
+    loss = hsd_loss_from_ids(model, student_ids, teacher_ids, lengths).loss
+    loss.backward()
+
+(`hsd.loss.hsd_loss` is the same objective from hidden states.) examples/accelerate_loop.py is a whole loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hsd.adapters.common import check_version, divergence, inside_forward, side_of, take_apart
+from hsd.body import Split, hidden_states
+from hsd.context import check_alignment
+from hsd.frozen import in_eval_mode
+from hsd.loss import LossOutput, Objective, Side
+from hsd_kernels import HSDKLOutput
+
+TESTED = ("5.23", "5.23")
+
+
+def hsd_loss_from_ids(
+    model: nn.Module,
+    student_ids: Sequence[Sequence[int]],
+    teacher_ids: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    teacher: nn.Module | None = None,
+    objective: Objective | None = None,
+) -> LossOutput:
+    """Mean over rollouts of the mean over their tokens of the full-vocabulary divergence teacher-student::
+
+        ls = model(student_ids[i]).logits[-n - 1 : -1].log_softmax(-1)             # n = lengths[i]
+        lt = teacher(teacher_ids[i]).logits[-n - 1 : -1].log_softmax(-1).detach()
+        loss_i = (lt.exp() * (lt - ls)).sum(-1).mean()                             # forward_kl, the default
+
+    but neither logits exist. Scale, softcap and bias of the model's head are kept.
+
+    Args:
+        model: a causal LM, a PEFT model, or one of these in DDP or after `fully_shard`. Gets the gradient.
+        student_ids: [q ; o_i] for each rollout, lists of any length.
+        teacher_ids: [q ; c_i ; o_i]; must end with the same ``lengths[i]`` tokens.
+        lengths: tokens of each rollout, at least 1; each prompt has at least one token too.
+        teacher: another model with the same vocabulary, logit scale and softcap; None is the model itself, without
+            gradient and in eval mode.
+        objective: `hsd.loss.Objective` without a reference term; by default KL(teacher || student) at temperature 1.
+
+    Returns the loss and statistics per token, packed rollout after rollout, (sum(lengths),).
+
+    Under autocast call it in the context (``with accelerator.autocast():``): a wrapper around ``model.forward`` is not
+    passed through.
+
+    Raises ValueError naming the argument for lists that do not fit together, a model that cannot be taken apart, a
+    teacher whose logits are made differently, or a reference term.
+    """
+    check_version("transformers", *TESTED)
+    objective = objective or Objective()
+    if objective.reference_coef != 0.0:
+        raise ValueError(f"objective: expected reference_coef=0, got {objective.reference_coef}")
+    _check_lists(student_ids, teacher_ids, lengths)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    split = take_apart(inner)
+    other = split if teacher is None else take_apart(teacher)
+    if (split.logit_scale, split.softcap) != (other.logit_scale, other.softcap):
+        raise ValueError(
+            f"teacher: expected logit scale {split.logit_scale} and softcap {split.softcap}, the model's, got "
+            f"{other.logit_scale} and {other.softcap}"
+        )
+
+    def teacher_side() -> Side:
+        with torch.no_grad(), in_eval_mode(inner) if teacher is None else nullcontext():
+            hidden = _states(other, teacher_ids, lengths)
+        return Side(hidden) if teacher is None else side_of(other, hidden)
+
+    def loss() -> tuple[Tensor, HSDKLOutput]:
+        # The teacher first: its activations are gone before the student's are kept.
+        side = teacher_side() if teacher is None else inside_forward(teacher, teacher, teacher_side)
+        hidden = _states(split, student_ids, lengths)
+        counts = torch.tensor(lengths, device=hidden.device)
+        out = divergence(
+            split,
+            hidden,
+            side,
+            divergence=objective.divergence,
+            beta=objective.beta,
+            temperature=objective.temperature,
+            kl_clip=objective.kl_clip,
+            target_ids=torch.cat([torch.tensor(x[len(x) - n :]) for x, n in zip(student_ids, lengths, strict=True)]).to(
+                hidden.device
+            ),
+            token_weights=(1.0 / (counts * len(lengths))).repeat_interleave(counts),
+            reduction="sum",
+            chunk_bytes=objective.chunk_bytes,
+            impl=objective.impl,
+        )
+        return out.loss, out  # tuples: FSDP looks for the tensors it must hook in these, not in dataclasses
+
+    return LossOutput(*inside_forward(model, inner, loss))
+
+
+def _states(split: Split, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+    """(sum(lengths), D), the states that predict the last ``lengths[i]`` tokens. The last token is not read."""
+    width = max(len(x) for x in sequences) - 1
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, x in enumerate(sequences):
+        ids[row, : len(x) - 1] = torch.tensor(x[:-1])
+        mask[row, : len(x) - 1] = 1
+    device = split.weight.device
+    hidden = hidden_states(split.body, ids.to(device), mask.to(device))
+    ends = [len(x) - 1 for x in sequences]
+    return torch.cat([hidden[i, end - n : end] for i, (end, n) in enumerate(zip(ends, lengths, strict=True))])
+
+
+def _check_lists(student_ids: Any, teacher_ids: Any, lengths: Sequence[int]) -> None:
+    for name, lists in (("student_ids", student_ids), ("teacher_ids", teacher_ids)):
+        if len(lists) != len(lengths) or not len(lengths):
+            raise ValueError(f"{name}: expected one list for each of {len(lengths)} lengths, got {len(lists)}")
+    for i, n in enumerate(lengths):
+        if n < 1:
+            raise ValueError(f"lengths: expected at least one token in every rollout, got {n} at {i}")
+        for name, lists in (("student_ids", student_ids), ("teacher_ids", teacher_ids)):
+            if len(lists[i]) <= n:
+                raise ValueError(f"{name}: expected a prompt before the {n} tokens of rollout {i}, got {len(lists[i])}")
+        check_alignment(student_ids[i], teacher_ids[i], student_ids[i][len(student_ids[i]) - n :])

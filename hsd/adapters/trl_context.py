@@ -1,0 +1,103 @@
+"""HSD's privileged contexts in TRL's `SDPOTrainer`: a peer and the answer, the answer alone where no peer succeeded.
+
+    trainer = SDPOTrainer(...)      # the dataset's column `privileged_context` holds the answer a*
+    trainer.teacher_context_builder = PeerAndAnswer(trainer)
+
+TRL's own builder shows the first success of the group and masks a rollout that has none out of the loss; it knows no
+answer. Here the peer is drawn by `hsd.peers.choose_peers`, every rollout has a context and none is masked.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsd.adapters.common import check_version
+from hsd.adapters.trl import TESTED
+from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, build_context
+from hsd.groups import Group, Prompt, Rollout
+from hsd.peers import PEER_RULES, choose_peers, peer_rng
+
+RULES = tuple(rule for rule in PEER_RULES if not rule.endswith("perplexity"))  # SDPO keeps no log-probs of a group
+
+
+class PeerAndAnswer:
+    """For `SDPOTrainer.teacher_context_builder`; reads its ``success_reward_threshold`` and ``max_reprompt_len``.
+
+    TRL's reprompt templates and feedback options are not used.
+
+    Args:
+        rule: one of `RULES`; "uniform" is the paper's.
+        template: the wording; by default `hsd.context`'s for chat or for plain strings.
+    """
+
+    def __init__(self, trainer: Any, rule: str = "uniform", template: ContextTemplate | None = None):
+        check_version("trl", *TESTED)
+        if rule not in RULES:
+            raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
+        self.trainer, self.rule, self.template = trainer, rule, template
+        self.last_metrics: dict[str, float] = {}
+
+    def build(
+        self, output: dict[str, Any], prompts: list[Prompt], rewards: Tensor, feedbacks: list[Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Teacher inputs (B, P + T) of the local rollouts; ``feedbacks`` are the answers, one a rollout.
+
+        Raises TypeError when an answer is not a string, ValueError when question and answer exceed the limit.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        odd = [a for a in feedbacks or [None] if not isinstance(a, str)]
+        if odd:
+            raise TypeError(
+                f"privileged_context: expected the answer of every question as a string, got {type(odd[0]).__name__}"
+            )
+        gather = importlib.import_module("accelerate.utils").gather_object
+        scores = trainer.accelerator.gather(rewards).tolist()
+        completions = gather(trainer._get_completion_ids_list(output))
+        rollouts = [Rollout(tuple(ids), reward=r) for ids, r in zip(completions, scores, strict=True)]
+        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+        first = trainer.accelerator.process_index * len(prompts)
+
+        contexts = []
+        for i, (prompt, answer) in enumerate(zip(prompts, feedbacks or [], strict=True)):
+            g, place = divmod(first + i, size)  # a group may be split between ranks: all of them see it whole
+            members = tuple(rollouts[g * size : (g + 1) * size])
+            group = Group(prompt, answer, members, args.success_reward_threshold)
+            rng = peer_rng(args.seed, trainer.state.global_step, g)
+            peer = choose_peers(group, self.rule, rng=rng)[place]
+            contexts.append(
+                build_context(
+                    trainer._tokenizer,
+                    prompt,
+                    answer,
+                    None if peer is None else members[peer].token_ids,
+                    self.template or (DEFAULT_TEXT_TEMPLATE if isinstance(prompt, str) else DEFAULT_CHAT_TEMPLATE),
+                    max_length=args.max_reprompt_len,
+                    chat_template_kwargs=trainer.chat_template_kwargs,
+                )
+            )
+
+        solved = [
+            any(s >= args.success_reward_threshold for s in scores[g : g + size]) for g in range(0, len(scores), size)
+        ]
+        with_peer = torch.tensor([c.kind == "peer" for c in contexts], device=rewards.device).float()
+        self.last_metrics = {
+            "self_distillation/success_group_fraction": sum(solved) / len(solved),
+            "self_distillation/success_sample_fraction": trainer.accelerator.gather(with_peer).mean().item(),
+            "self_distillation/reprompt_sample_fraction": 1.0,
+        }
+        completion_ids, device = output["completion_ids"], output["completion_ids"].device
+        width = max(len(c.prompt_ids) for c in contexts)
+        ids = torch.full((len(contexts), width), trainer._tokenizer.pad_token_id, device=device)
+        mask = torch.zeros_like(ids)
+        for row, context in enumerate(contexts):
+            ids[row, width - len(context.prompt_ids) :] = torch.tensor(context.prompt_ids, device=device)
+            mask[row, width - len(context.prompt_ids) :] = 1
+        return {
+            "teacher_input_ids": torch.cat([ids, completion_ids], 1),
+            "teacher_attention_mask": torch.cat([mask, output["completion_mask"]], 1),
+            "self_distillation_mask": torch.ones(len(contexts), device=device),
+        }
