@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from hsd.data.rows import Row
 
@@ -15,6 +17,25 @@ def difficulty(pass_rate: float) -> str:
     if not 0 <= pass_rate <= 1:
         raise ValueError(f"pass_rate: expected a share from 0 to 1, got {pass_rate}")
     return "easy" if pass_rate > EASY else "hard" if pass_rate < HARD else "medium"
+
+
+def with_difficulty(rows: Sequence[Row], samples: Iterable[dict[str, Any]]) -> list[Row]:
+    """The rows with ``pass_rate`` and ``difficulty``, from the lines of an evaluation's ``samples.jsonl`` on them.
+
+    A row of which the verifier judged no sample gets neither. Raises ValueError where the samples are of other rows.
+    """
+    rewards: dict[int, list[float]] = defaultdict(list)
+    for record in samples:
+        at = record["row"]
+        if at >= len(rows) or (record["id"], record["answer"]) != (rows[at].get("id"), rows[at]["answer"]):
+            raise ValueError(f"samples: expected those of these {len(rows)} rows, got row {at}, id {record['id']!r}")
+        if record["reward"] is not None:
+            rewards[at].append(record["reward"])
+    rates = {at: sum(values) / len(values) for at, values in rewards.items()}
+    return [
+        row | {"pass_rate": rates[at], "difficulty": difficulty(rates[at])} if at in rates else dict(row)
+        for at, row in enumerate(rows)
+    ]
 
 
 def mix(streams: Sequence[Sequence[Row]], ratio: Sequence[int], *, seed: int, length: int | None = None) -> list[Row]:

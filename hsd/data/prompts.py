@@ -10,6 +10,7 @@ PROGRAM = (
     "Put the whole program into one ```python block."
 )
 STARTER = "Complete this Python code. Put the whole code into one ```python block.\n\n```python\n{code}\n```"
+NAMED = "Write a Python function named `{name}`. Put the whole code into one ```python block."
 FUNCTION = (
     "Complete this Python function. Repeat everything that is given, imports and helper functions included, "
     "and put the whole code into one ```python block.\n\n```python\n{code}\n```"
@@ -40,9 +41,11 @@ def math_prompt(question: str) -> Messages:
     return _user(f"{question}\n\n{BOXED}")
 
 
-def program_prompt(question: str, starter_code: str = "") -> Messages:
-    """A contest problem: a program over stdin and stdout, or, with starter code, its completion."""
-    return _user(f"{question}\n\n{STARTER.format(code=starter_code) if starter_code else PROGRAM}")
+def program_prompt(question: str, starter_code: str = "", function: str | None = None) -> Messages:
+    """A contest problem: the completion of starter code, a function by its name, or a program over stdin and stdout."""
+    if starter_code.strip():
+        return _user(f"{question}\n\n{STARTER.format(code=starter_code)}")
+    return _user(f"{question}\n\n{NAMED.format(name=function) if function else PROGRAM}")
 
 
 def function_prompt(code: str) -> Messages:

@@ -16,16 +16,11 @@ from typing import Any
 
 Row = dict[str, Any]
 
-COLUMNS = (
-    *("prompt", "answer", "question", "solution", "demonstration", "tests"),
-    *("kind", "source", "id", "level", "date", "pass_rate", "difficulty"),
-)
+TEXTS = ("answer", "question", "solution", "demonstration", "tests", "kind", "source", "id", "level", "date")
 
 
 def check_row(row: Row) -> Row:
-    """``row`` itself, if it has the form above and no column outside of `COLUMNS`; else ValueError or TypeError."""
-    if unknown := sorted(row.keys() - set(COLUMNS)):
-        raise ValueError(f"row: expected columns among {', '.join(COLUMNS)}, got {', '.join(map(str, unknown))}")
+    """``row`` itself, if it has the form above; else ValueError or TypeError. Further columns are the owner's."""
     for column in ("prompt", "answer"):
         if column not in row:
             raise ValueError(f"row: expected a column {column!r}, got {sorted(row)}")
@@ -34,7 +29,7 @@ def check_row(row: Row) -> Row:
         last = prompt[-1] if isinstance(prompt, list) and prompt else None
         if not (isinstance(last, dict) and last.get("role") == "user" and isinstance(last.get("content"), str)):
             raise TypeError(f"prompt: expected a string or messages that end with the user's text, got {prompt!r:.200}")
-    for column in set(COLUMNS) - {"prompt", "pass_rate"}:
+    for column in TEXTS:
         if not isinstance(row.get(column, ""), str):
             raise TypeError(f"{column}: expected a string, got {row[column]!r:.200}")
     if row.get("kind", "math") not in ("math", "code"):
@@ -97,5 +92,5 @@ def to_dataset(rows: Sequence[Row]) -> Any:
 
     if len({isinstance(row["prompt"], str) for row in rows}) > 1:
         raise ValueError("rows: expected all prompts to be strings or all to be messages, got both")
-    columns = [c for c in COLUMNS if any(c in row for row in rows)]
+    columns = dict.fromkeys(column for row in rows for column in row)
     return Dataset.from_dict({c: [row.get(c) for row in rows] for c in columns})
