@@ -74,9 +74,7 @@ def test_questions_are_distinct_right_and_disjoint():
 def test_warm_start_never_draws_a_held_out_question():
     rng = random.Random(0)
     assert not any(small_world.is_held_out(small_world.draw_example(rng).prompt[:12]) for _ in range(300))
-    assert all(
-        small_world.is_held_out(q["prompt"]) for q in small_world.make_questions(50, seed=0, held_out=True)
-    )
+    assert all(small_world.is_held_out(q["prompt"]) for q in small_world.make_questions(50, seed=0, held_out=True))
 
 
 def test_solution_without_slips():
@@ -135,9 +133,7 @@ def test_a_slip_in_context_is_trained_towards_the_right_digit_and_on_from_the_wr
             target = example.targets[place]
             right = str(eval(terms))[-2]
             assert target[right] == (1.0 if kind == "peer" else 0.7)
-            assert (
-                sum(target.values()) == pytest.approx(1) and target.get(example.solution[place]) is not None
-            )
+            assert sum(target.values()) == pytest.approx(1) and target.get(example.solution[place]) is not None
             start += len(step) + 1
         assert len(example.targets) == 3
     assert 0.3 < kinds["plain"] / 500 < 0.5 and 0.1 < kinds["answer"] / 500 < 0.3

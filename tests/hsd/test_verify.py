@@ -46,9 +46,7 @@ def test_last_number_is_linear_in_the_text():
 def test_numbers_equal_compares_values():
     assert numbers_equal("18", "18.0") and numbers_equal("1,234", "1234") and numbers_equal("-0", "0")
     assert not numbers_equal("18", "-18") and not numbers_equal("18", "180")
-    assert (
-        not numbers_equal(None, None) and not numbers_equal("5", None) and not numbers_equal("none", "none")
-    )
+    assert not numbers_equal(None, None) and not numbers_equal("5", None) and not numbers_equal("none", "none")
     assert not numbers_equal("1" * 40 + "1", "1" * 40 + "2")  # beyond the precision of a float
 
 
