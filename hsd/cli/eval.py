@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: math_reward or code_reward by the kind of question; numbers: the last number of the answer",
     )
+    parser.add_argument("--judge-again", action="store_true", help="score the samples in --out with --verifier anew")
     parser.add_argument(
         "--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help='as {"enable_thinking": false}'
     )
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             samples=args.samples,
             seed=args.seed,
             chat_template_kwargs=args.chat_template_kwargs,
+            judge_again=args.judge_again,
             progress=_progress(),
         )
         results.append(result)

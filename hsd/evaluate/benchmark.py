@@ -31,6 +31,7 @@ def evaluate(
     samples: int = 1,
     seed: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    judge_again: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Samples every row ``samples`` times, judges, and returns the result, also in ``folder/result.json``.
@@ -42,6 +43,7 @@ def evaluate(
         model: Its name, for the record.
         rewards: A TRL reward function for each ``kind`` of row ("math", "code"). It returns 1, 0, or None where the
             verifier failed, and may report a status through ``log_extra``.
+        judge_again: Judge the samples that are there once more, with ``rewards``, and go on; nothing is sampled twice.
 
     Raises:
         ValueError: The folder holds an evaluation with other settings, or a kind has no reward function.
@@ -70,8 +72,13 @@ def evaluate(
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _same_settings(folder / "settings.json", settings)
+    _same_settings(folder / "settings.json", settings, ("verifiers",) if judge_again else ())
     records = _whole_batches(folder / "samples.jsonl", sampling.batch_size, len(data.rows) * samples)
+    if judge_again and records:
+        judged = judge([data.rows[r["row"]] for r in records], [r["completion"] for r in records], rewards)
+        records = [r | {"reward": x, "status": s} for r, (x, s) in zip(records, judged, strict=True)]
+        write_jsonl(folder / "samples.jsonl", records)
+    write_json(folder / "settings.json", settings)
     flat = [(i, j) for i in range(len(data.rows)) for j in range(samples)]
     with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
         for start in range(len(records), len(flat), sampling.batch_size):
@@ -82,7 +89,7 @@ def evaluate(
             ]
             rollouts = engine.generate(ids, sampling, seed * 1_000_003 + start)
             texts = engine.tokenizer.batch_decode(rollouts, skip_special_tokens=True)
-            judged = judge([data.rows[i] for i, _ in batch], texts, rollouts, rewards)
+            judged = judge([data.rows[i] for i, _ in batch], texts, rewards)
             for (i, j), text, rollout, (reward, status) in zip(batch, texts, rollouts, judged, strict=True):
                 record = {
                     "row": i,
@@ -106,7 +113,7 @@ def evaluate(
 
 
 def judge(
-    rows: Sequence[Row], texts: Sequence[str], rollouts: Sequence[Sequence[int]], rewards: Mapping[str, Reward]
+    rows: Sequence[Row], texts: Sequence[str], rewards: Mapping[str, Reward]
 ) -> list[tuple[float | None, str | None]]:
     """Reward and status of each completion, by the verifier of its row's kind, called as TRL calls it."""
     verdicts: list[tuple[float | None, str | None]] = [(None, None)] * len(rows)
@@ -121,7 +128,6 @@ def judge(
         scores = rewards[kind](
             prompts=[rows[n]["prompt"] for n in mine],
             completions=[[{"role": "assistant", "content": texts[n]}] for n in mine],
-            completion_ids=[list(rollouts[n]) for n in mine],
             answer=[rows[n]["answer"] for n in mine],
             tests=[rows[n].get("tests") for n in mine],
             log_extra=log_extra,
@@ -146,14 +152,13 @@ def _prompt(tokenizer: Any, row: Row) -> Any:
     return row["prompt"] if tokenizer.chat_template else last_user_text(row)
 
 
-def _same_settings(path: Path, settings: dict[str, Any]) -> None:
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [key for key in sorted(old.keys() | settings.keys()) if old.get(key) != settings.get(key)]:
-            differences = "; ".join(f"{key}: {old.get(key)!r} there, {settings.get(key)!r} now" for key in changed)
-            raise ValueError(f"out: {path.parent} holds an evaluation with other settings ({differences})")
-    write_json(path, settings)
+def _same_settings(path: Path, settings: dict[str, Any], but: Sequence[str]) -> None:
+    if not path.exists():
+        return
+    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    if changed := [key for key in sorted(old.keys() | new.keys()) if key not in but and old.get(key) != new.get(key)]:
+        differences = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed)
+        raise ValueError(f"out: {path.parent} holds an evaluation with other settings ({differences})")
 
 
 def _whole_batches(path: Path, batch_size: int, total: int) -> list[Record]:

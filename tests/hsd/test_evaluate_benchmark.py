@@ -126,6 +126,24 @@ def test_a_model_written_anew_is_another_model(tmp_path):
         run(tmp_path / "out", model=str(weights.parent))
 
 
+def test_judging_again_samples_nothing_twice(tmp_path):
+    def nothing_fails(completions, answer, **columns):
+        return [float(c[-1]["content"][0] == a) for c, a in zip(completions, answer, strict=True)]
+
+    expected = run(tmp_path / "new", rewards={"math": nothing_fails})
+    with pytest.raises(Killed):
+        run(tmp_path / "old", engine=engine(die_at=4))
+    calls: list = []
+    again = {"rewards": {"math": nothing_fails}, "judge_again": True}
+    assert run(tmp_path / "old", engine=engine(calls), **again) == expected
+    assert len(calls) == 2
+    assert run(tmp_path / "old", engine=engine(die_at=0), rewards={"math": nothing_fails}) == expected
+    samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("new", "old")]
+    assert samples[0] == samples[1]
+    with pytest.raises(ValueError, match="seed: 5 there, 6 now"):
+        run(tmp_path / "old", seed=6, **again)
+
+
 def test_each_kind_has_its_verifier(tmp_path):
     rows = [ROWS[0], {"prompt": "9+", "answer": "", "tests": '{"inputs": []}', "kind": "code"}, ROWS[1]]
     seen = {}
