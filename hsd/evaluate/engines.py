@@ -25,7 +25,7 @@ class Engine:
 def choose(name: EngineName) -> Literal["transformers", "vllm"]:
     """``"auto"`` is vLLM where it is installed and a GPU is there, else transformers. A name is taken as it is.
 
-    Raises ValueError for another name, and RuntimeError for ``"vllm"`` where it is not installed.
+    Raises ValueError for another name, and for ``"vllm"`` where it is not installed.
     """
     if name not in ("auto", "transformers", "vllm"):
         raise ValueError(f"engine: expected 'auto', 'transformers' or 'vllm', got {name!r}")
@@ -35,7 +35,7 @@ def choose(name: EngineName) -> Literal["transformers", "vllm"]:
 
         return "vllm" if installed and torch.cuda.is_available() else "transformers"
     if name == "vllm" and not installed:
-        raise RuntimeError("engine: vllm is not installed (pip install vllm); 'auto' or 'transformers' runs without it")
+        raise ValueError("engine: vllm is not installed (pip install vllm); 'auto' or 'transformers' runs without it")
     return name
 
 

@@ -224,7 +224,7 @@ def test_hsd_eval_says_what_is_wrong_before_it_loads_a_model(tmp_path, monkeypat
     with pytest.raises(ValueError, match="expected a file or one of"):
         cli_eval.run(parse(cli_eval, "--model", "m", "--data", "nonsense", "--out", str(tmp_path)))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="vllm is not installed"):
+    with pytest.raises(ValueError, match="vllm is not installed"):
         cli_eval.run(parse(cli_eval, "--model", "m", "--data", "svamp", "--engine", "vllm", "--out", str(tmp_path)))
 
 

@@ -54,9 +54,9 @@ def test_auto_takes_vllm_where_it_can_run(monkeypatch, vllm, cuda, expected):
 
 def test_a_named_engine_never_falls_back(monkeypatch):
     pretend(monkeypatch, vllm=False, cuda=True)
-    with pytest.raises(RuntimeError, match="vllm is not installed"):
+    with pytest.raises(ValueError, match="vllm is not installed"):
         engines.choose("vllm")
-    with pytest.raises(RuntimeError, match="vllm is not installed"):
+    with pytest.raises(ValueError, match="vllm is not installed"):
         engines.load_engine("vllm", "anything")
     pretend(monkeypatch, vllm=True, cuda=True)
     assert engines.choose("transformers") == "transformers"

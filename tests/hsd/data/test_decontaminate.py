@@ -134,9 +134,9 @@ def test_a_hundred_thousand_rows_take_seconds():
     evaluation = [row(text(50), str(i)) for i in range(1000)]
     train = [row(text(50), str(i % 1000)) for i in range(5000)]
     train[17] = row("Once more: " + evaluation[3]["question"], "0")
-    began = time.monotonic()
+    began = time.process_time()
     _, report = decontaminate(train, {"e": evaluation})
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     assert [p["row"] for p in report["pairs"]] == [17]
     assert seconds < 6, seconds  # 0.4 s here: 100,000 rows would be allowed two minutes
 
