@@ -1,0 +1,124 @@
+"""``hsd data``: questions from the hub or local files, decontaminated, binned by difficulty, mixed.
+
+hsd data prepare openai/gsm8k:train --out gsm8k.jsonl
+hsd data decontaminate gsm8k.jsonl --against math-500 gsm8k --out clean.jsonl --report report.json
+hsd data bins clean.jsonl --samples runs/eval/clean/samples.jsonl --out binned.jsonl
+hsd data mix math.jsonl code.jsonl --ratio 4:1 --out train.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+HELP = "prepare, decontaminate, bin and mix questions"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    prepare = commands.add_parser("prepare", help="a data set in the row form, as JSONL")
+    prepare.add_argument("data", metavar="NAME|FILE", help="a name with an optional :split, or a JSONL file")
+    prepare.add_argument("--limit", type=int, help="only the first n questions")
+    prepare.add_argument("--level", nargs="+", help="only these levels (APPS: introductory interview)")
+    prepare.add_argument("--since", metavar="DATE", help="only from this day on (LiveCodeBench), as 2024-08-01")
+    prepare.add_argument("--before", metavar="DATE", help="only before this day, as 2025-01-01")
+    prepare.add_argument("--out", required=True, type=Path)
+
+    clean = commands.add_parser("decontaminate", help="drop training questions that evaluation sets also have")
+    clean.add_argument("train", metavar="TRAIN", help="JSONL file or name")
+    clean.add_argument("--against", required=True, nargs="+", metavar="EVAL", help="JSONL files or names")
+    clean.add_argument("--out", required=True, type=Path, help="the rows that stay, in the row form")
+    clean.add_argument("--report", required=True, type=Path, help="JSON: counts, and both texts of each removed row")
+
+    bins = commands.add_parser("bins", help="add pass_rate and difficulty from an evaluation's samples")
+    bins.add_argument("data", metavar="FILE")
+    bins.add_argument("--samples", required=True, type=Path, help="samples.jsonl of `hsd eval` on this file")
+    bins.add_argument("--out", required=True, type=Path)
+
+    mix = commands.add_parser("mix", help="interleave files by ratio")
+    mix.add_argument("data", nargs="+", metavar="FILE")
+    mix.add_argument("--ratio", required=True, help="such as 4:1")
+    mix.add_argument("--seed", type=int, default=0)
+    mix.add_argument("--length", type=int, help="rows in all (as many as come before a row would repeat)")
+    mix.add_argument("--out", required=True, type=Path)
+
+
+def run(args: argparse.Namespace) -> int:
+    return {"prepare": _prepare, "decontaminate": _decontaminate, "bins": _bins, "mix": _mix}[args.command](args)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from hsd.data.rows import write_jsonl
+    from hsd.data.sources import load
+
+    loaded = load(args.data)
+    print(loaded)
+    rows = loaded.rows
+    for column, wanted in (("level", args.level), ("date", args.since or args.before)):
+        if wanted and not any(column in row for row in rows):
+            raise ValueError(f"{column}: the rows of {loaded.name} have none")
+    rows = [r for r in rows if not args.level or r.get("level") in args.level]
+    rows = [r for r in rows if not args.since or r.get("date", "") >= args.since]
+    rows = [r for r in rows if not args.before or "" < r.get("date", "") < args.before]
+    print(f"{args.out}: {write_jsonl(args.out, rows[: args.limit])} rows")
+    return 0
+
+
+def _decontaminate(args: argparse.Namespace) -> int:
+    from hsd.data.decontaminate import decontaminate
+    from hsd.data.rows import write_jsonl
+    from hsd.data.sources import load
+
+    train = load(args.train)
+    against = {}
+    for name in args.against:
+        loaded = load(name)
+        if loaded.name in against:
+            raise ValueError(f"--against: expected different names, got {loaded.name} twice")
+        against[loaded.name] = loaded.rows
+    kept, report = decontaminate(train.rows, against)
+    write_jsonl(args.out, (train.rows[i] for i in kept))
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    args.report.write_text(
+        json.dumps({"train": train.name, "unusable": train.unusable} | report, indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+    print(f"{train}\nagainst " + ", ".join(f"{name} ({len(rows)} rows)" for name, rows in against.items()))
+    for rule, count in report["removed"].items():
+        print(f"  {rule}: {count} removed ({report['rules'][rule]})")
+    if report["answers_not_comparable"]:
+        print(f"  {len(report['answers_not_comparable'])} answers could not be compared; their rows stay")
+    print(f"  {report['kept']} of {report['train_rows']} stay; every removed pair is in {args.report}")
+    return 0
+
+
+def _bins(args: argparse.Namespace) -> int:
+    from hsd.data.mix import with_difficulty
+    from hsd.data.rows import read_jsonl, write_jsonl
+    from hsd.data.sources import load
+
+    rows = with_difficulty(load(args.data).rows, read_jsonl(args.samples))
+    write_jsonl(args.out, rows)
+    counts = Counter(row.get("difficulty", "not judged") for row in rows)
+    print(", ".join(f"{name}: {counts[name]}" for name in ("easy", "medium", "hard", "not judged") if counts[name]))
+    return 0
+
+
+def _mix(args: argparse.Namespace) -> int:
+    from hsd.data.mix import mix
+    from hsd.data.rows import write_jsonl
+    from hsd.data.sources import load
+
+    try:
+        ratio = [int(part) for part in args.ratio.split(":")]
+    except ValueError:
+        raise ValueError(f"--ratio: expected integers such as 4:1, got {args.ratio!r}") from None
+    streams = [load(name) for name in args.data]
+    rows = mix([s.rows for s in streams], ratio, seed=args.seed, length=args.length)
+    write_jsonl(args.out, rows)
+    counts = Counter(row["source"] for row in rows)
+    print(f"{args.out}: {len(rows)} rows, " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    return 0

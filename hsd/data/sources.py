@@ -1,0 +1,158 @@
+"""Data sets by name, by hub name, or from a local JSONL file with the same fields.
+
+load("gsm8k:train"); load("openai/gsm8k:train"); load("mine.jsonl")
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hsd.data import code_sources as code
+from hsd.data import math_sources as math
+from hsd.data.math_sources import Unusable
+from hsd.data.rows import Row, check_row, read_jsonl
+
+Convert = Callable[[dict[str, Any]], Row]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set lies on the hub. ``splits[0]`` is the one taken when none is named.
+
+    ``files`` names the JSONL files of a split where the repository is driven by a script, which `datasets` 4 and later
+    do not run; they are read directly.
+    """
+
+    repo: str
+    convert: Convert
+    splits: tuple[str, ...]
+    configs: tuple[str | None, ...] = (None,)
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+_LCB = tuple(f"test{i or ''}.jsonl" for i in (0, 2, 3, 4, 5, 6))  # each release adds a file
+_MATH_SUBJECTS = (
+    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
+    *("number_theory", "prealgebra", "precalculus"),
+)
+SOURCES = {
+    "gsm8k": Source("openai/gsm8k", math.gsm8k, ("test", "train"), ("main",)),
+    "math": Source("EleutherAI/hendrycks_math", math.math, ("test", "train"), _MATH_SUBJECTS),
+    "math-500": Source("HuggingFaceH4/MATH-500", math.math, ("test",)),
+    "aime-24": Source("HuggingFaceH4/aime_2024", math.math, ("train",)),
+    "aime-25": Source("math-ai/aime25", math.math, ("test",)),
+    "svamp": Source("ChilleD/SVAMP", math.svamp, ("test", "train")),
+    "numina-math": Source("AI-MO/NuminaMath-1.5", math.numina, ("train",)),
+    "numina-math-cot": Source("AI-MO/NuminaMath-CoT", math.numina, ("test", "train")),
+    "humaneval": Source("openai/openai_humaneval", code.humaneval, ("test",)),
+    "humaneval+": Source("evalplus/humanevalplus", code.humaneval, ("test",)),
+    "apps": Source(
+        "codeparrot/apps", code.apps, ("test", "train"), files={"train": ("train.jsonl",), "test": ("test.jsonl",)}
+    ),
+    "livecodebench": Source(
+        "livecodebench/code_generation_lite",
+        code.livecodebench,
+        ("release_v5", "release_v1", "release_v2", "release_v3", "release_v4", "release_v6"),
+        files={f"release_v{n}": _LCB[:n] for n in range(1, 7)},
+    ),
+}
+
+# Fields that tell a local file's form; the first that a row has all of.
+_FORMS: tuple[tuple[frozenset[str], Convert], ...] = (
+    (frozenset({"question_content", "public_test_cases", "private_test_cases"}), code.livecodebench),
+    (frozenset({"question", "input_output", "difficulty"}), code.apps),
+    (frozenset({"prompt", "test", "entry_point", "canonical_solution"}), code.humaneval),
+    (frozenset({"Body", "Question", "Answer"}), math.svamp),
+    (frozenset({"problem", "solution", "source"}), math.numina),
+    (frozenset({"problem", "answer"}), math.math),
+    (frozenset({"problem", "solution"}), math.math),
+    (frozenset({"prompt", "answer"}), lambda row: check_row({"kind": "code" if "tests" in row else "math"} | row)),
+    (frozenset({"question", "answer"}), math.gsm8k),
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Rows, what exactly they are, and why rows of the source are not among them."""
+
+    rows: list[Row]
+    name: str  # "openai/gsm8k main test", or the file's name
+    total: int  # rows of the source, unusable ones included
+    unusable: dict[str, int]
+
+    def __str__(self) -> str:
+        reasons = "".join(f", {count} left out: {reason}" for reason, count in self.unusable.items())
+        return f"{self.name}: {len(self.rows)} of {self.total} rows{reasons}"
+
+
+def load(name: str, limit: int | None = None) -> Loaded:
+    """The rows of a data set: a file, or a name of `SOURCES` or its hub repository with an optional ``:split``.
+
+    Args:
+        limit: Only the first ``limit`` usable rows.
+
+    Raises:
+        ValueError: An unknown name, an unknown split, or a file whose fields are not known.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected a positive number of rows or None, got {limit}")
+    if Path(name).is_file():
+        return _collect(Path(name).name, read_jsonl(name), None, limit)
+    key, _, split = name.partition(":")
+    by_repo = {source.repo.lower(): source for source in SOURCES.values()}
+    source = SOURCES.get(key.lower()) or by_repo.get(key.lower())
+    if source is None:
+        raise ValueError(f"data: expected a file or one of {', '.join(SOURCES)} (or its hub name), got {name!r}")
+    split = split or source.splits[0]
+    if split not in source.splits:
+        raise ValueError(f"data: expected a split of {key} among {', '.join(source.splits)}, got {split!r}")
+    configs = "+".join(c for c in source.configs if c)
+    exact = " ".join(x for x in (source.repo, configs if len(source.configs) == 1 else "", split) if x)
+    return _collect(exact, _from_hub(source, split), source.convert, limit)
+
+
+def convert_row(raw: dict[str, Any]) -> Row:
+    """A row of a local file in the row form; its fields tell what it is. Raises `Unusable` or ValueError."""
+    for fields, convert in _FORMS:
+        if fields <= raw.keys():
+            return convert(raw)
+    known = "; ".join(", ".join(sorted(fields)) for fields, _ in _FORMS)
+    raise ValueError(f"row: expected fields of a known data set ({known}), got {', '.join(sorted(raw))}")
+
+
+def _collect(name: str, raws: Iterable[dict[str, Any]], convert: Convert | None, limit: int | None) -> Loaded:
+    rows: list[Row] = []
+    reasons: Counter[str] = Counter()
+    total = 0
+    for raw in raws:
+        total += 1
+        if limit is not None and len(rows) == limit:
+            continue  # counted all the same
+        try:
+            row = (convert or convert_row)(raw)
+        except Unusable as reason:
+            reasons[str(reason)] += 1
+            continue
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{name}, row {total}: {type(error).__name__}: {error}") from error
+        rows.append({"source": name, "id": str(total - 1)} | row)
+    if not rows:
+        raise ValueError(f"{name}: expected at least one usable row, got none of {total} ({dict(reasons)})")
+    return Loaded(rows, name, total, dict(reasons))
+
+
+def _from_hub(source: Source, split: str) -> Iterator[dict[str, Any]]:
+    if source.files:
+        from huggingface_hub import hf_hub_download
+
+        for file in source.files[split]:
+            yield from read_jsonl(hf_hub_download(source.repo, file, repo_type="dataset"))
+        return
+    from datasets import load_dataset
+
+    for config in source.configs:
+        yield from load_dataset(source.repo, config, split=split)  # type: ignore[misc]

@@ -1,0 +1,187 @@
+"""One benchmark: sample, judge and write as it goes, so that a killed evaluation goes on where it stood."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hsd.context import tokenize_prompt
+from hsd.data.rows import Row, fingerprint, last_user_text, read_jsonl, write_jsonl
+from hsd.data.sources import Loaded
+from hsd.evaluate.engines import Engine
+from hsd.evaluate.sampling import Sampling
+from hsd.evaluate.statistics import summarize
+
+Reward = Callable[..., Sequence[float | None]]
+Record = dict[str, Any]
+
+
+def evaluate(
+    engine: Engine,
+    model: str,
+    data: Loaded,
+    rewards: Mapping[str, Reward],
+    folder: Path,
+    *,
+    sampling: Sampling,
+    samples: int = 1,
+    seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    judge_again: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Samples every row ``samples`` times, judges, and returns the result, also in ``folder/result.json``.
+
+    ``folder/samples.jsonl`` gets a line per sample after each batch. A later call with the same settings keeps whole
+    batches and goes on; a batch's seed depends on its number alone, so the outcome is that of one uninterrupted run.
+
+    Args:
+        model: Its name, for the record.
+        rewards: A TRL reward function for each ``kind`` of row ("math", "code"). It returns 1, 0, or None where the
+            verifier failed, and may report a status through ``log_extra``.
+        judge_again: Judge the samples that are there once more, with ``rewards``, and go on; nothing is sampled twice.
+
+    Raises:
+        ValueError: The folder holds an evaluation with other settings, or a kind has no reward function.
+    """
+    if samples < 1 or (sampling.temperature == 0 and samples > 1):
+        raise ValueError(f"samples: expected a positive number, and 1 at temperature 0, got {samples}")
+    if missing := {row.get("kind", "math") for row in data.rows} - rewards.keys():
+        raise ValueError(f"rewards: expected a function for the kinds {sorted(missing)}, got {sorted(rewards)}")
+    prompts = [_prompt(engine.tokenizer, row) for row in data.rows]
+    settings = {
+        "model": model,
+        "model_modified": _modified(model),
+        "engine": engine.name,
+        "subset": data.name,
+        "rows": len(data.rows),
+        "rows_of_the_subset": data.total,
+        "rows_unusable": data.unusable,
+        "fingerprint": fingerprint(data.rows),
+        "prompt_form": "text" if isinstance(prompts[0], str) else "chat",
+        "chat_template_kwargs": dict(chat_template_kwargs or {}),
+        "samples": samples,
+        "sampling": asdict(sampling),
+        "seed": seed,
+        "verifiers": {
+            kind: getattr(rewards[kind], "__name__", "?") for kind in sorted({r.get("kind", "math") for r in data.rows})
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _same_settings(folder / "settings.json", settings, ("verifiers",) if judge_again else ())
+    records = _whole_batches(folder / "samples.jsonl", sampling.batch_size, len(data.rows) * samples)
+    if judge_again and records:
+        judged = judge([data.rows[r["row"]] for r in records], [r["completion"] for r in records], rewards)
+        records = [r | {"reward": x, "status": s} for r, (x, s) in zip(records, judged, strict=True)]
+        write_jsonl(folder / "samples.jsonl", records)
+    write_json(folder / "settings.json", settings)
+    flat = [(i, j) for i in range(len(data.rows)) for j in range(samples)]
+    with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
+        for start in range(len(records), len(flat), sampling.batch_size):
+            batch = flat[start : start + sampling.batch_size]
+            ids = [
+                tokenize_prompt(engine.tokenizer, prompts[i], chat_template_kwargs=chat_template_kwargs)
+                for i, _ in batch
+            ]
+            rollouts = engine.generate(ids, sampling, seed * 1_000_003 + start)
+            texts = engine.tokenizer.batch_decode(rollouts, skip_special_tokens=True)
+            judged = judge([data.rows[i] for i, _ in batch], texts, rewards)
+            for (i, j), text, rollout, (reward, status) in zip(batch, texts, rollouts, judged, strict=True):
+                record = {
+                    "row": i,
+                    "sample": j,
+                    "id": data.rows[i].get("id"),
+                    "answer": data.rows[i]["answer"],
+                    "completion": text,
+                    "length": len(rollout),
+                    "truncated": rollout[-1] not in engine.end_ids,
+                    "reward": reward,
+                    "status": status,
+                }
+                records.append(record)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            if progress is not None:
+                progress(len(records), len(flat))
+    result = {**settings, **_totals(records, samples)}
+    write_json(folder / "result.json", result)
+    return result
+
+
+def judge(
+    rows: Sequence[Row], texts: Sequence[str], rewards: Mapping[str, Reward]
+) -> list[tuple[float | None, str | None]]:
+    """Reward and status of each completion, by the verifier of its row's kind, called as TRL calls it."""
+    verdicts: list[tuple[float | None, str | None]] = [(None, None)] * len(rows)
+    for kind in {row.get("kind", "math") for row in rows}:
+        mine = [n for n, row in enumerate(rows) if row.get("kind", "math") == kind]
+        statuses: list[Any] = [None] * len(mine)
+
+        def log_extra(column: str, values: Sequence[Any], statuses: list[Any] = statuses) -> None:
+            if column.endswith("_status"):
+                statuses[:] = values
+
+        scores = rewards[kind](
+            prompts=[rows[n]["prompt"] for n in mine],
+            completions=[[{"role": "assistant", "content": texts[n]}] for n in mine],
+            answer=[rows[n]["answer"] for n in mine],
+            tests=[rows[n].get("tests") for n in mine],
+            log_extra=log_extra,
+        )
+        for n, score, status in zip(mine, scores, statuses, strict=True):
+            verdicts[n] = (None if score is None or score != score else float(score), status)
+    return verdicts
+
+
+def _totals(records: Sequence[Record], samples: int) -> dict[str, Any]:
+    grid = [[r["reward"] for r in records[at : at + samples]] for at in range(0, len(records), samples)]
+    statuses = Counter(r["status"] for r in records if r["status"] is not None)
+    return summarize(grid) | {
+        "statuses": dict(statuses),
+        "truncated": sum(r["truncated"] for r in records) / len(records),
+        "mean_length": sum(r["length"] for r in records) / len(records),
+    }
+
+
+def _prompt(tokenizer: Any, row: Row) -> Any:
+    """Messages where the tokenizer has a chat template, else the text."""
+    return row["prompt"] if tokenizer.chat_template else last_user_text(row)
+
+
+def _same_settings(path: Path, settings: dict[str, Any], but: Sequence[str]) -> None:
+    if not path.exists():
+        return
+    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    if changed := [key for key in sorted(old.keys() | new.keys()) if key not in but and old.get(key) != new.get(key)]:
+        differences = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed)
+        raise ValueError(f"out: {path.parent} holds an evaluation with other settings ({differences})")
+
+
+def _whole_batches(path: Path, batch_size: int, total: int) -> list[Record]:
+    """The records of whole batches in a file that may end in the middle of one; the rest is cut off the file."""
+    if not path.exists():
+        return []
+    with open(path, "rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+    records = list(read_jsonl(path))
+    if len(records) < total:
+        records = records[: len(records) // batch_size * batch_size]
+        write_jsonl(path, records)
+    return records
+
+
+def _modified(model: str) -> float | None:
+    """When the weights of a local model were last written: the same path may hold another model tomorrow."""
+    weights = [p for pattern in ("*.safetensors", "*.bin") for p in Path(model).glob(pattern)]
+    return max((p.stat().st_mtime for p in weights), default=None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,97 @@
+"""Sampling from a transformers model, as in training: the settings that a model declares do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hsd.context import tokenize_prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 takes the most probable token
+    top_p: float = 1.0
+    batch_size: int = 128
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    sampling: Sampling,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """One rollout per prompt: token ids up to and including the first end token. The caller's RNG is left alone."""
+    ids = [tokenize_prompt(tokenizer, p) for p in prompts]
+    return sample_from_ids(model, tokenizer, ids, sampling, seed=seed, progress=progress)
+
+
+@torch.no_grad()
+def sample_from_ids(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """`sample` on prompts that are token ids already."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            rollouts: list[list[int]] = []
+            for start in range(0, len(prompt_ids), sampling.batch_size):
+                rollouts += _sample_batch(model, tokenizer, prompt_ids[start : start + sampling.batch_size], sampling)
+                if progress is not None:
+                    progress(len(rollouts), len(prompt_ids))
+            return rollouts
+    finally:
+        model.train(was_training)
+
+
+def _sample_batch(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    end_ids = end_token_ids(model, tokenizer)
+    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    width = max(map(len, ids))
+    choice: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    out = model.generate(
+        input_ids=torch.tensor([[pad_id] * (width - len(x)) + list(x) for x in ids], device=model.device),
+        attention_mask=torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=model.device),
+        **choice,
+        repetition_penalty=1.0,  # as in training: a model may declare another one
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=end_ids,
+    )
+    return [_until_end(row, end_ids) for row in out[:, width:].tolist()]
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a rollout: the tokenizer's and those the model declares."""
+    return all_end_ids(model.generation_config.eos_token_id, tokenizer)
+
+
+def all_end_ids(declared: int | list[int] | None, tokenizer: Any) -> list[int]:
+    declared = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return sorted({tokenizer.eos_token_id, *declared})
+
+
+def _until_end(ids: list[int], end_ids: list[int]) -> list[int]:
+    for t, token in enumerate(ids):
+        if token in end_ids:
+            return ids[: t + 1]
+    return ids

@@ -1,0 +1,336 @@
+"""Row converters on rows as the hub repositories document them, and on the real files where they are."""
+
+import base64
+import gzip
+import json
+import os
+import pickle
+import re
+import zlib
+from pathlib import Path
+
+import pytest
+
+from hsd.data import SOURCES, load, to_dataset
+from hsd.data.code_sources import private_tests
+from hsd.data.math_sources import Unusable, last_boxed
+from hsd.data.prompts import BOXED, bare_question
+from hsd.data.rows import check_row, fingerprint, last_user_text, read_jsonl, write_jsonl
+from hsd.data.sources import convert_row
+
+SHARED = Path(os.environ.get("HSD_SHARED_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
+
+GSM8K = {
+    "question": "Ann has 3 boxes of 410 pens and finds 4 more. How many pens has she?",
+    "answer": "Boxes hold 3*410=<<3*410=1230>>1230 pens.\nIn all <<1230+4=1234>>1,234.\n#### 1,234",
+}
+MATH = {
+    "problem": "What is $\\frac{1}{2}+\\frac{1}{6}$?",
+    "level": "Level 2",
+    "type": "Algebra",
+    "solution": "Not $\\boxed{1}$: it is $\\boxed{\\frac{2}{3}}$.",
+}
+MATH_500 = {
+    "problem": "Find $\\{x\\}$.",
+    "solution": "$\\boxed{4}$",
+    "answer": "4",
+    "subject": "Algebra",
+    "level": 3,
+    "unique_id": "test/algebra/7.json",
+}
+NUMINA = {
+    "problem": "Solve $x^2=4$.",
+    "solution": "...",
+    "answer": "\\pm 2",
+    "problem_type": "Algebra",
+    "question_type": "math-word-problem",
+    "problem_is_valid": "Yes",
+    "solution_is_valid": "Yes",
+    "source": "olympiads",
+    "synthetic": False,
+}
+APPS = {
+    "problem_id": 12,
+    "question": "Add the two numbers of a line.",
+    "solutions": json.dumps(["print(sum(map(int, input().split())))\n", "pass"]),
+    "input_output": json.dumps({"inputs": ["1 2\n", ["3", "4"]], "outputs": ["3\n", ["7"]]}),
+    "difficulty": "interview",
+    "url": "https://example.org/12",
+    "starter_code": "",
+}
+PUBLIC = [{"input": "[1, 2]\n3", "output": "[3]", "testtype": "functional"}]
+PRIVATE = [{"input": "[4]\n0", "output": "[]", "testtype": "functional"}]
+
+
+def packed(tests: list) -> str:
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
+
+
+LCB = {
+    "question_title": "Pairs",
+    "question_content": "Find the pairs.",
+    "platform": "leetcode",
+    "question_id": "2845",
+    "contest_id": "weekly-1",
+    "contest_date": "2024-08-17T00:00:00",
+    "starter_code": "class Solution:\n    def pairs(self, a: List[int], k: int) -> List[int]:\n        ",
+    "difficulty": "easy",
+    "public_test_cases": json.dumps(PUBLIC),
+    "private_test_cases": packed(PRIVATE),
+    "metadata": json.dumps({"func_name": "pairs"}),
+}
+
+
+def converted(raw: dict) -> dict:
+    return check_row(convert_row(raw))
+
+
+def test_gsm8k():
+    row = converted(GSM8K)
+    assert row["answer"] == "1234"  # no comma: "1,234" is a pair to some verifiers
+    assert row["prompt"] == [{"role": "user", "content": f"{GSM8K['question']}\n\n{BOXED}"}]
+    assert row["question"] == GSM8K["question"]
+    assert row["solution"] == "Boxes hold 3*410=1230 pens.\nIn all 1,234."
+    assert row["kind"] == "math"
+    assert converted({"question": "x?", "answer": "\\frac{1}{2}"})["answer"] == "\\frac{1}{2}"
+
+
+def test_math_takes_the_last_box_unless_there_is_an_answer():
+    row = converted(MATH)
+    assert (row["answer"], row["level"], row["solution"]) == ("\\frac{2}{3}", "2", MATH["solution"])
+    row = converted(MATH_500)
+    assert (row["answer"], row["level"], row["id"]) == ("4", "3", "test/algebra/7.json")
+    with pytest.raises(Unusable, match="no answer"):
+        convert_row(MATH | {"solution": "no box"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{a} then \\boxed{ b }.", "b"),
+        ("$\\boxed 7$", "7"),
+        ("\\fbox{3}", "3"),
+        ("\\boxed{\\{1\\}}", "\\{1\\}"),
+        ("\\boxed{1", None),
+        ("7", None),
+    ],
+)
+def test_last_boxed(text, expected):
+    assert last_boxed(text) == expected
+
+
+def test_numina():
+    assert converted(NUMINA)["answer"] == "\\pm 2"
+    assert converted(NUMINA)["level"] == "olympiads"
+    cot = {"source": "aops", "problem": "1+1?", "solution": "So \\boxed{2}.", "messages": []}
+    assert converted(cot)["answer"] == "2"
+    for change, reason in (
+        ({"answer": "proof"}, "a proof"),
+        ({"question_type": "proof"}, "a proof"),
+        ({"answer": "notfound"}, "no answer"),
+        ({"answer": None}, "no answer"),
+        ({"solution_is_valid": "Incomplete"}, "marked invalid"),
+    ):
+        with pytest.raises(Unusable, match=reason):
+            convert_row(NUMINA | change)
+
+
+@pytest.mark.parametrize(
+    ("body", "question", "answer", "text", "expected"),
+    [
+        ("Ed has 2 cats", "How many?", "145.0", "Ed has 2 cats. How many?", "145"),
+        ("If Ed has 2 cats, ", "how many?", 2.5, "If Ed has 2 cats, how many?", "2.5"),
+        ("Ed has 2 cats.", "How many?", -3.0, "Ed has 2 cats. How many?", "-3"),
+    ],
+)
+def test_svamp(body, question, answer, text, expected):
+    row = converted({"ID": "chal-1", "Body": body, "Question": question, "Answer": answer, "Type": "Sum"})
+    assert (row["question"], row["answer"], row["id"], row["level"]) == (text, expected, "chal-1", "Sum")
+
+
+def test_humaneval():
+    raw = {
+        "task_id": "HumanEval/0",
+        "prompt": 'def one():\n    """Gives 1."""\n',
+        "canonical_solution": "    return 1\n",
+        "entry_point": "one",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    }
+    row = converted(raw)
+    assert json.loads(row["tests"]) == {k: raw[k] for k in ("test", "entry_point", "prompt")}
+    assert row["answer"] == '```python\ndef one():\n    """Gives 1."""\n    return 1\n```'
+    assert (row["kind"], row["id"]) == ("code", "HumanEval/0")
+    assert "return 1" not in last_user_text(row) and raw["prompt"].strip() in last_user_text(row)
+
+
+def test_apps():
+    row = converted(APPS)
+    assert json.loads(row["tests"]) == json.loads(APPS["input_output"])
+    assert row["answer"] == "```python\nprint(sum(map(int, input().split())))\n```"
+    assert (row["level"], row["id"], row["kind"]) == ("interview", "12", "code")
+    assert "stdin" in last_user_text(row)
+    for empty in ("", json.dumps({"inputs": [], "outputs": []})):
+        with pytest.raises(Unusable, match="no tests"):
+            convert_row(APPS | {"input_output": empty})
+    assert converted(APPS | {"solutions": ""})["answer"] == ""
+
+
+def test_apps_functions_and_their_huge_integers():
+    cases = '{"fn_name": "grow", "inputs": [[2]], "outputs": [[' + "9" * 5000 + "]]}"  # Python stops at 4,300 digits
+    row = converted(APPS | {"input_output": cases, "starter_code": "def grow(n):\n\t"})
+    assert row["tests"] == cases
+    assert "def grow(n):" in last_user_text(row) and "stdin" not in last_user_text(row)
+    assert "`grow`" in last_user_text(converted(APPS | {"input_output": cases, "starter_code": ""}))
+
+
+def test_livecodebench():
+    row = converted(LCB)
+    expected = {"inputs": ["[1, 2]\n3", "[4]\n0"], "outputs": ["[3]", "[]"], "fn_name": "pairs"}
+    assert json.loads(row["tests"]) == expected
+    assert (row["date"], row["level"], row["id"], row["answer"]) == ("2024-08-17", "easy", "2845", "")
+    assert "class Solution:" in last_user_text(row)
+    stdin = [{"input": "1\n", "output": "2\n", "testtype": "stdin"}]
+    row = converted(
+        LCB | {"public_test_cases": json.dumps(stdin), "private_test_cases": "[]", "starter_code": "", "metadata": "{}"}
+    )
+    assert json.loads(row["tests"]) == {"inputs": ["1\n"], "outputs": ["2\n"]}
+    with pytest.raises(Unusable, match="no tests"):
+        convert_row(LCB | {"public_test_cases": "[]", "private_test_cases": ""})
+
+
+def test_private_tests_plain_packed_and_hostile():
+    assert private_tests(json.dumps(PRIVATE)) == private_tests(packed(PRIVATE)) == PRIVATE
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    evil = base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()
+    with pytest.raises(pickle.UnpicklingError, match="expected a pickled string"):
+        private_tests(evil)
+
+
+def test_a_question_has_the_instruction_once():
+    carried = "What is 2+2?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert bare_question(carried) == "What is 2+2?"
+    assert bare_question(f"{BOXED} What is 2+2?") == "What is 2+2?"
+    assert bare_question("Put your final answer in a box, in \\boxed{} form.").endswith("form.")
+    row = converted({"problem": carried, "answer": "4"})
+    assert last_user_text(row).count("boxed") == 1 and row["question"] == "What is 2+2?"
+
+
+def test_ready_rows_and_their_checks():
+    row = converted({"prompt": "1+1=", "answer": "2", "mine": 3})
+    assert row == {"prompt": "1+1=", "answer": "2", "mine": 3, "kind": "math"}
+    assert converted({"prompt": "f", "answer": "", "tests": "{}"})["kind"] == "code"
+    for change, error, message in (
+        ({"answer": 2}, TypeError, "answer: expected a string"),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, TypeError, "prompt: expected"),
+        ({"prompt": []}, TypeError, "prompt: expected"),
+        ({"kind": "poetry"}, ValueError, "kind: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            convert_row({"prompt": "1+1=", "answer": "2"} | change)
+    with pytest.raises(ValueError, match="expected fields of a known data set"):
+        convert_row({"text": "x"})
+
+
+def test_files_and_errors(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    assert write_jsonl(path, [GSM8K, MATH, NUMINA | {"answer": "proof"}, APPS]) == 4
+    loaded = load(str(path))
+    assert [r["id"] for r in loaded.rows] == ["0", "1", "12"]
+    assert {r["source"] for r in loaded.rows} == {"mixed.jsonl"}
+    assert (loaded.name, loaded.total, loaded.unusable) == ("mixed.jsonl", 4, {"a proof": 1})
+    assert str(loaded) == "mixed.jsonl: 3 of 4 rows, 1 left out: a proof"
+    assert (len(load(str(path), limit=2).rows), load(str(path), limit=2).total) == (2, 4)
+    write_jsonl(tmp_path / "rows.jsonl.gz", loaded.rows)
+    assert load(str(tmp_path / "rows.jsonl.gz")).rows == loaded.rows
+    assert fingerprint(loaded.rows) != fingerprint(loaded.rows[::-1])
+    path.write_text('{"question": "x", "answer": "1"}\n[]\n')
+    with pytest.raises(ValueError, match="line 2: expected a JSON object"):
+        load(str(path))
+    path.write_text('{"question": "x", "answer": "1"}\n\n{"problem": "x"}\n')
+    with pytest.raises(ValueError, match=r"mixed.jsonl, row 2: .*expected fields"):
+        load(str(path))
+    for name, message in (("gsm9k", "expected a file or one of"), ("gsm8k:dev", "expected a split of gsm8k")):
+        with pytest.raises(ValueError, match=message):
+            load(name)
+    with pytest.raises(ValueError, match="limit"):
+        load(str(path), limit=0)
+
+
+def test_hub_names(monkeypatch, tmp_path):
+    """What is asked of the hub, which cannot be reached from here."""
+    asked = []
+
+    def load_dataset(repo, config, split):
+        asked.append((repo, config, split))
+        return {"openai/gsm8k": [GSM8K], "EleutherAI/hendrycks_math": [MATH]}[repo]
+
+    def download(repo, file, repo_type):
+        asked.append((repo, file, repo_type))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert load("GSM8K").name == "openai/gsm8k main test"
+    assert load("openai/gsm8k:train").name == "openai/gsm8k main train"
+    assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")]
+    asked.clear()
+    assert len(load("math").rows) == 7  # subjects
+    assert asked[0] == ("EleutherAI/hendrycks_math", "algebra", "test")
+    asked.clear()
+    for n in ("", 2, 3):
+        write_jsonl(tmp_path / f"test{n}.jsonl", [LCB | {"question_id": f"q{n}"}])
+    loaded = load("livecodebench:release_v3")
+    assert [r["id"] for r in loaded.rows] == ["q", "q2", "q3"]
+    assert loaded.name == "livecodebench/code_generation_lite release_v3"
+    assert asked[0] == ("livecodebench/code_generation_lite", "test.jsonl", "dataset")
+    assert SOURCES["livecodebench"].files["release_v5"][-1] == "test5.jsonl"
+
+
+def test_a_dataset_for_the_trainer():
+    dataset = to_dataset([converted(GSM8K), converted(APPS)])
+    assert {"prompt", "answer", "tests", "kind"} <= set(dataset.column_names)
+    assert dataset[0]["tests"] is None and dataset[1]["prompt"] == converted(APPS)["prompt"]
+    with pytest.raises(ValueError, match="all prompts"):
+        to_dataset([converted(GSM8K), {"prompt": "text", "answer": "1"}])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [
+        ("gsm8k_train.jsonl", 7473),
+        ("gsm8k_test.jsonl", 1319),
+        ("svamp_test.jsonl", 1000),
+        ("math500.jsonl", 500),
+        ("aime24.jsonl", 30),
+        ("aime25.jsonl", 30),
+        ("HumanEval.jsonl.gz", 164),
+    ],
+)
+def test_the_real_files(file, count):
+    loaded = load(str(SHARED / file))
+    assert (len(loaded.rows), loaded.total) == (count, count)
+    for row in map(check_row, loaded.rows):
+        assert row["question"] and row["answer"]
+        assert last_user_text(row).count(BOXED) == (row["kind"] == "math")
+        if "gsm8k" in file or "svamp" in file:
+            assert re.fullmatch(r"-?\d+", row["answer"])
+            assert "<<" not in row.get("solution", "")
+
+
+def test_jsonl_is_whole_or_absent(tmp_path):
+    def rows():
+        yield GSM8K
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        write_jsonl(tmp_path / "x.jsonl", rows())
+    assert not (tmp_path / "x.jsonl").exists()
+    write_jsonl(tmp_path / "x.jsonl.gz", [{"a": "é"}])
+    assert gzip.open(tmp_path / "x.jsonl.gz", "rt", encoding="utf-8").read() == '{"a": "é"}\n'
+    assert list(read_jsonl(tmp_path / "x.jsonl.gz")) == [{"a": "é"}]

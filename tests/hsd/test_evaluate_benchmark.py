@@ -1,0 +1,276 @@
+"""A benchmark from questions to table: seeds, resume, statuses, and the commands that do it."""
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hsd.cli import data as cli_data
+from hsd.cli import eval as cli_eval
+from hsd.data.rows import read_jsonl, write_jsonl
+from hsd.data.sources import Loaded, load
+from hsd.demo import small_world
+from hsd.evaluate.benchmark import evaluate
+from hsd.evaluate.engines import Engine
+from hsd.evaluate.sampling import Sampling
+from hsd.evaluate.table import markdown
+
+TOKENIZER = small_world.build_tokenizer()
+EOS, DIGITS = TOKENIZER.eos_token_id, [TOKENIZER.convert_tokens_to_ids(str(d)) for d in range(10)]
+ROWS = [{"prompt": f"{i}+1=", "answer": str((i + 1) % 10), "id": f"q{i}", "kind": "math"} for i in range(7)]
+DATA = Loaded(ROWS, "sums test", 20, {"a proof": 2})
+SAMPLING = Sampling(max_new_tokens=3, batch_size=4)
+
+
+class Killed(Exception):
+    pass
+
+
+def engine(calls: list | None = None, die_at: int | None = None) -> Engine:
+    """Random digits, a function of the seed alone; every fifth rollout is cut."""
+    calls = [] if calls is None else calls
+
+    def generate(prompt_ids, sampling, seed):
+        if len(calls) == die_at:
+            raise Killed
+        calls.append((len(prompt_ids), seed))
+        rng = random.Random(seed)
+        return [[rng.choice(DIGITS)] + ([EOS] if rng.random() < 0.8 else [DIGITS[0]]) for _ in prompt_ids]
+
+    return Engine("stand-in", TOKENIZER, [EOS], generate)
+
+
+def first_digit(completions, answer, log_extra, **columns):
+    """Right if the first digit is the answer; fails on a 9, as a verifier may."""
+    texts = [c[-1]["content"] for c in completions]
+    log_extra("math_status", ["verifier_failed" if t[0] == "9" else "judged" for t in texts])
+    return [None if t[0] == "9" else float(t[0] == a) for t, a in zip(texts, answer, strict=True)]
+
+
+def run(folder: Path, *, samples: int = 3, rewards=None, **kwargs):
+    settings = {"engine": engine(), "model": "m", "data": DATA, "sampling": SAMPLING, "seed": 5} | kwargs
+    return evaluate(rewards=rewards or {"math": first_digit}, folder=folder, samples=samples, **settings)
+
+
+def test_the_result(tmp_path):
+    calls: list = []
+    result = run(tmp_path, engine=engine(calls))
+    records = list(read_jsonl(tmp_path / "samples.jsonl"))
+    assert [(r["row"], r["sample"]) for r in records] == [(i, j) for i in range(7) for j in range(3)]
+    assert [n for n, _ in calls] == [4, 4, 4, 4, 4, 1] and len({seed for _, seed in calls}) == 6
+    for record in records:
+        expected = None if record["completion"][0] == "9" else float(record["completion"][0] == record["answer"])
+        assert record["reward"] == expected
+        assert record["status"] == ("verifier_failed" if expected is None else "judged")
+        assert record["truncated"] is (record["length"] == 2 and len(record["completion"]) == 2)
+    failures = sum(r["reward"] is None for r in records)
+    assert result["verifier_failures"] == failures > 0
+    assert result["statuses"] == {"verifier_failed": failures, "judged": 21 - failures}
+    assert result["truncated"] == pytest.approx(sum(r["truncated"] for r in records) / 21) and result["truncated"] > 0
+    assert result["mean_length"] == 2
+    assert (result["subset"], result["rows"], result["rows_of_the_subset"]) == ("sums test", 7, 20)
+    assert result["rows_unusable"] == {"a proof": 2} and result["verifiers"] == {"math": "first_digit"}
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    table = markdown([result])
+    assert f"| sums test | 7 of 20 | 3 | {result['pass@1']:.3f} [" in table and "pass@2: " in table
+    assert f"{failures} of 21 (pass@1 {result['pass@1_bounds'][0]:.3f} if wrong" in table
+    assert "scored by first_digit" in table and "temperature 1, top-p 1" in table
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("torn", ["", '{"row": 1, "sam', '{"row": 99}\n{"row'])
+def test_a_killed_evaluation_ends_as_an_uninterrupted_one(tmp_path, after, torn):
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", engine=engine(die_at=after))
+    with open(tmp_path / "cut" / "samples.jsonl", "a") as file:
+        file.write(torn)  # killed in the middle of a line, or of a batch
+    calls: list = []
+    assert run(tmp_path / "cut", engine=engine(calls)) == whole
+    assert len(calls) == 6 - after  # what was done is not done again
+    samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("whole", "cut")]
+    assert samples[0] == samples[1]
+    assert run(tmp_path / "cut", engine=engine(die_at=0)) == whole  # a finished one asks for nothing
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 6}, "seed"),
+        ({"samples": 2}, "samples"),
+        ({"model": "other"}, "model"),
+        ({"sampling": Sampling(4, batch_size=4)}, "sampling"),
+        ({"data": Loaded([ROWS[0] | {"answer": "3"}, *ROWS[1:]], "sums test", 20, {"a proof": 2})}, "fingerprint"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"rewards": {"math": lambda **kwargs: []}}, "verifiers"),
+    ],
+)
+def test_other_settings_do_not_go_into_the_same_folder(tmp_path, change, key):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=f"holds an evaluation with other settings .*{key}: "):
+        run(tmp_path, **change)
+
+
+def test_a_model_written_anew_is_another_model(tmp_path):
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"1")
+    run(tmp_path / "out", model=str(weights.parent))
+    run(tmp_path / "out", model=str(weights.parent))
+    os.utime(weights, (1, 1))
+    with pytest.raises(ValueError, match="model_modified"):
+        run(tmp_path / "out", model=str(weights.parent))
+
+
+def test_judging_again_samples_nothing_twice(tmp_path):
+    def nothing_fails(completions, answer, **columns):
+        return [float(c[-1]["content"][0] == a) for c, a in zip(completions, answer, strict=True)]
+
+    expected = run(tmp_path / "new", rewards={"math": nothing_fails})
+    with pytest.raises(Killed):
+        run(tmp_path / "old", engine=engine(die_at=4))
+    calls: list = []
+    again = {"rewards": {"math": nothing_fails}, "judge_again": True}
+    assert run(tmp_path / "old", engine=engine(calls), **again) == expected
+    assert len(calls) == 2
+    assert run(tmp_path / "old", engine=engine(die_at=0), rewards={"math": nothing_fails}) == expected
+    samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("new", "old")]
+    assert samples[0] == samples[1]
+    with pytest.raises(ValueError, match="seed: 5 there, 6 now"):
+        run(tmp_path / "old", seed=6, **again)
+
+
+def test_each_kind_has_its_verifier(tmp_path):
+    rows = [ROWS[0], {"prompt": "9+", "answer": "", "tests": '{"inputs": []}', "kind": "code"}, ROWS[1]]
+    seen = {}
+
+    def code(tests, completions, prompts, **columns):
+        seen["code"] = (tests, prompts)
+        return [1.0] * len(completions)
+
+    def math(answer, **columns):
+        seen["math"] = answer
+        return [0.0] * len(answer)
+
+    data = Loaded(rows, "mixed", 3, {})
+    result = run(tmp_path / "a", data=data, rewards={"math": math, "code": code}, samples=1)
+    assert seen == {"code": (['{"inputs": []}'], ["9+"]), "math": ["1", "2"]}
+    assert result["pass@1"] == pytest.approx(1 / 3) and result["statuses"] == {}
+    with pytest.raises(ValueError, match=r"expected a function for the kinds \['code'\]"):
+        run(tmp_path / "b", data=data)
+
+
+def test_greedy_has_one_sample(tmp_path):
+    with pytest.raises(ValueError, match="1 at temperature 0"):
+        run(tmp_path, sampling=Sampling(3, temperature=0.0))
+    result = run(tmp_path, sampling=Sampling(3, temperature=0.0), samples=1)
+    assert "greedy" in markdown([result])
+
+
+def test_prompts_are_chats_where_the_tokenizer_has_a_template(tmp_path):
+    chat = [{"prompt": [{"role": "user", "content": "1+1="}], "answer": "2", "kind": "math"}]
+    seen = []
+
+    def generate(prompt_ids, sampling, seed):
+        seen.extend(prompt_ids)
+        return [[EOS] for _ in prompt_ids]
+
+    def reward(completions, **columns):
+        return [0.0] * len(completions)
+
+    data = Loaded(chat, "one", 1, {})
+    text = run(tmp_path / "a", engine=Engine("x", TOKENIZER, [EOS], generate), data=data, rewards={"math": reward})
+    assert text["prompt_form"] == "text" and list(seen[0]) == TOKENIZER("1+1=")["input_ids"]
+    tokenizer = small_world.build_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ sign }}"
+    kwargs = {"chat_template_kwargs": {"sign": "+"}, "rewards": {"math": reward}, "data": data}
+    result = run(tmp_path / "b", engine=Engine("x", tokenizer, [EOS], generate), **kwargs)
+    assert result["prompt_form"] == "chat" and list(seen[-1]) == TOKENIZER("1+1=+")["input_ids"]
+
+
+def parse(module, *argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    assert isinstance(module.HELP, str)
+    return parser.parse_args(argv)
+
+
+def test_hsd_eval(tmp_path, monkeypatch, capsys):
+    write_jsonl(tmp_path / "sums.jsonl", [{"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(6)])
+    write_jsonl(tmp_path / "more.jsonl", [{"prompt": "5+1=", "answer": "6"}])
+    monkeypatch.setattr("hsd.evaluate.engines.load_engine", lambda name, model, dtype: engine())
+    argv = ["--model", "m", "--data", str(tmp_path / "sums.jsonl"), str(tmp_path / "more.jsonl"), "--limit", "4"]
+    argv += ["--max-new-tokens", "3", "--verifier", "numbers", "--out", str(tmp_path / "out")]
+    assert cli_eval.run(parse(cli_eval, *argv)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["subset"], r["rows"], r["rows_of_the_subset"]) for r in results] == [
+        ("sums.jsonl", 4, 6),
+        ("more.jsonl", 1, 1),
+    ]
+    assert results[0]["verifiers"] == {"math": "number_reward"}
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert table in capsys.readouterr().out and table.count("\n| ") == 3
+    assert (tmp_path / "out" / "sums" / "samples.jsonl").exists()
+    assert cli_eval.slug("openai/gsm8k main test") == "openai-gsm8k-main-test"
+    assert cli_eval.slug("HumanEval.jsonl.gz") == "HumanEval"
+
+
+def test_hsd_eval_says_what_is_wrong_before_it_loads_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("hsd.evaluate.engines.load_engine", lambda *args: pytest.fail("loaded a model"))
+    with pytest.raises(ValueError, match="expected a file or one of"):
+        cli_eval.run(parse(cli_eval, "--model", "m", "--data", "nonsense", "--out", str(tmp_path)))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="vllm is not installed"):
+        cli_eval.run(parse(cli_eval, "--model", "m", "--data", "svamp", "--engine", "vllm", "--out", str(tmp_path)))
+
+
+def test_hsd_data_from_raw_rows_to_a_training_file(tmp_path, capsys):
+    files = SimpleNamespace(**{n: tmp_path / f"{n}.jsonl" for n in ("raw", "code", "eval", "clean", "bins", "mixed")})
+    questions = [f"Bo has {i} red and {i + 3} green apples, how many in all?" for i in range(10)]
+    write_jsonl(files.raw, [{"question": q, "answer": f"#### {2 * i + 3}"} for i, q in enumerate(questions)])
+    write_jsonl(files.eval, [{"problem": questions[4], "answer": "11"}])
+    write_jsonl(
+        files.code,
+        [
+            {
+                "prompt": "p",
+                "answer": "",
+                "tests": "{}",
+                "kind": "code",
+                "level": "easy" if i % 2 else "hard",
+                "date": f"2024-0{i + 1}-01",
+            }
+            for i in range(8)
+        ],
+    )
+    report = tmp_path / "report.json"
+    argv = ["decontaminate", str(files.raw), "--against", str(files.eval), "--out", str(files.clean)]
+    assert cli_data.run(parse(cli_data, *argv, "--report", str(report))) == 0
+    assert "exact_stem: 1 removed" in capsys.readouterr().out
+    kept = list(read_jsonl(files.clean))
+    assert len(kept) == 9 and questions[4] not in [r["question"] for r in kept]
+    assert json.loads(report.read_text())["pairs"][0]["against_text"] == questions[4]
+
+    rows = load(str(files.clean)).rows
+    samples = [{"row": i, "id": r["id"], "answer": r["answer"], "reward": float(i < 3)} for i, r in enumerate(rows)]
+    write_jsonl(tmp_path / "samples.jsonl", samples)
+    argv = ["bins", str(files.clean), "--samples", str(tmp_path / "samples.jsonl"), "--out", str(files.bins)]
+    assert cli_data.run(parse(cli_data, *argv)) == 0
+    assert capsys.readouterr().out.strip() == "easy: 3, hard: 6"
+
+    argv = ["prepare", str(files.code), "--level", "easy", "--since", "2024-03-01", "--before", "2024-08-01"]
+    assert cli_data.run(parse(cli_data, *argv, "--out", str(tmp_path / "some.jsonl"))) == 0
+    assert [r["date"] for r in read_jsonl(tmp_path / "some.jsonl")] == ["2024-04-01", "2024-06-01"]
+    with pytest.raises(ValueError, match="date: the rows of raw"):
+        cli_data.run(parse(cli_data, "prepare", str(files.raw), "--since", "2024-01-01", "--out", "x"))
+
+    argv = ["mix", str(files.bins), str(files.code), "--ratio", "4:1", "--out", str(files.mixed)]
+    assert cli_data.run(parse(cli_data, *argv)) == 0
+    kinds = [r["kind"] for r in load(str(files.mixed)).rows]
+    assert kinds.count("math") == 9 and kinds.count("code") == 2
+    with pytest.raises(ValueError, match="expected integers such as 4:1"):
+        cli_data.run(parse(cli_data, "mix", str(files.raw), "--ratio", "4:x", "--out", "x"))
