@@ -17,9 +17,10 @@ import torch
 from hsd.body import split_model
 from hsd.context import build_context, tokenize_prompt
 from hsd.demo import worlds
-from hsd.demo.__main__ import parse, sample_groups, say
+from hsd.demo.__main__ import parse, say
 from hsd.loss import read_rollouts
 from hsd.peers import choose_peers, peer_rng
+from hsd.viewer.make import sample_groups
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def main() -> None:
     split = split_model(world.model)
     student, teacher = [], []
     for i, question in enumerate(world.held_out + world.train):
-        group = sample_groups(world, [question], seed=i)[0]
+        group = sample_groups(world.subject, [question], seed=i)[0]
         for place, peer in enumerate(choose_peers(group, "uniform", rng=peer_rng(0, 0, i))):
             if peer is None or place in group.successes:
                 continue

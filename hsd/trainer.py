@@ -19,6 +19,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad, split_tensor_dict
 
+from hsd.alarms import repeated_tail
 from hsd.body import Split, check_split, split_model
 from hsd.callbacks import RunFiles
 from hsd.config import HSDConfig
@@ -176,6 +177,7 @@ class HSDTrainer(GRPOTrainer):
         batch["advantages"] = batch["advantages"].masked_fill(unscored[first : first + len(inputs)], 0.0)
         batch["success"] = torch.tensor([lesson.success for lesson in lessons], device=device)
         self._log_coverage(mode, batch["success"], lessons, size, unscored)
+        self._record(mode, repeated_tail=sum(map(repeated_tail, completion_ids)) / len(completion_ids))
         if self.args.has_teacher:
             self._add_teacher(batch, lessons)
         return batch
@@ -221,16 +223,18 @@ class HSDTrainer(GRPOTrainer):
         return logps.sum(-1) / weights.sum(-1).clamp_min(1)
 
     def _log_coverage(self, mode: str, success: Tensor, lessons: Sequence[Lesson], size: int, unscored: Tensor) -> None:
+        """Shares of the rollouts of all ranks. One without a verdict has neither succeeded nor failed."""
         has_peer = torch.tensor([lesson.has_peer for lesson in lessons], device=success.device)
         gathered: Any = self.accelerator.gather((success, has_peer))
         success, has_peer = gathered
+        failing = ~success & ~unscored
         solved = success.reshape(-1, size).float().mean(-1)
         self._record(
             mode,
-            success_rate=success.float().mean(),
+            success_rate=success.sum() / (~unscored).sum(),
             # f(p, G) of hsd.credit.coverage is the expectation of this share of all rollouts.
-            coverage=(~success & has_peer).float().mean(),
-            failing_with_peer=(~success & has_peer).sum() / (~success).sum(),
+            coverage=(failing & has_peer).sum() / (~unscored).sum(),
+            failing_with_peer=(failing & has_peer).sum() / failing.sum(),
             mixed_groups=((solved > 0) & (solved < 1)).float().mean(),
             unscored=unscored.float().mean(),
         )

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hsd.demo.worlds import World
+    from hsd.viewer.make import Subject
 
 HELP = "figures of where the credit lands, and a page of rollouts token by token"
 
@@ -25,11 +26,11 @@ HELP = "figures of where the credit lands, and a page of rollouts token by token
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", type=Path, help="run folder of hsd train or of the demo")
     parser.add_argument("--model", help="hub id or path, instead of the run's newest model")
-    parser.add_argument("--data", type=Path, help="JSONL with question and answer; a demo's run brings its own")
+    parser.add_argument("--data", type=Path, help="JSONL with question and answer; a run brings its own")
     parser.add_argument("--out", type=Path, help="folder to write into (RUN/credit, or ./credit)")
     parser.add_argument("--questions", type=int, default=64, help="use the first N (64)")
     parser.add_argument("--rollouts", type=int, default=8, help="group size G (8)")
-    parser.add_argument("--max-new-tokens", type=int, help="of a rollout (512; a demo's run has its own)")
+    parser.add_argument("--max-new-tokens", type=int, help="of a rollout (512; a run has its own)")
     parser.add_argument("--shown", type=int, default=6, help="groups on the page (6)")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -45,14 +46,14 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise ValueError(f"{name}: expected at least {least}, got {getattr(args, name)}")
     model = args.model or newest_model(args.run)
-    world = load(args, str(model))
-    questions = world.held_out[: args.questions]
+    subject, questions = load(args, str(model))
+    questions = questions[: args.questions]
     out = args.out or (args.run / "credit" if args.run else Path("credit"))
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{world.title}: {model}, {len(questions)} questions x {args.rollouts} rollouts, twice", flush=True)
-    groups, again = (sample_groups(world, questions, args.seed + n, args.rollouts) for n in (0, 1))
+    print(f"{subject.title}: {model}, {len(questions)} questions x {args.rollouts} rollouts, twice", flush=True)
+    groups, again = (sample_groups(subject, questions, args.seed + n, args.rollouts) for n in (0, 1))
     note = f"Model {model}, seed {args.seed}. The teacher has the same weights."
-    credit = make_credit(out, world, groups, again, seed=args.seed, note=note, shown=args.shown)
+    credit = make_credit(out, subject, groups, again, seed=args.seed, note=note, shown=args.shown)
     pictures = summary.draw(out, credit)
     if args.run and (rows := read_metrics(args.run / "metrics.jsonl")):
         pictures += report.training_picture(out, rows)
@@ -75,46 +76,92 @@ def newest_model(run: Path | None) -> Path:
     raise ValueError(f"run: expected a model, a checkpoint or config.json in {run}, got none; give --model")
 
 
-def load(args: argparse.Namespace, model: str) -> World:
-    """Policy, tokenizer, questions, verifier and context template: a demo's own where RUN is one, else of --data."""
+def load(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
+    """The policy with its verifier and context template, and questions: a run's own, else those of --data.
+
+    The demo's questions are held out; those of `hsd train` are the ones it trains on.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
-    from hsd.demo import worlds
-    from hsd.demo.__main__ import parse, say
-    from hsd.evaluate import Sampling
-    from hsd.verify import number_reward
-
-    if args.data is None and not (args.run and (args.run / "arguments.json").exists()):
-        raise ValueError("data: expected a JSONL file of questions (no run folder of the demo is given), got none")
+    own = next((find for name, find in RUNS.items() if args.run and (args.run / name).exists()), None)
+    if args.data is None and own is None:
+        raise ValueError("data: expected a JSONL file of questions, or a run of `hsd train` or of the demo, got none")
     cuda = torch.cuda.is_available()
     policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto" if cuda else torch.float32)
     policy = policy.to("cuda" if cuda else "cpu")
-    if args.data is None:
-        given = json.loads((args.run / "arguments.json").read_text())
-        name = given.pop("world")
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
-        world = getattr(worlds, name)(parse([name, *flags, f"--out={args.run}"]), say)
-        length = args.max_new_tokens or world.sampling.max_new_tokens
-        return replace(world, model=policy, sampling=replace(world.sampling, max_new_tokens=length))
+    found = _from_file if args.data is not None or own is None else own
+    subject, questions = found(args, model)
+    length = args.max_new_tokens or subject.sampling.max_new_tokens
+    return replace(subject, model=policy, sampling=replace(subject.sampling, max_new_tokens=length)), questions
+
+
+def _from_demo(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
+    from hsd.demo import worlds
+    from hsd.demo.__main__ import parse, say
+
+    given = json.loads((args.run / "arguments.json").read_text())
+    name = given.pop("world")
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    world = getattr(worlds, name)(parse([name, *flags, f"--out={args.run}"]), say)
+    return world.subject, world.held_out
+
+
+def _from_train(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
+    from transformers import AutoTokenizer
+
+    from hsd.cli.pieces import load_rewards, load_rows
+    from hsd.cli.settings import read
+    from hsd.config import HSDConfig
+    from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
+    from hsd.evaluate import Sampling
+    from hsd.viewer.make import Subject
+
+    settings, _ = read(args.run / "config.yaml")
+    config = HSDConfig(**settings.train)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    chat = bool(tokenizer.chat_template) if settings.data.chat is None else settings.data.chat
+    template = DEFAULT_CHAT_TEMPLATE if chat else DEFAULT_TEXT_TEMPLATE
+    if config.with_peer_template and config.answer_only_template:
+        template = ContextTemplate(config.with_peer_template, config.answer_only_template)
+    rewards = load_rewards(settings.reward)
+    sampling = Sampling(config.max_completion_length or 512, config.temperature, config.top_p, batch_size=64)
+    title = f"{settings.model.path} on {settings.data.path}"
+    reward = _weighted(rewards, config.reward_weights or [1.0] * len(rewards))
+    subject = Subject(title, None, tokenizer, reward, template, sampling)
+    return subject, load_rows(settings.data, config.seed, chat)
+
+
+def _weighted(rewards: Sequence[Callable[..., Any]], weights: Sequence[float]) -> Callable[..., list[float]]:
+    """The sum that `HSDTrainer` compares with ``success_reward``; a verdict that failed counts as 0."""
+
+    def reward(**columns: Any) -> list[float]:
+        verdicts = [[w * (r or 0.0) for r in f(**columns)] for f, w in zip(rewards, weights, strict=True)]
+        return [sum(of_one) for of_one in zip(*verdicts, strict=True)]
+
+    return reward
+
+
+def _from_file(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
+    from transformers import AutoTokenizer
+
+    from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
+    from hsd.demo.worlds import read_questions
+    from hsd.evaluate import Sampling
+    from hsd.verify import number_reward
+    from hsd.viewer.make import Subject
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    questions = worlds.read_questions(args.data, args.questions)
+    questions = read_questions(args.data, args.questions)
     chat = tokenizer.chat_template is not None
     if not chat:
         questions = [{**q, "prompt": q["prompt"][-1]["content"]} for q in questions]
-    return worlds.World(
-        title=f"{Path(model).name} on {args.data.name}",
-        model=policy,
-        tokenizer=tokenizer,
-        train=[],
-        held_out=questions,
-        reward=number_reward,
-        template=DEFAULT_CHAT_TEMPLATE if chat else DEFAULT_TEXT_TEMPLATE,
-        sampling=Sampling(max_new_tokens=args.max_new_tokens or 512, top_p=0.95, batch_size=64),
-        eval_samples=1,
-        credit_questions=len(questions),
-        steps=0,
-        save_steps=0,
-    )
+    template = DEFAULT_CHAT_TEMPLATE if chat else DEFAULT_TEXT_TEMPLATE
+    title = f"{Path(model).name} on {args.data.name}"
+    sampling = Sampling(max_new_tokens=512, top_p=0.95, batch_size=64)
+    return Subject(title, None, tokenizer, number_reward, template, sampling), questions
+
+
+# What a run folder holds -> how to read it.
+RUNS = {"arguments.json": _from_demo, "config.yaml": _from_train}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,6 @@ SMALL_WORLD = "small_world"
 SMALL_WORLD_QUESTIONS = 2048
 DTYPES = ("float32", "bfloat16", "float16")
 VERIFIERS = ("number", "math", "code")
-QUESTION, ANSWER = ("question", "problem"), ("answer",)
 
 
 def load_model(model: Model, seed: int, cache: Path) -> tuple[Any, Any]:
@@ -53,54 +50,32 @@ def peft_config(lora: Lora | None) -> Any:
 
 
 def load_rows(data: Data, seed: int, chat: bool) -> list[dict[str, Any]]:
-    """Rows with ``prompt``, ``answer`` and whatever else they came with; all have the same keys.
+    """Rows with ``prompt``, ``answer`` and whatever else they came with (`hsd.data`); all have the same keys.
 
-    A question that is a text gets ``data.instruction`` below it and, with ``chat``, becomes a user's message; a list of
-    messages stays as it is. Of an answer with ``####``, GSM8K's mark, only what follows it is the answer.
+    ``data.instruction`` replaces the words that `hsd.data` puts below a question. With ``chat`` a text becomes a user's
+    message, without it messages become their last text.
     """
     if data.path == SMALL_WORLD:
         from hsd.demo import small_world
 
-        rows: list[dict[str, Any]] = list(small_world.make_questions(SMALL_WORLD_QUESTIONS, seed=seed))
-    elif Path(data.path).is_file():
-        rows = _read_jsonl(Path(data.path))
-    elif data.path.endswith((".jsonl", ".json")) or importlib.util.find_spec("hsd.data") is None:
-        raise ValueError(
-            f"data.path: expected a JSONL file or {SMALL_WORLD!r}, got {data.path!r}, which does not exist"
-        )
+        rows: list[dict[str, Any]] = list(small_world.make_questions(SMALL_WORLD_QUESTIONS, seed=seed))[: data.limit]
     else:
-        rows = importlib.import_module("hsd.data").load(data.path, data.split)
-    rows = rows[: data.limit]
-    if not rows:
-        raise ValueError(f"data: expected at least one question, got none from {data.path!r}")
+        from hsd.data import load
+
+        rows = load(data.path if data.split is None else f"{data.path}:{data.split}", data.limit).rows
     columns = dict.fromkeys(key for row in rows for key in row)
-    return [_row({key: row.get(key) for key in columns}, data.instruction, chat) for row in rows]
+    return [{key: row.get(key) for key in columns} | _asked(row, data.instruction, chat) for row in rows]
 
 
-def _row(row: dict[str, Any], instruction: str | None, chat: bool) -> dict[str, Any]:
+def _asked(row: dict[str, Any], instruction: str | None, chat: bool) -> dict[str, Any]:
     prompt = row["prompt"]
+    if instruction is not None:
+        question = row.get("question") or (prompt if isinstance(prompt, str) else None)
+        if question is not None:
+            prompt = f"{question}\n\n{instruction}" if instruction else question
     if isinstance(prompt, str):
-        text = prompt if instruction is None else f"{prompt}\n\n{instruction}"
-        prompt = [{"role": "user", "content": text}] if chat else text
-    answer = str(row["answer"])
-    return row | {"prompt": prompt, "answer": answer.rpartition("####")[2].strip() if "####" in answer else answer}
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: expected JSON, got {line[:60]!r} ({error.msg})") from None
-        prompt = next((row[key] for key in ("prompt", *QUESTION) if row.get(key)), None) if type(row) is dict else None
-        if prompt is None or row.get("answer") is None:
-            keys = sorted(row) if type(row) is dict else type(row).__name__
-            raise ValueError(f"{path}, line {number}: expected 'prompt' or 'question', and 'answer', got {keys}")
-        rows.append({key: value for key, value in row.items() if key not in QUESTION} | {"prompt": prompt})
-    return rows
+        return {"prompt": [{"role": "user", "content": prompt}] if chat else prompt}
+    return {"prompt": prompt if chat else prompt[-1]["content"]}
 
 
 def load_rewards(names: str | list[str]) -> list[Callable[..., Any]]:

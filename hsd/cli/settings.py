@@ -41,13 +41,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """``path``: a JSONL file with ``prompt`` or ``question``, and ``answer``; "small_world"; or a name for hsd.data."""
+    """``path``: a JSONL file or a name that `hsd.data.load` knows, or "small_world"."""
 
     path: str
     split: str | None = None
     limit: int | None = None  # the first so many questions
-    instruction: str | None = None  # below every question that is a text
-    chat: bool | None = None  # whether a text becomes a user's message; None: where the tokenizer has a chat template
+    instruction: str | None = None  # below every question, instead of hsd.data's; "" is none
+    chat: bool | None = None  # messages or plain texts; None: messages where the tokenizer has a chat template
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     say(f"success before: {before}")
     if not (args.out / "credit.json").exists():
         questions = world.held_out[: world.credit_questions]
-        groups, again = (sample_groups(world, questions, args.seed + n) for n in (0, 1))
+        groups, again = (sample_groups(world.subject, questions, args.seed + n) for n in (0, 1))
         say("measuring credit on the failing rollouts of held-out groups")
         note = f"Before training, {command(args)}. Rollouts of held-out questions; the teacher has the same weights."
-        make_credit(args.out, world, groups, again, seed=args.seed, note=note)
+        make_credit(args.out, world.subject, groups, again, seed=args.seed, note=note)
 
     trainer = make_trainer(world, args)
     checkpoint = last_checkpoint(args.out)

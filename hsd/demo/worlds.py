@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hsd.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
+from hsd.data import load
+from hsd.data.rows import last_user_text
 from hsd.demo import small_world, times_table
 from hsd.demo.smollm2 import ensure_smollm2
 from hsd.evaluate import RewardFn, Sampling
 from hsd.verify import final_answer, number_reward
+from hsd.viewer.make import Subject
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class World:
     steps: int
     save_steps: int
     config: dict[str, Any] = field(default_factory=dict)  # of HSDConfig
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.title, self.model, self.tokenizer, self.reward, self.template, self.sampling)
 
 
 def small(args: argparse.Namespace, say: Callable[[str], None]) -> World:
@@ -112,23 +118,17 @@ def smollm2(args: argparse.Namespace, say: Callable[[str], None]) -> World:
 
 
 def read_questions(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """``{"prompt", "answer"}`` from a JSONL file with ``question`` and ``answer``, as GSM8K has them.
-
-    The answer is what follows the last ``####``, else the last number.
-    """
+    """``{"prompt", "answer"}`` from a file that `hsd.data.load` reads: the bare question, and the answer's number."""
+    rows = load(str(path), limit).rows
     questions = []
-    for number, line in enumerate(Path(path).read_text().splitlines()[:limit], 1):
-        row = json.loads(line)
-        if not {"question", "answer"} <= row.keys():
-            raise ValueError(f"{path}, line {number}: expected fields 'question' and 'answer', got {sorted(row)}")
-        prompt = [{"role": "user", "content": row["question"]}]
+    for row in rows:
         try:
-            answer = final_answer(str(row["answer"]))
+            answer = final_answer(row["answer"])
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        questions.append({"prompt": prompt, "answer": answer})
-    if not questions:
-        raise ValueError(f"{path}: expected at least one question, got an empty file")
+            raise ValueError(f"{row['source']}, row {row['id']}: {error}") from error
+        questions.append(
+            {"prompt": [{"role": "user", "content": row.get("question") or last_user_text(row)}], "answer": answer}
+        )
     return questions
 
 

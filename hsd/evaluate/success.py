@@ -34,12 +34,9 @@ def score(
     completions: list[Any] = tokenizer.batch_decode([list(r) for r in rollouts], skip_special_tokens=True)
     if questions and not isinstance(questions[0]["prompt"], str):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    return reward(
-        completions=completions,
-        completion_ids=[list(r) for r in rollouts],
-        prompts=[q["prompt"] for q in questions],
-        answer=[q["answer"] for q in questions],
-    )
+    columns = {name: [q.get(name) for q in questions] for name in (questions[0] if questions else ())}
+    prompts = columns.pop("prompt", [])
+    return reward(completions=completions, completion_ids=[list(r) for r in rollouts], prompts=prompts, **columns)
 
 
 def success(rewards: Sequence[float], rollouts: Sequence[Sequence[int]], samples: int, end_ids: list[int]) -> Success:

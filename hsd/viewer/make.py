@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hsd.evaluate import sample, score
+from hsd.context import ContextTemplate
+from hsd.evaluate import RewardFn, Sampling, sample, score
 from hsd.groups import Group, Rollout
 from hsd.measure import draw_peers, measure_credit, read_tokens
 from hsd.viewer.page import write_page
 from hsd.viewer.summary import summarise
 
-if TYPE_CHECKING:
-    from hsd.demo.worlds import World
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose credit is looked at: a policy, how it is sampled and scored, and what its teacher is shown."""
+
+    title: str
+    model: Any
+    tokenizer: Any
+    reward: RewardFn
+    template: ContextTemplate
+    sampling: Sampling
 
 
-def sample_groups(world: World, questions: list[dict], seed: int, size: int = 8) -> list[Group]:
+def sample_groups(subject: Subject, questions: list[dict], seed: int, size: int = 8) -> list[Group]:
     """One scored group for each question."""
     repeated = [q for q in questions for _ in range(size)]
     prompts = [q["prompt"] for q in repeated]
-    rollouts = sample(world.model, world.tokenizer, prompts, world.sampling, seed=seed + 1, progress=_counter)
-    rewards = score(world.tokenizer, repeated, rollouts, world.reward)
+    rollouts = sample(subject.model, subject.tokenizer, prompts, subject.sampling, seed=seed + 1, progress=_counter)
+    rewards = score(subject.tokenizer, repeated, rollouts, subject.reward)
     scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
     return [Group(q["prompt"], q["answer"], tuple(scored[g * size : (g + 1) * size])) for g, q in enumerate(questions)]
 
 
 def make_credit(
-    folder: Path, world: World, groups: list[Group], again: list[Group], *, seed: int, note: str, shown: int = 6
+    folder: Path, subject: Subject, groups: list[Group], again: list[Group], *, seed: int, note: str, shown: int = 6
 ) -> dict[str, Any]:
     """Write ``folder/credit.json`` and ``folder/credit.html``; returns what the former holds.
 
@@ -35,15 +46,14 @@ def make_credit(
     page shows ``shown`` groups, those with successes and failures first, with the peers that the figures were measured
     with.
     """
-    measured = measure_credit(world.model, world.tokenizer, groups, world.template, seed=seed)
-    peers = draw_peers(world.tokenizer, groups, seed)
+    measured = measure_credit(subject.model, subject.tokenizer, groups, subject.template, seed=seed)
+    peers = draw_peers(subject.tokenizer, groups, seed)
     chosen = sorted(sorted(range(len(groups)), key=lambda g: not groups[g].is_mixed)[:shown])
     kept = [groups[g] for g in chosen]
-    read = read_tokens(world.model, world.tokenizer, kept, [peers[g] for g in chosen], world.template)
-    write_page(
-        folder / "credit.html", world.tokenizer, kept, read, title=f"Credit, token by token: {world.title}", note=note
-    )
-    credit = summarise(measured, groups, again, world.tokenizer)
+    read = read_tokens(subject.model, subject.tokenizer, kept, [peers[g] for g in chosen], subject.template)
+    title = f"Credit, token by token: {subject.title}"
+    write_page(folder / "credit.html", subject.tokenizer, kept, read, title=title, note=note)
+    credit = summarise(measured, groups, again, subject.tokenizer)
     (folder / "credit.json").write_text(json.dumps(credit, indent=1))
     return credit
 

@@ -91,9 +91,9 @@ def test_read_questions(tmp_path):
     file.write_text('{"question": "1+1?", "answer": "so #### 2"}\n{"question": "2+2?", "answer": "4"}\n')
     assert worlds.read_questions(file, 1) == [{"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"}]
     assert [q["answer"] for q in worlds.read_questions(file)] == ["2", "4"]
-    file.write_text('{"problem": "1+1?", "answer": "2"}\n')
-    with pytest.raises(ValueError, match=r"line 1.*question"):
+    file.write_text('{"question": "1+1?", "answer": "so two"}\n')
+    with pytest.raises(ValueError, match=r"q.jsonl, row 0: text: expected an answer that holds a number"):
         worlds.read_questions(file)
-    file.write_text("")
-    with pytest.raises(ValueError, match="empty"):
+    file.write_text('{"asked": "1+1?", "answer": "2"}\n')
+    with pytest.raises(ValueError, match=r"q.jsonl, row 1.*question"):
         worlds.read_questions(file)

@@ -195,7 +195,15 @@ def test_metrics_are_logged_and_bounded(tmp_path):
     trainer = make(qwen3(), tmp_path, max_steps=2, reference_coef=0.1)
     trainer.train()
     row = trainer.state.log_history[0]
-    shares = ("success_rate", "coverage", "failing_with_peer", "mixed_groups", "fallback_share", "credit_mass_8")
+    shares = (
+        "success_rate",
+        "coverage",
+        "failing_with_peer",
+        "mixed_groups",
+        "fallback_share",
+        "credit_mass_8",
+        "repeated_tail",
+    )
     for name in shares:
         assert 0.0 <= row[f"hsd/{name}"] <= 1.0, name
     for name in ("kl", "reference_kl", "student_entropy", "teacher_entropy", "credit_at_tau"):

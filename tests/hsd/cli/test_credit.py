@@ -66,9 +66,25 @@ def test_a_model_and_a_file_of_questions(tmp_path, parity, capsys):
     page = (tmp_path / "out" / "credit.html").read_text(encoding="utf-8")
     assert "m on q.jsonl" in page and page.count('"tau":') == 6
     assert "2 questions x 6 rollouts" in capsys.readouterr().out
-    world = credit.load(arguments(*words), str(tmp_path / "m"))
-    assert world.held_out[0] == {"prompt": "0+1?", "answer": "1"}  # without a chat template a plain prompt
-    assert world.template == DEFAULT_TEXT_TEMPLATE and world.sampling.max_new_tokens == 9
+    subject, questions = credit.load(arguments(*words), str(tmp_path / "m"))
+    assert questions[0] == {"prompt": "0+1?", "answer": "1"}  # without a chat template a plain prompt
+    assert subject.template == DEFAULT_TEXT_TEMPLATE and subject.sampling.max_new_tokens == 9
+
+
+def test_a_run_of_hsd_train_brings_questions_rewards_and_templates(tmp_path):
+    save_model(tmp_path / "model", small_world.build_tokenizer())
+    (tmp_path / "config.yaml").write_text(
+        "model: {path: small_world}\ndata: {path: small_world, limit: 5}\n"
+        "reward: ['hsd.demo.small_world:reward', number]\n"
+        "train: {max_completion_length: 7, bf16: false, use_cpu: true, reward_weights: [1.0, 0.5],\n"
+        "  with_peer_template: '[{answer}|{demonstration}]', answer_only_template: '[{answer}]'}\n"
+    )
+    subject, questions = credit.load(arguments(tmp_path), str(tmp_path / "model"))
+    assert questions == small_world.make_questions(5, seed=42)
+    assert subject.sampling.max_new_tokens == 7 and subject.template.answer_only == "[{answer}]"
+    assert subject.reward(completions=["1#5", "6"], answer=["5", "7"], completion_ids=[[1], [1]]) == [1.5, 0.0]
+    assert credit.run(arguments(tmp_path, "--questions", 2, "--shown", 1)) == 0
+    assert (tmp_path / "credit" / "credit.html").exists()
 
 
 def test_a_run_of_the_demo_brings_its_questions(tmp_path, monkeypatch):

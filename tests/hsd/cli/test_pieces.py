@@ -2,8 +2,6 @@
 
 import json
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 import pytest
 
@@ -23,33 +21,31 @@ def jsonl(tmp_path):
 
 
 def test_rows_of_a_file_keep_their_columns(jsonl):
-    path = jsonl(
-        {"question": "1+1?", "answer": 2, "kind": "math"}, "", {"prompt": "2+2?", "answer": "so\n#### 4", "x": [1]}
-    )
-    rows = load_rows(Data(path), seed=0, chat=False)
-    assert rows == [
-        {"answer": "2", "kind": "math", "prompt": "1+1?", "x": None},
-        {"answer": "4", "kind": None, "prompt": "2+2?", "x": [1]},
-    ]
+    path = jsonl({"question": "1+1?", "answer": "so\n#### 2"}, "", {"prompt": "2+2?", "answer": "4", "x": [1]})
+    first, second = load_rows(Data(path), seed=0, chat=False)
+    assert (first["answer"], first["solution"], first["x"]) == ("2", "so", None)
+    assert first["prompt"].startswith("1+1?\n\nPlease reason")
+    assert (second["prompt"], second["answer"], second["x"], second["solution"]) == ("2+2?", "4", [1], None)
+    assert first.keys() == second.keys()
     assert len(load_rows(Data(path, limit=1), seed=0, chat=False)) == 1
 
 
-def test_a_question_becomes_a_message_and_messages_stay(jsonl):
+def test_instruction_and_messages(jsonl):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     path = jsonl({"question": "1+1?", "answer": "2"}, {"prompt": messages, "answer": "3"})
     rows = load_rows(Data(path, instruction="Think."), seed=0, chat=True)
     assert [row["prompt"] for row in rows] == [[{"role": "user", "content": "1+1?\n\nThink."}], messages]
-    assert load_rows(Data(path, instruction="Think."), seed=0, chat=False)[0]["prompt"] == "1+1?\n\nThink."
+    texts = [row["prompt"] for row in load_rows(Data(path, instruction=""), seed=0, chat=False)]
+    assert texts == ["1+1?", "u"]
 
 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (['{"question": "q", "answer": "1"}', "{"], "line 2: expected JSON"),
-        ([{"question": "q"}], "line 1: expected 'prompt' or 'question', and 'answer', got ['question']"),
-        ([{"answer": "1"}], "line 1: expected 'prompt' or 'question'"),
-        (["[1]"], "line 1: expected 'prompt' or 'question', and 'answer', got list"),
-        ([], "expected at least one question"),
+        (['{"question": "q", "answer": "1"}', "{"], "line 2: expected a JSON object"),
+        ([{"question": "q"}], "row 1: ValueError: row: expected fields of a known data set"),
+        (["[1]"], "line 1: expected a JSON object"),
+        ([], "expected at least one usable row"),
     ],
 )
 def test_bad_files_are_named_with_their_line(jsonl, rows, said):
@@ -59,19 +55,13 @@ def test_bad_files_are_named_with_their_line(jsonl, rows, said):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(ValueError, match=r"data\.path: expected a JSONL file.*nowhere\.jsonl"):
+    with pytest.raises(ValueError, match=r"data: expected a file or one of gsm8k.*nowhere\.jsonl"):
         load_rows(Data("nowhere.jsonl"), seed=0, chat=False)
 
 
-def test_names_are_hsd_datas(monkeypatch):
-    asked = []
-    module = ModuleType("hsd.data")
-    row = {"prompt": "q", "answer": "1", "kind": "math"}
-    module.load = lambda name, split=None: asked.append((name, split)) or [row]
-    module.__spec__ = ModuleSpec("hsd.data", None)
-    monkeypatch.setitem(sys.modules, "hsd.data", module)
-    assert load_rows(Data("gsm8k", split="train"), seed=0, chat=False)[0]["kind"] == "math"
-    assert asked == [("gsm8k", "train")]
+def test_names_and_splits_are_hsd_datas():
+    with pytest.raises(ValueError, match="expected a split of gsm8k among test, train"):
+        load_rows(Data("gsm8k", split="dev"), seed=0, chat=False)
 
 
 def test_the_small_worlds_questions_follow_the_seed():

@@ -293,7 +293,9 @@ def test_a_rollout_whose_verifier_failed_has_no_advantage(tmp_path):
     advantages = trainer.batch["advantages"]
     assert advantages[1] == 0.0 and (advantages[[0, 2, 3]] != 0.0).all()
     assert not trainer.batch["success"][1]
-    assert trainer.state.log_history[0]["hsd/unscored"] == pytest.approx(1 / 8)
+    row = trainer.state.log_history[0]
+    assert row["hsd/unscored"] == pytest.approx(1 / 8)
+    assert row["hsd/success_rate"] == pytest.approx(3 / 7) and row["hsd/failing_with_peer"] == 1.0
 
 
 def test_each_method_shows_its_own_context(tmp_path):
