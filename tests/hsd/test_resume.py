@@ -207,11 +207,11 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, monkeypatch, capsy
     with open("log", "w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while len(rows(Path("cut"))) < 2 and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
             process.send_signal(signal.SIGTERM)
-            code = process.wait(timeout=60)
+            code = process.wait(timeout=240)
         finally:
             process.kill()
     assert code == 128 + signal.SIGTERM, Path("log").read_text()[-3000:]

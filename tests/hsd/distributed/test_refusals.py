@@ -16,11 +16,9 @@ spec.loader.exec_module(job)
 
 
 class Sharded(job.Recorder):
-    is_fsdp_enabled = property(lambda self: True, lambda self, value: None)
-
-
-class DeepSpeed(job.Recorder):
-    is_deepspeed_enabled = property(lambda self: True, lambda self, value: None)
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = True
 
 
 @pytest.mark.parametrize(
@@ -46,7 +44,13 @@ def test_lora_needs_no_copy_under_fsdp(tmp_path, monkeypatch):
 
 
 def test_zero_3(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "Recorder", DeepSpeed)
-    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(zero_stage=3), raising=False)
+    class Stage3(job.Recorder):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+            plugin = SimpleNamespace(zero_stage=3)
+            monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin, raising=False)
+
+    monkeypatch.setattr(job, "Recorder", Stage3)
     with pytest.raises(ValueError, match="ZeRO stage 0 to 2, got 3"):
         job.make(tmp_path, 4, teacher="live", reference_coef=0.0)

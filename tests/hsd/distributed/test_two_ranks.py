@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
             command = [sys.executable, str(PATH), str(folder)]
             ranks.append(subprocess.Popen(command, env=env | ids, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=180) for process in ranks]
+        codes = [process.wait(timeout=400) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
