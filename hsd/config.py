@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from hsd.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
 from hsd.loss import Objective
 from hsd.methods import HSD_DEFAULTS, METHODS, Method
 from hsd.peers import PEER_RULES
@@ -70,6 +71,7 @@ class HSDConfig(GRPOConfig):
         max_teacher_prompt_length: tokens; a longer teacher prompt has its demonstration's tail cut.
         with_peer_template, answer_only_template: `str.format` templates of the privileged context, see
             `hsd.context.ContextTemplate`; both or neither.
+        demonstration_only_template, feedback_only_template: likewise, for methods that show these without the answer.
         prefix_sharing: what several sequences of a micro-batch begin with is computed once: "tree" every shared
             prefix, of student and teacher, "prompt" the questions only, "none" nothing. "auto" is "tree" for models
             that pass `hsd.tree.check`, in micro-batches where it saves a fifth of the tokens or more, and says so
@@ -107,6 +109,8 @@ class HSDConfig(GRPOConfig):
     max_teacher_prompt_length: int | None = None
     with_peer_template: str | None = None
     answer_only_template: str | None = None
+    demonstration_only_template: str | None = None
+    feedback_only_template: str | None = None
     prefix_sharing: str = "auto"
     tree_token_budget: int | None = None
     kernel_impl: str = "auto"
@@ -188,6 +192,13 @@ class HSDConfig(GRPOConfig):
             raise ValueError(f"num_generations: expected at least 2 rollouts a group, got {self.num_generations}")
         if (self.with_peer_template is None) != (self.answer_only_template is None):
             raise ValueError("with_peer_template, answer_only_template: expected both or neither")
+        self.context_template(DEFAULT_CHAT_TEMPLATE)
+
+    def context_template(self, default: ContextTemplate) -> ContextTemplate:
+        """The wording: ``default`` with the templates that are given. Raises ValueError for one with other fields."""
+        names = ("with_peer", "answer_only", "demonstration_only", "feedback_only")
+        given = {name: getattr(self, f"{name}_template") for name in names}
+        return replace(default, **{name: text for name, text in given.items() if text is not None})
 
     @property
     def spec(self) -> Method:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, PrivilegedContext, build_context
+from hsd.context import ContextTemplate, PrivilegedContext, build_context
 from hsd.credit import divergence_position
-from hsd.groups import Group, Rollout
+from hsd.groups import Group, Prompt, Rollout
 from hsd.methods import Method, Shown, shown_to_teacher
 from hsd.peers import choose_peers, peer_rng
 
@@ -38,7 +38,7 @@ def make_lessons(
     step: int,
     feedback: Sequence[str | None],
     tokenizer: Any,
-    template: ContextTemplate | None,
+    template_for: Callable[[Prompt], ContextTemplate],
     max_length: int | None,
     chat_template_kwargs: Mapping[str, Any],
 ) -> list[Lesson]:
@@ -68,7 +68,7 @@ def make_lessons(
             row["prompt"],
             shown.answer,
             shown.demonstration,
-            template or (DEFAULT_TEXT_TEMPLATE if isinstance(row["prompt"], str) else DEFAULT_CHAT_TEMPLATE),
+            template_for(row["prompt"]),
             feedback=shown.feedback,
             max_length=max_length,
             chat_template_kwargs=chat_template_kwargs,

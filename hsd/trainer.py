@@ -23,13 +23,14 @@ from hsd.alarms import repeated_tail
 from hsd.body import Split, check_split, split_model
 from hsd.callbacks import RunFiles
 from hsd.config import HSDConfig
-from hsd.context import ContextTemplate
+from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
 from hsd.credit import credit, credit_at_divergence, credit_mass
 from hsd.frozen import in_eval_mode
 from hsd.groups import Rollout
 from hsd.loss import LossOutput, Objective, Rollouts, Side, method_loss, read_rollouts, rollout_weights
 from hsd.policies import FrozenPolicies
 from hsd.sampled import sampled_logps
+from hsd.sampler import EpochSampler
 from hsd.teaching import Lesson, make_lessons
 from hsd.tree.batch import pack_batch, pad_states, pays, shuffle_groups
 from hsd.tree.check import try_tree, warn_unshared
@@ -78,8 +79,6 @@ class HSDTrainer(GRPOTrainer):
             raise ValueError("model: expected a text model, got a vision-language one")
         if feedback_fn is not None and not args.spec.feedback:
             raise ValueError(f"feedback_fn: expected None with method={args.method!r}, which shows no feedback")
-        if context_template is None and args.with_peer_template and args.answer_only_template:
-            context_template = ContextTemplate(args.with_peer_template, args.answer_only_template)
         self.context_template = context_template
         self.feedback_fn = feedback_fn
         policy = self.accelerator.unwrap_model(self.model)
@@ -120,6 +119,13 @@ class HSDTrainer(GRPOTrainer):
         return "none"
 
     # -- rollouts -> groups -> privileged contexts ----------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        s: Any = super()._get_train_sampler(dataset)
+        passes = lambda: int((self.state.epoch or 0.0) + 1e-6)  # noqa: E731
+        return EpochSampler(
+            s.data_source, s.mini_repeat_count, s.batch_size, s.repeat_count, s.shuffle, s.seed, passes=passes
+        )
 
     def _prepare_inputs(self, generation_batch):
         """TRL's, but whole groups change places: rows shuffled one by one would scatter what can be shared."""
@@ -169,7 +175,7 @@ class HSDTrainer(GRPOTrainer):
             step=self.state.global_step,
             feedback=self._feedback,
             tokenizer=self._tokenizer,
-            template=self.context_template,
+            template_for=self._template_for,
             max_length=self.args.max_teacher_prompt_length,
             chat_template_kwargs=self._rendering,
         )
@@ -202,6 +208,10 @@ class HSDTrainer(GRPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"  # type: ignore[union-attr]
+
+    def _template_for(self, prompt: str | list) -> ContextTemplate:
+        default = DEFAULT_TEXT_TEMPLATE if isinstance(prompt, str) else DEFAULT_CHAT_TEMPLATE
+        return self.context_template or self.args.context_template(default)
 
     @property
     def _rendering(self) -> dict[str, Any]:

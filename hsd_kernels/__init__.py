@@ -2,6 +2,7 @@
 
 from hsd_kernels.api import HSDKLOutput, fused_hsd_kl
 from hsd_kernels.divergence import RowStats
+from hsd_kernels.module import FusedHSDKL
 from hsd_kernels.sharded import gathered
 
-__all__ = ["HSDKLOutput", "RowStats", "fused_hsd_kl", "gathered"]
+__all__ = ["FusedHSDKL", "HSDKLOutput", "RowStats", "fused_hsd_kl", "gathered"]

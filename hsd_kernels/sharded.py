@@ -23,15 +23,18 @@ def gathered(weight: Tensor) -> Generator[Tensor, None, None]:
         with gathered(model.lm_head.weight) as weight:
             loss = fused_hsd_kl(student_hidden, teacher_hidden, weight)
 
-    A DTensor (FSDP2, tensor parallelism) becomes its ``full_tensor()``, through which the gradient flows back to the
-    pieces. A ZeRO-3 parameter is gathered by DeepSpeed. A plain tensor passes through.
+    A DTensor becomes its ``full_tensor()``. Its gradient goes back to the pieces as the mean over the mesh: what FSDP2
+    does with every other parameter, and right as well under tensor parallelism, where all ranks compute the same loss.
+    (A plain ``full_tensor()`` would keep of each rank's own gradient only its own rows.) A ZeRO-3 parameter is gathered
+    by DeepSpeed. A plain tensor passes through.
 
     Raises:
         ImportError: a ZeRO-3 parameter where deepspeed cannot be imported.
     """
     if SHARDED["DTensor"](weight):
         sharded: Any = weight
-        yield sharded.full_tensor()
+        partial = importlib.import_module("torch.distributed.tensor").Partial("avg")
+        yield sharded.full_tensor(grad_placements=[partial] * sharded.device_mesh.ndim)
     elif SHARDED["ZeRO-3 partitioned parameter"](weight):
         zero = importlib.import_module("deepspeed.zero")
         with zero.GatheredParameters([weight]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Partial
 
 from hsd.body import Split, check_split, split_model
 from hsd.loss import Side
@@ -127,15 +126,6 @@ def side_of(head: Split | Head, hidden: Tensor) -> Side:
     return Side(hidden.detach(), whole(head.weight), whole(head.bias))
 
 
-def _student_head(t: Tensor) -> AbstractContextManager[Tensor]:
-    """The student's weight or bias, whole. One that FSDP2 shards by itself, not with the root, comes as a DTensor here:
-    its gradient is averaged over the ranks on its way back, as FSDP2 does with all others."""
-    if not hasattr(t, "device_mesh"):
-        return gathered(t)
-    dtensor: Any = t
-    return nullcontext(dtensor.full_tensor(grad_placements=[Partial("avg")] * dtensor.device_mesh.ndim))
-
-
 def divergence(student: Split | Head, hidden: Tensor, teacher: Side, **options: Any) -> HSDKLOutput:
     """`fused_hsd_kl` with ``student``'s head, logit scale and softcap, statistics included.
 
@@ -147,8 +137,8 @@ def divergence(student: Split | Head, hidden: Tensor, teacher: Side, **options: 
         return None if t is None else t.to(dtype)
 
     with ExitStack() as stack:
-        weight = stack.enter_context(_student_head(student.weight))
-        bias = None if student.bias is None else stack.enter_context(_student_head(student.bias))
+        weight = stack.enter_context(gathered(student.weight))
+        bias = None if student.bias is None else stack.enter_context(gathered(student.bias))
         out = fused_hsd_kl(
             cast(hidden),
             cast(teacher.hidden),

@@ -113,7 +113,7 @@ def _from_train(args: argparse.Namespace, model: str) -> tuple[Subject, list[dic
     from hsd.cli.pieces import load_rewards, load_rows
     from hsd.cli.settings import read
     from hsd.config import HSDConfig
-    from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
+    from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
     from hsd.evaluate import Sampling
     from hsd.viewer.make import Subject
 
@@ -121,9 +121,7 @@ def _from_train(args: argparse.Namespace, model: str) -> tuple[Subject, list[dic
     config = HSDConfig(**settings.train)
     tokenizer = AutoTokenizer.from_pretrained(model)
     chat = bool(tokenizer.chat_template) if settings.data.chat is None else settings.data.chat
-    template = DEFAULT_CHAT_TEMPLATE if chat else DEFAULT_TEXT_TEMPLATE
-    if config.with_peer_template and config.answer_only_template:
-        template = ContextTemplate(config.with_peer_template, config.answer_only_template)
+    template = config.context_template(DEFAULT_CHAT_TEMPLATE if chat else DEFAULT_TEXT_TEMPLATE)
     rewards = load_rewards(settings.reward)
     sampling = Sampling(config.max_completion_length or 512, config.temperature, config.top_p, batch_size=64)
     title = f"{settings.model.path} on {settings.data.path}"

@@ -153,7 +153,6 @@ def equal(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="TRL's sampler starts its shuffles over: epoch 2 is read in epoch 1's order")
 def test_a_run_resumes_after_its_first_epoch(tmp_path):
     assert_resumes(tmp_path, 3, 4, RUNS["ema"] | {"questions": QUESTIONS[:4]})
 
