@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from hsd.data.rows import write_jsonl
-    from hsd.data.sources import load
+    from hsd.data.sources import load_source
 
-    loaded = load(args.data)
+    loaded = load_source(args.data)
     print(loaded)
     rows = loaded.rows
     for column, wanted in (("level", args.level), ("date", args.since or args.before)):
@@ -70,12 +70,12 @@ def _prepare(args: argparse.Namespace) -> int:
 def _decontaminate(args: argparse.Namespace) -> int:
     from hsd.data.decontaminate import decontaminate
     from hsd.data.rows import write_jsonl
-    from hsd.data.sources import load
+    from hsd.data.sources import load_source
 
-    train = load(args.train)
+    train = load_source(args.train)
     against = {}
     for name in args.against:
-        loaded = load(name)
+        loaded = load_source(name)
         if loaded.name in against:
             raise ValueError(f"--against: expected different names, got {loaded.name} twice")
         against[loaded.name] = loaded.rows
@@ -98,9 +98,9 @@ def _decontaminate(args: argparse.Namespace) -> int:
 def _bins(args: argparse.Namespace) -> int:
     from hsd.data.mix import with_difficulty
     from hsd.data.rows import read_jsonl, write_jsonl
-    from hsd.data.sources import load
+    from hsd.data.sources import load_source
 
-    rows = with_difficulty(load(args.data).rows, read_jsonl(args.samples))
+    rows = with_difficulty(load_source(args.data).rows, read_jsonl(args.samples))
     write_jsonl(args.out, rows)
     counts = Counter(row.get("difficulty", "not judged") for row in rows)
     print(", ".join(f"{name}: {counts[name]}" for name in ("easy", "medium", "hard", "not judged") if counts[name]))
@@ -110,13 +110,13 @@ def _bins(args: argparse.Namespace) -> int:
 def _mix(args: argparse.Namespace) -> int:
     from hsd.data.mix import mix
     from hsd.data.rows import write_jsonl
-    from hsd.data.sources import load
+    from hsd.data.sources import load_source
 
     try:
         ratio = [int(part) for part in args.ratio.split(":")]
     except ValueError:
         raise ValueError(f"--ratio: expected integers such as 4:1, got {args.ratio!r}") from None
-    streams = [load(name) for name in args.data]
+    streams = [load_source(name) for name in args.data]
     rows = mix([s.rows for s in streams], ratio, seed=args.seed, length=args.length)
     write_jsonl(args.out, rows)
     counts = Counter(row["source"] for row in rows)

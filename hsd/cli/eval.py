@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.data.sources import load
+    from hsd.data.sources import load_source
     from hsd.evaluate.benchmark import evaluate, write_json
     from hsd.evaluate.engines import choose, load_engine
     from hsd.evaluate.sampling import Sampling
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.batch_size)
     choose(args.engine)  # whatever is wrong with the request is said before a model is loaded
-    loaded = {name: load(name, args.limit) for name in args.data}
+    loaded = {name: load_source(name, limit=args.limit) for name in args.data}
     rewards = verifiers(args.verifier)
     engine = load_engine(args.engine, args.model, args.dtype)
     results = []

@@ -1,6 +1,6 @@
 """Data sets by name, by hub name, or from a local JSONL file with the same fields.
 
-load("gsm8k:train"); load("openai/gsm8k:train"); load("mine.jsonl")
+load("gsm8k", "train"); load("openai/gsm8k:train"); load("mine.jsonl")
 """
 
 from __future__ import annotations
@@ -89,10 +89,17 @@ class Loaded:
         return f"{self.name}: {len(self.rows)} of {self.total} rows{reasons}"
 
 
-def load(name: str, limit: int | None = None) -> Loaded:
-    """The rows of a data set: a file, or a name of `SOURCES` or its hub repository with an optional ``:split``.
+def load(name: str, split: str | None = None, limit: int | None = None) -> list[Row]:
+    """The rows of a data set, in the row form; `load_source` says more about them and takes the same arguments."""
+    return load_source(name, split, limit).rows
+
+
+def load_source(name: str, split: str | None = None, limit: int | None = None) -> Loaded:
+    """The rows of a data set, its exact name and what was left out.
 
     Args:
+        name: A JSONL file, or a name of `SOURCES` or its hub repository.
+        split: Of a named data set; ``name:split`` says the same. By default the first of its splits.
         limit: Only the first ``limit`` usable rows.
 
     Raises:
@@ -101,17 +108,19 @@ def load(name: str, limit: int | None = None) -> Loaded:
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected a positive number of rows or None, got {limit}")
     if Path(name).is_file():
+        if split is not None:
+            raise ValueError(f"split: expected None for a file, got {split!r}")
         return _collect(Path(name).name, read_jsonl(name), None, limit)
-    key, _, split = name.partition(":")
+    key, _, named = name.partition(":")
     by_repo = {source.repo.lower(): source for source in SOURCES.values()}
     source = SOURCES.get(key.lower()) or by_repo.get(key.lower())
     if source is None:
         raise ValueError(f"data: expected a file or one of {', '.join(SOURCES)} (or its hub name), got {name!r}")
-    split = split or source.splits[0]
+    split = split or named or source.splits[0]
     if split not in source.splits:
         raise ValueError(f"data: expected a split of {key} among {', '.join(source.splits)}, got {split!r}")
-    configs = "+".join(c for c in source.configs if c)
-    exact = " ".join(x for x in (source.repo, configs if len(source.configs) == 1 else "", split) if x)
+    configs = [c for c in source.configs if c]
+    exact = " ".join([source.repo, *(configs if len(configs) == 1 else []), split])
     return _collect(exact, _from_hub(source, split), source.convert, limit)
 
 

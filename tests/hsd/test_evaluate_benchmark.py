@@ -11,8 +11,9 @@ import pytest
 
 from hsd.cli import data as cli_data
 from hsd.cli import eval as cli_eval
+from hsd.data import load
 from hsd.data.rows import read_jsonl, write_jsonl
-from hsd.data.sources import Loaded, load
+from hsd.data.sources import Loaded
 from hsd.demo import small_world
 from hsd.evaluate.benchmark import evaluate
 from hsd.evaluate.engines import Engine
@@ -255,7 +256,7 @@ def test_hsd_data_from_raw_rows_to_a_training_file(tmp_path, capsys):
     assert len(kept) == 9 and questions[4] not in [r["question"] for r in kept]
     assert json.loads(report.read_text())["pairs"][0]["against_text"] == questions[4]
 
-    rows = load(str(files.clean)).rows
+    rows = load(str(files.clean))
     samples = [{"row": i, "id": r["id"], "answer": r["answer"], "reward": float(i < 3)} for i, r in enumerate(rows)]
     write_jsonl(tmp_path / "samples.jsonl", samples)
     argv = ["bins", str(files.clean), "--samples", str(tmp_path / "samples.jsonl"), "--out", str(files.bins)]
@@ -270,7 +271,7 @@ def test_hsd_data_from_raw_rows_to_a_training_file(tmp_path, capsys):
 
     argv = ["mix", str(files.bins), str(files.code), "--ratio", "4:1", "--out", str(files.mixed)]
     assert cli_data.run(parse(cli_data, *argv)) == 0
-    kinds = [r["kind"] for r in load(str(files.mixed)).rows]
+    kinds = [r["kind"] for r in load(str(files.mixed))]
     assert kinds.count("math") == 9 and kinds.count("code") == 2
     with pytest.raises(ValueError, match="expected integers such as 4:1"):
         cli_data.run(parse(cli_data, "mix", str(files.raw), "--ratio", "4:x", "--out", "x"))

@@ -144,8 +144,8 @@ def test_a_hundred_thousand_rows_take_seconds():
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
 def test_gsm8k_against_five_real_sets():
     names = ["gsm8k_test", "svamp_test", "math500", "aime24", "aime25"]
-    against = {name: load(str(SHARED / f"{name}.jsonl")).rows for name in names}
-    train = load(str(SHARED / "gsm8k_train.jsonl")).rows
+    against = {name: load(str(SHARED / f"{name}.jsonl")) for name in names}
+    train = load(str(SHARED / "gsm8k_train.jsonl"))
     kept, report = decontaminate(train, against)
     assert report["removed"] == {"exact_stem": 0, "ngram_13": 4, "equal_answer": 0}
     assert report["removed_by_set"] == {name: 4 * (name == "gsm8k_test") for name in names}

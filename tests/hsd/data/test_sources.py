@@ -16,7 +16,7 @@ from hsd.data.code_sources import private_tests
 from hsd.data.math_sources import Unusable, last_boxed
 from hsd.data.prompts import BOXED, bare_question
 from hsd.data.rows import check_row, fingerprint, last_user_text, read_jsonl, write_jsonl
-from hsd.data.sources import convert_row
+from hsd.data.sources import convert_row, load_source
 
 SHARED = Path(os.environ.get("HSD_SHARED_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 
@@ -239,14 +239,14 @@ def test_ready_rows_and_their_checks():
 def test_files_and_errors(tmp_path):
     path = tmp_path / "mixed.jsonl"
     assert write_jsonl(path, [GSM8K, MATH, NUMINA | {"answer": "proof"}, APPS]) == 4
-    loaded = load(str(path))
+    loaded = load_source(str(path))
     assert [r["id"] for r in loaded.rows] == ["0", "1", "12"]
     assert {r["source"] for r in loaded.rows} == {"mixed.jsonl"}
     assert (loaded.name, loaded.total, loaded.unusable) == ("mixed.jsonl", 4, {"a proof": 1})
     assert str(loaded) == "mixed.jsonl: 3 of 4 rows, 1 left out: a proof"
-    assert (len(load(str(path), limit=2).rows), load(str(path), limit=2).total) == (2, 4)
+    assert (len(load(str(path), limit=2)), load_source(str(path), limit=2).total) == (2, 4)
     write_jsonl(tmp_path / "rows.jsonl.gz", loaded.rows)
-    assert load(str(tmp_path / "rows.jsonl.gz")).rows == loaded.rows
+    assert load(str(tmp_path / "rows.jsonl.gz")) == loaded.rows
     assert fingerprint(loaded.rows) != fingerprint(loaded.rows[::-1])
     path.write_text('{"question": "x", "answer": "1"}\n[]\n')
     with pytest.raises(ValueError, match="line 2: expected a JSON object"):
@@ -257,6 +257,8 @@ def test_files_and_errors(tmp_path):
     for name, message in (("gsm9k", "expected a file or one of"), ("gsm8k:dev", "expected a split of gsm8k")):
         with pytest.raises(ValueError, match=message):
             load(name)
+    with pytest.raises(ValueError, match="split: expected None for a file"):
+        load(str(path), "train")
     with pytest.raises(ValueError, match="limit"):
         load(str(path), limit=0)
 
@@ -275,16 +277,16 @@ def test_hub_names(monkeypatch, tmp_path):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert load("GSM8K").name == "openai/gsm8k main test"
-    assert load("openai/gsm8k:train").name == "openai/gsm8k main train"
-    assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")]
+    assert load_source("GSM8K").name == "openai/gsm8k main test"
+    assert load_source("openai/gsm8k:train").name == load_source("gsm8k", "train").name == "openai/gsm8k main train"
+    assert asked == [("openai/gsm8k", "main", "test")] + 2 * [("openai/gsm8k", "main", "train")]
     asked.clear()
-    assert len(load("math").rows) == 7  # subjects
+    assert len(load("math")) == 7  # subjects
     assert asked[0] == ("EleutherAI/hendrycks_math", "algebra", "test")
     asked.clear()
     for n in ("", 2, 3):
         write_jsonl(tmp_path / f"test{n}.jsonl", [LCB | {"question_id": f"q{n}"}])
-    loaded = load("livecodebench:release_v3")
+    loaded = load_source("livecodebench:release_v3")
     assert [r["id"] for r in loaded.rows] == ["q", "q2", "q3"]
     assert loaded.name == "livecodebench/code_generation_lite release_v3"
     assert asked[0] == ("livecodebench/code_generation_lite", "test.jsonl", "dataset")
@@ -313,7 +315,7 @@ def test_a_dataset_for_the_trainer():
     ],
 )
 def test_the_real_files(file, count):
-    loaded = load(str(SHARED / file))
+    loaded = load_source(str(SHARED / file))
     assert (len(loaded.rows), loaded.total) == (count, count)
     for row in map(check_row, loaded.rows):
         assert row["question"] and row["answer"]
