@@ -62,7 +62,7 @@ def load_rows(data: Data, seed: int, chat: bool) -> list[dict[str, Any]]:
     else:
         from hsd.data import load
 
-        rows = load(data.path if data.split is None else f"{data.path}:{data.split}", data.limit).rows
+        rows = load(data.path, data.split, data.limit)
     columns = dict.fromkeys(key for row in rows for key in row)
     return [{key: row.get(key) for key in columns} | _asked(row, data.instruction, chat) for row in rows]
 

@@ -119,7 +119,7 @@ def smollm2(args: argparse.Namespace, say: Callable[[str], None]) -> World:
 
 def read_questions(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
     """``{"prompt", "answer"}`` from a file that `hsd.data.load` reads: the bare question, and the answer's number."""
-    rows = load(str(path), limit).rows
+    rows = load(str(path), limit=limit)
     questions = []
     for row in rows:
         try:
