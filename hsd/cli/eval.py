@@ -88,7 +88,7 @@ def verifiers(choice: str) -> Mapping[str, Any]:
 
     if choice == "numbers":
         return {"math": verify.number_reward}
-    return {"math": verify.math_reward, "code": verify.code_reward}  # pyright: ignore[reportAttributeAccessIssue]
+    return {"math": verify.math_reward, "code": verify.code_reward}
 
 
 def slug(name: str) -> str:

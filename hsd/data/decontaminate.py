@@ -169,7 +169,7 @@ def answers_equal(a: str, b: str) -> bool | None:
         return numbers[0] == numbers[1]
     if "```" in a + b:  # programs
         return False
-    from hsd.verify import verify_math  # pyright: ignore[reportAttributeAccessIssue]
+    from hsd.verify import verify_math
 
     reward = verify_math(f"\\boxed{{{a}}}", b).reward
     return None if reward is None else reward == 1.0
