@@ -2,7 +2,9 @@
 // at its fp32 speed there.
 //
 // A thread takes a block of V, packs it so that 32 columns of out read two vectors per pair of k, and passes all rows of
-// a over it. An element is one sum in fp32 in ascending order of k, whatever the position, the shape and the threads.
+// a over it. An element is summed in fp32 in ascending order of k, each block of k from 0, whatever the position and the threads.
+// Blocks of k are 256 long for accuracy: relative error of the logits 1.14e-7 (rms, D = 512; 1.64e-7 in one block of 512,
+// MKL 0.94e-7), for 3 % of the time.
 // vdpbf16ps takes operands, products and sums below 2^-126 in magnitude as 0, whatever MXCSR says.
 #ifdef __x86_64__
 #if !defined(__AVX512BW__) || !defined(__AVX512BF16__)
@@ -22,11 +24,11 @@ namespace {
 constexpr int ROWS = 12;     // of a at a time: 24 sums, two vectors of w and one of a in 32 registers
 constexpr int COLUMNS = 32;  // of out: two vectors
 constexpr int TILES = 4;     // a block of V: 128 rows of w
-constexpr int PAIRS = 256;   // of k: a block of w is 128 KiB, in L2; ROWS rows of a are 12 KiB, in L1
+constexpr int PAIRS = 128;   // of k: a block of w is 64 KiB, in L2; ROWS rows of a are 6 KiB, in L1
 
 struct Scratch {
     uint32_t w[TILES][PAIRS][COLUMNS];
-    uint32_t a[ROWS][PAIRS];  // copied: rows 4 KiB apart (D = 2,048) would fall into one set of L1
+    uint32_t a[ROWS][PAIRS];  // copied: rows 4 KiB apart (D = 2,048) fall into one set of L1
 };
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -74,17 +76,14 @@ void pack(const hsd_product& p, int64_t v, int64_t k, int64_t rows, int64_t dept
     }
 }
 
-// N rows of out and `columns` of COLUMNS columns; `sums` go on from what out holds.
+// N rows of out and `columns` of COLUMNS columns, written, or added to what is there.
 template <int N>
-void tile(const Scratch& s, int t, int64_t pairs, float* out, int64_t stride, int64_t columns, bool sums) {
+void tile(const Scratch& s, int t, int64_t pairs, float* out, int64_t stride, int64_t columns, bool adds) {
     const __mmask32 mask = first(columns);
     const __mmask16 low = (__mmask16)mask, high = (__mmask16)(mask >> 16);
     __m512 sum[N][2];
 #pragma GCC unroll 12
-    for (int i = 0; i < N; i++) {
-        sum[i][0] = sums ? _mm512_maskz_loadu_ps(low, out + i * stride) : _mm512_setzero_ps();
-        sum[i][1] = sums ? _mm512_maskz_loadu_ps(high, out + i * stride + 16) : _mm512_setzero_ps();
-    }
+    for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < pairs; k++) {
         const __m512bh w0 = (__m512bh)_mm512_load_si512(s.w[t][k]), w1 = (__m512bh)_mm512_load_si512(s.w[t][k] + 16);
 #pragma GCC unroll 12
@@ -97,6 +96,10 @@ void tile(const Scratch& s, int t, int64_t pairs, float* out, int64_t stride, in
 #pragma GCC unroll 12
     for (int i = 0; i < N; i++) {
         float* to = out + i * stride;
+        if (adds) {
+            sum[i][0] = _mm512_add_ps(sum[i][0], _mm512_maskz_loadu_ps(low, to));
+            sum[i][1] = _mm512_add_ps(sum[i][1], _mm512_maskz_loadu_ps(high, to + 16));
+        }
         if (columns >= COLUMNS) {  // a masked store is slow on Zen 4 though nothing be masked
             _mm512_storeu_ps(to, sum[i][0]);
             _mm512_storeu_ps(to + 16, sum[i][1]);
