@@ -2,9 +2,9 @@
 // at its fp32 speed there.
 //
 // A thread takes a block of V, packs it so that 32 columns of out read two vectors per pair of k, and passes all rows of
-// a over it. An element is summed in fp32 in ascending order of k, each block of k from 0, whatever the position and the threads.
-// Blocks of k are 256 long for accuracy: relative error of the logits 1.14e-7 (rms, D = 512; 1.64e-7 in one block of 512,
-// MKL 0.94e-7), for 3 % of the time.
+// a over it. An element is summed in fp32 in ascending order of k, each block of k from 0, whatever the position and the
+// threads. Blocks of k are 256 long for accuracy: relative error of the logits 1.14e-7 (rms, D = 512; 1.64e-7 in one
+// block of 512, MKL 0.94e-7), for 3 % of the time.
 // vdpbf16ps takes operands, products and sums below 2^-126 in magnitude as 0, whatever MXCSR says.
 #ifdef __x86_64__
 #if !defined(__AVX512BW__) || !defined(__AVX512BF16__)
