@@ -148,7 +148,7 @@ class _Product(ctypes.Structure):
 def _vdpbf16ps_gemm(a: Tensor, w: Tensor, out: Tensor) -> None:
     routine = _vdpbf16ps_routine()
     assert routine is not None and out.shape == (a.shape[0], w.shape[0]) and a.shape[1] == w.shape[1]
-    pointers, strides = ([f(t) for t in (a, w, out)] for f in (Tensor.data_ptr, lambda t: t.stride(0)))
+    pointers, strides = [t.data_ptr() for t in (a, w, out)], [t.stride(0) for t in (a, w, out)]
     status = routine(torch.get_num_threads(), ctypes.byref(_Product(*pointers, *strides, *out.shape, a.shape[1])))
     assert status == 0  # the routine is there where the machine runs it
 
