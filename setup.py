@@ -28,7 +28,8 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-exce
 FLAGS += ["-Wall", "-Wextra"]
 # Only these files may use these instructions; csrc/cpu/dispatch.cpp asks the machine first.
 X86_FLAGS = {"avx2.cpp": ["-mavx2", "-mfma"], "avx512.cpp": ["-mavx512f"]}
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("baseline", "avx2", "avx512", "dispatch")]
+X86_FLAGS["avx512_bf16.cpp"] = ["-mavx512bw", "-mavx512bf16"]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("baseline", "avx2", "avx512", "avx512_bf16", "dispatch")]
 HEADERS = [f"csrc/cpu/{name}.h" for name in ("hsd_cpu", "variants", "simd", "elementary", "rows")]
 
 

@@ -5,8 +5,8 @@ output of bf16 operands to bf16: a relative L1 error in dH of 1.9e-2 against fp6
 columns of benchmarks/bench_kernel.py). MKL, which torch's x86 wheels carry and export, has the product we want: bf16
 operands, fp32 accumulation and output, on AMX where the processor has it. One core of a Xeon with AMX, (512, 512) x
 (32,768, 512): 370 GFLOP/s for the logits, 670 for dH and 790 for dW; fp32 operands 150 each; torch's bf16 product 1,000
-and 750, but 300 for dW, which it cannot accumulate. Other CPU builds, and fp16, upcast the operands, UPCAST_ROWS of
-the vocabulary at a time.
+and 750, but 300 for dW, which it cannot accumulate. Without AMX the logits have a product of our own
+(csrc/cpu/avx512_bf16.cpp). Other CPU builds, and fp16, upcast the operands, UPCAST_ROWS of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hsd_kernels.rows import cpp
+
 UPCAST_ROWS = 8192
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS's names for them
 
@@ -28,6 +30,8 @@ def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.t(), out=out)
     elif hidden.is_cuda:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    elif vdpbf16ps_takes(hidden, weight, out):
+        _vdpbf16ps_gemm(hidden, weight, out)
     elif mkl_takes(hidden, weight, out):
         _mkl_gemm(hidden, weight, out, trans_b=True)
     else:
@@ -90,8 +94,18 @@ def _no_amx() -> bool:
 
 def mkl_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """Whether MKL computes this product: bf16 rows into fp32 on a CPU whose torch exports the routine."""
+    return _bf16_into_fp32(a, b, out) and _mkl_routine() is not None
+
+
+def vdpbf16ps_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether our own product computes a @ b.T: where MKL's is slow and the processor has the instruction. It takes
+    operands and sums below 2**-126 in magnitude as 0, as torch's bf16 product does there."""
+    return _bf16_into_fp32(a, b, out) and _no_amx() and _vdpbf16ps_routine() is not None
+
+
+def _bf16_into_fp32(a: Tensor, b: Tensor, out: Tensor) -> bool:
     fits = a.device.type == "cpu" and a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
-    return fits and all(_rows_apart(t) for t in (a, b, out)) and _mkl_routine() is not None
+    return fits and all(_rows_apart(t) for t in (a, b, out))
 
 
 def _rows_apart(t: Tensor) -> bool:
@@ -122,3 +136,29 @@ def _mkl_routine():
     routine.argtypes = [integer] * 6 + [real, *matrix, *matrix, real, *matrix]
     routine.restype = None
     return routine
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "w", "out")),
+        *((name, ctypes.c_int64) for name in ("a_stride", "w_stride", "out_stride", "rows", "vocab", "dim")),
+    )
+
+
+def _vdpbf16ps_gemm(a: Tensor, w: Tensor, out: Tensor) -> None:
+    routine = _vdpbf16ps_routine()
+    assert routine is not None and out.shape == (a.shape[0], w.shape[0]) and a.shape[1] == w.shape[1]
+    pointers, strides = [t.data_ptr() for t in (a, w, out)], [t.stride(0) for t in (a, w, out)]
+    status = routine(torch.get_num_threads(), ctypes.byref(_Product(*pointers, *strides, *out.shape, a.shape[1])))
+    assert status == 0  # the routine is there where the machine runs it
+
+
+@cache
+def _vdpbf16ps_routine():
+    """``hsd_cpu_product`` of the C++ library, None where that is not built, is broken (`hsd_kernels.rows` warns of it)
+    or finds no avx512_bf16."""
+    try:
+        library = cpp.library()
+    except (ValueError, RuntimeError):
+        return None
+    return library.hsd_cpu_product if library.hsd_cpu_has_product() else None

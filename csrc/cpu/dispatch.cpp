@@ -11,8 +11,8 @@ static const Variant* runnable(int variant) {
     return &hsd_baseline;
 }
 
-// Rows one at a time to whichever thread is free: the machine may have other work. A row's result does not depend on
-// which thread makes it.
+// Rows, or blocks of columns, one at a time to whichever thread is free: the machine may have other work. A result does
+// not depend on which thread makes it.
 template <class Row>
 static void for_rows(int64_t rows, int threads, const Row& row) {
     if (threads > rows) threads = (int)rows;
@@ -45,6 +45,23 @@ HSD_EXPORT int hsd_cpu_gradient(int variant, int threads, const hsd_rows* rows, 
     const Variant* v = runnable(variant);
     if (!v) return 1;
     for_rows(rows->rows, threads, [&](int64_t row) { v->gradient_row(*rows, *gradient, row); });
+    return 0;
+}
+
+HSD_EXPORT int hsd_cpu_has_product(void) {
+#ifdef __x86_64__
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
+#else
+    return 0;
+#endif
+}
+
+HSD_EXPORT int hsd_cpu_product(int threads, const hsd_product* product) {
+    if (!hsd_cpu_has_product()) return 1;
+#ifdef __x86_64__
+    const int64_t blocks = (product->vocab + hsd_product_block - 1) / hsd_product_block;
+    for_rows(blocks, threads, [&](int64_t block) { hsd_product_of_block(*product, block); });
+#endif
     return 0;
 }
 

@@ -1,4 +1,4 @@
-// The row passes of each instruction set, for dispatch.cpp.
+// The row passes of each instruction set and the product, for dispatch.cpp.
 #pragma once
 
 #include "hsd_cpu.h"
@@ -12,3 +12,6 @@ struct Variant {
 extern const Variant hsd_baseline;
 extern const Variant hsd_avx2;
 extern const Variant hsd_avx512;
+
+extern const int64_t hsd_product_block;  // columns of out
+void hsd_product_of_block(const hsd_product& product, int64_t block);

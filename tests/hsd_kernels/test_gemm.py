@@ -1,4 +1,4 @@
-"""The three matrix products, by MKL where this torch carries it and upcast, and the memory they run in."""
+"""The three matrix products, by our own, by MKL where this torch carries it and upcast, and the memory they run in."""
 
 import threading
 
@@ -6,19 +6,30 @@ import pytest
 import torch
 
 from hsd_kernels import driver, fused_hsd_kl, gemm, reference
+from hsd_kernels.testing import assert_within_budget
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-@pytest.fixture(params=["mkl", "torch", "upcast"])
+@pytest.fixture(params=["mkl", "torch", "vdpbf16ps", "upcast"])
 def route(request, monkeypatch):
-    monkeypatch.setattr(gemm, "_no_amx", lambda: request.param == "torch")
+    monkeypatch.setattr(gemm, "_no_amx", lambda: request.param in ("torch", "vdpbf16ps"))
+    if request.param == "vdpbf16ps":
+        vdpbf16ps()
+    else:
+        monkeypatch.setattr(gemm, "_vdpbf16ps_routine", lambda: None)
     if request.param == "upcast":
         monkeypatch.setattr(gemm, "_mkl_routine", lambda: None)
         monkeypatch.setattr(gemm, "UPCAST_ROWS", 50)
     elif gemm._mkl_routine() is None:
         pytest.skip("this build of torch does not export MKL's cblas_gemm_bf16bf16f32")
     return request.param
+
+
+def vdpbf16ps():
+    if gemm._vdpbf16ps_routine() is None:
+        pytest.skip("the C++ library is not built, or finds no avx512_bf16 on this CPU")
+    return gemm._vdpbf16ps_gemm
 
 
 def draw(*shape, dtype=BF16):
@@ -50,6 +61,72 @@ def test_products_accumulate_wide(route, dtype, n, vocab, dim):
     gemm.accumulate_(total, narrow, hidden, first=True)
     gemm.accumulate_(total, narrow, hidden, first=False)
     torch.testing.assert_close(total.double(), 2.0 * dz.double().T @ hidden.double(), **close)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 7, 33, 512, 1057])  # a block of k is 256
+@pytest.mark.parametrize("vocab", [1, 31, 33, 1000])
+@pytest.mark.parametrize("n", [1, 13, 30])
+def test_vdpbf16ps(n, vocab, dim, monkeypatch):
+    product = vdpbf16ps()
+    if vocab == 1000:
+        assert gemm.vdpbf16ps_takes(draw(n, dim), draw(vocab, dim), torch.empty(n, vocab)) == gemm._no_amx()
+    hidden, weight = draw(n, dim + 3)[:, 3:], draw(vocab, dim + 5)[:, 5:]  # rows apart, at odd addresses
+    memory = torch.full((n, vocab + 7), float("nan"))
+    out = memory[:, 4 : 4 + vocab]
+    product(hidden, weight, out)
+    exact = hidden.double() @ weight.double().T
+    scale = max(exact.abs().max().item(), dim**0.5)  # of the partial sums
+    assert_within_budget("logits", out, hidden.float() @ weight.float().T, exact, scale=scale)
+    assert memory[:, :4].isnan().all() and memory[:, 4 + vocab :].isnan().all(), "written past the columns"
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    again = torch.full((n, vocab), float("nan"))
+    product(hidden, weight, again)
+    assert torch.equal(out, again)
+    alone = torch.empty(1, 1)
+    product(hidden[-1:], weight[-1:], alone)
+    assert torch.equal(alone[0, 0], out[-1, -1]), "the order of a sum depends on where it stands"
+
+
+def test_vdpbf16ps_has_room_for_many_logits():
+    """Row times stride past 2**31: of the output, on pages that nothing touches but its last two rows."""
+    hidden, weight = draw(70, 2), draw(40, 2)
+    stride = 2**25
+    out = torch.empty(69 * stride + 40).as_strided((70, 40), (stride, 1))
+    vdpbf16ps()(hidden, weight, out)
+    torch.testing.assert_close(out[-2:].double(), hidden[-2:].double() @ weight.double().T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_vdpbf16ps_spreads_what_is_not_finite_and_no_further(bad):
+    product = vdpbf16ps()
+    for dim in (7, 33, 600):
+        for i, v, k in [(0, 0, 0), (12, 32, dim - 1), (5, 39, dim // 2)]:
+            around, weight = draw(13, dim + 1), draw(40, dim + 1)
+            around[:, dim] = weight[:, dim] = float("nan")  # beside the last column of odd dim
+            hidden, weight = around[:, :dim], weight[:, :dim]
+            hidden[i, k], weight[v, k] = bad, bad
+            out = torch.empty(13, 40)
+            product(hidden, weight, out)
+            torch.testing.assert_close(out, hidden.float() @ weight.float().T, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+def test_vdpbf16ps_loses_what_is_below_the_normal_numbers():
+    """An operand below 2**-126 is 0, however large the other; a product too, even if the sum of two would be normal.
+    At 2**-126 and above nothing is lost."""
+    product, smallest = vdpbf16ps(), 2.0**-126
+
+    def of(a, w):
+        out = torch.full((1, 1), float("nan"))
+        product(torch.tensor([a], dtype=BF16), torch.tensor([w], dtype=BF16), out)
+        return out.item()
+
+    assert of([smallest], [1.0]) == smallest
+    assert of([smallest], [2.0**100]) == 2.0**-26
+    assert of([smallest / 2], [2.0**100]) == 0.0
+    assert of([2.0**100], [smallest / 2]) == 0.0
+    assert of([smallest, smallest], [0.5, 0.5]) == 0.0
+    assert of([smallest, 1.0], [0.5, 1.0]) == 1.0
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
