@@ -254,7 +254,7 @@ def test_result_dtypes(dtype):
 
 
 def test_public_names():
-    assert set(hsd_kernels.__all__) == {"HSDKLOutput", "RowStats", "fused_hsd_kl", "gathered"}
+    assert set(hsd_kernels.__all__) == {"FusedHSDKL", "HSDKLOutput", "RowStats", "fused_hsd_kl", "gathered"}
     assert all(hasattr(hsd_kernels, name) for name in hsd_kernels.__all__)
 
 
