@@ -1,0 +1,230 @@
+"""One run, in a process of its own: from a seed's warm start to one JSON file."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from transformers import Qwen3ForCausalLM, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.small_world.plan import GROUP_SIZE, Run, Scale
+from hsd.callbacks import read_metrics
+from hsd.config import HSDConfig
+from hsd.context import ContextTemplate
+from hsd.credit import coverage
+from hsd.demo import small_world
+from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
+from hsd.groups import Group, Rollout
+from hsd.measure import WINDOWS, measure_credit
+from hsd.trainer import HSDTrainer
+
+TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
+SAMPLING = Sampling(max_new_tokens=small_world.MAX_COMPLETION, batch_size=128)
+# Of each step's metrics, what the report reads.
+KEPT = (
+    "hsd/success_rate",
+    "hsd/coverage",
+    "hsd/kl",
+    "hsd/student_entropy",
+    "hsd/reference_kl",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+)
+
+
+def quiet() -> None:
+    """Before anything runs; TRL 1.16 still uses names that transformers 5.23 deprecates."""
+    warnings.filterwarnings("ignore")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    disable_progress_bar()
+
+
+def warm_start(folder: Path, seed: int, scale: Scale) -> dict[str, Any]:
+    """Train and save the policy that all runs of a seed begin with; success, coverage and credit before any of them."""
+    torch.set_num_threads(1)
+    started = time.process_time()
+    tokenizer = small_world.build_tokenizer()
+    model = small_world.build_model(seed)
+    small_world.warm_start(model, tokenizer, seed=seed, steps=scale.warm_steps)
+    model.eval()
+    trained = time.process_time() - started
+    part = folder.with_suffix(".part")
+    model.save_pretrained(part)
+    if folder.exists():
+        shutil.rmtree(folder)  # a killed run's, whose JSON is missing
+    part.replace(folder)
+    validation, final = questions(seed, scale)
+    groups = sample_groups(model, tokenizer, final[: scale.credit_questions], seed)
+    return {
+        "validation": asdict(evaluate(model, tokenizer, validation, seed)),
+        "final": asdict(evaluate(model, tokenizer, final, seed)),
+        "answer_shown": told(model, tokenizer, final, seed),
+        "credit": credit_facts(model, tokenizer, groups, seed),
+        "train_cpu_seconds": trained,
+        "cpu_seconds": time.process_time() - started,
+    }
+
+
+def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
+    """Train one run and measure it: curve on the validation questions, success on the final ones, a row per step."""
+    torch.set_num_threads(1)
+    started, wall = time.process_time(), time.time()
+    tokenizer = small_world.build_tokenizer()
+    model = Qwen3ForCausalLM.from_pretrained(warm, dtype=torch.float32)
+    validation, final = questions(run.seed, scale)
+    curve = _Curve(model, tokenizer, validation, run.seed, scale.eval_every)
+    if scratch.exists():
+        shutil.rmtree(scratch)  # a killed run's
+    trainer = HSDTrainer(
+        model=model,
+        reward_funcs=small_world.reward,
+        args=config(run, scale, scratch),
+        train_dataset=Dataset.from_list(small_world.make_questions(2048, seed=run.seed)),
+        processing_class=tokenizer,
+        context_template=TEMPLATE,
+        callbacks=[curve],
+    )
+    for printing in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printing)
+    training = time.process_time()
+    trainer.train()
+    training = time.process_time() - training - curve.cpu_seconds
+    rows = read_metrics(scratch / "metrics.jsonl")
+    result = {
+        "curve": curve.points,
+        "final": asdict(evaluate(model, tokenizer, final if run.part != "pilot" else validation, run.seed)),
+        "steps": {k: [_rounded(row.get(k)) for row in rows] for k in KEPT if any(k in row for row in rows)},
+        "alarms": {k: f"step {row['step']}: {v}" for row in rows for k, v in row.get("alarms", {}).items()},
+        "settings": {name: getattr(trainer.args, name) for name in SETTINGS} | {"peer_rule": trainer.peer_rule},
+        "train_cpu_seconds": training,
+        "cpu_seconds": time.process_time() - started,
+        "wall_seconds": time.time() - wall,
+    }
+    shutil.rmtree(scratch)
+    return result
+
+
+SETTINGS = (
+    "learning_rate",
+    "teacher",
+    "teacher_ema_rate",
+    "show_answer",
+    "fallback",
+    "divergence",
+    "kl_clip",
+    "loss_mean",
+    "divergence_coef",
+    "policy_coef",
+    "reference_coef",
+    "loss_type",
+    "scale_rewards",
+    "max_grad_norm",
+)
+
+
+def config(run: Run, scale: Scale, folder: Path) -> HSDConfig:
+    return HSDConfig(
+        output_dir=str(folder),
+        method=run.method,
+        max_steps=run.steps,
+        save_strategy="no",
+        seed=run.seed,
+        num_generations=run.group_size,
+        per_device_train_batch_size=scale.rollouts,
+        max_completion_length=SAMPLING.max_new_tokens,
+        temperature=SAMPLING.temperature,
+        top_p=SAMPLING.top_p,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        **run.options,
+    )
+
+
+def questions(seed: int, scale: Scale) -> tuple[list[dict], list[dict]]:
+    """Held-out questions: those of the curves and the pilot, and, apart from them, those of the final success."""
+    both = small_world.make_questions(scale.final + scale.validation, seed=seed, held_out=True)
+    return both[scale.final :], both[: scale.final]
+
+
+def evaluate(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int) -> Success:
+    rollouts = sample(model, tokenizer, [q["prompt"] for q in asked], SAMPLING, seed=seed)
+    rewards = score(tokenizer, asked, rollouts, small_world.reward)
+    return success(rewards, rollouts, 1, end_token_ids(model, tokenizer))
+
+
+def told(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int) -> float:
+    """Success of the answer-only teacher itself, were it to write the solution."""
+    prompts = [q["prompt"] + small_world.ANSWER_ONLY.format(answer=q["answer"]) for q in asked]
+    rollouts = sample(model, tokenizer, prompts, SAMPLING, seed=seed)
+    rewards = score(tokenizer, asked, rollouts, small_world.reward)
+    return sum(rewards) / len(rewards)
+
+
+def sample_groups(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int) -> list[Group]:
+    size = GROUP_SIZE
+    repeated = [q for q in asked for _ in range(size)]
+    rollouts = sample(model, tokenizer, [q["prompt"] for q in repeated], SAMPLING, seed=seed + 1)
+    rewards = score(tokenizer, repeated, rollouts, small_world.reward)
+    scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
+    return [Group(q["prompt"], q["answer"], tuple(scored[g * size : (g + 1) * size])) for g, q in enumerate(asked)]
+
+
+def credit_facts(model: Any, tokenizer: Any, groups: Sequence[Group], seed: int) -> dict[str, Any]:
+    """Credit on the failing rollouts with a peer, under the peer teacher and the answer-only teacher."""
+    rates = [len(g.successes) / GROUP_SIZE for g in groups]
+    p = sum(rates) / len(rates)
+    facts: dict[str, Any] = {
+        "success": p,
+        "coverage": sum(len(g.failures) for g in groups if g.successes) / (GROUP_SIZE * len(groups)),
+        "formula": coverage(p, GROUP_SIZE),
+    }
+    measured = measure_credit(model, tokenizer, groups, TEMPLATE, seed=seed)
+    if measured is None or not (measured.tau >= 0).any():
+        return facts
+    tau = measured.tau[measured.tau >= 0]
+    return facts | {
+        "failing_with_peer": len(measured.rollout),
+        "median_tau": tau.float().median().item(),
+        "windows": list(WINDOWS),
+        "mass": {n: [_rounded(m) for m in measured.mass(n)] for n in ("with_peer", "answer_only")},
+        "mean_abs": {n: _rounded(measured.mean_abs(n)) for n in ("with_peer", "answer_only")},
+        "at_tau": {n: _rounded(measured.profile(n, 0, 0)[1][0]) for n in ("with_peer", "answer_only")},
+    }
+
+
+class _Curve(TrainerCallback):
+    """Success on the validation questions every so many steps; the time it takes is not the method's."""
+
+    def __init__(self, model: Any, tokenizer: Any, asked: Sequence[dict], seed: int, every: int):
+        self.ask = lambda: evaluate(model, tokenizer, asked, seed).mean
+        self.every = every
+        self.points: list[tuple[int, float]] = []
+        self.cpu_seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            started = time.process_time()
+            self.points.append((state.global_step, self.ask()))
+            self.cpu_seconds += time.process_time() - started
+
+
+def _rounded(value: Any) -> Any:
+    """Four significant digits: the file is committed. NaN, where there was nothing to measure, is null."""
+    if not isinstance(value, float):
+        return value
+    return None if value != value else float(f"{value:.4g}")
