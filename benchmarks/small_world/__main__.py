@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; each run is one thread
 
-from benchmarks.small_world import report
+from benchmarks.small_world import before, report
 from benchmarks.small_world import run as work
 from benchmarks.small_world.plan import FULL, QUICK, Run, Scale, queue
 from benchmarks.small_world.queue import Job, drain
@@ -55,16 +55,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def jobs(out: Path, scale: Scale, runs: Sequence[Run]) -> list[Job]:
-    """The queue: each seed's warm start just before its first run."""
-    todo: list[Job] = []
+    """The queue: each warm start just before the first run that begins with it."""
+    todo: dict[str, Job] = {}
     for run in runs:
-        warm = f"warm-seed{run.seed}"
-        if warm not in {job.key for job in todo}:
-            start = partial(work.warm_start, out / "warm_starts" / f"seed{run.seed}", run.seed, scale)
-            todo.append(Job(warm, {"seed": run.seed, "scale": scale.identity}, start))
-        train = partial(work.train, run, scale, out / "warm_starts" / f"seed{run.seed}", out / "scratch" / run.key)
-        todo.append(Job(run.key, {"run": asdict(run), "scale": scale.identity}, train, needs=warm))
-    return todo
+        folder = out / "warm_starts" / run.warm
+        if run.warm not in todo:
+            asked = {"seed": run.seed, "warm_steps": run.warm_steps, "scale": scale.identity}
+            start = partial(before.warm_start, folder, run.seed, run.warm_steps, scale)
+            todo[run.warm] = Job(run.warm, asked, start)
+        train = partial(work.train, run, scale, folder, out / "scratch" / run.key)
+        todo[run.key] = Job(run.key, {"run": asdict(run), "scale": scale.identity}, train, needs=run.warm)
+    return list(todo.values())
 
 
 def say(line: str) -> None:

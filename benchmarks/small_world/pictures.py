@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.small_world.plan import ABLATIONS, BASE_ROW
-from benchmarks.small_world.results import coverage_bins, final, interval, rows
+from benchmarks.small_world.results import coverage_bins, final, interval, rows, warm_starts
 from hsd.credit import coverage
 
 # Okabe and Ito's colours, told apart with any common colour vision.
@@ -27,7 +27,7 @@ def draw(folder: Path, facts: dict[str, Any]) -> list[str]:
 
 def curves(path: Path, facts: dict[str, Any]) -> bool:
     """Success on the validation questions, mean over seeds with its interval, from the shared warm starts."""
-    runs, warm = facts["runs"], {w["seed"]: w["validation"]["mean"] for w in facts["warm"]}
+    runs, warm = facts["runs"], {w["seed"]: w["validation"]["mean"] for w in warm_starts(facts)}
     if not rows(runs, "main", "hsd"):
         return False
     fig = Figure(figsize=(9.6, 3.9), layout="constrained")

@@ -17,7 +17,7 @@ class Scale:
     steps: int
     pilot_steps: int
     rollouts: int = 64
-    warm_steps: int = 1300  # half the demo's: five of them are a quarter of the whole
+    warm_steps: int = 2600  # the demo's
     eval_every: int = 10
     validation: int = 128  # held-out questions of the curves and of the pilot; none of the final ones
     final: int = 512
@@ -26,10 +26,11 @@ class Scale:
     @property
     def identity(self) -> dict[str, int]:
         """What a finished run must have in common with a queue that goes on; seeds may be added."""
-        return {k: v for k, v in asdict(self).items() if k not in ("seeds", "ablation_seeds", "steps", "pilot_steps")}
+        own = ("seeds", "ablation_seeds", "steps", "pilot_steps", "warm_steps")  # of the queue, or of a run
+        return {k: v for k, v in asdict(self).items() if k not in own}
 
 
-FULL = Scale(seeds=5, ablation_seeds=2, steps=30, pilot_steps=12)
+FULL = Scale(seeds=5, ablation_seeds=2, steps=40, pilot_steps=20)
 QUICK = Scale(
     seeds=1, ablation_seeds=1, steps=4, pilot_steps=2, warm_steps=500, eval_every=2, validation=64, credit_questions=16
 )
@@ -43,9 +44,15 @@ class Run:
     name: str
     seed: int
     steps: int
+    warm_steps: int
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     group_size: int = GROUP_SIZE
+
+    @property
+    def warm(self) -> str:
+        """The key of its warm start."""
+        return f"warm-{self.warm_steps}-seed{self.seed}"
 
     @property
     def key(self) -> str:
@@ -63,7 +70,7 @@ SDPO = {"learning_rate": 3e-4, "show_answer": True}
 MAIN: dict[str, dict[str, Any]] = {
     "hsd": DIVERGENCE,
     "grpo": POLICY_GRADIENT,
-    "opsd": DIVERGENCE,
+    "opsd": {**DIVERGENCE, "learning_rate": 1e-4},
     "sdpo": SDPO,
     "grpo+opsd": DIVERGENCE,
     "dapo": POLICY_GRADIENT,
@@ -71,13 +78,12 @@ MAIN: dict[str, dict[str, Any]] = {
     "rlsd": POLICY_GRADIENT,
 }
 PILOT_RATES = (1e-4, 3e-4, 1e-3)
-# row -> (method, options, rates)
-PILOT: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "grpo": ("grpo", POLICY_GRADIENT, (3e-4, 1e-3)),
-    "hsd": ("hsd", DIVERGENCE, (3e-4, 1e-3)),
-    "opsd": ("opsd", DIVERGENCE, (3e-4, 1e-3)),
-    "sdpo": ("sdpo", SDPO, (1e-4, 3e-4)),
-    "sdpo, EMA 0.005": ("sdpo", {**SDPO, "teacher_ema_rate": 0.005}, (3e-4,)),
+PILOT: dict[str, tuple[str, dict[str, Any]]] = {
+    "hsd": ("hsd", DIVERGENCE),
+    "grpo": ("grpo", POLICY_GRADIENT),
+    "opsd": ("opsd", DIVERGENCE),
+    "sdpo": ("sdpo", SDPO),
+    "sdpo, EMA 0.005": ("sdpo", {**SDPO, "teacher_ema_rate": 0.005}),
 }
 
 # part -> {row: (options over the main HSD run, group size)}; the main HSD run is a row of each.
@@ -95,6 +101,7 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
         "0.01": ({"reference_coef": 1e-2}, 8),
         "0.1": ({"reference_coef": 1e-1}, 8),
     },
+    "divergence": {"reverse_kl": ({"divergence": "reverse_kl"}, 8), "jsd": ({"divergence": "jsd"}, 8)},
     "peer_rule": {
         "uniform": ({"peer_rule": "uniform"}, 8),
         "shortest": ({"peer_rule": "shortest"}, 8),
@@ -103,6 +110,8 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
         "first": ({"peer_rule": "first"}, 8),
     },
 }
+# Again from warm starts of half the steps, whose teachers are worse.
+HALF = ("hsd", "grpo", "opsd")
 # The row that the main HSD run is.
 BASE_ROW = {
     "teacher": "fixed",
@@ -111,22 +120,26 @@ BASE_ROW = {
     "G": "8",
     "reference_coef": "0.001",
     "peer_rule": "paired",
+    "divergence": "forward_kl",
 }
 
 
 def queue(scale: Scale) -> list[Run]:
     """All runs, the most wanted first: the pilot, then seed by seed over all methods, then over all ablations. The
     row of an ablation that is the main HSD run is not repeated."""
+    steps, warm = scale.steps, scale.warm_steps
     runs = []
-    for name, (method, options, rates) in PILOT.items():
-        for rate in rates:
+    for rate in PILOT_RATES:
+        for name, (method, options) in PILOT.items():
             at_rate = {**options, "learning_rate": rate}
-            runs.append(Run("pilot", f"{name} {rate:g}", 0, scale.pilot_steps, method, at_rate))
+            runs.append(Run("pilot", f"{name} {rate:g}", 0, scale.pilot_steps, warm, method, at_rate))
     for seed in range(scale.seeds):
         for method, options in MAIN.items():
-            runs.append(Run("main", method, seed, scale.steps, method, dict(options)))
+            runs.append(Run("main", method, seed, steps, warm, method, dict(options)))
     for seed in range(scale.ablation_seeds):
         for part, rows in ABLATIONS.items():
             for name, (options, size) in rows.items():
-                runs.append(Run(part, name, seed, scale.steps, "hsd", {**MAIN["hsd"], **options}, size))
+                runs.append(Run(part, name, seed, steps, warm, "hsd", {**MAIN["hsd"], **options}, size))
+        for method in HALF:
+            runs.append(Run("half", method, seed, steps, warm // 2, method, dict(MAIN[method])))
     return runs

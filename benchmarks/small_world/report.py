@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.small_world import paper, pictures
-from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, MAIN, PILOT, PILOT_RATES
+from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, HALF, MAIN, PILOT, PILOT_RATES
 from benchmarks.small_world.queue import Job, result
-from benchmarks.small_world.results import coverage_bins, curve_mean, final, interval, paired, rows
+from benchmarks.small_world.results import coverage_bins, curve_mean, final, interval, paired, rows, warm_starts
 from benchmarks.timing import environment, header
 from hsd.credit import coverage_peak
 
@@ -22,6 +22,7 @@ TITLES = {
     "G": "Group size, 64 rollouts a step",
     "reference_coef": "Reference coefficient (beta)",
     "peer_rule": "Peer rule",
+    "divergence": "Divergence",
 }
 
 
@@ -58,10 +59,12 @@ def render(facts: dict[str, Any], drawn: Sequence[str]) -> str:
         _main(facts),
         _picture(drawn, "curves.png"),
         _settings(facts["runs"]),
-        _credit(facts["warm"]),
-        _coverage(facts["runs"], facts["warm"]),
+        _credit(warm_starts(facts)),
+        _teachers(facts),
+        _coverage(facts["runs"], warm_starts(facts)),
         _picture(drawn, "coverage.png"),
         *(_ablation(facts["runs"], part) for part in ABLATIONS),
+        _half(facts),
         _picture(drawn, "sweeps.png"),
         _pilot(facts["runs"]),
         _cost(facts),
@@ -94,7 +97,7 @@ def _main(facts: dict[str, Any]) -> list[str]:
     if not found:
         return []
     steps = [step for step, _ in next(iter(found["hsd"].values()))["curve"]] if "hsd" in found else []
-    start = interval([w["final"]["mean"] for w in facts["warm"]])
+    start = interval([w["final"]["mean"] for w in warm_starts(facts)])
     ranked = sorted(found, key=lambda m: -interval([final(r) for r in found[m].values()]).mean)
     lines = [
         "## Methods",
@@ -169,12 +172,54 @@ def _credit(warm: Sequence[dict]) -> list[str]:
         lines.append(f"| {label} | " + " | ".join([*mass, *rest]) + " |")
     for name, mass in paper.CREDIT_MASS.items():
         lines.append(f"| paper, {name} | " + " | ".join(str(mass[w]) for w in windows) + " | | |")
-    told = [w["answer_shown"] for w in warm]
-    return [
-        *lines,
+    return lines
+
+
+def _teachers(facts: dict[str, Any]) -> list[str]:
+    """What each teacher can do itself; the same of the weaker ones that the runs of "half" have."""
+    lines = [
+        "## How good the teachers are",
         "",
-        f"Success of the warm start when it writes with the answer in its own context: {interval(told)}.",
+        "Of the warm starts, on the same groups: success of a teacher that writes the solution itself, and what it "
+        "does with a failing rollout cut after tau: the share of continuations that go on from the rollout's own numbers to "
+        "the end, and of those that also add rightly.",
+        "",
+        "| warm start | context | success | after tau: goes on | adds rightly |",
+        "|---|---|---|---|---|",
     ]
+    for part in ("main", "half"):
+        warm = [w for w in warm_starts(facts, part) if w["after_tau"]]
+        for name, label in {**TEACHERS, "alone": "none (the student)"}.items():
+            if warm:
+                own = [w["final"]["mean"] if name == "alone" else w["teacher_success"][name] for w in warm]
+                after = [interval([w["after_tau"][name][i] for w in warm]) for i in (0, 1)]
+                lines.append(
+                    f"| {warm[0]['warm_steps']} steps, {len(warm)} seeds | {label} | {interval(own)} | {after[0]} | "
+                    f"{after[1]} |"
+                )
+    return lines if len(lines) > 6 else []
+
+
+def _half(facts: dict[str, Any]) -> list[str]:
+    """The same methods from warm starts with worse teachers."""
+    lines = [
+        "## Warm starts of half the steps",
+        "",
+        "Final success minus that of the warm start, same questions, same seeds.",
+        "",
+        "| method | seeds | from the half | from the whole |",
+        "|---|---|---|---|",
+    ]
+    starts = {part: {w["seed"]: w["final"]["mean"] for w in warm_starts(facts, part)} for part in ("half", "main")}
+    for method in HALF:
+        found = {part: rows(facts["runs"], part, method) for part in ("half", "main")}
+        seeds = sorted(found["half"].keys() & found["main"].keys())
+        if seeds:
+            gains = [
+                " ".join(f"{final(found[part][s]) - starts[part][s]:+.3f}" for s in seeds) for part in ("half", "main")
+            ]
+            lines.append(f"| {method} | {', '.join(map(str, seeds))} | {gains[0]} | {gains[1]} |")
+    return lines if len(lines) > 6 else []
 
 
 def _percent(shares: Sequence[float]) -> str:

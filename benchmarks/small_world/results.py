@@ -43,6 +43,14 @@ def rows(runs: Sequence[dict[str, Any]], part: str, name: str) -> dict[int, dict
     return {r["run"]["seed"]: r for r in runs if (r["run"]["part"], r["run"]["name"]) == (part, name)}
 
 
+def warm_starts(facts: dict[str, Any], part: str = "main") -> list[dict[str, Any]]:
+    """The warm starts that the runs of a part began with; of "main" while nothing has run, the longest ones."""
+    steps = {r["run"]["warm_steps"] for r in facts["runs"] if r["run"]["part"] == part}
+    if not steps and part == "main":
+        steps = {max((w["warm_steps"] for w in facts["warm"]), default=0)}
+    return [w for w in facts["warm"] if w["warm_steps"] in steps]
+
+
 def final(run: dict[str, Any]) -> float:
     return run["final"]["mean"]
 

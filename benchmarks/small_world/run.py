@@ -1,4 +1,4 @@
-"""One run, in a process of its own: from a seed's warm start to one JSON file."""
+"""One training run: from a seed's warm start to the facts that the report reads."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from transformers import Qwen3ForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.small_world.plan import GROUP_SIZE, Run, Scale
+from benchmarks.small_world.plan import Run, Scale
 from hsd.callbacks import read_metrics
 from hsd.config import HSDConfig
 from hsd.context import ContextTemplate
-from hsd.credit import coverage
 from hsd.demo import small_world
 from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
-from hsd.groups import Group, Rollout
-from hsd.measure import WINDOWS, measure_credit
 from hsd.trainer import HSDTrainer
 
 TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
@@ -48,32 +45,6 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     disable_progress_bar()
-
-
-def warm_start(folder: Path, seed: int, scale: Scale) -> dict[str, Any]:
-    """Train and save the policy that all runs of a seed begin with; success, coverage and credit before any of them."""
-    torch.set_num_threads(1)
-    started = time.process_time()
-    tokenizer = small_world.build_tokenizer()
-    model = small_world.build_model(seed)
-    small_world.warm_start(model, tokenizer, seed=seed, steps=scale.warm_steps)
-    model.eval()
-    trained = time.process_time() - started
-    part = folder.with_suffix(".part")
-    model.save_pretrained(part)
-    if folder.exists():
-        shutil.rmtree(folder)  # a killed run's, whose JSON is missing
-    part.replace(folder)
-    validation, final = questions(seed, scale)
-    groups = sample_groups(model, tokenizer, final[: scale.credit_questions], seed)
-    return {
-        "validation": asdict(evaluate(model, tokenizer, validation, seed)),
-        "final": asdict(evaluate(model, tokenizer, final, seed)),
-        "answer_shown": told(model, tokenizer, final, seed),
-        "credit": credit_facts(model, tokenizer, groups, seed),
-        "train_cpu_seconds": trained,
-        "cpu_seconds": time.process_time() - started,
-    }
 
 
 def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
@@ -104,7 +75,7 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
     result = {
         "curve": curve.points,
         "final": asdict(evaluate(model, tokenizer, final if run.part != "pilot" else validation, run.seed)),
-        "steps": {k: [_rounded(row.get(k)) for row in rows] for k in KEPT if any(k in row for row in rows)},
+        "steps": {k: [rounded(row.get(k)) for row in rows] for k in KEPT if any(k in row for row in rows)},
         "alarms": {k: f"step {row['step']}: {v}" for row in rows for k, v in row.get("alarms", {}).items()},
         "settings": {name: getattr(trainer.args, name) for name in SETTINGS} | {"peer_rule": trainer.peer_rule},
         "train_cpu_seconds": training,
@@ -167,46 +138,6 @@ def evaluate(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int) -> Su
     return success(rewards, rollouts, 1, end_token_ids(model, tokenizer))
 
 
-def told(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int) -> float:
-    """Success of the answer-only teacher itself, were it to write the solution."""
-    prompts = [q["prompt"] + small_world.ANSWER_ONLY.format(answer=q["answer"]) for q in asked]
-    rollouts = sample(model, tokenizer, prompts, SAMPLING, seed=seed)
-    rewards = score(tokenizer, asked, rollouts, small_world.reward)
-    return sum(rewards) / len(rewards)
-
-
-def sample_groups(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int) -> list[Group]:
-    size = GROUP_SIZE
-    repeated = [q for q in asked for _ in range(size)]
-    rollouts = sample(model, tokenizer, [q["prompt"] for q in repeated], SAMPLING, seed=seed + 1)
-    rewards = score(tokenizer, repeated, rollouts, small_world.reward)
-    scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
-    return [Group(q["prompt"], q["answer"], tuple(scored[g * size : (g + 1) * size])) for g, q in enumerate(asked)]
-
-
-def credit_facts(model: Any, tokenizer: Any, groups: Sequence[Group], seed: int) -> dict[str, Any]:
-    """Credit on the failing rollouts with a peer, under the peer teacher and the answer-only teacher."""
-    rates = [len(g.successes) / GROUP_SIZE for g in groups]
-    p = sum(rates) / len(rates)
-    facts: dict[str, Any] = {
-        "success": p,
-        "coverage": sum(len(g.failures) for g in groups if g.successes) / (GROUP_SIZE * len(groups)),
-        "formula": coverage(p, GROUP_SIZE),
-    }
-    measured = measure_credit(model, tokenizer, groups, TEMPLATE, seed=seed)
-    if measured is None or not (measured.tau >= 0).any():
-        return facts
-    tau = measured.tau[measured.tau >= 0]
-    return facts | {
-        "failing_with_peer": len(measured.rollout),
-        "median_tau": tau.float().median().item(),
-        "windows": list(WINDOWS),
-        "mass": {n: [_rounded(m) for m in measured.mass(n)] for n in ("with_peer", "answer_only")},
-        "mean_abs": {n: _rounded(measured.mean_abs(n)) for n in ("with_peer", "answer_only")},
-        "at_tau": {n: _rounded(measured.profile(n, 0, 0)[1][0]) for n in ("with_peer", "answer_only")},
-    }
-
-
 class _Curve(TrainerCallback):
     """Success on the validation questions every so many steps; the time it takes is not the method's."""
 
@@ -223,7 +154,7 @@ class _Curve(TrainerCallback):
             self.cpu_seconds += time.process_time() - started
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four significant digits: the file is committed. NaN, where there was nothing to measure, is null."""
     if not isinstance(value, float):
         return value

@@ -8,10 +8,12 @@ from functools import partial
 import pytest
 
 from benchmarks.small_world import __main__ as experiment
+from benchmarks.small_world import before
 from benchmarks.small_world import run as work
 from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, FULL, MAIN, QUICK, Run, Scale, queue
 from benchmarks.small_world.queue import Job, drain
 from benchmarks.small_world.results import coverage_bins, interval, paired
+from hsd.demo import small_world
 
 
 def note(path, text, result=None, status=None):
@@ -95,7 +97,7 @@ def test_coverage_bins_average_what_was_measured():
     assert formula == pytest.approx((0.5 * (1 - 0.5**7) + 0.45 * (1 - 0.45**7)) / 2)
 
 
-def fake_warm(folder, seed, scale):
+def fake_warm(folder, seed, steps, scale):
     teachers = ("with_peer", "answer_only")
     credit = {
         "success": 0.4,
@@ -109,7 +111,10 @@ def fake_warm(folder, seed, scale):
         "at_tau": dict.fromkeys(teachers, 7.0),
     }
     share = {"mean": 0.4}
-    return {"validation": share, "final": share, "answer_shown": 0.5, "credit": credit, "cpu_seconds": 2.0}
+    after = {t: [1.0, 0.9] for t in (*teachers, "alone")}
+    told = dict.fromkeys(teachers, 0.8)
+    facts = {"validation": share, "final": share, "teacher_success": told, "credit": credit, "after_tau": after}
+    return facts | {"cpu_seconds": 2.0}
 
 
 def fake_train(run, scale, warm, scratch):
@@ -127,12 +132,12 @@ def fake_train(run, scale, warm, scratch):
 
 
 def test_experiment_from_the_command_line_to_the_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(work, "warm_start", fake_warm)
+    monkeypatch.setattr(before, "warm_start", fake_warm)
     monkeypatch.setattr(work, "train", fake_train)
     command = ["--quick", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     experiment.main(command)
     printed = capsys.readouterr().out
-    n = len(queue(QUICK)) + 1
+    n = len(queue(QUICK)) + 2  # and the warm starts
     assert f"0 of {n} runs are done" in printed and "FAILED" not in printed
     report = (tmp_path / "results" / "report.md").read_text()
     assert report in printed
@@ -152,14 +157,37 @@ def test_experiment_from_the_command_line_to_the_report(tmp_path, monkeypatch, c
     assert f"{n - 1} of {n} runs are done" in capsys.readouterr().out
 
 
-def test_two_real_steps(tmp_path):
-    scale = Scale(1, 1, 2, 1, rollouts=8, warm_steps=2, eval_every=2, validation=4, final=4, credit_questions=1)
-    warm = work.warm_start(tmp_path / "warm", 0, scale)
-    assert set(warm["credit"]) >= {"success", "coverage", "formula"} and warm["final"]["questions"] == 4
+def test_two_real_steps(tmp_path, monkeypatch):
+    scale = Scale(1, 1, 2, 1, rollouts=8, eval_every=2, validation=4, final=4, credit_questions=2)
+    # Half of all rollouts succeed, so that there are peers: two steps of warm start teach nobody to add.
+    monkeypatch.setattr(small_world, "reward", lambda completions, **_: [float(i % 2) for i in range(len(completions))])
+    warm = before.warm_start(tmp_path / "warm", 0, 2, scale)
+    assert (
+        set(warm["after_tau"]) == {"with_peer", "answer_only", "alone"}
+        and set(warm["credit"]) >= {"success", "coverage", "formula"}
+        and warm["final"]["questions"] == 4
+    )
     curve, last = work.questions(0, scale)
     assert len(curve) == 4 and not {q["prompt"] for q in curve} & {q["prompt"] for q in last}
-    run = Run("main", "hsd", 0, 2, "hsd", dict(MAIN["hsd"]), group_size=4)
+    run = Run("main", "hsd", 0, 2, 2, "hsd", dict(MAIN["hsd"]), group_size=4)
     found = json.loads(json.dumps(work.train(run, scale, tmp_path / "warm", tmp_path / "scratch")))
     assert [step for step, _ in found["curve"]] == [2] and len(found["steps"]["hsd/coverage"]) == 2
     assert found["settings"]["teacher"] == "fixed" and found["cpu_seconds"] > found["train_cpu_seconds"] > 0
+    assert found["steps"]["hsd/coverage"] == [0.5, 0.5]
     assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "rest", "expected"),
+    [
+        ("47+38=75", ";75+25=100;100+61=161;#161", (True, True)),
+        ("47+38=75", ";75+25=110;110+61=171;#171", (True, False)),  # slips again
+        ("47+38=75", ";85+25=110;110+61=171;#171", (False, False)),  # back to the peer's number
+        ("47+38=85;85+25=12", "0;120+61=181;#181", (True, True)),
+        ("47+38=85;85+25=12", "0;120+61=181;#171", (False, False)),
+        ("47+38=85;85+25=12", "0;120+62=182;#182", (False, False)),  # another question
+        ("47+38=85;85+25=12", "0;#120", (False, False)),
+    ],
+)
+def test_what_goes_on_from_the_rollouts_number(prefix, rest, expected):
+    assert before.follows("47+38+25+61=", prefix, rest) == expected
