@@ -181,8 +181,8 @@ def _teachers(facts: dict[str, Any]) -> list[str]:
         "## How good the teachers are",
         "",
         "Of the warm starts, on the same groups: success of a teacher that writes the solution itself, and what it "
-        "does with a failing rollout cut after tau: the share of continuations that go on from the rollout's own numbers to "
-        "the end, and of those that also add rightly.",
+        "does with a failing rollout cut after tau: the share of continuations that go on from the rollout's own "
+        "numbers to the end, and of those that also add rightly.",
         "",
         "| warm start | context | success | after tau: goes on | adds rightly |",
         "|---|---|---|---|---|",
