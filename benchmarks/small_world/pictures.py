@@ -45,7 +45,7 @@ def curves(path: Path, facts: dict[str, Any]) -> bool:
                 low, high = [x.mean - x.half for x in here], [x.mean + x.half for x in here]  # type: ignore[operator]
                 axes.fill_between(list(points), low, high, color=style["color"], alpha=0.13, linewidth=0)
         axes.set_xlabel("training step")
-        axes.legend(loc="lower right", framealpha=0.9, edgecolor="none")
+        axes.legend(loc="center right", bbox_to_anchor=(1, 0.62), framealpha=0.9, edgecolor="none")
         _clean(axes)
         axes.set_ylim(0, 1.02)
     fig.axes[0].set_ylabel("success, held-out questions")

@@ -32,7 +32,15 @@ class Scale:
 
 FULL = Scale(seeds=5, ablation_seeds=2, steps=40, pilot_steps=20)
 QUICK = Scale(
-    seeds=1, ablation_seeds=1, steps=4, pilot_steps=2, warm_steps=500, eval_every=2, validation=64, credit_questions=16
+    seeds=1,
+    ablation_seeds=1,
+    steps=4,
+    pilot_steps=2,
+    warm_steps=500,
+    eval_every=2,
+    validation=64,
+    final=128,
+    credit_questions=16,
 )
 
 
@@ -112,6 +120,8 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
 }
 # Again from warm starts of half the steps, whose teachers are worse.
 HALF = ("hsd", "grpo", "opsd")
+# Again without OPSD's pointwise clip of the divergence, which lets its loss fall below 0.
+UNCLIPPED = ("opsd", "grpo+opsd")
 # The row that the main HSD run is.
 BASE_ROW = {
     "teacher": "fixed",
@@ -140,6 +150,8 @@ def queue(scale: Scale) -> list[Run]:
         for part, rows in ABLATIONS.items():
             for name, (options, size) in rows.items():
                 runs.append(Run(part, name, seed, steps, warm, "hsd", {**MAIN["hsd"], **options}, size))
+        for method in UNCLIPPED:
+            runs.append(Run("unclipped", method, seed, steps, warm, method, {**MAIN[method], "kl_clip": 0.0}))
         for method in HALF:
             runs.append(Run("half", method, seed, steps, warm // 2, method, dict(MAIN[method])))
     return runs

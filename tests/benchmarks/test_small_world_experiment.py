@@ -123,7 +123,7 @@ def fake_train(run, scale, warm, scratch):
     return {
         "curve": [(2, 0.5), (4, end)],
         "final": {"mean": end},
-        "steps": {"hsd/success_rate": [0.4, 0.6], "hsd/coverage": [0.5, 0.3]},
+        "steps": {"hsd/success_rate": [0.4, 0.6], "hsd/coverage": [0.5, 0.3], "hsd/kl": [0.1, 0.1]},
         "alarms": {"success": "step 4: success fell"} if run.options.get("teacher") == "live" else {},
         "settings": {name: getattr(config, name) for name in work.SETTINGS} | {"peer_rule": config.peer_rule},
         "train_cpu_seconds": 1.0,
