@@ -26,15 +26,21 @@ def write(out: Path, folder: Path, jobs: Sequence[Job], command: str) -> str:
         "runs": [_flat(v) for v in found.values() if v is not None and "run" in v["asked"]],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(facts | {"warm": [], "runs": []})[:-1]]
-    for name in ("warm", "runs"):  # one line a run: differences between two versions can be read
-        lines += [f', "{name}": [', ",\n".join(json.dumps(row) for row in facts[name]), "]"]
-    whole = "\n".join(lines).replace(', "warm": [], "runs": []', "", 1) + "\n}\n"
-    (folder / "results.json").write_text(whole)
+    (folder / "results.json").write_text(_one_line_a_run(facts))
     drawn = pictures.draw(folder, facts)
     text = render(facts, drawn)
     (folder / "report.md").write_text(text)
     return text
+
+
+def _one_line_a_run(facts: dict[str, Any]) -> str:
+    """JSON of which two versions can be compared."""
+    items = []
+    for name, value in facts.items():
+        lines = name in ("warm", "runs")
+        text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if lines else json.dumps(value)
+        items.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(items) + "\n}\n"
 
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:
@@ -90,17 +96,11 @@ def _settings(runs: Sequence[dict]) -> list[str]:
         by_seed = rows(runs, "main", method)
         if by_seed:
             s = next(iter(by_seed.values()))["settings"]
-            hidden = (
-                shown[1:12]
-                if METHODS[method].trl_loss
-                else ["loss_type", "scale_rewards"]
-                if not s["policy_coef"]
-                else ["loss_type"]
-            )
-            if s["teacher"] != "ema":
-                hidden = [*hidden, "teacher_ema_rate"]
-            if METHODS[method].demonstration != "peer":
-                hidden = [*hidden, "peer_rule"]
+            spec = METHODS[method]
+            hidden = set(shown[1:12] if spec.trl_loss else ["loss_type"])  # what this method does not use
+            hidden |= set() if spec.trl_loss or s["policy_coef"] else {"scale_rewards"}
+            hidden |= set() if s["teacher"] == "ema" else {"teacher_ema_rate"}
+            hidden |= set() if spec.demonstration == "peer" else {"peer_rule"}
             lines.append(f"| {method} | " + " | ".join("-" if k in hidden else str(s[k]) for k in shown) + " |")
     return lines if len(lines) > 4 else []
 
