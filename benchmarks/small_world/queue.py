@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ def drain(folder: Path, jobs: Sequence[Job], workers: int, say: Callable[[str], 
                 time.sleep(0.05)
                 continue
             waiting.remove(ready)
-            running[ready.key] = context.Process(target=_child, args=(folder, ready))
+            running[ready.key] = context.Process(target=_child, args=(folder, ready, os.getpid()))
             running[ready.key].start()
     finally:
         for process in running.values():  # Ctrl-C
@@ -75,8 +76,9 @@ def result(folder: Path, job: Job) -> dict[str, Any] | None:
     return found
 
 
-def _child(folder: Path, job: Job) -> None:
+def _child(folder: Path, job: Job, parent: int) -> None:
     os.setsid()  # Ctrl-C reaches the queue alone, which then ends its runs
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with (folder / "logs" / f"{job.key}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -90,3 +92,10 @@ def _child(folder: Path, job: Job) -> None:
             log.flush()
             os._exit(1)
     os._exit(0)
+
+
+def _end_with(parent: int) -> None:
+    """A run whose queue was killed would be in the way of the next queue's."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

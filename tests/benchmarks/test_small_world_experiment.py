@@ -2,8 +2,11 @@
 
 import json
 import math
+import multiprocessing
 import os
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +55,35 @@ def test_a_failed_job_stops_what_needs_it_and_nothing_else(tmp_path):
     jobs[2] = Job("raises", {}, partial(note, lines, "not"))
     assert drain(tmp_path, jobs, 2, said.append) == []
     assert lines.read_text().split()[2:].index("again") < lines.read_text().split()[2:].index("needs")
+
+
+def sleeper(path):
+    path.write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_a_killed_queue_takes_its_runs_with_it(tmp_path):
+    jobs = [Job("sleeps", {}, partial(sleeper, tmp_path / "pid"))]
+    queue = multiprocessing.get_context("fork").Process(target=drain, args=(tmp_path, jobs, 1, str))
+    queue.start()
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    queue.kill()
+    queue.join()
+    until(lambda: not running(int((tmp_path / "pid").read_text())))
+
+
+def until(holds):
+    deadline = time.time() + 20
+    while not holds():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def running(pid):
+    try:
+        return "Z" not in (Path("/proc") / str(pid) / "stat").read_text().split()[2]
+    except FileNotFoundError:
+        return False
 
 
 def test_another_runs_result_is_refused(tmp_path):
