@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from hsd.evaluate import sample, score
 from hsd.groups import Group, Rollout
 from hsd.measure import WINDOWS, measure_credit
 from hsd.peers import choose_peers
+
+GREEDY = replace(SAMPLING, temperature=1e-3)
 
 
 def warm_start(folder: Path, seed: int, steps: int, scale: Scale) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def warm_start(folder: Path, seed: int, steps: int, scale: Scale) -> dict[str, A
     return {
         "validation": asdict(evaluate(model, tokenizer, validation, seed)),
         "final": asdict(evaluate(model, tokenizer, final, seed)),
+        "greedy": evaluate(model, tokenizer, final, seed, GREEDY).mean,
         "teacher_success": teacher_success(model, tokenizer, groups, seed),
         "credit": credit_facts(model, tokenizer, groups, seed),
         "after_tau": after_tau(model, tokenizer, groups, seed),

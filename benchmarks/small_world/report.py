@@ -63,6 +63,7 @@ def render(facts: dict[str, Any], drawn: Sequence[str]) -> str:
         tables.half(facts),
         _picture(drawn, "sweeps.png"),
         _pilot(facts["runs"]),
+        tables.slow(facts["runs"]),
         _cost(facts),
     ]
     return "\n\n".join("\n".join(s) for s in sections if s) + "\n"

@@ -132,8 +132,8 @@ def questions(seed: int, scale: Scale) -> tuple[list[dict], list[dict]]:
     return both[scale.final :], both[: scale.final]
 
 
-def evaluate(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int) -> Success:
-    rollouts = sample(model, tokenizer, [q["prompt"] for q in asked], SAMPLING, seed=seed)
+def evaluate(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int, sampling: Sampling = SAMPLING) -> Success:
+    rollouts = sample(model, tokenizer, [q["prompt"] for q in asked], sampling, seed=seed)
     rewards = score(tokenizer, asked, rollouts, small_world.reward)
     return success(rewards, rollouts, 1, end_token_ids(model, tokenizer))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.small_world import paper
-from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, HALF, MAIN, UNCLIPPED
+from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, HALF, MAIN, SLOW, UNCLIPPED
 from benchmarks.small_world.results import coverage_bins, curve_mean, final, interval, paired, rows, warm_starts
 from hsd.credit import coverage_peak
 
@@ -38,18 +38,19 @@ def main(facts: dict[str, Any]) -> list[str]:
         "",
         "| method | seeds | final success | HSD - it, paired | each seed | curve at step "
         + " / ".join(map(str, steps))
-        + " | curve mean | paper, AIME-25 |",
-        "|---" * 8 + "|",
+        + " | curve mean | HSD - it, paired | paper, AIME-25 |",
+        "|---" * 9 + "|",
     ]
     for method in ranked:
         by_seed = found[method]
         ends = [final(by_seed[s]) for s in sorted(by_seed)]
-        gap = paired(found.get("hsd", {}), by_seed) if method != "hsd" else None
+        hsd = found.get("hsd", {}) if method != "hsd" else {}
         curve = [_at(by_seed, step) for step in steps]
         lines.append(
-            f"| {method} | {len(ends)} | {interval(ends)} | {_signed(gap)} | {_each(ends)} | "
+            f"| {method} | {len(ends)} | {interval(ends)} | {_signed(paired(hsd, by_seed))} | {_each(ends)} | "
             + " / ".join(f"{c:.2f}" for c in curve)
-            + f" | {interval([curve_mean(r) for r in by_seed.values()])} | {paper.METHODS[method]} |"
+            + f" | {interval([curve_mean(r) for r in by_seed.values()])} | {_signed(paired(hsd, by_seed, curve_mean))}"
+            + f" | {paper.METHODS[method]} |"
         )
     order = sorted(found, key=lambda m: -paper.METHODS[m])
     lines += ["", f"Order here: {', '.join(ranked)}. In the paper: {', '.join(order)}."]
@@ -96,7 +97,8 @@ def teachers(facts: dict[str, Any]) -> list[str]:
         "",
         "Of the warm starts, on the same groups: success of a teacher that writes the solution itself, and what it "
         "does with a failing rollout cut after tau: the share of continuations that go on from the rollout's own "
-        "numbers to the end, and of those that also add rightly.",
+        "numbers to the end, and of those that also add rightly. The student's greedy success is what it would have if "
+        "it never slipped.",
         "",
         "| warm start | context | success | after tau: goes on | adds rightly |",
         "|---|---|---|---|---|",
@@ -133,6 +135,25 @@ def unclipped(runs: Sequence[dict]) -> list[str]:
             cells += [" ".join(f"{kl:.4f}" for kl in kls), _each([final(by_seed[s]) for s in seeds])]
         if seeds:
             lines.append(f"| {method} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > 6 else []
+
+
+def slow(runs: Sequence[dict]) -> list[str]:
+    lines = [
+        "## A third of the learning rate",
+        "",
+        "Final success of each seed, same steps.",
+        "",
+        "| method | seeds | 3e-4 | 1e-4 | difference, paired |",
+        "|---|---|---|---|---|",
+    ]
+    for method in SLOW:
+        main_runs, slow_runs = rows(runs, "main", method), rows(runs, "slow", method)
+        seeds = sorted(main_runs.keys() & slow_runs.keys())
+        if seeds:
+            cells = [_each([final(by_seed[s]) for s in seeds]) for by_seed in (main_runs, slow_runs)]
+            gap = _signed(paired(slow_runs, main_runs))
+            lines.append(f"| {method} | {', '.join(map(str, seeds))} | {cells[0]} | {cells[1]} | {gap} |")
     return lines if len(lines) > 6 else []
 
 

@@ -102,6 +102,7 @@ def test_plan_has_every_method_and_ablation_for_its_seeds():
     for part, rows in ABLATIONS.items():
         assert BASE_ROW[part] not in rows
         assert {r.seed for r in runs if r.part == part} == set(range(FULL.ablation_seeds)), part
+    assert {(r.name, r.seed) for r in runs if r.part == "slow"} <= {(r.name, r.seed) for r in mains}
     order = [("pilot", "main").index(r.part) if r.part in ("pilot", "main") else 2 for r in runs]
     assert order == sorted(order)
     assert {r.group_size for r in runs if r.part == "G"} == {4, 16}
@@ -145,7 +146,14 @@ def fake_warm(folder, seed, steps, scale):
     share = {"mean": 0.4}
     after = {t: [1.0, 0.9] for t in (*teachers, "alone")}
     told = dict.fromkeys(teachers, 0.8)
-    facts = {"validation": share, "final": share, "teacher_success": told, "credit": credit, "after_tau": after}
+    facts = {
+        "validation": share,
+        "final": share,
+        "greedy": 0.9,
+        "teacher_success": told,
+        "credit": credit,
+        "after_tau": after,
+    }
     return facts | {"cpu_seconds": 2.0}
 
 
