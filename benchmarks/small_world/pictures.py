@@ -8,14 +8,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.small_world.plan import ABLATIONS, BASE_ROW
-from benchmarks.small_world.results import coverage_bins, final, interval, rows, warm_starts
+from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, MAIN
+from benchmarks.small_world.results import Interval, coverage_bins, final, interval, rows, warm_starts
 from hsd.credit import coverage
 
 # Okabe and Ito's colours, told apart with any common colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-PANELS = (("hsd", "opsd", "sdpo", "grpo+opsd"), ("hsd", "grpo", "dr_grpo", "dapo", "rlsd"))
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#B8A900")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DPI = 110
 
 
@@ -26,33 +25,45 @@ def draw(folder: Path, facts: dict[str, Any]) -> list[str]:
 
 
 def curves(path: Path, facts: dict[str, Any]) -> bool:
-    """Success on the validation questions, mean over seeds with its interval, from the shared warm starts."""
+    """Success on the validation questions from the shared warm starts, mean over seeds with its interval; and, because
+    the seeds differ far more than the methods, each method minus HSD on the same seed."""
     runs, warm = facts["runs"], {w["seed"]: w["validation"]["mean"] for w in warm_starts(facts)}
-    if not rows(runs, "main", "hsd"):
+    found = {method: rows(runs, "main", method) for method in MAIN}
+    curve = {
+        method: {seed: dict([(0, warm[seed]), *map(tuple, run["curve"])]) for seed, run in by_seed.items()}
+        for method, by_seed in found.items()
+        if by_seed
+    }
+    if "hsd" not in curve:
         return False
-    fig = Figure(figsize=(9.6, 3.9), layout="constrained")
-    for axes, methods in zip(fig.subplots(1, 2, sharey=True), PANELS, strict=True):
-        for i, method in enumerate(m for m in methods if rows(runs, "main", m)):
-            by_seed = rows(runs, "main", method)
-            points: dict[int, list[float]] = {}
-            for seed, run in by_seed.items():
-                for step, value in [(0, warm[seed]), *run["curve"]]:
-                    points.setdefault(step, []).append(value)
-            here = [interval(values) for values in points.values()]
-            style = _style(i)
-            axes.plot(list(points), [x.mean for x in here], label=method, **style)
-            if all(x.half is not None for x in here) and len(by_seed) > 2:
-                low, high = [x.mean - x.half for x in here], [x.mean + x.half for x in here]  # type: ignore[operator]
-                axes.fill_between(list(points), low, high, color=style["color"], alpha=0.13, linewidth=0)
+    fig = Figure(figsize=(10.4, 4.2), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    for i, (method, by_seed) in enumerate(curve.items()):
+        steps = sorted(next(iter(by_seed.values())))
+        values = [interval([c[step] for c in by_seed.values()]) for step in steps]
+        _bars(left, steps, values, i, method)
+        both = [s for s in by_seed if s in curve["hsd"]]
+        if method != "hsd" and both:
+            gaps = [interval([by_seed[s][step] - curve["hsd"][s][step] for s in both]) for step in steps]
+            _bars(right, steps, gaps, i, method)
+    right.axhline(0, color=_COLOURS[0], linewidth=1.6)
+    left.set_ylabel("success, validation questions")
+    left.set_ylim(0, 1.05)
+    right.set_ylim(-0.32, 0.2)  # opsd leaves the picture
+    right.set_ylabel("minus HSD on the same seed")
+    for axes in (left, right):
         axes.set_xlabel("training step")
-        axes.legend(loc="center right", bbox_to_anchor=(1, 0.62), framealpha=0.9, edgecolor="none")
         _clean(axes)
-        axes.set_ylim(0, 1.02)
-    fig.axes[0].set_ylabel("success, held-out questions")
-    fig.axes[0].set_title("learning from a teacher's distribution", fontsize=10, loc="left")
-    fig.axes[1].set_title("HSD and policy gradients", fontsize=10, loc="left")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
     fig.savefig(path, dpi=DPI)
     return True
+
+
+def _bars(axes: Any, steps: Sequence[int], values: Sequence[Interval], i: int, label: str) -> None:
+    """A line with the intervals as bars, a little beside those of the other methods."""
+    half = [x.half if x.half is not None and x.n > 2 else 0.0 for x in values]
+    beside = [step + 0.35 * (i - 3.5) for step in steps]
+    axes.errorbar(beside, [x.mean for x in values], yerr=half, label=label, elinewidth=0.9, capsize=2, **_style(i))
 
 
 def covered(path: Path, facts: dict[str, Any]) -> bool:
@@ -97,6 +108,7 @@ def sweeps(path: Path, facts: dict[str, Any]) -> bool:
         axes.set_xticks(range(len(names)), labels=names)
         axes.set_xlabel("group size G, 64 rollouts a step" if part == "G" else "reference coefficient")
         axes.set_ylabel("final success")
+        axes.set_ylim(top=1.0, bottom=min(0.9, axes.get_ylim()[0]))
         axes.legend(framealpha=0.9, edgecolor="none")
         _clean(axes)
     fig.savefig(path, dpi=DPI)
@@ -108,7 +120,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def _style(i: int) -> dict[str, Any]:
-    return {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6], "linewidth": 1.6, "markersize": 4}
+    return {"color": _COLOURS[i % 8], "marker": _MARKERS[i % 8], "linewidth": 1.6, "markersize": 4}
 
 
 def _clean(axes: Any) -> None:

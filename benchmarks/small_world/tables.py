@@ -113,7 +113,15 @@ def teachers(facts: dict[str, Any]) -> list[str]:
                     f"| {warm[0]['warm_steps']} steps, {len(warm)} seeds | {label} | {interval(own)} | {after[0]} | "
                     f"{after[1]} |"
                 )
-    return lines if len(lines) > 6 else []
+    if len(lines) == 6:
+        return []
+    hsd = rows(facts["runs"], "main", "hsd")
+    lines += ["", "| seed | success before | greedy before | peer teacher | HSD, final |", "|---|---|---|---|---|"]
+    for w in sorted(warm_starts(facts), key=lambda w: w["seed"]):
+        end = f"{final(hsd[w['seed']]):.3f}" if w["seed"] in hsd else ""
+        told = w["teacher_success"]["with_peer"]
+        lines.append(f"| {w['seed']} | {w['final']['mean']:.3f} | {w['greedy']:.3f} | {told:.3f} | {end} |")
+    return lines
 
 
 def unclipped(runs: Sequence[dict]) -> list[str]:
