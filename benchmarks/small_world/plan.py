@@ -1,0 +1,162 @@
+"""What is run: the scale of the experiment, its learning rates, and every run of the queue in order."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+GROUP_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long and how often. A step has ``rollouts`` rollouts of ``rollouts / G`` questions."""
+
+    seeds: int
+    ablation_seeds: int
+    steps: int
+    pilot_steps: int
+    rollouts: int = 64
+    warm_steps: int = 2600  # the demo's
+    eval_every: int = 10
+    validation: int = 128  # held-out questions of the curves and of the pilot; none of the final ones
+    final: int = 512
+    credit_questions: int = 64
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What a finished run must have in common with a queue that goes on; seeds may be added."""
+        own = ("seeds", "ablation_seeds", "steps", "pilot_steps", "warm_steps")  # of the queue, or of a run
+        return {k: v for k, v in asdict(self).items() if k not in own}
+
+
+FULL = Scale(seeds=5, ablation_seeds=2, steps=40, pilot_steps=20)
+QUICK = Scale(
+    seeds=1,
+    ablation_seeds=1,
+    steps=4,
+    pilot_steps=2,
+    warm_steps=500,
+    eval_every=2,
+    validation=64,
+    final=128,
+    credit_questions=16,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. ``options`` are those of `hsd.HSDConfig` that differ from the method's defaults."""
+
+    part: str
+    name: str
+    seed: int
+    steps: int
+    warm_steps: int
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    group_size: int = GROUP_SIZE
+
+    @property
+    def warm(self) -> str:
+        """The key of its warm start."""
+        return f"warm-{self.warm_steps}-seed{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """A file name, unlike that of any other run."""
+        words = f"{self.part} {self.name}".replace("+", " and ").replace("=", " ")
+        return "-".join([*"".join(c if c.isalnum() or c in ".-" else " " for c in words).split(), f"seed{self.seed}"])
+
+
+# Every method of the main table, its learning rate from the pilot, and what else differs from its defaults. The small
+# world has no solution column, so that opsd, grpo+opsd and rlsd show the answer. A demonstration without the answer is
+# unlike anything that the warm start saw, so that sdpo shows both: a success contains its answer anyway.
+POLICY_GRADIENT = {"learning_rate": 3e-4}
+DIVERGENCE = {"learning_rate": 3e-4, "teacher": "fixed"}
+SDPO = {"learning_rate": 3e-4, "show_answer": True}
+MAIN: dict[str, dict[str, Any]] = {
+    "hsd": DIVERGENCE,
+    "grpo": POLICY_GRADIENT,
+    "opsd": {**DIVERGENCE, "learning_rate": 1e-4},
+    "sdpo": SDPO,
+    "grpo+opsd": DIVERGENCE,
+    "dapo": POLICY_GRADIENT,
+    "dr_grpo": POLICY_GRADIENT,
+    "rlsd": POLICY_GRADIENT,
+}
+PILOT_RATES = (1e-4, 3e-4, 1e-3)
+PILOT: dict[str, tuple[str, dict[str, Any]]] = {
+    "hsd": ("hsd", DIVERGENCE),
+    "grpo": ("grpo", POLICY_GRADIENT),
+    "opsd": ("opsd", DIVERGENCE),
+    "sdpo": ("sdpo", SDPO),
+    "sdpo, EMA 0.005": ("sdpo", {**SDPO, "teacher_ema_rate": 0.005}),
+}
+
+# part -> {row: (options over the main HSD run, group size)}; the main HSD run is a row of each.
+ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
+    "teacher": {
+        "live": ({"teacher": "live"}, 8),
+        "ema": ({"teacher": "ema"}, 8),
+        "trust_region": ({"teacher": "trust_region"}, 8),
+    },
+    "fallback": {"mask": ({"fallback": "mask"}, 8)},
+    "policy_coef": {"0.5": ({"policy_coef": 0.5}, 8), "1": ({"policy_coef": 1.0}, 8)},
+    "G": {"4": ({}, 4), "16": ({}, 16)},
+    "reference_coef": {
+        "0": ({"reference_coef": 0.0}, 8),
+        "0.01": ({"reference_coef": 1e-2}, 8),
+        "0.1": ({"reference_coef": 1e-1}, 8),
+    },
+    "divergence": {"reverse_kl": ({"divergence": "reverse_kl"}, 8), "jsd": ({"divergence": "jsd"}, 8)},
+    "peer_rule": {
+        "uniform": ({"peer_rule": "uniform"}, 8),
+        "shortest": ({"peer_rule": "shortest"}, 8),
+        "highest_perplexity": ({"peer_rule": "highest_perplexity"}, 8),
+        "lowest_perplexity": ({"peer_rule": "lowest_perplexity"}, 8),
+        "first": ({"peer_rule": "first"}, 8),
+    },
+}
+# Again from warm starts of half the steps, whose teachers are worse.
+HALF = ("hsd", "grpo", "opsd")
+# Again at a third of the learning rate: the pilot saw seed 0 alone, and seed 3 learns least but one.
+SLOW, SLOW_SEEDS = ("hsd", "grpo"), (0, 3)
+# Again without OPSD's pointwise clip of the divergence, which lets its loss fall below 0.
+UNCLIPPED = ("opsd", "grpo+opsd")
+# The row that the main HSD run is.
+BASE_ROW = {
+    "teacher": "fixed",
+    "fallback": "answer",
+    "policy_coef": "0",
+    "G": "8",
+    "reference_coef": "0.001",
+    "peer_rule": "paired",
+    "divergence": "forward_kl",
+}
+
+
+def queue(scale: Scale) -> list[Run]:
+    """All runs, the most wanted first: the pilot, then seed by seed over all methods, then over all ablations. The
+    row of an ablation that is the main HSD run is not repeated."""
+    steps, warm = scale.steps, scale.warm_steps
+    runs = []
+    for rate in PILOT_RATES:
+        for name, (method, options) in PILOT.items():
+            at_rate = {**options, "learning_rate": rate}
+            runs.append(Run("pilot", f"{name} {rate:g}", 0, scale.pilot_steps, warm, method, at_rate))
+    for seed in range(scale.seeds):
+        for method, options in MAIN.items():
+            runs.append(Run("main", method, seed, steps, warm, method, dict(options)))
+    for seed in range(scale.ablation_seeds):
+        for part, rows in ABLATIONS.items():
+            for name, (options, size) in rows.items():
+                runs.append(Run(part, name, seed, steps, warm, "hsd", {**MAIN["hsd"], **options}, size))
+        for method in UNCLIPPED:
+            runs.append(Run("unclipped", method, seed, steps, warm, method, {**MAIN[method], "kl_clip": 0.0}))
+        for method in HALF:
+            runs.append(Run("half", method, seed, steps, warm // 2, method, dict(MAIN[method])))
+    for seed in [s for s in SLOW_SEEDS if s < scale.seeds]:
+        for method in SLOW:
+            runs.append(Run("slow", method, seed, steps, warm, method, {**MAIN[method], "learning_rate": 1e-4}))
+    return runs

@@ -1,0 +1,161 @@
+"""One training run: from a seed's warm start to the facts that the report reads."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from transformers import Qwen3ForCausalLM, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.small_world.plan import Run, Scale
+from hsd.callbacks import read_metrics
+from hsd.config import HSDConfig
+from hsd.context import ContextTemplate
+from hsd.demo import small_world
+from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
+from hsd.trainer import HSDTrainer
+
+TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
+SAMPLING = Sampling(max_new_tokens=small_world.MAX_COMPLETION, batch_size=128)
+# Of each step's metrics, what the report reads.
+KEPT = (
+    "hsd/success_rate",
+    "hsd/coverage",
+    "hsd/kl",
+    "hsd/student_entropy",
+    "hsd/reference_kl",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+)
+
+
+def quiet() -> None:
+    """Before anything runs; TRL 1.16 still uses names that transformers 5.23 deprecates."""
+    warnings.filterwarnings("ignore")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    disable_progress_bar()
+
+
+def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
+    """Train one run and measure it: curve on the validation questions, success on the final ones, a row per step."""
+    torch.set_num_threads(1)
+    started, wall = time.process_time(), time.time()
+    tokenizer = small_world.build_tokenizer()
+    model = Qwen3ForCausalLM.from_pretrained(warm, dtype=torch.float32)
+    validation, final = questions(run.seed, scale)
+    curve = _Curve(model, tokenizer, validation, run.seed, scale.eval_every)
+    if scratch.exists():
+        shutil.rmtree(scratch)  # a killed run's
+    trainer = HSDTrainer(
+        model=model,
+        reward_funcs=small_world.reward,
+        args=config(run, scale, scratch),
+        train_dataset=Dataset.from_list(small_world.make_questions(2048, seed=run.seed)),
+        processing_class=tokenizer,
+        context_template=TEMPLATE,
+        callbacks=[curve],
+    )
+    for printing in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printing)
+    training = time.process_time()
+    trainer.train()
+    training = time.process_time() - training - curve.cpu_seconds
+    rows = read_metrics(scratch / "metrics.jsonl")
+    result = {
+        "curve": curve.points,
+        "final": asdict(evaluate(model, tokenizer, final if run.part != "pilot" else validation, run.seed)),
+        "steps": {k: [rounded(row.get(k)) for row in rows] for k in KEPT if any(k in row for row in rows)},
+        "alarms": {k: f"step {row['step']}: {v}" for row in rows for k, v in row.get("alarms", {}).items()},
+        "settings": {name: getattr(trainer.args, name) for name in SETTINGS} | {"peer_rule": trainer.peer_rule},
+        "train_cpu_seconds": training,
+        "cpu_seconds": time.process_time() - started,
+        "wall_seconds": time.time() - wall,
+    }
+    shutil.rmtree(scratch)
+    return result
+
+
+SETTINGS = (
+    "learning_rate",
+    "teacher",
+    "teacher_ema_rate",
+    "show_answer",
+    "fallback",
+    "divergence",
+    "kl_clip",
+    "loss_mean",
+    "divergence_coef",
+    "policy_coef",
+    "reference_coef",
+    "loss_type",
+    "scale_rewards",
+    "max_grad_norm",
+)
+
+
+def config(run: Run, scale: Scale, folder: Path) -> HSDConfig:
+    return HSDConfig(
+        output_dir=str(folder),
+        method=run.method,
+        max_steps=run.steps,
+        save_strategy="no",
+        seed=run.seed,
+        num_generations=run.group_size,
+        per_device_train_batch_size=scale.rollouts,
+        max_completion_length=SAMPLING.max_new_tokens,
+        temperature=SAMPLING.temperature,
+        top_p=SAMPLING.top_p,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        **run.options,
+    )
+
+
+def questions(seed: int, scale: Scale) -> tuple[list[dict], list[dict]]:
+    """Held-out questions: those of the curves and the pilot, and, apart from them, those of the final success."""
+    both = small_world.make_questions(scale.final + scale.validation, seed=seed, held_out=True)
+    return both[scale.final :], both[: scale.final]
+
+
+def evaluate(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int, sampling: Sampling = SAMPLING) -> Success:
+    rollouts = sample(model, tokenizer, [q["prompt"] for q in asked], sampling, seed=seed)
+    rewards = score(tokenizer, asked, rollouts, small_world.reward)
+    return success(rewards, rollouts, 1, end_token_ids(model, tokenizer))
+
+
+class _Curve(TrainerCallback):
+    """Success on the validation questions every so many steps; the time it takes is not the method's."""
+
+    def __init__(self, model: Any, tokenizer: Any, asked: Sequence[dict], seed: int, every: int):
+        self.ask = lambda: evaluate(model, tokenizer, asked, seed).mean
+        self.every = every
+        self.points: list[tuple[int, float]] = []
+        self.cpu_seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            started = time.process_time()
+            self.points.append((state.global_step, self.ask()))
+            self.cpu_seconds += time.process_time() - started
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits: the file is committed. NaN, where there was nothing to measure, is null."""
+    if not isinstance(value, float):
+        return value
+    return None if value != value else float(f"{value:.4g}")
