@@ -202,7 +202,8 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, monkeypatch, capsy
     Path("rewards.py").write_text(REWARDS)
 
     command = [sys.executable, "-m", "hsd.cli", "train", "run.yaml", "--output_dir", "cut"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "SLOW": "0.3"}
+    threads = str(torch.get_num_threads())  # another test may have changed this process's; sums would differ
+    env = os.environ | {"PYTHONPATH": str(ROOT), "SLOW": "0.3", "OMP_NUM_THREADS": threads}
     with open("log", "w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
