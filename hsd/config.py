@@ -52,6 +52,8 @@ class HSDConfig(GRPOConfig):
         jsd_beta: the teacher's share of the mixture, for "jsd".
         kl_temperature: divides the logits of both sides in the loss (sampling has its own ``temperature``).
         kl_clip: OPSD's pointwise clip of the vocabulary summands; 0 is none.
+        kl_clip_form: "opsd" clips p log(p / q), whose sum may then be negative; "nonnegative" clips
+            p log(p / q) - p + q.
         loss_mean: over the tokens of a rollout, then over rollouts ("rollout"), or over all tokens of the step
             ("token"). Of the divergence; the policy term is a mean over rollouts.
         importance_cap: multiplies a token's divergence by min(pi / pi_old, cap) where rollouts are older than the
@@ -96,6 +98,7 @@ class HSDConfig(GRPOConfig):
     jsd_beta: float | None = None
     kl_temperature: float | None = None
     kl_clip: float | None = None
+    kl_clip_form: str = "opsd"
     loss_mean: str | None = None
     importance_cap: float | None = None
     teacher: str | None = None
@@ -153,6 +156,7 @@ class HSDConfig(GRPOConfig):
         _one_of("peer_rule", self.peer_rule, ("auto", *PEER_RULES))
         _one_of("fallback", self.fallback, ("answer", "mask"))
         _one_of("loss_mean", self.loss_mean, ("rollout", "token"))
+        _one_of("kl_clip_form", self.kl_clip_form, ("opsd", "nonnegative"))
         _one_of("reference_kl", self.reference_kl, ("exact", "k3"))
         _one_of("prefix_sharing", self.prefix_sharing, SHARING)
         _one_of("divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd"))
@@ -215,6 +219,7 @@ class HSDConfig(GRPOConfig):
             beta=self.jsd_beta,  # type: ignore[arg-type]
             temperature=self.kl_temperature,  # type: ignore[arg-type]
             kl_clip=self.kl_clip or None,
+            kl_clip_form=self.kl_clip_form,
             divergence_coef=scheduled(self.divergence_coef, step),
             importance_cap=self.importance_cap or None,
             reference_coef=self.reference_coef,  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ class Objective:
     beta: float = 0.5
     temperature: float = 1.0
     kl_clip: float | None = None
+    kl_clip_form: str = "opsd"
     divergence_coef: float = 1.0
     importance_cap: float | None = None
     reference_coef: float = 0.0
@@ -188,6 +189,7 @@ def _divergence(
         beta=o.beta,
         temperature=o.temperature,
         kl_clip=o.kl_clip,
+        kl_clip_form=o.kl_clip_form,
         target_ids=r.target_ids,
         token_weights=r.divergence_weights * coef,
         token_weight_fn=_capped_ratio(r, o),

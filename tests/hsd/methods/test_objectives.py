@@ -161,6 +161,13 @@ def test_a_step_is_the_gradient_of_the_methods_equation(method, batches, sharing
     check(trainer_of(tmp_path, method=method, prefix_sharing=sharing, **batches), EQUATIONS[method])
 
 
+def test_the_nonnegative_form_of_the_clip(tmp_path):
+    def equation(p, q, b, m, *_):
+        return over_tokens((q.exp() * (q - p) - q.exp() + p.exp()).clamp(max=0.05).sum(-1), m)
+
+    check(trainer_of(tmp_path, method="opsd", kl_clip_form="nonnegative"), equation)
+
+
 @pytest.mark.parametrize("options", [{}, {"prefix_sharing": "tree", "tree_token_budget": 30}], ids=["plain", "chunks"])
 def test_hsd_beside_the_grpo_advantage(options, tmp_path):
     trainer = trainer_of(tmp_path, policy_coef=0.7, reference_coef=0.0, **options)
@@ -341,6 +348,7 @@ def test_each_method_shows_its_own_context(tmp_path):
         ({"advantage_mix": "much"}, "advantage_mix"),
         ({"fallback": "peer"}, "fallback"),
         ({"reference_kl": "k2"}, "reference_kl"),
+        ({"kl_clip_form": "both"}, "kl_clip_form"),
         ({"reference_refresh_steps": 5, "reference_coef": 0.0}, "reference_refresh_steps"),
         ({"method": "sdpo", "temperature": 0.5}, "importance_cap"),
         ({"trust_region_share": 0.0}, "trust_region_share"),
