@@ -30,12 +30,14 @@ class Success:
 def score(
     tokenizer: Any, questions: Sequence[dict], rollouts: Sequence[Sequence[int]], reward: RewardFn
 ) -> list[float]:
-    """Rewards of one rollout per question, called as TRL calls a reward function."""
+    """Rewards of one rollout per question, called as TRL calls a reward function: with every column there is."""
+    if not questions:
+        return []
     completions: list[Any] = tokenizer.batch_decode([list(r) for r in rollouts], skip_special_tokens=True)
-    if questions and not isinstance(questions[0]["prompt"], str):
+    if not isinstance(questions[0]["prompt"], str):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    columns = {name: [q.get(name) for q in questions] for name in (questions[0] if questions else ())}
-    prompts = columns.pop("prompt", [])
+    columns = {name: [q.get(name) for q in questions] for name in questions[0]}
+    prompts = columns.pop("prompt")
     return reward(completions=completions, completion_ids=[list(r) for r in rollouts], prompts=prompts, **columns)
 
 

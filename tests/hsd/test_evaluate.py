@@ -154,3 +154,16 @@ def test_score_calls_the_reward_function_as_trl_does():
         assert call["completion_ids"] == rollouts
     assert calls[0]["completions"] == ["12#3", "4"]  # without the special tokens
     assert calls[1]["completions"] == [[{"role": "assistant", "content": t}] for t in ("12#3", "4")]
+
+
+def test_score_passes_every_column_and_takes_no_questions():
+    seen = {}
+
+    def reward(completions, tests, **columns):
+        seen.update(columns, tests=tests)
+        return [1.0] * len(completions)
+
+    question = {"prompt": "1+2=", "answer": "3", "tests": "assert"}
+    assert score(TOKENIZER, [question], [[2]], reward) == [1.0]
+    assert seen["tests"] == ["assert"] and seen["answer"] == ["3"]
+    assert score(TOKENIZER, [], [], reward) == []
