@@ -127,7 +127,7 @@ def matrix_products() -> Facts:
     from hsd_kernels import gemm
 
     a = torch.zeros(2, 2, dtype=torch.bfloat16)
-    mkl = gemm.mkl_takes(a, a, torch.zeros(2, 2))
+    mkl, own = (takes(a, a, torch.zeros(2, 2)) for takes in (gemm.mkl_takes, gemm.vdpbf16ps_takes))
     return {
         "cpu float32": {"impl": "torch.mm", "why": "operands and result are fp32"},
         "cpu bfloat16": {
@@ -135,6 +135,10 @@ def matrix_products() -> Facts:
             "why": "torch's CPU library exports cblas_gemm_bf16bf16f32"
             if mkl
             else "torch's CPU library does not export cblas_gemm_bf16bf16f32",
+        },
+        "cpu bfloat16, logits": {
+            "impl": "vdpbf16ps of the C++ library" if own else "as cpu bfloat16",
+            "why": "avx512_bf16 without AMX, where MKL is slow" if own else "AMX, no avx512_bf16, or no C++ library",
         },
         "cuda bfloat16": {"impl": "cuBLAS, out_dtype=float32", "why": "always"},
     }
