@@ -1,14 +1,11 @@
 """The module form: same results and options as the function, under torch.compile, and on two gloo ranks."""
 
 import inspect
-import os
-import tempfile
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -136,27 +133,19 @@ WRAPPERS = {
 }
 
 
-def worker(rank, world, path):
-    torch.set_num_threads(1)
-    store = dist.FileStore(path, world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    try:
-        rows = slice(rank * B // world, (rank + 1) * B // world)
-        for label, (tied, wrap) in WRAPPERS.items():
-            want, want_grads = gradients(make(tied), *batch())
-            loss, grads = gradients(wrap(make(tied)), *(t[rows] for t in batch()))
-            dist.all_reduce(loss)
-            torch.testing.assert_close(loss / world, want, rtol=1e-5, atol=1e-6, msg=label)
-            grads = {n.removeprefix("module."): g for n, g in grads.items()}
-            for name, w in want_grads.items():
-                g = grads[name]
-                g = g.full_tensor() if hasattr(g, "full_tensor") else g
-                torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6, msg=f"{label} {name} rank {rank}")
-    finally:
-        dist.destroy_process_group()
+def worker(rank, world):
+    rows = slice(rank * B // world, (rank + 1) * B // world)
+    for label, (tied, wrap) in WRAPPERS.items():
+        want, want_grads = gradients(make(tied), *batch())
+        loss, grads = gradients(wrap(make(tied)), *(t[rows] for t in batch()))
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss / world, want, rtol=1e-5, atol=1e-6, msg=label)
+        grads = {n.removeprefix("module."): g for n, g in grads.items()}
+        for name, w in want_grads.items():
+            g = grads[name]
+            g = g.full_tensor() if hasattr(g, "full_tensor") else g
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6, msg=f"{label} {name} rank {rank}")
 
 
 def test_gradients_of_two_ranks_are_those_of_one_process():
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        mp.spawn(worker, args=(2, os.path.join(folder, "store")), nprocs=2)
+    run_ranks(worker, 2)

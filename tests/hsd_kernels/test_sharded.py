@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from hsd_kernels import fused_hsd_kl, gathered
 
@@ -63,26 +64,22 @@ def test_zero3_parameter_without_the_engine(monkeypatch):
         pass
 
 
-def two_ranks(rank, store):
+def two_ranks(rank, world):
     """Each rank has other tokens; the gradient is that of the mean over ranks."""
-    import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     torch.manual_seed(0)
     whole, h, t = torch.randn(7, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    weight = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)]))
+    weight = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (world,)), [Shard(0)]))
     with gathered(weight) as plain:
         fused_hsd_kl(h[rank], t[rank], plain).backward()
     leaf = whole.clone().requires_grad_()
     fused_hsd_kl(h.flatten(0, 1), t.flatten(0, 1), leaf).backward()
     torch.testing.assert_close(weight.grad.full_tensor(), leaf.grad)
-    dist.destroy_process_group()
 
 
-def test_the_gradient_of_a_gathered_dtensor_is_the_mean_over_ranks(tmp_path):
-    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path / "store"),), nprocs=2)
+def test_the_gradient_of_a_gathered_dtensor_is_the_mean_over_ranks():
+    run_ranks(two_ranks, 2)
 
 
 def test_dtensor_is_gathered_and_its_gradient_goes_back(tmp_path):

@@ -1,13 +1,9 @@
 """Vocabulary-parallel: real gloo ranks against one process, uneven and empty shards, and the merge by itself."""
 
-import os
-import tempfile
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
 from hsd_kernels import fused_hsd_kl
 from hsd_kernels.divergence import RowSpec
@@ -79,49 +75,41 @@ def same(got, want, close, label):
     torch.testing.assert_close(got, want, rtol=close, atol=close, msg=lambda m: f"{label}: {m}")
 
 
-def worker(rank, world, path):
-    torch.set_num_threads(1)
-    store = dist.FileStore(path, world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    try:
-        for dtype, close in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
-            for name, case in CASES.items():
-                whole, case = inputs(dtype), dict(case)
-                if case.pop("silent_part", False):  # holds some of the targets: their log-probs are -inf, not NaN
-                    whole["bias"][: SIZES[world][0]] = -torch.inf
-                want, want_grads = call(whole, **case)
-                assert name.startswith("part") == (want.student_logps == -torch.inf).any()
-                part, rows = shard(whole, rank, world)
-                got, got_grads = call(part, **case, group=dist.group.WORLD)
-                label = f"{name} {dtype} rank {rank}"
-                for field, a, b in zip(got._fields, got, want, strict=True):
-                    assert (a is None) == (b is None), f"{label} {field}"
-                    if a is not None:
-                        same(a, b, close, f"{label} {field}")
-                want_grads = [want_grads[0], want_grads[1][rows], want_grads[2][rows]]
-                for a, b in zip(got_grads, want_grads, strict=True):
-                    same(a, b, close, f"{label} gradient")
-                everywhere = [torch.empty_like(got_grads[0]) for _ in range(world)]
-                dist.all_gather(everywhere, got_grads[0])
-                assert all(torch.equal(e, got_grads[0]) for e in everywhere), label
-        mistakes = {
-            "^token_weights: expected equal": (T - rank, D, V),
-            "^lm_head_weight: expected equal": (T, D - rank, V),
-            "^lm_head_weight: expected rows on every rank": (T, D, rank),
-        }
-        for message, (tokens, dim, vocab) in mistakes.items():
-            h, weight = torch.ones(tokens, dim), torch.ones(vocab, dim)
-            with pytest.raises(ValueError, match=message):
-                fused_hsd_kl(h, h, weight, process_group=dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+def worker(rank, world):
+    for dtype, close in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        for name, case in CASES.items():
+            whole, case = inputs(dtype), dict(case)
+            if case.pop("silent_part", False):  # holds some of the targets: their log-probs are -inf, not NaN
+                whole["bias"][: SIZES[world][0]] = -torch.inf
+            want, want_grads = call(whole, **case)
+            assert name.startswith("part") == (want.student_logps == -torch.inf).any()
+            part, rows = shard(whole, rank, world)
+            got, got_grads = call(part, **case, group=dist.group.WORLD)
+            label = f"{name} {dtype} rank {rank}"
+            for field, a, b in zip(got._fields, got, want, strict=True):
+                assert (a is None) == (b is None), f"{label} {field}"
+                if a is not None:
+                    same(a, b, close, f"{label} {field}")
+            want_grads = [want_grads[0], want_grads[1][rows], want_grads[2][rows]]
+            for a, b in zip(got_grads, want_grads, strict=True):
+                same(a, b, close, f"{label} gradient")
+            everywhere = [torch.empty_like(got_grads[0]) for _ in range(world)]
+            dist.all_gather(everywhere, got_grads[0])
+            assert all(torch.equal(e, got_grads[0]) for e in everywhere), label
+    mistakes = {
+        "^token_weights: expected equal": (T - rank, D, V),
+        "^lm_head_weight: expected equal": (T, D - rank, V),
+        "^lm_head_weight: expected rows on every rank": (T, D, rank),
+    }
+    for message, (tokens, dim, vocab) in mistakes.items():
+        h, weight = torch.ones(tokens, dim), torch.ones(vocab, dim)
+        with pytest.raises(ValueError, match=message):
+            fused_hsd_kl(h, h, weight, process_group=dist.group.WORLD)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_agree_with_one_process(world):
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        mp.spawn(worker, args=(world, os.path.join(folder, "store")), nprocs=world)
+    run_ranks(worker, world)
 
 
 def parts_of(x_s, x_t, spec, sizes):

@@ -1,12 +1,8 @@
 """Two gloo ranks, each with half of the rollouts: the adapters' gradients are those of one process."""
 
-import os
-import tempfile
-from datetime import timedelta
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -66,28 +62,20 @@ def gradients(model, teacher, lists):
     return loss.detach(), {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
 
 
-def worker(rank, world, path):
-    torch.set_num_threads(1)
-    store = dist.FileStore(path, world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    try:
-        mine = [part[2 * rank : 2 * rank + 2] for part in batch()]
-        for label, (tied, wrap, wrap_teacher) in CASES.items():
-            teacher = make(tied, seed=1) if wrap_teacher else None
-            want, want_grads = gradients(make(tied), teacher, batch())
-            teacher = wrap_teacher(make(tied, seed=1)) if wrap_teacher else None
-            loss, grads = gradients(wrap(make(tied)), teacher, mine)
-            dist.all_reduce(loss)
-            torch.testing.assert_close(loss / world, want, rtol=1e-4, atol=1e-6, msg=label)
-            assert grads.keys() == want_grads.keys()
-            for name, g in grads.items():
-                g = g.full_tensor() if hasattr(g, "full_tensor") else g
-                torch.testing.assert_close(g, want_grads[name], rtol=1e-3, atol=1e-5, msg=f"{label} {name} rank {rank}")
-    finally:
-        dist.destroy_process_group()
+def worker(rank, world):
+    mine = [part[2 * rank : 2 * rank + 2] for part in batch()]
+    for label, (tied, wrap, wrap_teacher) in CASES.items():
+        teacher = make(tied, seed=1) if wrap_teacher else None
+        want, want_grads = gradients(make(tied), teacher, batch())
+        teacher = wrap_teacher(make(tied, seed=1)) if wrap_teacher else None
+        loss, grads = gradients(wrap(make(tied)), teacher, mine)
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss / world, want, rtol=1e-4, atol=1e-6, msg=label)
+        assert grads.keys() == want_grads.keys()
+        for name, g in grads.items():
+            g = g.full_tensor() if hasattr(g, "full_tensor") else g
+            torch.testing.assert_close(g, want_grads[name], rtol=1e-3, atol=1e-5, msg=f"{label} {name} rank {rank}")
 
 
 def test_gradients_of_two_ranks_are_those_of_one_process():
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        mp.spawn(worker, args=(2, os.path.join(folder, "store")), nprocs=2)
+    run_ranks(worker, 2)

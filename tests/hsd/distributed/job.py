@@ -1,6 +1,6 @@
 """One rank of a two-rank job on gloo: trains with DDP and differentiates under raw FSDP2, and saves what it saw.
 
-RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python job.py FOLDER
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 PYTHONPATH=.:tests python job.py FOLDER
 """
 
 import signal
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from ranks import leave
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
@@ -183,3 +184,4 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     main()
     torch.distributed.destroy_process_group()
+    leave()

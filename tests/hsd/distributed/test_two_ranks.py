@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = str(PATH.parents[3])
+    env["PYTHONPATH"] = f"{PATH.parents[3]}{os.pathsep}{PATH.parents[2]}"
     ranks = []
     for rank in ("0", "1"):
         with (folder / f"log{rank}").open("w") as log:
