@@ -310,7 +310,9 @@ def _empty_result(p: Problem, wanted: Wanted, one_chunk: bool) -> Result:
 def _chunk_rows(p: Problem, sides: int, rows: int) -> int:
     vocab = p.head.weight.shape[0] if p.shards is None else p.shards.largest  # ranks must take the same chunks
     budget = p.chunk_bytes or CHUNK_BYTES.get(p.student_hidden.device.type, DEFAULT_CHUNK_BYTES)
-    return min(rows, max(1, budget // (sides * vocab * p.logits_dtype.itemsize)))
+    most = max(1, budget // (sides * vocab * p.logits_dtype.itemsize))
+    chunks = max(1, -(-rows // most))
+    return -(-rows // chunks)  # of one size: a small last one would waste its GEMMs
 
 
 def _stacked(stats: RowStats) -> Tensor:

@@ -5,8 +5,9 @@ output of bf16 operands to bf16: a relative L1 error in dH of 1.9e-2 against fp6
 columns of benchmarks/bench_kernel.py). MKL, which torch's x86 wheels carry and export, has the product we want: bf16
 operands, fp32 accumulation and output, on AMX where the processor has it. One core of a Xeon with AMX, (512, 512) x
 (32,768, 512): 370 GFLOP/s for the logits, 670 for dH and 790 for dW; fp32 operands 150 each; torch's bf16 product 1,000
-and 750, but 300 for dW, which it cannot accumulate. Without AMX the logits have a product of our own
-(csrc/cpu/avx512_bf16.cpp). Other CPU builds, and fp16, upcast the operands, UPCAST_ROWS of the vocabulary at a time.
+and 750, but 300 for dW, which it cannot accumulate. Without AMX the logits and dW have products of our
+own (csrc/cpu/avx512_bf16.cpp). Other CPU builds, and fp16, upcast the operands, UPCAST_ROWS of the vocabulary at a
+time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     elif hidden.is_cuda:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     elif vdpbf16ps_takes(hidden, weight, out):
-        _vdpbf16ps_gemm(hidden, weight, out)
+        _own_product("hsd_cpu_project_out", hidden, weight, out, weight.shape)
     elif mkl_takes(hidden, weight, out):
         _mkl_gemm(hidden, weight, out, trans_b=True)
     else:
@@ -64,6 +65,8 @@ def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) ->
             torch.mm(dz.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
         else:
             torch.addmm(grad_weight, dz.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
+    elif vdpbf16ps_takes(dz, hidden, grad_weight):
+        _own_product("hsd_cpu_accumulate", dz, hidden, grad_weight, grad_weight.shape, adds=not first)
     elif mkl_takes(dz, hidden, grad_weight):
         _mkl_gemm(dz, hidden, grad_weight, trans_a=True, beta=0.0 if first else 1.0)
     else:
@@ -98,9 +101,9 @@ def mkl_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
 
 
 def vdpbf16ps_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    """Whether our own product computes a @ b.T: where MKL's is slow and the processor has the instruction. It takes
-    operands and sums below 2**-126 in magnitude as 0, as torch's bf16 product does there."""
-    return _bf16_into_fp32(a, b, out) and _no_amx() and _vdpbf16ps_routine() is not None
+    """Whether our own products compute a @ b.T and a.T @ b: where MKL's are slow and the processor has the
+    instruction. They take operands and sums below 2**-126 in magnitude as 0, as torch's bf16 product does there."""
+    return _bf16_into_fp32(a, b, out) and _no_amx() and _own_library() is not None
 
 
 def _bf16_into_fp32(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -141,24 +144,25 @@ def _mkl_routine():
 class _Product(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "w", "out")),
-        *((name, ctypes.c_int64) for name in ("a_stride", "w_stride", "out_stride", "rows", "vocab", "dim")),
+        *((name, ctypes.c_int64) for name in ("a_stride", "w_stride", "out_stride", "rows", "vocab", "dim", "adds")),
     )
 
 
-def _vdpbf16ps_gemm(a: Tensor, w: Tensor, out: Tensor) -> None:
-    routine = _vdpbf16ps_routine()
-    assert routine is not None and out.shape == (a.shape[0], w.shape[0]) and a.shape[1] == w.shape[1]
+def _own_product(name: str, a: Tensor, w: Tensor, out: Tensor, head: torch.Size, adds: bool = False) -> None:
+    library = _own_library()
+    assert library is not None
     pointers, strides = [t.data_ptr() for t in (a, w, out)], [t.stride(0) for t in (a, w, out)]
-    status = routine(torch.get_num_threads(), ctypes.byref(_Product(*pointers, *strides, *out.shape, a.shape[1])))
+    product = _Product(*pointers, *strides, a.shape[0], *head, adds)
+    status = getattr(library, name)(torch.get_num_threads(), ctypes.byref(product))
     assert status == 0  # the routine is there where the machine runs it
 
 
 @cache
-def _vdpbf16ps_routine():
-    """``hsd_cpu_product`` of the C++ library, None where that is not built, is broken (`hsd_kernels.rows` warns of it)
-    or finds no avx512_bf16."""
+def _own_library() -> ctypes.CDLL | None:
+    """The C++ library, None where it is not built, is broken (`hsd_kernels.rows` warns of it) or finds no
+    avx512_bf16."""
     try:
         library = cpp.library()
     except (ValueError, RuntimeError):
         return None
-    return library.hsd_cpu_product if library.hsd_cpu_has_product() else None
+    return library if library.hsd_cpu_has_products() else None

@@ -277,5 +277,7 @@ def _times_upstream(g: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """g (R, ...) times a scalar or (R,) in the precision of ``grad``, rounded once: an upstream gradient rounded to
     bf16 would be off by up to 0.2 % in every entry alike."""
     # Also by 1: the saved tensor itself would become a leaf's .grad, and the next accumulation would change it.
+    if grad.dim() == 0 and g.dtype == dtype and not g.is_cuda:
+        return g * grad  # a CPU takes a scalar in fp32: 0.05 s for dW at D = 512, V = 151,936 in bf16, 0.26 s as below
     grad = grad.reshape(-1, *(1,) * (g.dim() - 1))
     return torch.mul(g, grad, out=torch.empty_like(g, dtype=dtype))

@@ -1,10 +1,12 @@
-// out = a w^T of bf16 into fp32 by vdpbf16ps, for processors that have it and no AMX: MKL's product of these types runs
-// at its fp32 speed there.
+// Products of bf16 into fp32 by vdpbf16ps, for processors that have it and no AMX: MKL's run at its fp32 speed there.
 //
-// A thread takes a block of V, packs it so that 32 columns of out read two vectors per pair of k, and passes all rows of
-// a over it. An element is summed in fp32 in ascending order of k, each block of k from 0, whatever the position and the
-// threads. Blocks of k are 256 long for accuracy: relative error of the logits 1.14e-7 (rms, D = 512; 1.64e-7 in one
-// block of 512, MKL 0.94e-7), for 3 % of the time.
+// Logits a w^T: a thread takes a block of V, packs it so that 32 columns of out read two vectors per pair of k, and
+// passes all rows of a over it. dW += a^T w: a thread takes a block of V again, which are rows of out here, and packs
+// pairs of rows of both sides.
+//
+// An element is summed in fp32 in ascending order of k, each block of k from 0, whatever the position and the threads.
+// Blocks of k are 256 long for accuracy: relative error of the logits 1.14e-7 (rms, D = 512; 1.64e-7 in one block of
+// 512, MKL 0.94e-7), for 3 % of the time.
 // vdpbf16ps takes operands, products and sums below 2^-126 in magnitude as 0, whatever MXCSR says.
 #ifdef __x86_64__
 #if !defined(__AVX512BW__) || !defined(__AVX512BF16__)
@@ -26,10 +28,8 @@ constexpr int COLUMNS = 32;  // of out: two vectors
 constexpr int TILES = 4;     // a block of V: 128 rows of w
 constexpr int PAIRS = 128;   // of k: a block of w is 64 KiB, in L2; ROWS rows of a are 6 KiB, in L1
 
-struct Scratch {
-    uint32_t w[TILES][PAIRS][COLUMNS];
-    uint32_t a[ROWS][PAIRS];  // copied: rows 4 KiB apart (D = 2,048) fall into one set of L1
-};
+// A pair of bf16, neighbours in k, is one uint32_t.
+typedef uint32_t Panel[PAIRS][COLUMNS];
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -62,7 +62,7 @@ inline void transpose(__m512i r[16], uint32_t* to) {
 }
 
 // `rows` rows of w from (v, k) on, `depth` numbers of each; 0 past either end, up to whole tiles and 16 pairs.
-void pack(const hsd_product& p, int64_t v, int64_t k, int64_t rows, int64_t depth, Scratch& s) {
+void pack_rows(const hsd_product& p, int64_t v, int64_t k, int64_t rows, int64_t depth, Panel* to) {
     const uint16_t* from = (const uint16_t*)p.w + v * p.w_stride + k;
     for (int64_t i = 0; i < rows; i += 16) {
         for (int64_t j = 0; j < depth; j += 32) {
@@ -71,26 +71,39 @@ void pack(const hsd_product& p, int64_t v, int64_t k, int64_t rows, int64_t dept
                 const __mmask32 mask = i + l < rows ? first(depth - j) : 0u;
                 r[l] = _mm512_maskz_loadu_epi16(mask, from + (i + l) * p.w_stride + j);
             }
-            transpose(r, &s.w[i / COLUMNS][j / 2][i % COLUMNS]);
+            transpose(r, &to[i / COLUMNS][j / 2][i % COLUMNS]);
         }
     }
 }
 
-// N rows of out and `columns` of COLUMNS columns, written, or added to what is there.
-template <int N>
-void tile(const Scratch& s, int t, int64_t pairs, float* out, int64_t stride, int64_t columns, bool adds) {
+// 32 pairs of a row and the next, 0 where the mask is and where `both` says there is no next.
+inline void pair(const uint16_t* row, int64_t stride, bool both, __mmask32 mask, uint32_t* to) {
+    const __m512i even = _mm512_maskz_loadu_epi16(mask, row);
+    const __m512i odd = _mm512_maskz_loadu_epi16(both ? mask : 0u, row + stride);
+    const __m256i halves[2][2] = {{_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)},
+                                  {_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)}};
+    for (int i = 0; i < 2; i++) {
+        const __m512i low = _mm512_cvtepu16_epi32(halves[i][0]), high = _mm512_cvtepu16_epi32(halves[i][1]);
+        _mm512_storeu_si512(to + 16 * i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+// N rows of out and `columns` of COLUMNS columns, written, or added to what is there. Row i of a has its pair k at
+// a[i * ROW_STEP + k * PAIR_STEP].
+template <int ROW_STEP, int PAIR_STEP, int N>
+void tile(const uint32_t* a, const Panel& w, int64_t pairs, float* out, int64_t stride, int64_t columns, bool adds) {
     const __mmask32 mask = first(columns);
     const __mmask16 low = (__mmask16)mask, high = (__mmask16)(mask >> 16);
     __m512 sum[N][2];
 #pragma GCC unroll 12
     for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < pairs; k++) {
-        const __m512bh w0 = (__m512bh)_mm512_load_si512(s.w[t][k]), w1 = (__m512bh)_mm512_load_si512(s.w[t][k] + 16);
+        const __m512bh w0 = (__m512bh)_mm512_load_si512(w[k]), w1 = (__m512bh)_mm512_load_si512(w[k] + 16);
 #pragma GCC unroll 12
         for (int i = 0; i < N; i++) {
-            const __m512bh a = (__m512bh)_mm512_set1_epi32((int)s.a[i][k]);
-            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], a, w0);
-            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], a, w1);
+            const __m512bh ai = (__m512bh)_mm512_set1_epi32((int)a[i * ROW_STEP + k * PAIR_STEP]);
+            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], ai, w0);
+            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], ai, w1);
         }
     }
 #pragma GCC unroll 12
@@ -110,32 +123,83 @@ void tile(const Scratch& s, int t, int64_t pairs, float* out, int64_t stride, in
     }
 }
 
-typedef void (*Tile)(const Scratch&, int, int64_t, float*, int64_t, int64_t, bool);
-const Tile TILE[ROWS + 1] = {nullptr,  tile<1>, tile<2>, tile<3>,  tile<4>,  tile<5>, tile<6>,
-                             tile<7>,  tile<8>, tile<9>, tile<10>, tile<11>, tile<12>};
+typedef void (*Tile)(const uint32_t*, const Panel&, int64_t, float*, int64_t, int64_t, bool);
+
+// The tile of `rows` rows.
+template <int ROW_STEP, int PAIR_STEP, int N = ROWS>
+inline Tile tile_of(int64_t rows) {
+    if constexpr (N == 1) {
+        return tile<ROW_STEP, PAIR_STEP, 1>;
+    } else {
+        return rows == N ? tile<ROW_STEP, PAIR_STEP, N> : tile_of<ROW_STEP, PAIR_STEP, N - 1>(rows);
+    }
+}
 
 }  // namespace
 
-const int64_t hsd_product_block = TILES * COLUMNS;
+const int64_t hsd_project_out_block = TILES * COLUMNS;
 
-void hsd_product_of_block(const hsd_product& p, int64_t block) {
-    alignas(64) Scratch s;
-    const int64_t v = block * hsd_product_block, columns = at_most(hsd_product_block, p.vocab - v);
+void hsd_project_out_block_of(const hsd_product& p, int64_t block) {
+    alignas(64) Panel w[TILES];
+    uint32_t a[ROWS * PAIRS];  // copied: rows 4 KiB apart (D = 2,048) fall into one set of L1
+    const int64_t v = block * hsd_project_out_block, columns = at_most(hsd_project_out_block, p.vocab - v);
     int64_t k = 0;
     do {  // once at least: an empty sum is 0
         const int64_t depth = at_most(2 * PAIRS, p.dim - k), pairs = (depth + 1) / 2;
-        pack(p, v, k, columns, depth, s);
+        pack_rows(p, v, k, columns, depth, w);
         for (int64_t row = 0; row < p.rows; row += ROWS) {
             const int64_t rows = at_most(ROWS, p.rows - row);
             for (int64_t i = 0; i < rows; i++) {
-                if (depth > 0) s.a[i][pairs - 1] = 0;  // for the half of it that an odd depth leaves
-                memcpy(s.a[i], (const uint16_t*)p.a + (row + i) * p.a_stride + k, (size_t)depth * 2);
+                if (depth > 0) a[i * PAIRS + pairs - 1] = 0;  // for the half of it that an odd depth leaves
+                memcpy(a + i * PAIRS, (const uint16_t*)p.a + (row + i) * p.a_stride + k, (size_t)depth * 2);
             }
+            const Tile tile = tile_of<PAIRS, 1>(rows);
             float* out = p.out + row * p.out_stride + v;
             for (int t = 0; t * COLUMNS < columns; t++)
-                TILE[rows](s, t, pairs, out + t * COLUMNS, p.out_stride, columns - t * COLUMNS, k > 0);
+                tile(a, w[t], pairs, out + t * COLUMNS, p.out_stride, columns - t * COLUMNS, k > 0);
         }
         k += 2 * PAIRS;
     } while (k < p.dim);
+}
+
+constexpr int64_t BANDS = 32;  // of ROWS rows of out: what a thread packs of a is 192 KiB, beside 64 KiB of w in L2
+constexpr int64_t BAND = PAIRS * ROWS + 4;  // 16 numbers are stored where 12 count
+
+const int64_t hsd_accumulate_block = BANDS * ROWS;
+
+void hsd_accumulate_block_of(const hsd_product& p, int64_t block) {
+    alignas(64) Panel w[TILES];
+    alignas(64) uint32_t line[BANDS * ROWS + 16];
+    uint32_t a[BANDS * BAND];  // band, pair, row
+    const int64_t v = block * hsd_accumulate_block, rows = at_most(hsd_accumulate_block, p.vocab - v);
+    int64_t k = 0;
+    do {
+        const int64_t depth = at_most(2 * PAIRS, p.rows - k), pairs = (depth + 1) / 2;
+        for (int64_t j = 0; j < pairs; j++) {
+            const uint16_t* row = (const uint16_t*)p.a + (k + 2 * j) * p.a_stride + v;
+            const bool both = 2 * j + 1 < depth;
+            for (int64_t i = 0; i < rows; i += 32) pair(row + i, p.a_stride, both, first(rows - i), line + i);
+            for (int64_t i = 0; i * ROWS < rows; i++)
+                _mm512_storeu_si512(a + i * BAND + j * ROWS, _mm512_loadu_si512(line + i * ROWS));
+        }
+        for (int64_t d = 0; d < p.dim; d += TILES * COLUMNS) {
+            const int64_t columns = at_most(TILES * COLUMNS, p.dim - d);
+            for (int64_t j = 0; j < pairs; j++) {
+                const uint16_t* row = (const uint16_t*)p.w + (k + 2 * j) * p.w_stride + d;
+                const bool both = 2 * j + 1 < depth;
+                for (int t = 0; t * COLUMNS < columns; t++)
+                    pair(row + t * COLUMNS, p.w_stride, both, first(columns - t * COLUMNS), w[t][j]);
+            }
+            for (int64_t i = 0; i * ROWS < rows; i++) {
+                const Tile tile = tile_of<1, ROWS>(at_most(ROWS, rows - i * ROWS));
+                float* out = p.out + (v + i * ROWS) * p.out_stride + d;
+                for (int t = 0; t * COLUMNS < columns; t++) {
+                    const bool adds = k > 0 || p.adds;
+                    tile(a + i * BAND, w[t], pairs, out + t * COLUMNS, p.out_stride, columns - t * COLUMNS, adds);
+                }
+            }
+        }
+        k += 2 * PAIRS;
+    } while (k < p.rows);
 }
 #endif

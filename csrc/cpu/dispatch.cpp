@@ -11,8 +11,8 @@ static const Variant* runnable(int variant) {
     return &hsd_baseline;
 }
 
-// Rows, or blocks of columns, one at a time to whichever thread is free: the machine may have other work. A result does
-// not depend on which thread makes it.
+// Rows, or blocks of the vocabulary, one at a time to whichever thread is free: the machine may have other work. A
+// result does not depend on which thread makes it.
 template <class Row>
 static void for_rows(int64_t rows, int threads, const Row& row) {
     if (threads > rows) threads = (int)rows;
@@ -48,7 +48,7 @@ HSD_EXPORT int hsd_cpu_gradient(int variant, int threads, const hsd_rows* rows, 
     return 0;
 }
 
-HSD_EXPORT int hsd_cpu_has_product(void) {
+HSD_EXPORT int hsd_cpu_has_products(void) {
 #ifdef __x86_64__
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
 #else
@@ -56,11 +56,20 @@ HSD_EXPORT int hsd_cpu_has_product(void) {
 #endif
 }
 
-HSD_EXPORT int hsd_cpu_product(int threads, const hsd_product* product) {
-    if (!hsd_cpu_has_product()) return 1;
+HSD_EXPORT int hsd_cpu_project_out(int threads, const hsd_product* product) {
+    if (!hsd_cpu_has_products()) return 1;
 #ifdef __x86_64__
-    const int64_t blocks = (product->vocab + hsd_product_block - 1) / hsd_product_block;
-    for_rows(blocks, threads, [&](int64_t block) { hsd_product_of_block(*product, block); });
+    const int64_t blocks = (product->vocab + hsd_project_out_block - 1) / hsd_project_out_block;
+    for_rows(blocks, threads, [&](int64_t block) { hsd_project_out_block_of(*product, block); });
+#endif
+    return 0;
+}
+
+HSD_EXPORT int hsd_cpu_accumulate(int threads, const hsd_product* product) {
+    if (!hsd_cpu_has_products()) return 1;
+#ifdef __x86_64__
+    const int64_t blocks = (product->vocab + hsd_accumulate_block - 1) / hsd_accumulate_block;
+    for_rows(blocks, threads, [&](int64_t block) { hsd_accumulate_block_of(*product, block); });
 #endif
     return 0;
 }

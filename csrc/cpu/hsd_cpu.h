@@ -1,10 +1,11 @@
 // The C interface of the CPU row backend: plain data, so that one library works beside every torch version. It is
-// loaded by hsd_kernels/rows/cpp.py, which mirrors these structs (hsd_kernels/gemm.py the product's): change HSD_CPU_ABI here and there with them.
+// loaded by hsd_kernels/rows/cpp.py, which mirrors these structs (hsd_kernels/gemm.py the products'): change HSD_CPU_ABI
+// here and there with them.
 #pragma once
 
 #include <stdint.h>
 
-#define HSD_CPU_ABI 3
+#define HSD_CPU_ABI 4
 
 extern "C" {
 
@@ -52,8 +53,9 @@ struct hsd_gradient {
     int32_t out_is_bf16;
 };
 
-// out (rows, vocab) in fp32 = a (rows, dim) w (vocab, dim)^T in bf16, rows `_stride` elements apart. No two rows of out
-// have memory in common.
+// A product of bf16 in fp32, rows `_stride` elements apart. No two rows of out have memory in common.
+//   project_out: out (rows, vocab) = a (rows, dim) w (vocab, dim)^T
+//   accumulate:  out (vocab, dim) = or, with `adds`, += a (rows, vocab)^T w (rows, dim)
 struct hsd_product {
     const void* a;
     const void* w;
@@ -64,6 +66,7 @@ struct hsd_product {
     int64_t rows;
     int64_t vocab;
     int64_t dim;
+    int64_t adds;
 };
 
 int hsd_cpu_abi(void);
@@ -72,9 +75,10 @@ int hsd_cpu_best(void);
 // 0, or 1 where the machine does not run the variant.
 int hsd_cpu_statistics(int variant, int threads, const hsd_rows* rows, const hsd_statistics* statistics);
 int hsd_cpu_gradient(int variant, int threads, const hsd_rows* rows, const hsd_gradient* gradient);
-// Whether the machine runs hsd_cpu_product (AVX-512 with BF16). The product returns 1 where it does not.
-int hsd_cpu_has_product(void);
-int hsd_cpu_product(int threads, const hsd_product* product);
+// Whether the machine runs the products (AVX-512 with BF16). They return 1 where it does not.
+int hsd_cpu_has_products(void);
+int hsd_cpu_project_out(int threads, const hsd_product* product);
+int hsd_cpu_accumulate(int threads, const hsd_product* product);
 // For tests: function 0 exp, 1 expm1, 2 log1p, 3 tanh of n numbers.
 int hsd_cpu_elementary(int variant, int function, const float* x, float* out, int64_t n);
 }

@@ -1,4 +1,4 @@
-// The row passes of each instruction set and the product, for dispatch.cpp.
+// The row passes of each instruction set and the products, for dispatch.cpp.
 #pragma once
 
 #include "hsd_cpu.h"
@@ -13,5 +13,8 @@ extern const Variant hsd_baseline;
 extern const Variant hsd_avx2;
 extern const Variant hsd_avx512;
 
-extern const int64_t hsd_product_block;  // columns of out
-void hsd_product_of_block(const hsd_product& product, int64_t block);
+// Rows of the vocabulary in a block, and its part of the product.
+extern const int64_t hsd_project_out_block;
+void hsd_project_out_block_of(const hsd_product& product, int64_t block);
+extern const int64_t hsd_accumulate_block;
+void hsd_accumulate_block_of(const hsd_product& product, int64_t block);

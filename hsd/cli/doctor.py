@@ -136,7 +136,7 @@ def matrix_products() -> Facts:
             if mkl
             else "torch's CPU library does not export cblas_gemm_bf16bf16f32",
         },
-        "cpu bfloat16, logits": {
+        "cpu bfloat16, logits and head gradient": {
             "impl": "vdpbf16ps of the C++ library" if own else "as cpu bfloat16",
             "why": "avx512_bf16 without AMX, where MKL is slow" if own else "AMX, no avx512_bf16, or no C++ library",
         },

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hsd_kernels.divergence import DIVERGENCES, RowSpec, RowStats
 
-ABI = 3  # HSD_CPU_ABI in csrc/cpu/hsd_cpu.h
+ABI = 4  # HSD_CPU_ABI in csrc/cpu/hsd_cpu.h
 FOLDER = Path(__file__).parents[1]
 BUILD = "python setup.py build_ext --inplace"
 VARIANTS = ("baseline", "avx2", "avx512")

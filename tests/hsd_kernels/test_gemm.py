@@ -17,7 +17,7 @@ def route(request, monkeypatch):
     if request.param == "vdpbf16ps":
         vdpbf16ps()
     else:
-        monkeypatch.setattr(gemm, "_vdpbf16ps_routine", lambda: None)
+        monkeypatch.setattr(gemm, "_own_library", lambda: None)
     if request.param == "upcast":
         monkeypatch.setattr(gemm, "_mkl_routine", lambda: None)
         monkeypatch.setattr(gemm, "UPCAST_ROWS", 50)
@@ -27,9 +27,17 @@ def route(request, monkeypatch):
 
 
 def vdpbf16ps():
-    if gemm._vdpbf16ps_routine() is None:
+    """(hidden, weight, out) -> out = hidden @ weight.T, (dz, hidden, out, adds) -> out = or += dz.T @ hidden."""
+    if gemm._own_library() is None:
         pytest.skip("the C++ library is not built, or finds no avx512_bf16 on this CPU")
-    return gemm._vdpbf16ps_gemm
+
+    def project_out(hidden, weight, out):
+        gemm._own_product("hsd_cpu_project_out", hidden, weight, out, weight.shape)
+
+    def accumulate(dz, hidden, out, adds=False):
+        gemm._own_product("hsd_cpu_accumulate", dz, hidden, out, out.shape, adds)
+
+    return project_out, accumulate
 
 
 def draw(*shape, dtype=BF16):
@@ -66,8 +74,8 @@ def test_products_accumulate_wide(route, dtype, n, vocab, dim):
 @pytest.mark.parametrize("dim", [0, 1, 2, 7, 33, 512, 1057])  # a block of k is 256
 @pytest.mark.parametrize("vocab", [1, 31, 33, 1000])
 @pytest.mark.parametrize("n", [1, 13, 30])
-def test_vdpbf16ps(n, vocab, dim, monkeypatch):
-    product = vdpbf16ps()
+def test_logits_by_vdpbf16ps(n, vocab, dim, monkeypatch):
+    product, _ = vdpbf16ps()
     if vocab == 1000:
         assert gemm.vdpbf16ps_takes(draw(n, dim), draw(vocab, dim), torch.empty(n, vocab)) == gemm._no_amx()
     hidden, weight = draw(n, dim + 3)[:, 3:], draw(vocab, dim + 5)[:, 5:]  # rows apart, at odd addresses
@@ -88,18 +96,45 @@ def test_vdpbf16ps(n, vocab, dim, monkeypatch):
     assert torch.equal(alone[0, 0], out[-1, -1]), "the order of a sum depends on where it stands"
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 33, 256, 515])  # a block of the sum is 256 rows
+@pytest.mark.parametrize("vocab", [1, 13, 384, 800])  # a block of V is 384 rows of dW, twelve at a time
+@pytest.mark.parametrize("dim", [1, 33, 260])
+def test_head_gradient_by_vdpbf16ps(n, vocab, dim, monkeypatch):
+    _, accumulate = vdpbf16ps()
+    dz, hidden = draw(n, 2 * vocab + 3)[:, 3 : 3 + vocab], draw(n, dim + 5)[:, 5:]  # rows apart, at odd addresses
+    if vocab == 800:
+        assert gemm.vdpbf16ps_takes(dz, hidden, torch.empty(vocab, dim)) == gemm._no_amx()
+    memory = torch.full((vocab, dim + 7), float("nan"))
+    out = memory[:, 4 : 4 + dim]
+    accumulate(dz, hidden, out)
+    exact = dz.double().T @ hidden.double()
+    scale = max(exact.abs().max().item(), n**0.5, 1.0)
+    assert_within_budget("dW", out, dz.float().T @ hidden.float(), exact, scale=scale)
+    assert memory[:, :4].isnan().all() and memory[:, 4 + dim :].isnan().all(), "written past the columns"
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    again = torch.full((vocab, dim), float("nan"))
+    accumulate(dz, hidden, again)
+    assert torch.equal(out, again)
+    accumulate(dz, hidden, again, adds=True)
+    assert_within_budget("dW of two chunks", again, out + dz.float().T @ hidden.float(), 2.0 * exact, scale=scale)
+    alone = torch.empty(1, 1)
+    accumulate(dz[:, -1:], hidden[:, -1:], alone)
+    assert torch.equal(alone[0, 0], out[-1, -1]), "the order of a sum depends on where it stands"
+
+
 def test_vdpbf16ps_has_room_for_many_logits():
     """Row times stride past 2**31: of the output, on pages that nothing touches but its last two rows."""
     hidden, weight = draw(70, 2), draw(40, 2)
     stride = 2**25
     out = torch.empty(69 * stride + 40).as_strided((70, 40), (stride, 1))
-    vdpbf16ps()(hidden, weight, out)
+    vdpbf16ps()[0](hidden, weight, out)
     torch.testing.assert_close(out[-2:].double(), hidden[-2:].double() @ weight.double().T, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_vdpbf16ps_spreads_what_is_not_finite_and_no_further(bad):
-    product = vdpbf16ps()
+    product, accumulate = vdpbf16ps()
     for dim in (7, 33, 600):
         for i, v, k in [(0, 0, 0), (12, 32, dim - 1), (5, 39, dim // 2)]:
             around, weight = draw(13, dim + 1), draw(40, dim + 1)
@@ -110,11 +145,21 @@ def test_vdpbf16ps_spreads_what_is_not_finite_and_no_further(bad):
             product(hidden, weight, out)
             torch.testing.assert_close(out, hidden.float() @ weight.float().T, rtol=1e-5, atol=1e-4, equal_nan=True)
 
+    for n in (7, 33, 600):
+        for i, v, d in [(0, 0, 0), (n - 1, 39, 12), (n // 2, 17, 5)]:
+            below = draw(n + 1, 53)  # a row past the last of odd n
+            below[n] = float("nan")
+            dz, hidden = below[:n, :40], below[:n, 40:]
+            dz[i, v], hidden[i, d] = bad, bad
+            out = torch.empty(40, 13)
+            accumulate(dz, hidden, out)
+            torch.testing.assert_close(out, dz.float().T @ hidden.float(), rtol=1e-5, atol=1e-4, equal_nan=True)
+
 
 def test_vdpbf16ps_loses_what_is_below_the_normal_numbers():
     """An operand below 2**-126 is 0, however large the other; a product too, even if the sum of two would be normal.
     At 2**-126 and above nothing is lost."""
-    product, smallest = vdpbf16ps(), 2.0**-126
+    (product, _), smallest = vdpbf16ps(), 2.0**-126
 
     def of(a, w):
         out = torch.full((1, 1), float("nan"))
