@@ -84,15 +84,18 @@ def gradient_view(x_student: Tensor, operand: Tensor) -> Tensor:
 def torch_leads(operand: Tensor) -> bool:
     """Whether torch's product of bf16 into bf16 is faster than MKL's into fp32. It accumulates in fp32 too, so it
     serves where the result is rounded to bf16 next: dH, and dW of a single chunk."""
-    return operand.device.type == "cpu" and operand.dtype == torch.bfloat16 and _no_amx()
+    return operand.device.type == "cpu" and operand.dtype == torch.bfloat16 and _vdpbf16ps_without_amx()
 
 
 @cache
-def _no_amx() -> bool:
+def _vdpbf16ps_without_amx() -> bool:
     """Without AMX, MKL 2024 computes bf16 products at its fp32 speed: 85 GFLOP/s on one core of an EPYC with
-    avx512_bf16 where torch's oneDNN takes 190 to 200, (256, 512) x (16,384, 512)."""
-    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return has_bf16 and not torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+    avx512_bf16 where torch's oneDNN takes 190 to 200, (256, 512) x (16,384, 512). But without that instruction too
+    oneDNN falls to 35 (ONEDNN_MAX_CPU_ISA=AVX512_CORE there), and MKL leads."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    cpu = torch.cpu
+    return cpu._is_avx512_bf16_supported() and not cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 def mkl_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -103,7 +106,7 @@ def mkl_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
 def vdpbf16ps_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """Whether our own products compute a @ b.T and a.T @ b: where MKL's are slow and the processor has the
     instruction. They take operands and sums below 2**-126 in magnitude as 0, as torch's bf16 product does there."""
-    return _bf16_into_fp32(a, b, out) and _no_amx() and _own_library() is not None
+    return _bf16_into_fp32(a, b, out) and _vdpbf16ps_without_amx() and _own_library() is not None
 
 
 def _bf16_into_fp32(a: Tensor, b: Tensor, out: Tensor) -> bool:

@@ -13,7 +13,7 @@ BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 @pytest.fixture(params=["mkl", "torch", "vdpbf16ps", "upcast"])
 def route(request, monkeypatch):
-    monkeypatch.setattr(gemm, "_no_amx", lambda: request.param in ("torch", "vdpbf16ps"))
+    monkeypatch.setattr(gemm, "_vdpbf16ps_without_amx", lambda: request.param in ("torch", "vdpbf16ps"))
     if request.param == "vdpbf16ps":
         vdpbf16ps()
     else:
@@ -77,7 +77,9 @@ def test_products_accumulate_wide(route, dtype, n, vocab, dim):
 def test_logits_by_vdpbf16ps(n, vocab, dim, monkeypatch):
     product, _ = vdpbf16ps()
     if vocab == 1000:
-        assert gemm.vdpbf16ps_takes(draw(n, dim), draw(vocab, dim), torch.empty(n, vocab)) == gemm._no_amx()
+        assert (
+            gemm.vdpbf16ps_takes(draw(n, dim), draw(vocab, dim), torch.empty(n, vocab)) == gemm._vdpbf16ps_without_amx()
+        )
     hidden, weight = draw(n, dim + 3)[:, 3:], draw(vocab, dim + 5)[:, 5:]  # rows apart, at odd addresses
     memory = torch.full((n, vocab + 7), float("nan"))
     out = memory[:, 4 : 4 + vocab]
@@ -103,7 +105,7 @@ def test_head_gradient_by_vdpbf16ps(n, vocab, dim, monkeypatch):
     _, accumulate = vdpbf16ps()
     dz, hidden = draw(n, 2 * vocab + 3)[:, 3 : 3 + vocab], draw(n, dim + 5)[:, 5:]  # rows apart, at odd addresses
     if vocab == 800:
-        assert gemm.vdpbf16ps_takes(dz, hidden, torch.empty(vocab, dim)) == gemm._no_amx()
+        assert gemm.vdpbf16ps_takes(dz, hidden, torch.empty(vocab, dim)) == gemm._vdpbf16ps_without_amx()
     memory = torch.full((vocab, dim + 7), float("nan"))
     out = memory[:, 4 : 4 + dim]
     accumulate(dz, hidden, out)
