@@ -7,6 +7,7 @@ rollout tokens and meet in `hsd.loss.method_loss`, over hidden states; logits ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad, split_tensor_dict
 
 from hsd.alarms import repeated_tail
 from hsd.body import Split, check_split, split_model
-from hsd.callbacks import RunFiles
+from hsd.callbacks import RunFiles, steps_of_a_generation
 from hsd.config import HSDConfig
 from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
 from hsd.credit import credit, credit_at_divergence, credit_mass
@@ -415,7 +418,15 @@ class HSDTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.frozen.load(Path(resume_from_checkpoint))
+        folder, period = Path(resume_from_checkpoint), steps_of_a_generation(self.args)
+        self.frozen.load(folder)
+        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        if step % period:
+            warnings.warn(
+                f"resume_from_checkpoint: one generation serves {period} steps and step {step} is not its last; its "
+                "rollouts are lost, and the run goes on with new ones, other than an uninterrupted one would",
+                stacklevel=2,
+            )
 
 
 class _AfterStep(TrainerCallback):

@@ -70,7 +70,7 @@ def train(settings: Settings, config: Any) -> int:
     from transformers.trainer_callback import ProgressCallback
     from transformers.utils import logging as transformers_logging
 
-    from hsd.callbacks import StepLine, StopOnSignal, steps_of_a_generation
+    from hsd.callbacks import StepLine, StopOnSignal
     from hsd.cli.pieces import load_model, load_rewards, load_rows, peft_config
     from hsd.trainer import HSDTrainer
 
@@ -85,12 +85,6 @@ def train(settings: Settings, config: Any) -> int:
     needed = config.generation_batch_size // config.num_generations
     if len(rows) < needed:
         raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(rows)}")
-    period = steps_of_a_generation(config)
-    if config.save_strategy == "steps" and config.save_steps % period:
-        raise ValueError(
-            f"train.save_steps: expected a multiple of {period}, the steps that one generation serves (a checkpoint "
-            f"between them could not be resumed exactly), got {config.save_steps}"
-        )
     stop = StopOnSignal()
     trainer = HSDTrainer(
         model=model,

@@ -1,6 +1,7 @@
 """HSDTrainer against the paper's equation on full logits, its privileged contexts, and exact resume."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -256,6 +257,18 @@ def test_resume_continues_exactly(teacher, tmp_path):
             torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
+def test_a_resume_that_cannot_be_exact_says_so(tmp_path):
+    """A run's last step is saved wherever it falls."""
+    options = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 2, "teacher": "live", "reference_coef": 0.0}
+    make(qwen3(), tmp_path, max_steps=3, **options).train()
+    for step, said in ((2, 0), (3, 1)):
+        trainer = make(qwen3(), tmp_path, max_steps=4, **options)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            trainer._load_from_checkpoint(str(tmp_path / f"checkpoint-{step}"))
+        assert sum(f"step {step} is not its last" in str(w.message) for w in seen) == said
+
+
 def test_checkpoint_loads_with_from_pretrained(tmp_path):
     trainer = make(qwen3(), tmp_path, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -289,6 +302,8 @@ def test_ema_teacher_moves_and_fixed_does_not(tmp_path):
         ({"teacher_ema_rate": 0.0}, "teacher_ema_rate"),
         ({"reference_coef": -1.0}, "reference_coef"),
         ({"with_peer_template": "{answer}{demonstration}"}, "answer_only_template"),
+        ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 3}, "save_steps: expected a multiple of 2"),
+        ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 0.5}, "save_steps: expected a multiple of 2"),
     ],
 )
 def test_bad_options_are_named(options, named, tmp_path):
