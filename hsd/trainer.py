@@ -34,6 +34,7 @@ from hsd.loss import LossOutput, Objective, Rollouts, Side, method_loss, read_ro
 from hsd.policies import FrozenPolicies
 from hsd.sampled import sampled_logps
 from hsd.sampler import EpochSampler
+from hsd.sharding import check_sharded
 from hsd.teaching import Lesson, make_lessons
 from hsd.tree.batch import pack_batch, pad_states, pays, shuffle_groups
 from hsd.tree.check import try_tree, warn_unshared
@@ -86,23 +87,20 @@ class HSDTrainer(GRPOTrainer):
         self.feedback_fn = feedback_fn
         policy = self.accelerator.unwrap_model(self.model)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self.is_deepspeed_enabled and getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
-            raise ValueError("deepspeed: expected ZeRO stage 0 to 2, got 3: the partitioned head is not gathered here")
-        if sharded and str(args.peer_rule).endswith("perplexity"):
-            raise ValueError(f"peer_rule: expected one without perplexity under sharding, got {args.peer_rule!r}")
-        if args.has_teacher and not sharded:  # sharded weights cannot be read here
-            check_split(policy, split_model(policy))
+        if sharded:
+            plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+            check_sharded(args, zero_stage=getattr(plugin, "zero_stage", 0), peft=hasattr(policy, "peft_config"))
+        if args.has_teacher:
+            split = split_model(policy)
+            if not sharded:  # sharded weights cannot be read here
+                check_split(policy, split)
         self.prefix_sharing = self._choose_sharing(policy) if args.has_teacher else "none"
         rule = "uniform" if self.prefix_sharing == "none" else "paired"
         self.peer_rule: Any = rule if args.peer_rule == "auto" else args.peer_rule
-        self.frozen = FrozenPolicies(policy, args, sharded=sharded, reference=self._reference_coef > 0.0)
+        self.frozen = FrozenPolicies(policy, args)
         self._redirect = _ForwardRedirection()
         self.add_callback(_AfterStep(self))
         self.add_callback(RunFiles(Path(str(args.output_dir))))
-
-    @property
-    def _reference_coef(self) -> float:
-        return self.args.reference_coef or 0.0
 
     def _choose_sharing(self, policy: Any) -> str:
         """ "tree", "prompt" or "none". Before frozen copies are made: they take the tree as the policy does."""

@@ -72,8 +72,10 @@ def train(settings: Settings, config: Any) -> int:
 
     from hsd.callbacks import StepLine, StopOnSignal
     from hsd.cli.pieces import load_model, load_rewards, load_rows, peft_config
+    from hsd.sharding import check_launch
     from hsd.trainer import HSDTrainer
 
+    check_launch(config, peft=settings.model.lora is not None)
     transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line
     out = Path(config.output_dir)
     rewards = load_rewards(settings.reward)

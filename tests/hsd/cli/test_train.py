@@ -151,6 +151,14 @@ def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
     assert error.startswith("error: ") and said in error
 
 
+def test_what_fsdp_rules_out_is_said_before_a_model_is_loaded(here, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["train", "run.yaml", "--model.path", "nowhere/at/all"]) == 2
+    assert "teacher, reference_coef, reference_refresh_steps: expected 'live'" in capsys.readouterr().err
+    assert main(["train", "run.yaml", "--model.path", "nowhere/at/all", "--teacher", "live"]) == 2
+    assert "nowhere/at/all" in capsys.readouterr().err
+
+
 def test_a_crash_in_training_keeps_its_traceback(model, here, monkeypatch):
     monkeypatch.syspath_prepend(here)
     (here / "broken_reward_of_a_test.py").write_text("def f(**kwargs): raise ValueError('reward broke')\n")
