@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, SIZES, STEP, TOKENIZER, half, qwen3
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.config import HSDConfig
@@ -15,34 +16,13 @@ from hsd.context import ContextTemplate
 from hsd.demo import small_world
 from hsd.trainer import HSDTrainer
 
-TOKENIZER = small_world.build_tokenizer()
 TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
 QUESTIONS = small_world.make_questions(6, seed=0)
-SMALL = {
-    "vocab_size": len(TOKENIZER),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "eos_token_id": TOKENIZER.eos_token_id,
-    "pad_token_id": TOKENIZER.pad_token_id,
-}
-
-
-def qwen3():
-    torch.manual_seed(1)
-    return Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True)).float()
 
 
 def llama():
     torch.manual_seed(2)
-    return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)).float()
-
-
-def half(completion_ids, **kwargs):
-    """A verifier that a random model passes about half the time: the parity of the first two tokens."""
-    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).float()
 
 
 class Recorder(HSDTrainer):
@@ -55,26 +35,10 @@ class Recorder(HSDTrainer):
 
 
 def make(model, tmp_path, cls=Recorder, peft_config=None, **kwargs):
-    settings = {
-        "output_dir": str(tmp_path),
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 9,
-        "optim": "sgd",
-        "learning_rate": 1.0,
-        "max_grad_norm": 0.0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    } | kwargs
     return cls(
         model=model,
         reward_funcs=half,
-        args=HSDConfig(**settings),
+        args=HSDConfig(str(tmp_path), **STEP | kwargs),
         train_dataset=Dataset.from_list(QUESTIONS),
         processing_class=TOKENIZER,
         context_template=TEMPLATE,
@@ -106,11 +70,6 @@ def paper_loss(student, teacher, reference, batch, coef, live_share=0.0):
         lr = log_probs(reference, batch["prompt_ids"], batch["prompt_mask"], *rollout)
     per_token = (lt.exp() * (lt - ls)).sum(-1) + coef * (ls.exp() * (ls - lr)).sum(-1)
     return ((per_token * mask).sum(-1) / mask.sum(-1)).mean()
-
-
-ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
-CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("build", [qwen3, llama])
@@ -342,7 +301,7 @@ def test_bf16_computes_the_update_in_bf16(tmp_path):
 def test_the_teacher_reads_without_dropout(tmp_path):
     """A live teacher that sees no context equals the student up to the student's own dropout: KL must not hide it."""
     torch.manual_seed(1)
-    config = Qwen3Config(**SMALL, head_dim=8, attention_dropout=0.5)
+    config = Qwen3Config(**SIZES, head_dim=8, attention_dropout=0.5)
     trainer = make(Qwen3ForCausalLM(config).float(), tmp_path, teacher="live", reference_coef=0.0)
     modes = []
     trainer.model.model.register_forward_hook(lambda m, args, out: modes.append((m.training, torch.is_grad_enabled())))
