@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def newest_model(run: Path | None) -> Path:
-    """``RUN/model``, else the checkpoint with the most steps, else RUN itself where that is a saved model."""
+    """``RUN/model``, else the last whole checkpoint, else RUN itself where that is a saved model."""
+    from hsd.callbacks import last_checkpoint
+
     if run is None:
         raise ValueError("run: expected a run folder, or --model with --data, got neither")
     if not run.is_dir():
         raise ValueError(f"run: expected a folder, got {run}")
-    checkpoints = [p.parent for p in run.glob("checkpoint-*/trainer_state.json")]
-    checkpoints.sort(key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
-    for folder in (run / "model", *checkpoints, run):
-        if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+    for folder in (run / "model", last_checkpoint(run), run):
+        if folder is not None and any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             return folder
     raise ValueError(f"run: expected a model, a checkpoint or config.json in {run}, got none; give --model")
 

@@ -70,7 +70,7 @@ def train(settings: Settings, config: Any) -> int:
     from transformers.trainer_callback import ProgressCallback
     from transformers.utils import logging as transformers_logging
 
-    from hsd.callbacks import StepLine, StopOnSignal
+    from hsd.callbacks import StepLine, StopOnSignal, last_checkpoint
     from hsd.cli.pieces import load_model, load_rewards, load_rows, peft_config
     from hsd.sharding import check_launch
     from hsd.trainer import HSDTrainer
@@ -165,12 +165,6 @@ def identity(settings: Settings, config: Any, rows: list[dict[str, Any]]) -> dic
     text = json.dumps(rows, sort_keys=True, default=str)
     found["data.questions"] = f"{len(rows)} questions, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return json.loads(json.dumps(found, default=str))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: trainer_state.json is its last file."""
-    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
 
 def say(line: str) -> None:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tiny_runs import QUIET, SMALLER, TOKENIZER, half, qwen3
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from hsd.callbacks import RunFiles, StepLine, StopOnSignal, read_metrics
+from hsd.callbacks import RunFiles, StepLine, StopOnSignal, last_checkpoint, read_metrics
 from hsd.config import HSDConfig
 from hsd.context import ContextTemplate
 from hsd.demo import small_world
@@ -243,3 +243,13 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes(tmp_path, handlers):
         assert logged[0] == logged[1], key
     for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_last_whole_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step, whole in ((2, True), (10, True), (12, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"

@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hsd.callbacks import read_metrics
 from hsd.cli.__main__ import main
 from hsd.cli.settings import read
-from hsd.cli.train import claim, last_checkpoint, make_config
+from hsd.cli.train import claim, make_config
 from hsd.demo import small_world
 
 CONFIG = """
@@ -105,16 +105,6 @@ def test_a_folder_of_something_else_is_refused(here):
     (here / "demo" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="which holds another run"):
         claim(Path("demo"), *settings(), [])
-
-
-def test_the_last_whole_checkpoint(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, whole in ((2, True), (10, True), (12, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if whole:
-            (folder / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_check_prints_the_resolved_configuration_and_leaves_nothing(here, capsys):
