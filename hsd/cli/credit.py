@@ -126,7 +126,7 @@ def _from_train(args: argparse.Namespace, model: str) -> tuple[Subject, list[dic
     sampling = Sampling(config.max_completion_length or 512, config.temperature, config.top_p, batch_size=64)
     title = f"{settings.model.path} on {settings.data.path}"
     reward = _weighted(rewards, config.reward_weights or [1.0] * len(rewards))
-    subject = Subject(title, None, tokenizer, reward, template, sampling)
+    subject = Subject(title, None, tokenizer, reward, template, sampling, config.success_reward)
     return subject, load_rows(settings.data, config.seed, chat)
 
 
