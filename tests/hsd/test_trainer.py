@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from hsd.config import HSDConfig
 from hsd.context import ContextTemplate
 from hsd.demo import small_world
+from hsd.peers import choose_peers
 from hsd.trainer import HSDTrainer
 
 TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
@@ -172,8 +173,18 @@ def test_metrics_are_logged_and_bounded(tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["paired", "shortest", "lowest_perplexity"])
-def test_peer_rules_run(rule, tmp_path):
+def test_peers_are_drawn_by_the_rule(rule, tmp_path, monkeypatch):
+    drawn = []
+
+    def recorded(group, *args, **kwargs):
+        drawn.append((group, args, choose_peers(group, *args, **kwargs)))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr("hsd.teaching.choose_peers", recorded)
     make(qwen3(), tmp_path, peer_rule=rule, reference_coef=0.0).train()
+    assert len(drawn) == 8 and {args for _, args, _ in drawn} == {(rule,)}
+    shown = [(group.rollouts, i) for group, _, peers in drawn for i in peers if i is not None]
+    assert shown and all((rollouts[i].mean_logp is not None) == (rule == "lowest_perplexity") for rollouts, i in shown)
 
 
 REFRESHED = {"reference_coef": 0.5, "reference_refresh_steps": 3, "reference_ema_rate": 0.5}
