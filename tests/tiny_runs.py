@@ -45,6 +45,14 @@ def qwen3(seed=1, **options):
     return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"head_dim": 8, "tie_word_embeddings": True} | options)).float()
 
 
+def start_adapters(model, std=0.05):
+    """LoRA's B starts at 0, where adapters on and off agree. Without LoRA nothing happens."""
+    generator = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=std, generator=generator)
+
+
 def half(completion_ids, **kwargs):
     """The parity of the first two tokens."""
     return [float(sum(ids[:2]) % 2) for ids in completion_ids]

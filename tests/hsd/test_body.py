@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny_runs import start_adapters
 from torch import nn
 
 from hsd.body import Split, check_split, hidden_states, split_model
@@ -169,9 +170,7 @@ def test_left_padding_changes_no_real_position(name):
 def test_the_body_of_a_peft_model_keeps_its_adapters():
     config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(build("qwen3"), config).eval()
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.3)
+    start_adapters(model, std=0.3)
     split = split_model(model)
     check_split(model, split)
     ids = torch.tensor([[3, 4, 5, 6]])

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, SIZES, STEP, TOKENIZER, half, qwen3
+from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, SIZES, STEP, TOKENIZER, half, qwen3, start_adapters
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.config import HSDConfig
@@ -90,11 +90,7 @@ def paper_loss(student, teacher, reference, batch, coef, live_share=0.0):
 def test_one_step_is_the_gradient_of_the_papers_equation(build, peft_config, options, tmp_path):
     """One SGD step at learning rate 1 moves every trained weight by minus the gradient of the plain computation."""
     trainer = make(build(), tmp_path, peft_config=peft_config, **options)
-    if peft_config is not None:  # LoRA's B starts at 0, where adapters on and off agree: start elsewhere
-        torch.manual_seed(3)
-        for name, p in trainer.model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.05)
+    start_adapters(trainer.model)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     (batch,) = trainer.batches

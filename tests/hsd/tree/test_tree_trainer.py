@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
-from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, STEP, TOKENIZER, half, qwen3
+from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, STEP, TOKENIZER, half, qwen3, start_adapters
 from transformers import Qwen3ForCausalLM
 
 from hsd.config import HSDConfig
@@ -64,11 +64,7 @@ def make(tmp_path, model=None, peft_config=None, **kwargs):
 def step(tmp_path, **options):
     """Trained parameters before and after, the logged row, and the trainer."""
     trainer = make(tmp_path, peer_rule="paired", **options)
-    if options.get("peft_config") is not None:  # B starts at 0, where adapters on and off agree
-        torch.manual_seed(3)
-        for name, p in trainer.model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.05)
+    start_adapters(trainer.model)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     after = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
