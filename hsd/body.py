@@ -39,6 +39,11 @@ class Split:
     def bias(self) -> Tensor | None:
         return self.head.bias
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) in fp32, of a few tokens: the loss never makes them."""
+        z = nn.functional.linear(hidden, self.weight, self.bias).float() * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
 
 def split_model(model: Any) -> Split:
     """Body and head of a transformers causal LM, or of a PEFT model around one (its adapters stay active).
@@ -99,10 +104,7 @@ def check_split(model: nn.Module, split: Split) -> None:
         ids = torch.arange(1, 7, device=split.weight.device).remainder(split.weight.shape[0]).reshape(1, -1)
         mask = torch.ones_like(ids)
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        h = hidden_states(split.body, ids, mask).to(split.weight.dtype)
-        got = nn.functional.linear(h, split.weight, split.bias).float() * split.logit_scale
-        if split.softcap is not None:
-            got = split.softcap * torch.tanh(got / split.softcap)
+        got = split.logits(hidden_states(split.body, ids, mask).to(split.weight.dtype))
     finally:
         model.train(was_training)
     if got.shape != expected.shape:
