@@ -2,7 +2,8 @@
 
 The fused loss needs ``h`` and ``W``, never ``W h``. Most heads are a plain Linear; some model families scale or cap
 the logits afterwards (Gemma 2: soft cap, Cohere: scale, Granite: division). Those are read from the config, and
-`check_split` proves on the model itself that nothing else happens between the body and the logits.
+`check_split` proves on the model itself that nothing else happens between the body and the logits. Sharded weights
+cannot be read for that proof: what `split_model` reads or refuses is then all there is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# What the models of transformers 5.23 do to their logits, by the names in their configurations.
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
+MULTIPLIED = ("hyperclovax",)  # model types whose logits_scaling is a factor
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,17 @@ class Split:
     def bias(self) -> Tensor | None:
         return self.head.bias
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) in fp32, of a few tokens: the loss never makes them."""
+        z = nn.functional.linear(hidden, self.weight, self.bias).float() * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
 
 def split_model(model: Any) -> Split:
     """Body and head of a transformers causal LM, or of a PEFT model around one (its adapters stay active).
 
-    Raises ValueError naming the model class when it has no separable body or its head is not a plain Linear.
+    Raises ValueError naming the model class when it has no separable body, its head is not a plain Linear or does not
+    make all of its logits, or other weights lie between the two.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     name = type(inner).__name__
@@ -51,10 +64,27 @@ def split_model(model: Any) -> Split:
         body = getattr(inner, "model", None)
     if not isinstance(body, nn.Module):
         raise ValueError(f"model: expected {name} to have a body (get_decoder() or .model) that returns hidden states")
-    config = inner.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    division = getattr(config, "logits_scaling", None) or 1.0
-    return Split(body, head, scale / division, getattr(config, "final_logit_softcapping", None))
+    for child_name, child in inner.named_children():
+        if child is not head and body not in child.modules() and any(True for _ in child.parameters()):
+            raise ValueError(
+                f"model: expected {name} to have no weights but its body's and its head's, got some in {child_name}, "
+                "which would be left out between hidden states and logits"
+            )
+    return Split(body, head, *_logit_form(inner.config.get_text_config(), head.out_features, name))
+
+
+def _logit_form(config: Any, vocabulary: int, name: str) -> tuple[float, float | None]:
+    """Scale and soft cap of the logits."""
+    if vocabulary != (getattr(config, "unpadded_vocab_size", None) or vocabulary):
+        raise ValueError(
+            f"model: expected {name} to return a logit for each of the head's {vocabulary} rows, got "
+            f"unpadded_vocab_size={config.unpadded_vocab_size}"
+        )
+    scale = 1.0
+    for key in (*FACTORS, *DIVISORS):
+        value = getattr(config, key, None) or 1.0
+        scale *= value if key in FACTORS or config.model_type in MULTIPLIED else 1.0 / value
+    return scale, next((cap for key in CAPS if (cap := getattr(config, key, None)) is not None), None)
 
 
 def hidden_states(body: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -74,10 +104,7 @@ def check_split(model: nn.Module, split: Split) -> None:
         ids = torch.arange(1, 7, device=split.weight.device).remainder(split.weight.shape[0]).reshape(1, -1)
         mask = torch.ones_like(ids)
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        h = hidden_states(split.body, ids, mask).to(split.weight.dtype)
-        got = nn.functional.linear(h, split.weight, split.bias).float() * split.logit_scale
-        if split.softcap is not None:
-            got = split.softcap * torch.tanh(got / split.softcap)
+        got = split.logits(hidden_states(split.body, ids, mask).to(split.weight.dtype))
     finally:
         model.train(was_training)
     if got.shape != expected.shape:

@@ -121,6 +121,12 @@ def _largest(number: int | None, args) -> int | None:
     return int(shared) or None
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: trainer_state.json is its last file."""
+    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+
+
 def read_metrics(path: Path) -> list[dict]:
     """Rows of a metrics file; a half-written last line, from a killed run, is left out."""
     if not path.exists():

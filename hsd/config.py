@@ -7,6 +7,7 @@ from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from hsd.callbacks import steps_of_a_generation
 from hsd.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
 from hsd.loss import Objective
 from hsd.methods import HSD_DEFAULTS, METHODS, Method
@@ -194,6 +195,12 @@ class HSDConfig(GRPOConfig):
             raise ValueError("reference_refresh_steps: expected None without reference_coef, which is 0")
         if not self.num_generations or self.num_generations < 2:
             raise ValueError(f"num_generations: expected at least 2 rollouts a group, got {self.num_generations}")
+        period = steps_of_a_generation(self)
+        if self.save_strategy == "steps" and period > 1 and self.save_steps % period:
+            raise ValueError(
+                f"save_steps: expected a multiple of {period}, the steps that one generation serves (its rollouts are "
+                f"not in a checkpoint, so that a run could not go on exactly from between them), got {self.save_steps}"
+            )
         if (self.with_peer_template is None) != (self.answer_only_template is None):
             raise ValueError("with_peer_template, answer_only_template: expected both or neither")
         self.context_template(DEFAULT_CHAT_TEMPLATE)

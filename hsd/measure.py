@@ -318,9 +318,7 @@ def _top(split: Split, hidden: Tensor, lse: Tensor, k: int) -> Top:
     """Of (T, D) states and the log-normalizers (T,) that the fused pass returned for them."""
     ids, probs = [], []
     for h, z in zip(hidden.split(TOP_CHUNK), lse.split(TOP_CHUNK), strict=True):
-        logits = nn.functional.linear(h, split.weight, split.bias).float() * split.logit_scale
-        if split.softcap is not None:
-            logits = split.softcap * torch.tanh(logits / split.softcap)
+        logits = split.logits(h)
         best = logits.topk(min(k, logits.shape[-1]))
         ids.append(best.indices.cpu())
         probs.append((best.values - z[:, None]).exp().clamp_max(1.0).cpu())

@@ -31,23 +31,29 @@ INITIAL, EMA, REFERENCE, AVERAGE = "initial_policy", "ema_teacher", "reference",
 Read = Callable[[Split, Sequence[str]], Sequence[Tensor]]
 
 
+def roles(args: HSDConfig) -> tuple[str | None, str | None]:
+    """Names of the frozen weights that read for the teacher and for the reference; None where there are none."""
+    kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA}
+    teacher = kinds.get(str(args.teacher)) if args.has_teacher else None
+    reference = INITIAL if args.reference_refresh_steps is None else REFERENCE
+    return teacher, reference if args.reference_coef else None
+
+
+def copies(args: HSDConfig, *, peft: bool) -> set[str]:
+    """Those of `roles` that are copies of the weights. With LoRA the initial policy is the adapters off."""
+    return {name for name in roles(args) if name is not None and not (peft and name == INITIAL)}
+
+
 class FrozenPolicies:
     """The copies that a run needs, by name in ``models``; what the student's own module serves is not copied."""
 
-    def __init__(self, policy: Any, args: HSDConfig, *, sharded: bool, reference: bool):
+    def __init__(self, policy: Any, args: HSDConfig):
         self.args = args
-        self.peft = hasattr(policy, "peft_config")
-        kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA}
-        self.teacher = kinds.get(str(args.teacher)) if args.has_teacher else None
-        refreshed = args.reference_refresh_steps is not None
-        self.reference = None if not reference else REFERENCE if refreshed else INITIAL
-        wanted = {self.teacher, self.reference} - {None}
-        _check(policy, args, wanted, sharded=sharded, peft=self.peft)
-        if self.peft:
-            wanted -= {INITIAL}
-        if self.reference == REFERENCE:
-            wanted |= {AVERAGE}
-        self.models: dict[str, nn.Module] = {str(name): frozen_copy(policy) for name in sorted(map(str, wanted))}
+        self.teacher, self.reference = roles(args)
+        peft = hasattr(policy, "peft_config")
+        _check(policy, args, peft=peft)
+        wanted = copies(args, peft=peft) | ({AVERAGE} if self.reference == REFERENCE else set())
+        self.models: dict[str, nn.Module] = {name: frozen_copy(policy) for name in sorted(wanted)}
         self._initial_is_saved = False
 
     def read(self, policy: Any, read: Read) -> tuple[Side | None, Side | None]:
@@ -130,18 +136,12 @@ def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def _check(policy: Any, args: HSDConfig, wanted: set[str | None], *, sharded: bool, peft: bool) -> None:
-    copies = wanted - {INITIAL} if peft else wanted
-    asked = f"{args.teacher!r}, {args.reference_coef} and {args.reference_refresh_steps}"
-    if copies and sharded:
-        raise ValueError(
-            "teacher, reference_coef, reference_refresh_steps: expected 'live', 0 and None (or LoRA) under FSDP and "
-            f"DeepSpeed, where a frozen copy of sharded weights is not supported, got {asked}"
-        )
-    if copies and peft:
+def _check(policy: Any, args: HSDConfig, *, peft: bool) -> None:
+    wanted = set(roles(args))
+    if peft and copies(args, peft=peft):
         raise ValueError(
             "teacher, reference_refresh_steps: expected 'live', 'fixed' or 'trust_region' (adapters off) and None with "
-            f"LoRA, got {asked}"
+            f"LoRA, got {args.teacher!r} and {args.reference_refresh_steps}"
         )
     half = next((p.dtype for p in policy.parameters() if p.dtype not in (torch.float32, torch.float64)), None)
     if wanted & {EMA, REFERENCE} and half is not None:

@@ -7,6 +7,7 @@ rollout tokens and meet in `hsd.loss.method_loss`, over hidden states; logits ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad, split_tensor_dict
 
 from hsd.alarms import repeated_tail
 from hsd.body import Split, check_split, split_model
-from hsd.callbacks import RunFiles
+from hsd.callbacks import RunFiles, steps_of_a_generation
 from hsd.config import HSDConfig
 from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
 from hsd.credit import credit, credit_at_divergence, credit_mass
@@ -31,6 +34,7 @@ from hsd.loss import LossOutput, Objective, Rollouts, Side, method_loss, read_ro
 from hsd.policies import FrozenPolicies
 from hsd.sampled import sampled_logps
 from hsd.sampler import EpochSampler
+from hsd.sharding import check_sharded
 from hsd.teaching import Lesson, make_lessons
 from hsd.tree.batch import pack_batch, pad_states, pays, shuffle_groups
 from hsd.tree.check import try_tree, warn_unshared
@@ -83,23 +87,20 @@ class HSDTrainer(GRPOTrainer):
         self.feedback_fn = feedback_fn
         policy = self.accelerator.unwrap_model(self.model)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self.is_deepspeed_enabled and getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
-            raise ValueError("deepspeed: expected ZeRO stage 0 to 2, got 3: the partitioned head is not gathered here")
-        if sharded and str(args.peer_rule).endswith("perplexity"):
-            raise ValueError(f"peer_rule: expected one without perplexity under sharding, got {args.peer_rule!r}")
-        if args.has_teacher and not sharded:  # sharded weights cannot be read here
-            check_split(policy, split_model(policy))
+        if sharded:
+            plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+            check_sharded(args, zero_stage=getattr(plugin, "zero_stage", 0), peft=hasattr(policy, "peft_config"))
+        if args.has_teacher:
+            split = split_model(policy)
+            if not sharded:  # sharded weights cannot be read here
+                check_split(policy, split)
         self.prefix_sharing = self._choose_sharing(policy) if args.has_teacher else "none"
         rule = "uniform" if self.prefix_sharing == "none" else "paired"
         self.peer_rule: Any = rule if args.peer_rule == "auto" else args.peer_rule
-        self.frozen = FrozenPolicies(policy, args, sharded=sharded, reference=self._reference_coef > 0.0)
+        self.frozen = FrozenPolicies(policy, args)
         self._redirect = _ForwardRedirection()
         self.add_callback(_AfterStep(self))
         self.add_callback(RunFiles(Path(str(args.output_dir))))
-
-    @property
-    def _reference_coef(self) -> float:
-        return self.args.reference_coef or 0.0
 
     def _choose_sharing(self, policy: Any) -> str:
         """ "tree", "prompt" or "none". Before frozen copies are made: they take the tree as the policy does."""
@@ -415,7 +416,15 @@ class HSDTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.frozen.load(Path(resume_from_checkpoint))
+        folder, period = Path(resume_from_checkpoint), steps_of_a_generation(self.args)
+        self.frozen.load(folder)
+        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        if step % period:
+            warnings.warn(
+                f"resume_from_checkpoint: one generation serves {period} steps and step {step} is not its last; its "
+                "rollouts are lost, and the run goes on with new ones, other than an uninterrupted one would",
+                stacklevel=2,
+            )
 
 
 class _AfterStep(TrainerCallback):

@@ -210,10 +210,9 @@ def fused_hsd_kl(
 def _autocast(given: dict[str, Any]) -> dict[str, Any]:
     """Under autocast a linear layer runs in the autocast dtype; so does the head here."""
     first = given["student_hidden"]
-    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
+    # The meta device has no autocast. Dynamo of torch 2.8 cannot trace torch.amp.is_autocast_available.
+    if not isinstance(first, Tensor) or (kind := first.device.type) == "meta" or not torch.is_autocast_enabled(kind):
         return given
-    if not torch.is_autocast_enabled(first.device.type):
-        return given
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     low = (torch.float32, torch.bfloat16, torch.float16)
     return {n: t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for n, t in given.items()}

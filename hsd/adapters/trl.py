@@ -7,8 +7,8 @@ TRL's ``beta`` (GKD, Distillation) and ``distillation_alpha`` (SDPO, SDFT) are t
 0 is KL(teacher || student), 1 is KL(student || teacher), between them the teacher's share of the mixture. GKD samples
 with its ``temperature`` but compares at 1, as TRL does; the other three compare at ``temperature``.
 
-Left to TRL, with a warning that names the reason: ``distillation_mode`` other than "full_logits", a teacher server,
-0 <= ``distillation_weight`` < 1 (its policy term needs logits), a teacher whose logit scale or softcap differs from the
+Left to TRL, with a warning that names the reason: ``distillation_mode`` other than "full_logits",
+0 < ``distillation_weight`` < 1 (its policy term needs logits), a teacher whose logit scale or softcap differs from the
 student's, and any call that asks for the model's outputs. A model that `hsd.body` cannot take apart is an error.
 """
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from types import ModuleType
@@ -58,17 +57,11 @@ def dispatch(words: list[str]) -> int:
 
 def overview() -> str:
     lines = ["usage: hsd COMMAND ...", ""]
-    lines += [f"  {name:<9}{load(name).HELP if exists(name) else '(missing here)'}" for name in COMMANDS]
+    lines += [f"  {name:<9}{load(name).HELP}" for name in COMMANDS]
     return "\n".join([*lines, "", "`hsd COMMAND --help` says more; --traceback shows where an error comes from."])
 
 
-def exists(name: str) -> bool:
-    return importlib.util.find_spec(f"hsd.cli.{name}") is not None
-
-
 def load(name: str) -> ModuleType:
-    if not exists(name):
-        raise ValueError(f"command: expected a module hsd.cli.{name}, which this installation lacks, got {name!r}")
     return importlib.import_module(f"hsd.cli.{name}")
 
 

@@ -62,7 +62,11 @@ def read_run(folder: Path, name: str) -> Run:
 
     rows = read_metrics(folder / "metrics.jsonl")
     if not rows:
-        raise ValueError(f"RUN: expected a folder with a metrics.jsonl that has steps, got {folder}")
+        evaluation = folder.suffix == ".json" or any((folder / f"{n}.json").exists() for n in ("results", "result"))
+        instead = ", which `hsd eval` wrote: its table is results.md" if evaluation else ""
+        raise ValueError(
+            f"RUN: expected a training run's folder, with a metrics.jsonl that has steps, got {folder}{instead}"
+        )
     settings, evaluated = {}, ""
     if (folder / "config.yaml").exists():
         settings = flat(yaml.safe_load((folder / "config.yaml").read_text()))

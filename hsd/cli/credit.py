@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def newest_model(run: Path | None) -> Path:
-    """``RUN/model``, else the checkpoint with the most steps, else RUN itself where that is a saved model."""
+    """``RUN/model``, else the last whole checkpoint, else RUN itself where that is a saved model."""
+    from hsd.callbacks import last_checkpoint
+
     if run is None:
         raise ValueError("run: expected a run folder, or --model with --data, got neither")
     if not run.is_dir():
         raise ValueError(f"run: expected a folder, got {run}")
-    checkpoints = [p.parent for p in run.glob("checkpoint-*/trainer_state.json")]
-    checkpoints.sort(key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
-    for folder in (run / "model", *checkpoints, run):
-        if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+    for folder in (run / "model", last_checkpoint(run), run):
+        if folder is not None and any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             return folder
     raise ValueError(f"run: expected a model, a checkpoint or config.json in {run}, got none; give --model")
 
@@ -126,7 +126,7 @@ def _from_train(args: argparse.Namespace, model: str) -> tuple[Subject, list[dic
     sampling = Sampling(config.max_completion_length or 512, config.temperature, config.top_p, batch_size=64)
     title = f"{settings.model.path} on {settings.data.path}"
     reward = _weighted(rewards, config.reward_weights or [1.0] * len(rewards))
-    subject = Subject(title, None, tokenizer, reward, template, sampling)
+    subject = Subject(title, None, tokenizer, reward, template, sampling, config.success_reward)
     return subject, load_rows(settings.data, config.seed, chat)
 
 

@@ -70,10 +70,12 @@ def train(settings: Settings, config: Any) -> int:
     from transformers.trainer_callback import ProgressCallback
     from transformers.utils import logging as transformers_logging
 
-    from hsd.callbacks import StepLine, StopOnSignal, steps_of_a_generation
+    from hsd.callbacks import StepLine, StopOnSignal, last_checkpoint
     from hsd.cli.pieces import load_model, load_rewards, load_rows, peft_config
+    from hsd.sharding import check_launch
     from hsd.trainer import HSDTrainer
 
+    check_launch(config, peft=settings.model.lora is not None)
     transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line
     out = Path(config.output_dir)
     rewards = load_rewards(settings.reward)
@@ -85,12 +87,6 @@ def train(settings: Settings, config: Any) -> int:
     needed = config.generation_batch_size // config.num_generations
     if len(rows) < needed:
         raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(rows)}")
-    period = steps_of_a_generation(config)
-    if config.save_strategy == "steps" and config.save_steps % period:
-        raise ValueError(
-            f"train.save_steps: expected a multiple of {period}, the steps that one generation serves (a checkpoint "
-            f"between them could not be resumed exactly), got {config.save_steps}"
-        )
     stop = StopOnSignal()
     trainer = HSDTrainer(
         model=model,
@@ -169,12 +165,6 @@ def identity(settings: Settings, config: Any, rows: list[dict[str, Any]]) -> dic
     text = json.dumps(rows, sort_keys=True, default=str)
     found["data.questions"] = f"{len(rows)} questions, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return json.loads(json.dumps(found, default=str))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: trainer_state.json is its last file."""
-    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
 
 def say(line: str) -> None:

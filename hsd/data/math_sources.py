@@ -7,6 +7,7 @@ from typing import Any
 
 from hsd.data.prompts import bare_question, math_prompt
 from hsd.data.rows import Row
+from hsd.verify.answers import extract_answer, is_boxed
 
 
 class Unusable(Exception):
@@ -15,22 +16,7 @@ class Unusable(Exception):
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last ``\boxed{...}`` (or ``\fbox``), braces balanced; ``\boxed 5`` gives ``5``."""
-    starts = list(re.finditer(r"\\(?:boxed|fbox)\s*(?=[{\d])", text))
-    if not starts:
-        return None
-    at = starts[-1].end()
-    if text[at] != "{":
-        return text[at]
-    depth, end = 0, at
-    while end < len(text):
-        if text[end] == "\\":
-            end += 2  # "\{" opens nothing
-            continue
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[at + 1 : end].strip()
-        end += 1
-    return None
+    return extract_answer(text) if is_boxed(text) else None
 
 
 def gsm8k(raw: dict[str, Any]) -> Row:

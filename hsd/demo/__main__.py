@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from hsd.callbacks import StepLine, StopOnSignal
+from hsd.callbacks import StepLine, StopOnSignal, last_checkpoint
 from hsd.config import HSDConfig
 from hsd.demo import report, worlds
 from hsd.evaluate import Success, end_token_ids, sample, score, success
@@ -179,12 +179,6 @@ def command(args: argparse.Namespace) -> str:
     given = {k: v for k, v in vars(args).items() if k not in ("world", "out") and v is not None}
     given = {k: Path(v).name if k == "data" else v for k, v in given.items()}
     return f"python -m hsd.demo {args.world} " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in given.items())
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
 
 def counter(done: int, total: int) -> None:

@@ -84,7 +84,7 @@ def _success_table(before: Success, after: Success, world: World) -> list[str]:
 
 def _alarm_lines(alarms: dict[str, str]) -> list[str]:
     if not alarms:
-        return ["No alarm was raised (success, entropy, length)."]
+        return ["No alarm was raised."]
     return [f"ALARM, {text}." for text in alarms.values()]
 
 

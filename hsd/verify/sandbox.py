@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,9 +35,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    status: (
-        str  # "correct", "incorrect", "crashed", "timeout", "too_long", "verifier_failed"; "finished": stdout counts
-    )
+    status: str  # of `hsd.verify.status`; "finished": stdout counts
     detail: str = ""
     stdout: bytes = b""
     layers: tuple[str, ...] = ()
@@ -50,7 +48,7 @@ class Isolation:
     platform: str
     layers: tuple[str, ...]
     landlock_abi: int
-    missing: tuple[str, ...] = field(default=())
+    missing: tuple[str, ...] = ()
 
     @property
     def level(self) -> str:

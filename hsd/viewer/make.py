@@ -25,6 +25,7 @@ class Subject:
     reward: RewardFn
     template: ContextTemplate
     sampling: Sampling
+    success_reward: float = 1.0
 
 
 def sample_groups(subject: Subject, questions: list[dict], seed: int, size: int = 8) -> list[Group]:
@@ -34,7 +35,9 @@ def sample_groups(subject: Subject, questions: list[dict], seed: int, size: int 
     rollouts = sample(subject.model, subject.tokenizer, prompts, subject.sampling, seed=seed + 1, progress=_counter)
     rewards = score(subject.tokenizer, repeated, rollouts, subject.reward)
     scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
-    return [Group(q["prompt"], q["answer"], tuple(scored[g * size : (g + 1) * size])) for g, q in enumerate(questions)]
+    groups = [tuple(scored[g * size : (g + 1) * size]) for g in range(len(questions))]
+    least = subject.success_reward
+    return [Group(q["prompt"], q["answer"], group, least) for q, group in zip(questions, groups, strict=True)]
 
 
 def make_credit(

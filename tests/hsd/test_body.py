@@ -2,28 +2,10 @@
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny_runs import start_adapters
 from torch import nn
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from hsd.body import Split, check_split, hidden_states, split_model
 
@@ -40,21 +22,52 @@ ROPE = {
 }
 OPT = {"ffn_dim": 24, "max_position_embeddings": 32, "word_embed_proj_dim": 8}
 OWN_HEADS = {"num_key_value_heads": 4}
+MAMBA = {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4, "mamba_chunk_size": 8}
+MLA = {
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "head_dim": 4,
+}  # fmt: skip
+INKLING = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 4, "head_dim": 4, "d_rel": 4,
+    "rel_extent": 16, "mlp_layer_types": ["dense", "dense"],
+}  # fmt: skip
+SEEN = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 MODELS = {
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**ROPE, head_dim=4, tie_word_embeddings=True)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**ROPE)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**ROPE, head_dim=4, final_logit_softcapping=1.5)),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**ROPE, logit_scale=0.125)),
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**ROPE, logits_scaling=4.0)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=32, **IDS)
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**ROPE, head_dim=4, tie_word_embeddings=True)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROPE)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**ROPE, head_dim=4, final_logit_softcapping=1.5)),
+    "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**ROPE, logit_scale=0.125)),
+    "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**ROPE, logits_scaling=4.0)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=32, **IDS)
     ),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**(ROPE | OWN_HEADS))),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**{k: v for k, v in ROPE.items() if k != "intermediate_size"}, **OPT)),
-    "phi": lambda: PhiForCausalLM(PhiConfig(**ROPE)),  # its head has a bias
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**(ROPE | OWN_HEADS))),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(**{k: v for k, v in ROPE.items() if k != "intermediate_size"}, **OPT)
+    ),
+    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**ROPE)),  # its head has a bias
+    "falcon_h1": lambda: hf.FalconH1ForCausalLM(hf.FalconH1Config(**ROPE, **MAMBA, lm_head_multiplier=0.25)),
+    "hyperclovax": lambda: hf.HyperCLOVAXForCausalLM(hf.HyperCLOVAXConfig(**ROPE, logits_scaling=0.25)),
+    "minicpm3": lambda: hf.MiniCPM3ForCausalLM(hf.MiniCPM3Config(**(ROPE | OWN_HEADS), **MLA, dim_model_base=4)),
+    "inkling": lambda: hf.InklingForCausalLM(hf.InklingTextConfig(**ROPE, **INKLING, logits_mup_width_multiplier=4.0)),
+    "muse_glimmer": lambda: hf.MuseGlimmerForConditionalGeneration(
+        hf.MuseGlimmerConfig(
+            text_config={**ROPE, "head_dim": 4, "output_multiplier": 0.25, "final_logit_softcapping": 1.5},
+            vision_config=SEEN,
+        )
+    ),
+    "recurrent_gemma": lambda: hf.RecurrentGemmaForCausalLM(
+        hf.RecurrentGemmaConfig(**(ROPE | {"num_hidden_layers": 3}), lru_width=16, logits_soft_cap=1.5)
+    ),
+    "xlstm": lambda: hf.xLSTMForCausalLM(
+        hf.xLSTMConfig(**(SEEN | IDS), vocab_size=VOCAB, num_heads=4, chunk_size=8, output_logit_soft_cap=1.5)
+    ),
 }
-FORM = {"gemma2": (1.0, 1.5), "cohere": (0.125, None), "granite": (0.25, None)}
+FORM = {
+    "gemma2": (1.0, 1.5), "cohere": (0.125, None), "granite": (0.25, None), "falcon_h1": (0.25, None),
+    "hyperclovax": (0.25, None), "minicpm3": (0.25, None), "inkling": (0.25, None), "muse_glimmer": (0.25, 1.5),
+    "recurrent_gemma": (1.0, 1.5), "xlstm": (1.0, 1.5),
+}  # fmt: skip
 
 
 def build(name: str) -> nn.Module:
@@ -104,7 +117,7 @@ def test_a_forgotten_scale_or_cap_is_noticed(name, size):
         check_split(model, Split(split.body, split.head))
 
 
-class Louder(LlamaForCausalLM):
+class Louder(hf.LlamaForCausalLM):
     """Does something to its logits that no config entry tells."""
 
     def forward(self, *args, **kwargs):
@@ -116,7 +129,7 @@ class Louder(LlamaForCausalLM):
 @pytest.mark.parametrize("training", [True, False])
 def test_an_unknown_transform_after_the_head_is_refused_by_name(training):
     torch.manual_seed(1)
-    model = Louder(LlamaConfig(**ROPE)).train(training)  # as transformers initialises it: logits of about 0.1
+    model = Louder(hf.LlamaConfig(**ROPE)).train(training)  # as transformers initialises it: logits of about 0.1
     with pytest.raises(ValueError, match="Louder changes its logits after the head"):
         check_split(model, split_model(model))
     assert model.training is training
@@ -131,7 +144,7 @@ def test_a_nan_model_is_refused():
 
 def test_dropout_does_not_disturb_the_check():
     torch.manual_seed(1)
-    model = loud(LlamaForCausalLM(LlamaConfig(**ROPE, attention_dropout=0.9))).train()
+    model = loud(hf.LlamaForCausalLM(hf.LlamaConfig(**ROPE, attention_dropout=0.9))).train()
     check_split(model, split_model(model))
     assert model.training
 
@@ -157,9 +170,7 @@ def test_left_padding_changes_no_real_position(name):
 def test_the_body_of_a_peft_model_keeps_its_adapters():
     config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(build("qwen3"), config).eval()
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.3)
+    start_adapters(model, std=0.3)
     split = split_model(model)
     check_split(model, split)
     ids = torch.tensor([[3, 4, 5, 6]])
@@ -189,6 +200,26 @@ def test_a_prompt_that_lives_outside_the_body_is_refused():
     model = get_peft_model(build("llama"), config)
     with pytest.raises(ValueError, match="PeftModelForCausalLM"):
         check_split(model, split_model(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (
+            lambda: hf.ModernBertDecoderForCausalLM(hf.ModernBertDecoderConfig(**(IDS | SEEN), vocab_size=VOCAB)),
+            "ModernBertDecoderForCausalLM to have no weights but .* some in lm_head",
+        ),
+        (
+            lambda: hf.InklingForCausalLM(hf.InklingTextConfig(**ROPE, **INKLING, unpadded_vocab_size=VOCAB - 2)),
+            "InklingForCausalLM to return a logit for each .* unpadded_vocab_size=38",
+        ),
+    ],
+    ids=["a layer before the head", "rows without a logit"],
+)
+def test_what_no_split_describes_is_refused_without_running_the_model(model, named):
+    """Sharded weights cannot be run for `check_split`."""
+    with pytest.raises(ValueError, match=named):
+        split_model(model())
 
 
 def test_a_model_without_a_head_is_refused():

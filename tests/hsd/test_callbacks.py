@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback, TrainerControl, TrainerState
+from tiny_runs import QUIET, SMALLER, TOKENIZER, half, qwen3
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from hsd.callbacks import RunFiles, StepLine, StopOnSignal, read_metrics
+from hsd.callbacks import RunFiles, StepLine, StopOnSignal, last_checkpoint, read_metrics
 from hsd.config import HSDConfig
 from hsd.context import ContextTemplate
 from hsd.demo import small_world
@@ -198,29 +199,9 @@ class Interrupt(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
-def parity(completion_ids, **kwargs):
-    """A verifier that a random model passes about half the time."""
-    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
-
-
 def tiny_trainer(folder: Path, *callbacks: TrainerCallback) -> HSDTrainer:
-    tokenizer = small_world.build_tokenizer()
-    torch.manual_seed(1)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=4,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).float()
     config = HSDConfig(
-        output_dir=str(folder),
+        str(folder),
         max_steps=5,
         save_steps=100,
         per_device_train_batch_size=4,
@@ -228,18 +209,14 @@ def tiny_trainer(folder: Path, *callbacks: TrainerCallback) -> HSDTrainer:
         max_completion_length=6,
         learning_rate=1e-3,
         teacher="fixed",
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+        **QUIET | {"save_strategy": "steps"},
     )
     return HSDTrainer(
-        model=model,
-        reward_funcs=parity,
+        model=qwen3(**SMALLER, tie_word_embeddings=False),
+        reward_funcs=half,
         args=config,
         train_dataset=Dataset.from_list(small_world.make_questions(8, seed=0)),
-        processing_class=tokenizer,
+        processing_class=TOKENIZER,
         context_template=ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY),
         callbacks=[StopOnSignal(), *callbacks],
     )
@@ -266,3 +243,13 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes(tmp_path, handlers):
         assert logged[0] == logged[1], key
     for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_last_whole_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step, whole in ((2, True), (10, True), (12, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"

@@ -78,14 +78,6 @@ def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tmp_pa
         demo.main(["small", "--out", str(out), "--steps", "1", "--teacher", "live"])
 
 
-def test_a_half_written_checkpoint_is_not_resumed(tmp_path):
-    for step in (1, 2):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
-    assert demo.last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-    assert demo.last_checkpoint(tmp_path / "checkpoint-2") is None
-
-
 def test_read_questions(tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text('{"question": "1+1?", "answer": "so #### 2"}\n{"question": "2+2?", "answer": "4"}\n')

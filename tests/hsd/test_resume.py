@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_runs import QUIET, SMALLER, TOKENIZER, half, qwen3
 
 from hsd.callbacks import read_metrics
 from hsd.cli.__main__ import main
@@ -22,32 +22,24 @@ from hsd.demo import small_world
 from hsd.trainer import HSDTrainer
 
 ROOT = Path(__file__).parents[2]
-TOKENIZER = small_world.build_tokenizer()
 QUESTIONS = small_world.make_questions(16, seed=0)  # eight steps' worth
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+SETTINGS = QUIET | {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 1000,  # the last step is always saved
+}
 TIMES = ("step_time", "train_runtime")
 
 
 def build_model(seed=1):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(TOKENIZER),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        attention_dropout=0.1,  # random numbers of a step's own
-        eos_token_id=TOKENIZER.eos_token_id,
-        pad_token_id=TOKENIZER.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config).float()
-
-
-def half(completion_ids, **kwargs):
-    """A verifier that a random model passes about half the time."""
-    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
+    # Dropout: random numbers of a step's own.
+    return qwen3(seed, **SMALLER, tie_word_embeddings=False, attention_dropout=0.1)
 
 
 class Recorder(HSDTrainer):
@@ -58,27 +50,10 @@ class Recorder(HSDTrainer):
 
 
 def make(folder, steps, model_seed=1, peft_config=None, questions=QUESTIONS, **kwargs):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 1000,  # the last step is always saved
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    } | kwargs
     return Recorder(
         model=build_model(model_seed),
         reward_funcs=half,
-        args=HSDConfig(**settings),
+        args=HSDConfig(str(folder), max_steps=steps, **SETTINGS | kwargs),
         train_dataset=Dataset.from_list(questions),
         processing_class=TOKENIZER,
         context_template=ContextTemplate(

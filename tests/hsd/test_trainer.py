@@ -1,47 +1,29 @@
 """HSDTrainer against the paper's equation on full logits, its privileged contexts, and exact resume."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, SIZES, STEP, TOKENIZER, half, qwen3, start_adapters
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.config import HSDConfig
 from hsd.context import ContextTemplate
 from hsd.demo import small_world
+from hsd.peers import choose_peers
 from hsd.trainer import HSDTrainer
 
-TOKENIZER = small_world.build_tokenizer()
 TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
 QUESTIONS = small_world.make_questions(6, seed=0)
-SMALL = {
-    "vocab_size": len(TOKENIZER),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "eos_token_id": TOKENIZER.eos_token_id,
-    "pad_token_id": TOKENIZER.pad_token_id,
-}
-
-
-def qwen3():
-    torch.manual_seed(1)
-    return Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True)).float()
 
 
 def llama():
     torch.manual_seed(2)
-    return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)).float()
-
-
-def half(completion_ids, **kwargs):
-    """A verifier that a random model passes about half the time: the parity of the first two tokens."""
-    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).float()
 
 
 class Recorder(HSDTrainer):
@@ -54,26 +36,10 @@ class Recorder(HSDTrainer):
 
 
 def make(model, tmp_path, cls=Recorder, peft_config=None, **kwargs):
-    settings = {
-        "output_dir": str(tmp_path),
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 9,
-        "optim": "sgd",
-        "learning_rate": 1.0,
-        "max_grad_norm": 0.0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    } | kwargs
     return cls(
         model=model,
         reward_funcs=half,
-        args=HSDConfig(**settings),
+        args=HSDConfig(str(tmp_path), **STEP | kwargs),
         train_dataset=Dataset.from_list(QUESTIONS),
         processing_class=TOKENIZER,
         context_template=TEMPLATE,
@@ -107,11 +73,6 @@ def paper_loss(student, teacher, reference, batch, coef, live_share=0.0):
     return ((per_token * mask).sum(-1) / mask.sum(-1)).mean()
 
 
-ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
-CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 @pytest.mark.parametrize("build", [qwen3, llama])
 @pytest.mark.parametrize(
     ("peft_config", "options"),
@@ -129,11 +90,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linea
 def test_one_step_is_the_gradient_of_the_papers_equation(build, peft_config, options, tmp_path):
     """One SGD step at learning rate 1 moves every trained weight by minus the gradient of the plain computation."""
     trainer = make(build(), tmp_path, peft_config=peft_config, **options)
-    if peft_config is not None:  # LoRA's B starts at 0, where adapters on and off agree: start elsewhere
-        torch.manual_seed(3)
-        for name, p in trainer.model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.05)
+    start_adapters(trainer.model)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     (batch,) = trainer.batches
@@ -212,8 +169,18 @@ def test_metrics_are_logged_and_bounded(tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["paired", "shortest", "lowest_perplexity"])
-def test_peer_rules_run(rule, tmp_path):
+def test_peers_are_drawn_by_the_rule(rule, tmp_path, monkeypatch):
+    drawn = []
+
+    def recorded(group, *args, **kwargs):
+        drawn.append((group, args, choose_peers(group, *args, **kwargs)))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr("hsd.teaching.choose_peers", recorded)
     make(qwen3(), tmp_path, peer_rule=rule, reference_coef=0.0).train()
+    assert len(drawn) == 8 and {args for _, args, _ in drawn} == {(rule,)}
+    shown = [(group.rollouts, i) for group, _, peers in drawn for i in peers if i is not None]
+    assert shown and all((rollouts[i].mean_logp is not None) == (rule == "lowest_perplexity") for rollouts, i in shown)
 
 
 REFRESHED = {"reference_coef": 0.5, "reference_refresh_steps": 3, "reference_ema_rate": 0.5}
@@ -256,6 +223,18 @@ def test_resume_continues_exactly(teacher, tmp_path):
             torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
+def test_a_resume_that_cannot_be_exact_says_so(tmp_path):
+    """A run's last step is saved wherever it falls."""
+    options = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 2, "teacher": "live", "reference_coef": 0.0}
+    make(qwen3(), tmp_path, max_steps=3, **options).train()
+    for step, said in ((2, 0), (3, 1)):
+        trainer = make(qwen3(), tmp_path, max_steps=4, **options)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            trainer._load_from_checkpoint(str(tmp_path / f"checkpoint-{step}"))
+        assert sum(f"step {step} is not its last" in str(w.message) for w in seen) == said
+
+
 def test_checkpoint_loads_with_from_pretrained(tmp_path):
     trainer = make(qwen3(), tmp_path, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -289,6 +268,8 @@ def test_ema_teacher_moves_and_fixed_does_not(tmp_path):
         ({"teacher_ema_rate": 0.0}, "teacher_ema_rate"),
         ({"reference_coef": -1.0}, "reference_coef"),
         ({"with_peer_template": "{answer}{demonstration}"}, "answer_only_template"),
+        ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 3}, "save_steps: expected a multiple of 2"),
+        ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 0.5}, "save_steps: expected a multiple of 2"),
     ],
 )
 def test_bad_options_are_named(options, named, tmp_path):
@@ -327,7 +308,7 @@ def test_bf16_computes_the_update_in_bf16(tmp_path):
 def test_the_teacher_reads_without_dropout(tmp_path):
     """A live teacher that sees no context equals the student up to the student's own dropout: KL must not hide it."""
     torch.manual_seed(1)
-    config = Qwen3Config(**SMALL, head_dim=8, attention_dropout=0.5)
+    config = Qwen3Config(**SIZES, head_dim=8, attention_dropout=0.5)
     trainer = make(Qwen3ForCausalLM(config).float(), tmp_path, teacher="live", reference_coef=0.0)
     modes = []
     trainer.model.model.register_forward_hook(lambda m, args, out: modes.append((m.training, torch.is_grad_enabled())))

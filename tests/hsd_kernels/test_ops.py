@@ -95,6 +95,15 @@ def test_autocast_is_respected_under_compile():
     assert torch.equal(got, want) and not torch.equal(want, fused_hsd_kl(student, teacher, weight, bias))
 
 
+def test_what_dynamo_of_torch_2_8_cannot_trace_is_not_traced(monkeypatch):
+    """Inside the operators it may be called."""
+    student, teacher, _, weight, _ = operands()
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch._dynamo.disable(torch.amp.is_autocast_available))
+    torch.compiler.reset()
+    step = torch.compile(lambda h: fused_hsd_kl(h, teacher, weight), fullgraph=True, backend="aot_eager")
+    assert torch.equal(step(student), fused_hsd_kl(student, teacher, weight))
+
+
 def test_a_hook_under_compile_is_refused_by_name():
     student, teacher, _, weight, _ = operands()
     torch.compiler.reset()

@@ -22,6 +22,7 @@ from hsd_kernels.testing import assert_within_budget
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 INF, NAN = math.inf, math.nan
 BLOCK = 2048  # columns, csrc/cpu/rows.h
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
@@ -32,14 +33,6 @@ def variant(request, monkeypatch):
         pytest.skip(f"this machine runs up to {cpp.VARIANTS[best]}")
     monkeypatch.setattr(cpp, "variant", lambda: request.param)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty returns NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 class Inputs(NamedTuple):

@@ -17,7 +17,10 @@ from hsd_kernels.testing import assert_within_budget
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 triton_rows = pytest.importorskip("hsd_kernels.rows.triton")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter, on -inf
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy in the interpreter, on -inf
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -28,14 +31,6 @@ def small_blocks(monkeypatch):
     """Blocks of (2, 128) columns, so that a small V has several and a tail."""
     config = configs.RowConfig(block_v=256, num_warps=1, num_stages=1)
     monkeypatch.setattr(configs, "row_config", lambda kernel, capability: config)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty returns NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 class Inputs(NamedTuple):

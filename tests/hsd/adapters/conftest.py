@@ -3,10 +3,8 @@
 import pytest
 import torch
 import transformers as hf
+from tiny_runs import TOKENIZER
 
-from hsd.demo import small_world
-
-TOKENIZER = small_world.build_tokenizer()
 SMALL = {
     "vocab_size": len(TOKENIZER),
     "hidden_size": 16,

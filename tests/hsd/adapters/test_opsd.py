@@ -5,14 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
+from tiny_runs import LORA, TOKENIZER, start_adapters
 
 from hsd.adapters.opsd import FusedOPSD
-from hsd.demo import small_world
 
-VOCAB = len(small_world.build_tokenizer())
+VOCAB = len(TOKENIZER)
 PAD = 0
-LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 class Theirs:
@@ -128,9 +127,7 @@ def test_versions_without_the_clip(build, inputs):
 def test_fixed_teacher_is_the_policy_without_its_adapter(build, inputs, gradients, assert_same):
     torch.manual_seed(0)
     model = get_peft_model(build(), LORA)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
+    start_adapters(model, std=0.1)
     trainer = Trainer(beta=0.0, fixed_teacher=True)
 
     def teacher():

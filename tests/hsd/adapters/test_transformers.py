@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_runs import TOKENIZER
 
 from hsd.adapters.transformers import hsd_loss_from_ids
-from hsd.demo import small_world
 from hsd.loss import Objective
 
-VOCAB = len(small_world.build_tokenizer())
+VOCAB = len(TOKENIZER)
 ROOT = Path(__file__).resolve().parents[3]
 LENGTHS = (5, 1, 3)
 

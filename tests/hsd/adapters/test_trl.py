@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from tiny_runs import LORA, QUIET, TOKENIZER, half
 from transformers import AutoModelForCausalLM
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -16,32 +16,20 @@ from hsd.adapters import trl as adapter
 from hsd.adapters.trl import patch_trl
 from hsd.demo import small_world
 
-TOKENIZER = small_world.build_tokenizer()
 QUESTIONS = small_world.make_questions(4, seed=0)
 ROWS = [{"prompt": q["prompt"], "privileged_context": q["prompt"]} for q in QUESTIONS]
-LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-COMMON = {
+COMMON = QUIET | {
     "max_steps": 1,
     "per_device_train_batch_size": 4,
     "optim": "sgd",
     "learning_rate": 1e-2,
     "max_grad_norm": 0.0,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
 }
 SDPO = COMMON | {"max_completion_length": 8, "num_generations": 4, "distillation_mode": "full_logits"}
 SDPO |= {"reprompt_template": "{prompt}{solution}{feedback}", "solution_template": "[{successful_previous_attempt}]"}
 SDFT = COMMON | {"max_completion_length": 8, "num_generations": 4, "distillation_mode": "full_logits"}
 SDFT |= {"teacher_prompt_template": "{prompt}[{privileged_context}]"}
 LIVE = {"teacher_model_kind": "live"}
-
-
-def half(completion_ids, **kwargs):
-    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
 
 
 def shifted(model):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from tiny_runs import QUIET, TOKENIZER, half
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from hsd.adapters.trl import patch_trl
@@ -12,33 +13,25 @@ from hsd.demo import small_world
 from hsd.groups import Group, Rollout
 from hsd.peers import choose_peers, peer_rng
 
-TOKENIZER = small_world.build_tokenizer()
 TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
 QUESTIONS = small_world.make_questions(2, seed=0)
+SETTINGS = QUIET | {
+    "max_steps": 1,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "distillation_mode": "full_logits",
+    "teacher_model_kind": "live",
+    "optim": "sgd",
+    "learning_rate": 0.1,
+}
 
 
 def trainer_for(model, tmp_path, reward=None, **options):
-    settings = {
-        "output_dir": str(tmp_path),
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "distillation_mode": "full_logits",
-        "teacher_model_kind": "live",
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    } | options
     return SDPOTrainer(
         model,
-        reward_funcs=reward or (lambda completion_ids, **_: [float(sum(ids[:2]) % 2) for ids in completion_ids]),
-        args=SDPOConfig(**settings),
+        reward_funcs=reward or half,
+        args=SDPOConfig(output_dir=str(tmp_path), **SETTINGS | options),
         train_dataset=Dataset.from_list(
             [{"prompt": q["prompt"], "privileged_context": q["answer"]} for q in QUESTIONS]
         ),

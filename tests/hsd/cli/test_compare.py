@@ -64,7 +64,12 @@ def test_one_run_and_more_runs_than_colours(runs, tmp_path, capsys):
 def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     empty = runs("empty", [])
     good = runs("good", [0.5])
+    evaluated = tmp_path / "eval"
+    evaluated.mkdir()
+    (evaluated / "results.json").write_text("[]")
     for words, said in (
+        ([str(evaluated)], "results.md"),
+        ([str(evaluated / "results.json")], "results.md"),
         ([str(tmp_path / "nowhere")], "nowhere"),
         ([empty], "metrics.jsonl"),
         ([good, good], "different folders"),

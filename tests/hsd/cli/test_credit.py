@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from hsd.cli import credit
 from hsd.context import DEFAULT_TEXT_TEMPLATE
 from hsd.demo import small_world
+from hsd.viewer.make import sample_groups
 
 WRITTEN = {"credit.html", "credit.json", "credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png"}
 
@@ -77,12 +79,15 @@ def test_a_run_of_hsd_train_brings_questions_rewards_and_templates(tmp_path):
         "model: {path: small_world}\ndata: {path: small_world, limit: 5}\n"
         "reward: ['hsd.demo.small_world:reward', number]\n"
         "train: {max_completion_length: 7, bf16: false, use_cpu: true, reward_weights: [1.0, 0.5],\n"
+        "  success_reward: 0.5,\n"
         "  with_peer_template: '[{answer}|{demonstration}]', answer_only_template: '[{answer}]'}\n"
     )
     subject, questions = credit.load(arguments(tmp_path), str(tmp_path / "model"))
     assert questions == small_world.make_questions(5, seed=42)
     assert subject.sampling.max_new_tokens == 7 and subject.template.answer_only == "[{answer}]"
     assert subject.reward(completions=["1#5", "6"], answer=["5", "7"], completion_ids=[[1], [1]]) == [1.5, 0.0]
+    (group,) = sample_groups(replace(subject, reward=lambda completions, **_: [0.5, 0.4]), questions[:1], 0, size=2)
+    assert (group.successes, group.failures) == ([0], [1])  # as the run counts them
     assert credit.run(arguments(tmp_path, "--questions", 2, "--shown", 1)) == 0
     assert (tmp_path / "credit" / "credit.html").exists()
 

@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hsd.callbacks import read_metrics
 from hsd.cli.__main__ import main
 from hsd.cli.settings import read
-from hsd.cli.train import claim, last_checkpoint, make_config
+from hsd.cli.train import claim, make_config
 from hsd.demo import small_world
 
 CONFIG = """
@@ -107,16 +107,6 @@ def test_a_folder_of_something_else_is_refused(here):
         claim(Path("demo"), *settings(), [])
 
 
-def test_the_last_whole_checkpoint(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, whole in ((2, True), (10, True), (12, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if whole:
-            (folder / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
 def test_check_prints_the_resolved_configuration_and_leaves_nothing(here, capsys):
     assert main(["train", "run.yaml", "--check", "--learning_rate", "2e-3"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
@@ -149,6 +139,14 @@ def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
     assert main(["train", "run.yaml", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and said in error
+
+
+def test_what_fsdp_rules_out_is_said_before_a_model_is_loaded(here, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["train", "run.yaml", "--model.path", "nowhere/at/all"]) == 2
+    assert "teacher, reference_coef, reference_refresh_steps: expected 'live'" in capsys.readouterr().err
+    assert main(["train", "run.yaml", "--model.path", "nowhere/at/all", "--teacher", "live"]) == 2
+    assert "nowhere/at/all" in capsys.readouterr().err
 
 
 def test_a_crash_in_training_keeps_its_traceback(model, here, monkeypatch):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from ranks import leave
+from tiny_runs import LORA, STEP, TOKENIZER, half, qwen3
 from torch.distributed.fsdp import fully_shard
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from hsd.callbacks import StopOnSignal
 from hsd.config import HSDConfig
@@ -21,7 +21,6 @@ from hsd.demo import small_world
 from hsd.trainer import HSDTrainer
 
 SIZE = 4  # rollouts a group
-TOKENIZER = small_world.build_tokenizer()
 TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY, demonstration_only="[|{demonstration}]")
 QUESTIONS = small_world.make_questions(8, seed=0)
 
@@ -47,28 +46,6 @@ FSDP = {
 }
 
 
-def build_model():
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=len(TOKENIZER),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=True,
-        eos_token_id=TOKENIZER.eos_token_id,
-        pad_token_id=TOKENIZER.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config).float()
-
-
-def half(completion_ids, **kwargs):
-    """A verifier that a random model passes about half the time."""
-    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
-
-
 class Recorder(HSDTrainer):
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -78,31 +55,14 @@ class Recorder(HSDTrainer):
 
 def make(folder, rows, *, lora=False, callbacks=(), **kwargs):
     """A trainer whose single step, SGD at learning rate 1, moves the weights by minus the gradient."""
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": rows,
-        "num_generations": SIZE,
-        "max_completion_length": 9,
-        "optim": "sgd",
-        "learning_rate": 1.0,
-        "max_grad_norm": 0.0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    } | kwargs
-    adapter = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     return Recorder(
-        model=build_model(),
+        model=qwen3(),
         reward_funcs=half,
-        args=HSDConfig(**settings),
+        args=HSDConfig(str(folder), **STEP | {"per_device_train_batch_size": rows} | kwargs),
         train_dataset=Dataset.from_list(QUESTIONS),
         processing_class=TOKENIZER,
         context_template=TEMPLATE,
-        peft_config=adapter if lora else None,
+        peft_config=LORA if lora else None,
         callbacks=list(callbacks),
     )
 

@@ -8,6 +8,9 @@ from types import SimpleNamespace
 import pytest
 from accelerate.state import AcceleratorState
 
+from hsd.config import HSDConfig
+from hsd.sharding import check_launch
+
 PATH = Path(__file__).with_name("job.py")
 spec = importlib.util.spec_from_file_location("hsd_refusals_job", PATH)
 assert spec is not None and spec.loader is not None
@@ -41,6 +44,16 @@ def test_lora_needs_no_copy_under_fsdp(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "Recorder", Sharded)
     trainer = job.make(tmp_path, 4, lora=True, teacher="fixed", reference_coef=0.001, prefix_sharing="none")
     assert not trainer.frozen.models
+
+
+def test_the_launcher_is_asked_for_the_stage(tmp_path, monkeypatch):
+    args = HSDConfig(str(tmp_path), teacher="live", reference_coef=0.0, bf16=False, use_cpu=True)
+    check_launch(args, peft=False)
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
+    check_launch(args, peft=False)
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+    with pytest.raises(ValueError, match="ZeRO stage 0 to 2, got 3"):
+        check_launch(args, peft=False)
 
 
 def test_zero_3(tmp_path, monkeypatch):

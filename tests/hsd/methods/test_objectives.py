@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_runs import ACCUMULATED, STEP, TOKENIZER, half, qwen3
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -12,42 +12,15 @@ from hsd.context import ContextTemplate
 from hsd.demo import small_world
 from hsd.trainer import HSDTrainer
 
-TOKENIZER = small_world.build_tokenizer()
 TEMPLATE = ContextTemplate("[{answer}|{demonstration}]", "[{answer}]", "[|{demonstration}]", "[{feedback}]")
 QUESTIONS = [
     {**q, "solution": f"{i}+{i}=", "demonstration": f"#{i}#"}
     for i, q in enumerate(small_world.make_questions(6, seed=0))
 ]
-SETTINGS = {
-    "max_steps": 1,
-    "per_device_train_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": 9,
-    "optim": "sgd",
-    "learning_rate": 1.0,
-    "max_grad_norm": 0.0,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
-ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
 
 
 def build():
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, eos_token_id=TOKENIZER.eos_token_id,
-        pad_token_id=TOKENIZER.pad_token_id, initializer_range=0.15,
-    )  # fmt: skip  # wide enough for RLSD's and OPSD's clips to bind
-    return Qwen3ForCausalLM(config).float()
-
-
-def half(completion_ids, **kwargs):
-    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
+    return qwen3(initializer_range=0.15)  # wide enough for RLSD's and OPSD's clips to bind
 
 
 class Recorder(HSDTrainer):
@@ -67,7 +40,7 @@ def trainer_of(tmp_path, reward=half, **options):
     return Recorder(
         model=build(),
         reward_funcs=reward,
-        args=HSDConfig(output_dir=str(tmp_path), **SETTINGS | options),
+        args=HSDConfig(output_dir=str(tmp_path), **STEP | options),
         train_dataset=Dataset.from_list(QUESTIONS),
         processing_class=TOKENIZER,
         context_template=TEMPLATE,
@@ -197,7 +170,7 @@ def test_trl_methods_are_trls(tmp_path):
         reward_funcs=half,
         args=GRPOConfig(
             output_dir=str(tmp_path / "trl"), loss_type="dr_grpo", scale_rewards="none", top_p=0.95, beta=0.0,
-            lr_scheduler_type="constant", **SETTINGS,
+            lr_scheduler_type="constant", **STEP,
         ),
         train_dataset=Dataset.from_list(QUESTIONS),
         processing_class=TOKENIZER,
@@ -365,7 +338,7 @@ def test_a_method_asks_for_its_columns(tmp_path):
         HSDTrainer(
             model=build(),
             reward_funcs=half,
-            args=HSDConfig(output_dir=str(tmp_path), method="sdft", **SETTINGS),
+            args=HSDConfig(output_dir=str(tmp_path), method="sdft", **STEP),
             train_dataset=Dataset.from_list([{"prompt": "1+1=", "answer": "2"}]),
             processing_class=TOKENIZER,
         )

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, STEP, TOKENIZER, half, qwen3, start_adapters
+from transformers import Qwen3ForCausalLM
 
 from hsd.config import HSDConfig
 from hsd.context import ContextTemplate
@@ -18,25 +18,7 @@ from hsd.peers import choose_peers
 from hsd.trainer import HSDTrainer
 from hsd.tree.batch import pack_batch, pays, shuffle_groups, token_lists
 
-TOKENIZER = small_world.build_tokenizer()
 QUESTIONS = small_world.make_questions(6, seed=0)
-LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
-CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-
-
-def build(**options):
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, eos_token_id=TOKENIZER.eos_token_id,
-        pad_token_id=TOKENIZER.pad_token_id, **options,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).float()
-
-
-def half(completion_ids, **kwargs):
-    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
 
 
 class Recorder(HSDTrainer):
@@ -68,26 +50,10 @@ class Recorder(HSDTrainer):
 
 
 def make(tmp_path, model=None, peft_config=None, **kwargs):
-    settings = {
-        "output_dir": str(tmp_path),
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 9,
-        "optim": "sgd",
-        "learning_rate": 1.0,
-        "max_grad_norm": 0.0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    } | kwargs
     return Recorder(
-        model=build() if model is None else model,
+        model=qwen3() if model is None else model,
         reward_funcs=half,
-        args=HSDConfig(**settings),
+        args=HSDConfig(str(tmp_path), **STEP | kwargs),
         train_dataset=Dataset.from_list(QUESTIONS),
         processing_class=TOKENIZER,
         context_template=ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY),
@@ -98,11 +64,7 @@ def make(tmp_path, model=None, peft_config=None, **kwargs):
 def step(tmp_path, **options):
     """Trained parameters before and after, the logged row, and the trainer."""
     trainer = make(tmp_path, peer_rule="paired", **options)
-    if options.get("peft_config") is not None:  # B starts at 0, where adapters on and off agree
-        torch.manual_seed(3)
-        for name, p in trainer.model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.05)
+    start_adapters(trainer.model)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     after = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -172,12 +134,12 @@ def test_auto_shares_where_it_pays_and_draws_paired_peers(tmp_path):
 
 def test_auto_falls_back_once_and_loudly_and_an_explicit_choice_raises(tmp_path):
     with pytest.warns(UserWarning, match="prefix sharing is off.*attention_dropout=0.5") as caught:
-        trainer = make(tmp_path, model=build(attention_dropout=0.5))
+        trainer = make(tmp_path, model=qwen3(attention_dropout=0.5))
         trainer.train()
     assert len([w for w in caught if "prefix sharing" in str(w.message)]) == 1
     assert (trainer.prefix_sharing, trainer.peer_rule, set(trainer.ways)) == ("none", "uniform", {"unshared"})
     with pytest.raises(ValueError, match=r"prefix_sharing.*attention_dropout"):
-        make(tmp_path, model=build(attention_dropout=0.5), prefix_sharing="tree")
+        make(tmp_path, model=qwen3(attention_dropout=0.5), prefix_sharing="tree")
     with pytest.raises(ValueError, match="prefix_sharing"):
         make(tmp_path, prefix_sharing="forest")
     with pytest.raises(ValueError, match="tree_token_budget"):

@@ -1,0 +1,58 @@
+"""What the tests of training runs share: a tiny Qwen3, a verifier that it passes about half the time, settings."""
+
+import torch
+from peft import LoraConfig
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from hsd.demo import small_world
+
+TOKENIZER = small_world.build_tokenizer()
+SIZES = {
+    "vocab_size": len(TOKENIZER),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": TOKENIZER.eos_token_id,
+    "pad_token_id": TOKENIZER.pad_token_id,
+}
+SMALLER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 4}
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+QUIET = {  # fp32 on a CPU, nothing shown and nothing kept
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+STEP = QUIET | {  # one step of SGD at learning rate 1, which moves the weights by minus the gradient
+    "max_steps": 1,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 9,
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "max_grad_norm": 0.0,
+}
+ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+def qwen3(seed=1, **options):
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"head_dim": 8, "tie_word_embeddings": True} | options)).float()
+
+
+def start_adapters(model, std=0.05):
+    """LoRA's B starts at 0, where adapters on and off agree. Without LoRA nothing happens."""
+    generator = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=std, generator=generator)
+
+
+def half(completion_ids, **kwargs):
+    """The parity of the first two tokens."""
+    return [float(sum(ids[:2]) % 2) for ids in completion_ids]
