@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hsd_kernels.divergence import DIVERGENCES, RowSpec, RowStats
 
-ABI = 3  # HSD_CPU_ABI in csrc/cpu/hsd_cpu.h
+ABI = 4  # HSD_CPU_ABI in csrc/cpu/hsd_cpu.h
 FOLDER = Path(__file__).parents[1]
 BUILD = "python setup.py build_ext --inplace"
 VARIANTS = ("baseline", "avx2", "avx512")
@@ -96,6 +96,14 @@ def library() -> ctypes.CDLL:
             "pure wheel has none, pip builds it from the sdist (HSD_BUILD_CPU=1)"
         )
     return load(path)
+
+
+def found() -> ctypes.CDLL | None:
+    """None where it was not built or is broken (`hsd_kernels.rows` warns of that)."""
+    try:
+        return library()
+    except (ValueError, RuntimeError):
+        return None
 
 
 @functools.cache
