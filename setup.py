@@ -30,7 +30,7 @@ FLAGS += ["-Wall", "-Wextra"]
 X86_FLAGS = {"avx2.cpp": ["-mavx2", "-mfma"], "avx512.cpp": ["-mavx512f"]}
 X86_FLAGS["avx512_bf16.cpp"] = ["-mavx512bw", "-mavx512bf16"]
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("baseline", "avx2", "avx512", "avx512_bf16", "dispatch")]
-HEADERS = [f"csrc/cpu/{name}.h" for name in ("hsd_cpu", "variants", "simd", "elementary", "rows")]
+HEADERS = [f"csrc/cpu/{name}.h" for name in ("hsd_cpu", "variants", "simd", "elementary", "rows", "columns")]
 
 
 class PerFileFlags(build_ext):

@@ -8,6 +8,7 @@ forward and backward, 5U with a reference policy, and no (N, V) tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hsd_kernels import gemm
 from hsd_kernels.divergence import RowSpec, RowStats
-from hsd_kernels.vocab_filter import active_columns, take_columns
+from hsd_kernels.vocab_filter import active_columns, take_columns_
 from hsd_kernels.vocab_parallel import Shards
 
 # Bytes of the logits workspace. 1 GiB holds 883 fp32 row pairs at V = 151,936, tall enough that dW's read-modify-write
@@ -180,7 +181,8 @@ def _chunks(
         magnitudes = torch.stack([part[3] for part in parts]).abs()
         if factor is not None:  # dW = dz^T h: 0 times the NaN of a row that the hook dropped would be NaN
             hidden[0] = hidden[0].masked_fill((magnitudes == 0).all(0).unsqueeze(-1), 0.0)
-        _backward_gemms(p, dz, hidden[0], at, out, magnitudes.amax(), first=start == 0)
+        spare = workspace.flatten()[x[0].numel() :]  # the other sides' logits
+        _backward_gemms(p, dz, hidden[0], at, out, magnitudes.amax(), first=start == 0, spare=spare)
 
 
 @contextmanager
@@ -263,27 +265,40 @@ def _logit_gradient(p: Problem, x_s: Tensor, parts: list[tuple[Side, Tensor, Row
 
 
 def _backward_gemms(
-    p: Problem, dz: Tensor, h_s: Tensor, at: Tensor, out: Result, largest_weight: Tensor, first: bool
+    p: Problem, dz: Tensor, h_s: Tensor, at: Tensor, out: Result, largest_weight: Tensor, first: bool, spare: Tensor
 ) -> None:
+    """``spare`` (m,) may be overwritten, as dz may."""
     weight, columns = p.head.weight, None
     if p.filter_eps is not None:
         active = active_columns(dz, p.filter_eps, largest_weight, p.student_hidden.dtype)
         out.filtered += torch.stack([active.dropped, active.total]).to(out.filtered)
         columns = active.columns
-        if columns is not None:
-            dz, weight = take_columns(dz, columns), weight[columns]
-    if out.grad_hidden is not None:
-        out.grad_hidden[at] = gemm.backproject(dz, weight, out.grad_hidden.dtype)
-    if out.grad_weight is None:
-        return
     if columns is None:
-        gemm.accumulate_(out.grad_weight, dz, h_s, first)
+        if out.grad_hidden is not None:
+            out.grad_hidden[at] = gemm.backproject(dz, weight, out.grad_hidden.dtype)
+        if out.grad_weight is not None:
+            gemm.accumulate_(out.grad_weight, dz, h_s, first)
         return
-    part = out.grad_weight.new_empty(weight.shape)
-    gemm.accumulate_(part, dz, h_s, first=True)
-    if first:
-        out.grad_weight.zero_()
-    out.grad_weight.index_add_(0, columns, part)
+    dz, shape = take_columns_(dz, columns), (columns.numel(), weight.shape[1])
+    if out.grad_hidden is not None:
+        weight = torch.index_select(weight, 0, columns, out=_within(spare, shape, weight.dtype))
+        out.grad_hidden[at] = gemm.backproject(dz, weight, out.grad_hidden.dtype)
+    if out.grad_weight is not None:
+        part = _within(spare, shape, out.grad_weight.dtype)
+        gemm.accumulate_(part, dz, h_s, first=True)
+        if first:
+            out.grad_weight.zero_()
+        out.grad_weight.index_add_(0, columns, part)
+
+
+def _within(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor, over ``memory`` where it fits: 23,000 rows of W (49,152, 576) are gathered in 8 ms there, on
+    fresh pages in 39 (fp32, one CPU core)."""
+    size = math.prod(shape) * dtype.itemsize
+    start = -memory.storage_offset() * memory.itemsize % dtype.itemsize
+    if start + size > memory.nbytes:
+        return memory.new_empty(shape, dtype=dtype)
+    return memory.view(torch.uint8)[start : start + size].view(dtype).view(shape)
 
 
 def _empty_result(p: Problem, wanted: Wanted, one_chunk: bool) -> Result:

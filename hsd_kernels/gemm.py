@@ -162,10 +162,6 @@ def _own_product(name: str, a: Tensor, w: Tensor, out: Tensor, head: torch.Size,
 
 @cache
 def _own_library() -> ctypes.CDLL | None:
-    """The C++ library, None where it is not built, is broken (`hsd_kernels.rows` warns of it) or finds no
-    avx512_bf16."""
-    try:
-        library = cpp.library()
-    except (ValueError, RuntimeError):
-        return None
-    return library if library.hsd_cpu_has_products() else None
+    """The C++ library, None where it is not built, is broken or finds no avx512_bf16."""
+    library = cpp.found()
+    return library if library is not None and library.hsd_cpu_has_products() else None

@@ -2,7 +2,7 @@
 #if !defined(__AVX2__) || !defined(__FMA__) || defined(__AVX512F__)
 #error "compile with -mavx2 -mfma alone: see setup.py"
 #endif
-#include "rows.h"
+#include "columns.h"
 
-const Variant hsd_avx2 = {statistics_row, gradient_row, elementary};
+const Variant hsd_avx2 = {statistics_row, gradient_row, elementary, norms_of_block};
 #endif

@@ -2,7 +2,7 @@
 #ifndef __AVX512F__
 #error "compile with -mavx512f: see setup.py"
 #endif
-#include "rows.h"
+#include "columns.h"
 
-const Variant hsd_avx512 = {statistics_row, gradient_row, elementary};
+const Variant hsd_avx512 = {statistics_row, gradient_row, elementary, norms_of_block};
 #endif

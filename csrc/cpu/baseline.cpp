@@ -1,3 +1,3 @@
-#include "rows.h"
+#include "columns.h"
 
-const Variant hsd_baseline = {statistics_row, gradient_row, elementary};
+const Variant hsd_baseline = {statistics_row, gradient_row, elementary, norms_of_block};

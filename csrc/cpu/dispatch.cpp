@@ -74,6 +74,26 @@ HSD_EXPORT int hsd_cpu_accumulate(int threads, const hsd_product* product) {
     return 0;
 }
 
+HSD_EXPORT int hsd_cpu_column_norms(int variant, int threads, const hsd_matrix* dz, double* mass, float* largest) {
+    const Variant* v = runnable(variant);
+    if (!v) return 1;
+    const int64_t blocks = (dz->columns + hsd_norms_block - 1) / hsd_norms_block;
+    for_rows(blocks, threads, [&](int64_t block) { v->norms_of_block(*dz, block, mass, largest); });
+    return 0;
+}
+
+template <class T>
+static void take_columns(T* row, const int64_t* columns, int64_t n) {
+    for (int64_t i = 0; i < n; i++) row[i] = row[columns[i]];
+}
+
+HSD_EXPORT void hsd_cpu_take_columns(int threads, const hsd_matrix* x, const int64_t* columns, int64_t n) {
+    for_rows(x->rows, threads, [&](int64_t row) {
+        x->is_bf16 ? take_columns((uint16_t*)x->x + row * x->stride, columns, n)
+                   : take_columns((uint32_t*)x->x + row * x->stride, columns, n);
+    });
+}
+
 HSD_EXPORT int hsd_cpu_elementary(int variant, int function, const float* x, float* out, int64_t n) {
     const Variant* v = runnable(variant);
     if (!v) return 1;

@@ -1,6 +1,6 @@
 // The C interface of the CPU row backend: plain data, so that one library works beside every torch version. It is
-// loaded by hsd_kernels/rows/cpp.py, which mirrors these structs (hsd_kernels/gemm.py the products'): change HSD_CPU_ABI
-// here and there with them.
+// loaded by hsd_kernels/rows/cpp.py, which mirrors these structs (hsd_kernels/gemm.py the products', vocab_filter.py the
+// matrix): change HSD_CPU_ABI here and there with them.
 #pragma once
 
 #include <stdint.h>
@@ -69,6 +69,15 @@ struct hsd_product {
     int64_t adds;
 };
 
+// (rows, columns), rows `stride` elements apart.
+struct hsd_matrix {
+    void* x;
+    int64_t stride;
+    int64_t rows;
+    int64_t columns;
+    int64_t is_bf16;  // fp32 else
+};
+
 int hsd_cpu_abi(void);
 // The number of the fastest variant this machine runs: 0 baseline, 1 AVX2 with FMA, 2 AVX-512. Every smaller one runs.
 int hsd_cpu_best(void);
@@ -79,6 +88,10 @@ int hsd_cpu_gradient(int variant, int threads, const hsd_rows* rows, const hsd_g
 int hsd_cpu_has_products(void);
 int hsd_cpu_project_out(int threads, const hsd_product* product);
 int hsd_cpu_accumulate(int threads, const hsd_product* product);
+// The filter of the vocabulary. L1 norm and largest magnitude of each column: NaN where one of its elements is.
+int hsd_cpu_column_norms(int variant, int threads, const hsd_matrix* dz, double* mass, float* largest);
+// x[:, i] = x[:, columns[i]] for i in [0, n), columns ascending.
+void hsd_cpu_take_columns(int threads, const hsd_matrix* x, const int64_t* columns, int64_t n);
 // For tests: function 0 exp, 1 expm1, 2 log1p, 3 tanh of n numbers.
 int hsd_cpu_elementary(int variant, int function, const float* x, float* out, int64_t n);
 }

@@ -98,6 +98,14 @@ def library() -> ctypes.CDLL:
     return load(path)
 
 
+def found() -> ctypes.CDLL | None:
+    """None where it was not built or is broken (`hsd_kernels.rows` warns of that)."""
+    try:
+        return library()
+    except (ValueError, RuntimeError):
+        return None
+
+
 @functools.cache
 def variant() -> int:
     """Index in VARIANTS of the fastest that this machine runs."""

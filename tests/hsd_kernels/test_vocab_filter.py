@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hsd_kernels import fused_hsd_kl
+from hsd_kernels.rows import cpp
 from hsd_kernels.vocab_filter import (
     BLOCK_ROWS,
     FILTER_AUTO,
@@ -13,7 +14,7 @@ from hsd_kernels.vocab_filter import (
     WORTHWHILE,
     active_columns,
     column_norms,
-    take_columns,
+    take_columns_,
 )
 
 ONE = torch.tensor(1.0)
@@ -55,15 +56,89 @@ def test_error_is_bounded_by_the_measured_share(divergence, filter_eps):
         assert 0.0 < relative_l1(got, want) <= 3.0 * share
 
 
+@pytest.fixture(params=["torch", *cpp.VARIANTS])
+def way(request, monkeypatch):
+    """Norms and columns in torch and in every variant of the C++ library that this machine runs."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpp, "found", lambda: None)
+        return request.param
+    number, best = cpp.VARIANTS.index(request.param), cpp.library().hsd_cpu_best()
+    if number > best:
+        pytest.skip(f"this machine runs up to {cpp.VARIANTS[best]}")
+    monkeypatch.setattr(cpp, "variant", lambda: number)
+    return request.param
+
+
+def strided(rows, vocab, dtype):
+    """dz (rows, vocab) and the wider rows in whose memory it lies."""
+    whole = torch.randn(rows, 2 * vocab + 3, generator=torch.Generator().manual_seed(rows + vocab)).to(dtype)
+    return whole[:, 1 : vocab + 1], whole
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows", [1, BLOCK_ROWS, 2 * BLOCK_ROWS + 5])
-def test_norms_and_columns_of_strided_rows(rows, dtype):
-    dz = torch.randn(rows, 80, generator=torch.Generator().manual_seed(rows)).to(dtype)[:, :50]
+@pytest.mark.parametrize("vocab", [1, 50, 2048, 4099])
+def test_norms_and_columns_of_strided_rows(vocab, rows, dtype, way):
+    dz, whole = strided(rows, vocab, dtype)
+    before, kept = dz.clone(), whole.clone()
     mass, largest = column_norms(dz)
     torch.testing.assert_close(mass, dz.double().abs().sum(0), rtol=1e-6, atol=0.0)
-    assert torch.equal(largest, dz.abs().amax(0))
-    columns = torch.tensor([0, 7, 49])
-    assert torch.equal(take_columns(dz, columns), dz[:, columns])
+    assert torch.equal(largest.double(), dz.double().abs().amax(0))
+    for wanted in (slice(0, 0), slice(0, None, 7), slice(vocab // 2, None), slice(vocab - 1, None), slice(0, None)):
+        dz.copy_(before)
+        columns = torch.arange(vocab)[wanted]
+        assert torch.equal(take_columns_(dz, columns), before[:, columns])
+    dz.copy_(before)
+    assert torch.equal(whole, kept), "what is around dz was written"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_what_is_not_finite(dtype, way):
+    dz = torch.zeros(70, 2100, dtype=dtype)
+    nan, inf = float("nan"), float("inf")
+    dz[3, 0], dz[69, 1], dz[0, 2], dz[40, 3], dz[41, 3], dz[0, 2099], dz[1, 2099] = nan, -nan, -inf, inf, nan, 1.0, -3.0
+    mass, largest = (t[[0, 1, 2, 3, 4, 2099]] for t in column_norms(dz))
+    assert str(mass.tolist()) == "[nan, nan, inf, nan, 0.0, 4.0]"
+    assert str(largest.tolist()) == "[nan, nan, inf, nan, 0.0, 3.0]"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_columns_whatever_the_number_of_threads(dtype):
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 5, 16):  # two blocks of columns
+        torch.set_num_threads(threads)
+        dz, _ = strided(9, 4000, dtype)
+        found.append((*column_norms(dz), take_columns_(dz, torch.arange(0, 4000, 3))))
+    torch.set_num_threads(before)
+    for some in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(some, found[0], strict=True))
+
+
+def test_columns_side_by_side_are_not_asked_for():
+    dz = torch.randn(80, 50, generator=torch.Generator().manual_seed(0)).t()
+    columns = torch.tensor([0, 7, 79])
+    mass, largest = column_norms(dz)
+    torch.testing.assert_close(mass, dz.double().abs().sum(0), rtol=1e-6, atol=0.0)
+    assert torch.equal(largest, dz.abs().amax(0)) and torch.equal(take_columns_(dz, columns), dz[:, columns])
+
+
+@pytest.mark.parametrize("rows", [3, 16, 40])
+@pytest.mark.parametrize("form", ["fp32", "bf16", "linear", "reference"])
+def test_same_gradients_with_and_without_the_library(form, rows, monkeypatch):
+    """Also where the gathered rows of W do not fit into the logits of the other sides (3 rows, D = 24), and where the
+    sum of a chunk's logits ends between two numbers of the gradient's dtype (odd vocabulary, linear form)."""
+    tensors = peaked(vocab=2999, dtype=torch.bfloat16 if form in ("bf16", "linear") else torch.float32)
+    options = {"filter_eps": 1e-3, "chunk_bytes": rows * 2 * 2999 * (2 if form == "linear" else 4)}
+    if form == "linear":
+        options["logits_dtype"] = torch.bfloat16
+    if form == "reference":
+        options |= {"reference_hidden": tensors[1].flip(0), "reference_coef": 0.5}
+    found = grads(*tensors, **options)
+    monkeypatch.setattr(cpp, "found", lambda: None)
+    assert found[0].filtered_share.item() > 0.0
+    for got, want in zip(found[1:], grads(*tensors, **options)[1:], strict=True):
+        assert relative_l1(got, want) <= (1e-6 if got.dtype == torch.float32 else 2e-3)
 
 
 def test_a_column_is_dropped_only_below_the_threshold():
