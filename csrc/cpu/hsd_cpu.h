@@ -1,6 +1,6 @@
 // The C interface of the CPU row backend: plain data, so that one library works beside every torch version. It is
-// loaded by hsd_kernels/rows/cpp.py, which mirrors these structs (hsd_kernels/gemm.py the products', vocab_filter.py the
-// matrix): change HSD_CPU_ABI here and there with them.
+// loaded by hsd_kernels/rows/cpp.py, which mirrors these structs (hsd_kernels/gemm.py the products', vocab_filter.py
+// the matrix): change HSD_CPU_ABI here and there with them.
 #pragma once
 
 #include <stdint.h>
