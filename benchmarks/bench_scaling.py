@@ -2,8 +2,8 @@
 
     python benchmarks/bench_scaling.py [--device cpu|cuda] [--dtype bfloat16] [--json PATH]
 
-One size is varied at a time around a centre: N from 256 to 65,536, V from 32k to 256k, D from 512 to 8,192 on a GPU,
-and on a CPU what two cores do in minutes. PATH gets a .png beside it.
+One size is varied at a time around a centre: V from 32k to 256k, N from 256 to 65,536 and D from 512 to 8,192 on a GPU,
+to 4,096 and 2,048 on a CPU, which takes minutes. PATH gets a .png beside it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,21 @@ from timing import environment, header, in_processes, save
 
 KERNEL = str(Path(__file__).with_name("bench_kernel.py"))
 NAMES = (FLOOR, "hsd_kernels", "naive full logits")
-FULL = {
-    "centre": (8192, 4096, 151936),
-    "N": (256, 1024, 4096, 16384, 65536),
-    "D": (512, 1024, 2048, 4096, 8192),
-    "V": (32768, 65536, 151936, 262144),
+PLANS = {
+    "cuda": {
+        "centre": (8192, 4096, 151936),
+        "N": (256, 1024, 4096, 16384, 65536),
+        "D": (512, 1024, 2048, 4096, 8192),
+        "V": (32768, 65536, 151936, 262144),
+    },
+    "cpu": {
+        "centre": (1024, 512, 32768),
+        "N": (256, 1024, 4096),
+        "D": (256, 512, 1024, 2048),
+        "V": (32768, 65536, 151936, 262144),
+    },
+    "toy": {"centre": (64, 64, 4096), "N": (32, 64), "D": (64, 128), "V": (4096, 8192)},
 }
-SMALL = {"centre": (256, 128, 16384), "N": (64, 256, 1024, 4096), "D": (128, 512), "V": (8192, 32768, 131072)}
 
 
 def shapes(plan: dict[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, int, int]]]:
@@ -77,12 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--plan", choices=tuple(PLANS), help="sizes, the device's without it; toy is a dry run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     facts = environment(args.device) | {"dtype": args.dtype}
     print(header(facts))
-    plan = shapes(SMALL if args.device == "cpu" else FULL)
+    plan = shapes(PLANS[args.plan or args.device])
     rows = []
     for name in NAMES:
         job = {"contender": name, "dtype": args.dtype, "device": args.device}

@@ -53,6 +53,6 @@ else
         --json "$out/kernel_peaked.json"
     part update 100 "$python" benchmarks/bench_update.py --repeats 1 --models toy --shapes 100,40,40,4 \
         --json "$out/update.json"
-    part scaling 200 "$python" benchmarks/bench_scaling.py --device cpu --repeats 1 --json "$out/scaling.json"
+    part scaling 200 "$python" benchmarks/bench_scaling.py --device cpu --plan toy --repeats 1 --json "$out/scaling.json"
 fi
 exit $failed
