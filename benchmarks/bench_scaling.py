@@ -74,6 +74,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             x = [r["shape"]["NDV".index(axis)] for r in found]
             axes[0][column].loglog(x, [r["median"] for r in found], "o-", label=name)
             axes[1][column].loglog(x, [max(r["peak_bytes"], 1) / 2**20 for r in found], "o-", label=name)
+        sizes = sorted({r["shape"]["NDV".index(axis)] for r in rows if r["axis"] == axis})
+        for panel in axes[:, column]:
+            panel.set_xticks(sizes, [f"{n:,}" for n in sizes])
+            panel.minorticks_off()
         axes[1][column].set_xlabel({"N": "tokens N", "D": "hidden size D", "V": "vocabulary V"}[axis])
     axes[0][0].set_ylabel("forward + backward (s)")
     axes[1][0].set_ylabel("peak memory above inputs (MiB)")
