@@ -160,7 +160,6 @@ def _own_product(name: str, a: Tensor, w: Tensor, out: Tensor, head: torch.Size,
     assert status == 0  # the routine is there where the machine runs it
 
 
-@cache
 def _own_library() -> ctypes.CDLL | None:
     """The C++ library, None where it is not built, is broken or finds no avx512_bf16."""
     library = cpp.found()
