@@ -136,9 +136,13 @@ def matrix_products() -> Facts:
             if mkl
             else "torch's CPU library does not export cblas_gemm_bf16bf16f32",
         },
-        "cpu bfloat16, logits and head gradient": {
+        "cpu bfloat16, logits/dW": {
             "impl": "vdpbf16ps of the C++ library" if own else "as cpu bfloat16",
             "why": "avx512_bf16 without AMX, where MKL is slow" if own else "AMX, no avx512_bf16, or no C++ library",
+        },
+        "cpu bfloat16, dH": {
+            "impl": "torch.mm, bf16 result" if gemm.torch_leads(a) else "as cpu bfloat16",
+            "why": "MKL is slow without AMX, and dH is rounded next" if gemm.torch_leads(a) else "as cpu bfloat16",
         },
         "cuda bfloat16": {"impl": "cuBLAS, out_dtype=float32", "why": "always"},
     }
