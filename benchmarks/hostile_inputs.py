@@ -92,6 +92,7 @@ _ANSWERS: dict[str, Callable[[random.Random], str]] = {
     "long text": lambda r: ("The answer is " + "maybe " * 9) * r.randint(10**4, 10**5),
     "long line of numbers": lambda r: " ".join(["1,234.5"] * r.randint(10**4, 10**5)) + " and so on",
     "dollar signs": lambda r: "$" * r.randint(10**3, 10**5),
+    "opened formulas": lambda r: "The answer is " + r.choice(["\\(", "\\[", "$\\(", "\\[x"]) * r.randint(10**3, 10**5),
     "empty": lambda r: r.choice(["", " ", "\n" * 999, "\\boxed{}", "\\boxed", "\\boxed{ }", "####", "$$"]),
     "commands without arguments": _boxed(
         lambda r: "".join(r.choice(["\\frac", "\\sqrt", "^", "_"]) for _ in range(99))
@@ -294,6 +295,8 @@ _PROGRAMS: dict[str, tuple[str, ...]] = {
         "# coding: utf-7\n+AGE-",
         "x = " + "-" * 50_000 + "1",
         "a" * 60_000,
+        "`" * 60_000,
+        "```" + "python" * 10_000,
     ),
     "descriptors": (
         "import os\nwhile True: os.dup(0)",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -131,10 +132,13 @@ def _from_train(args: argparse.Namespace, model: str) -> tuple[Subject, list[dic
 
 
 def _weighted(rewards: Sequence[Callable[..., Any]], weights: Sequence[float]) -> Callable[..., list[float]]:
-    """The sum that `HSDTrainer` compares with ``success_reward``; a verdict that failed counts as 0."""
+    """The sum that `HSDTrainer` compares with ``success_reward``; a verdict that failed (None, NaN) counts as 0."""
 
     def reward(**columns: Any) -> list[float]:
-        verdicts = [[w * (r or 0.0) for r in f(**columns)] for f, w in zip(rewards, weights, strict=True)]
+        verdicts = [
+            [0.0 if r is None or math.isnan(r) else w * r for r in f(**columns)]
+            for f, w in zip(rewards, weights, strict=True)
+        ]
         return [sum(of_one) for of_one in zip(*verdicts, strict=True)]
 
     return reward

@@ -11,7 +11,8 @@ from hsd.verify.status import Completion, Result, Status, check_column, completi
 from hsd.verify.suites import Script, read_tests, same_output
 
 MAX_CODE = 1 << 16  # characters
-_FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+# Possessive: a line of fences alone is read once, not once for each of its characters.
+_FENCE = re.compile(r"^[ \t]*(`{3,}+|~{3,}+)[^\n]*+\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 DEFAULT_LIMITS = Limits()
 
 
@@ -63,7 +64,7 @@ def verify_code(text: str, tests: Mapping[str, Any] | str, *, limits: Limits = D
 
 def extract_code(text: str) -> str:
     """The last fenced block, also one that is cut off; the whole text where there is none, its indentation kept."""
-    blocks = [m[3] for m in _FENCE.finditer(text)]
+    blocks = [m[2] for m in _FENCE.finditer(text)]
     return blocks[-1] if blocks else text
 
 

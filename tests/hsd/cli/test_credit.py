@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -135,3 +136,8 @@ def test_what_is_missing_is_named(words, message):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^run: expected a model, a checkpoint or config.json in .*--model"):
         credit.newest_model(tmp_path)
+
+
+def test_a_verdict_that_failed_counts_as_zero():
+    reward = credit._weighted([lambda **_: [1.0, None, math.nan], lambda **_: [0.5, 1.0, None]], [2.0, 1.0])
+    assert reward() == [2.5, 1.0, 0.0]

@@ -19,6 +19,8 @@ from hsd.verify.answers import extract_answer, normalized, plain_number, same_te
         ("Final Answer: **(3, 4)**", "(3, 4)"),
         ("first\nso $a$ and then $b + 1$", "b + 1"),
         (r"so \(\frac12\)", r"\frac12"),
+        (r"\(a\) and \[b\]", "b"),
+        (r"\(\(\( so \(x^2\)", "x^2"),
         (r"it is $\$32,\!348$.", r"\$32,\!348"),
         ("the answer is:", "the answer is:"),
         ("  \n", None),
@@ -81,6 +83,8 @@ def test_plain_number():
     assert plain_number(r"3\text{ million}") == plain_number("3 million.") == 3_000_000
     assert plain_number("5 percent") is None and plain_number("5 pi") is None
     assert plain_number(".5") == plain_number("0.5") and plain_number("-0") == plain_number("0")
+    assert plain_number("1" * 40) != plain_number("1" * 39 + "2"), "28 digits are not enough"
+    assert plain_number("0." + "1" * 39) != plain_number("0." + "1" * 38)
     for text in ("1/2", "1e3", "5x", "", ".", "-", "12,34", "1.2.3", r"\frac12", "\u0663"):
         assert plain_number(text) is None, text
 
@@ -89,7 +93,8 @@ def test_hostile_text_is_read_in_linear_time():
     import time
 
     start = time.perf_counter()
-    for text in (r"\boxed{" * 20_000, "{" * 100_000, "$" * 100_000, "answer is" * 20_000, r"\text{" * 20_000):
+    openers = (r"\boxed{" * 20_000, "{" * 100_000, "$" * 100_000, r"\(" * 50_000, r"\[" * 50_000, r"$\(" * 30_000)
+    for text in (*openers, "answer is" * 20_000, r"\text{" * 20_000):
         extract_answer(text)
     for text in ("5 " + "a " * 500, "\\text{" * 160, "1," * 500, "\\left" * 200, " " * 1000, "5" + " a" * 499):
         normalized(text)

@@ -3,6 +3,7 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ RIGHT = "def f(x):\n    return (x[0] if isinstance(x, list) else x) + 1"
 )
 def test_extract_code(text, code):
     assert extract_code(text) == code
+
+
+def test_hostile_text_is_read_in_linear_time():
+    start = time.perf_counter()
+    for text in ("`" * 100_000, "```" + "a" * 100_000, "~" * 100_000, "```\n" * 30_000, " " * 100_000 + "```"):
+        extract_code(text)
+    assert time.perf_counter() - start < 2
 
 
 def test_right_and_wrong_in_every_form():

@@ -38,6 +38,7 @@ def test_equal(text, gold):
     [
         (r"\boxed{7} or rather \boxed{9}", "7", Status.INCORRECT),
         (r"\boxed{7}, \boxed{8", "8", Status.NO_ANSWER),
+        (r"\boxed{123456789012345678901234567890}", "123456789012345678901234567891", Status.INCORRECT),
         (r"\boxed{1, 2, 3}", "3", Status.INCORRECT),
         (r"\boxed{[1, 2)}", "[1, 2]", Status.INCORRECT),
         (r"\boxed{nylevE}", r"\text{Evelyn}", Status.INCORRECT),  # a product of letters commutes
