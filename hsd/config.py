@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from hsd.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
 from hsd.loss import Objective
 from hsd.methods import HSD_DEFAULTS, METHODS, Method
 from hsd.peers import PEER_RULES
+from hsd_kernels.rows import IMPLS
 
 SHARING = ("auto", "tree", "prompt", "none")
 TEACHERS = ("live", "ema", "fixed", "trust_region")
@@ -26,6 +28,8 @@ UNUSED = (
     "off_policy_mask_threshold",
 )
 UNUSED_WITHOUT_POLICY_TERM = ("epsilon", "epsilon_high")
+# Options of GRPO that its variants decide, None until then; a user may also want TRL's own default.
+GRPO_OPTIONS = ("loss_type", "scale_rewards", "importance_sampling_level", "epsilon", "epsilon_high")
 
 # A number, or [start, end, steps]: linear in optimizer steps, then constant.
 Schedule = float | list[float]
@@ -47,7 +51,7 @@ class HSDConfig(GRPOConfig):
         peer_rule: how a rollout's peer is drawn from the other successes of its group: "uniform", "paired", "first",
             "shortest", "highest_perplexity" or "lowest_perplexity". "auto" is "paired" where prefixes are shared, which
             has the same expected gradient and at most two contexts a group, and else "uniform".
-        show_answer: whether the answer stands beside a demonstration.
+        show_answer: whether the answer stands beside a demonstration. A blank one never does.
         fallback: what a rollout without a demonstration is shown: "answer", or nothing, and it is left out ("mask").
         divergence: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), or "jsd".
         jsd_beta: the teacher's share of the mixture, for "jsd".
@@ -120,6 +124,10 @@ class HSDConfig(GRPOConfig):
     kernel_impl: str = "auto"
     chunk_bytes: int | None = None
     logging_steps: float = 1
+    loss_type: str | None = None
+    scale_rewards: str | None = None
+    importance_sampling_level: str | None = None
+    epsilon: float | None = None
     # The loss has no rollout-engine correction; with vLLM it would cost TRL full logits for a ratio nobody reads.
     vllm_importance_sampling_correction: bool = False
 
@@ -132,15 +140,11 @@ class HSDConfig(GRPOConfig):
     def _take_defaults(self) -> None:
         """Where the user left the choice to the method."""
         trl_loss, chosen = self.spec.trl_loss, self.spec.defaults
-        own = HSD_DEFAULTS | ({"reference_coef": 0.0} if trl_loss else dict(chosen))
-        for name in HSD_DEFAULTS:
+        own = HSD_DEFAULTS | {name: _grpo_defaults()[name] for name in GRPO_OPTIONS}
+        own |= {"reference_coef": 0.0, **chosen} if trl_loss else chosen
+        for name in own:
             if getattr(self, name) is None:
                 setattr(self, name, own[name])
-        if trl_loss:
-            inherited = _grpo_defaults()
-            for name, value in chosen.items():
-                if getattr(self, name) == inherited[name]:
-                    setattr(self, name, value)
 
     def _check(self) -> None:
         policy_term = self.policy_coef != 0.0
@@ -160,9 +164,10 @@ class HSDConfig(GRPOConfig):
         _one_of("kl_clip_form", self.kl_clip_form, ("opsd", "nonnegative"))
         _one_of("reference_kl", self.reference_kl, ("exact", "k3"))
         _one_of("prefix_sharing", self.prefix_sharing, SHARING)
+        _one_of("kernel_impl", self.kernel_impl, IMPLS)
         _one_of("divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd"))
         _one_of("teacher", self.teacher, TEACHERS)
-        for name in ("tree_token_budget", "reference_refresh_steps"):
+        for name in ("tree_token_budget", "reference_refresh_steps", "max_teacher_prompt_length", "chunk_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a positive number or None, got {value}")
@@ -170,8 +175,21 @@ class HSDConfig(GRPOConfig):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected a number in (0, 1], got {getattr(self, name)}")
         for name in ("reference_coef", "kl_clip", "importance_cap"):
-            if getattr(self, name) < 0.0:
+            if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        if not 0.0 <= self.jsd_beta <= 1.0:  # type: ignore[operator]
+            raise ValueError(f"jsd_beta: expected a number in [0, 1], got {self.jsd_beta}")
+        for name in ("kl_temperature", "temperature"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        if not 0.0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a number >= 0, got {self.learning_rate}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps: expected a positive number, or -1 for num_train_epochs, got {self.max_steps}")
+        if not math.isfinite(self.success_reward):
+            raise ValueError(f"success_reward: expected a finite number, got {self.success_reward}")
         if self.importance_cap and self.kl_temperature != self.temperature:
             raise ValueError(
                 f"importance_cap: expected 0 where the loss has another temperature ({self.kl_temperature}) than "
@@ -216,6 +234,11 @@ class HSDConfig(GRPOConfig):
         return METHODS[self.method]
 
     @property
+    def reads_old_logps(self) -> bool:
+        """Whether the loss needs log-probs under the policy that sampled, where a generation serves several steps."""
+        return bool(self.importance_cap) or self.policy_coef != 0.0
+
+    @property
     def has_teacher(self) -> bool:
         return not self.spec.trl_loss
 
@@ -233,8 +256,8 @@ class HSDConfig(GRPOConfig):
             reference_kl=self.reference_kl,
             policy_coef=scheduled(self.policy_coef, step),
             advantage_mix=scheduled(self.advantage_mix, step),
-            epsilon_low=self.epsilon,
-            epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
+            epsilon_low=self.epsilon,  # type: ignore[arg-type]
+            epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,  # type: ignore[arg-type]
             sampling_temperature=self.temperature,
             chunk_bytes=self.chunk_bytes,
             impl=self.kernel_impl,

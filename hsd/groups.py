@@ -8,6 +8,7 @@ from typing import Any
 
 # A plain string (base models) or chat messages, each with "role" and "content".
 Prompt = str | list[dict[str, Any]]
+ROUNDING = 1e-6  # relative
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Group:
-    """The G rollouts of one question. A rollout succeeds when ``reward >= success_reward``.
+    """The G rollouts of one question. A rollout succeeds when ``reward >= success_reward``, but for fp32's rounding.
 
     Args:
         prompt: The question ``q``: a plain string, or a list of chat messages.
@@ -89,12 +90,16 @@ class Group:
     @property
     def successes(self) -> list[int]:
         """Indices of the rollouts that succeed, ascending."""
-        return [i for i, rollout in enumerate(self.rollouts) if rollout.reward >= self.success_reward]
+        return [i for i, rollout in enumerate(self.rollouts) if self._succeeds(rollout)]
 
     @property
     def failures(self) -> list[int]:
         """Indices of the rollouts that fail, ascending."""
-        return [i for i, rollout in enumerate(self.rollouts) if rollout.reward < self.success_reward]
+        return [i for i, rollout in enumerate(self.rollouts) if not self._succeeds(rollout)]
+
+    def _succeeds(self, rollout: Rollout) -> bool:
+        # TRL's rewards are fp32: its 0.9 is 0.89999998, and weights 0.01 + 0.78 + 0.21 sum to 0.99999994.
+        return rollout.reward >= self.success_reward - ROUNDING * max(1.0, abs(self.success_reward))
 
     @property
     def is_mixed(self) -> bool:

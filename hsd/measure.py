@@ -284,7 +284,7 @@ def _hidden(
     """(states that predict the rollouts' tokens (B, T, D), those tokens (B, T), mask (B, T)), on the model's device."""
     device = split.weight.device
     left, length = max(map(len, prompts)), max(map(len, rollouts))
-    pad_id = tokenizer.pad_token_id
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows, mask = [], []
     for p, o in zip(prompts, rollouts, strict=True):
         rows.append([pad_id] * (left - len(p)) + list(p) + list(o) + [pad_id] * (length - len(o)))

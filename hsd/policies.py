@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsd.body import Split, split_model
+from hsd.body import Split, hidden_states, split_model
 from hsd.config import HSDConfig
-from hsd.frozen import adapters_off, ema_update_, frozen_copy, load_policy_, save_policy
+from hsd.frozen import adapters_off, ema_update_, frozen_copy, in_eval_mode, load_policy_, save_policy
 from hsd.loss import Side, frozen_side
 
 INITIAL, EMA, REFERENCE, AVERAGE = "initial_policy", "ema_teacher", "reference", "reference_average"
@@ -113,7 +113,6 @@ class FrozenPolicies:
                     f"{self.args.reference_refresh_steps} saves; the checkpoint is of another kind of run"
                 )
             load_policy_(model, path)
-        self._initial_is_saved = True
 
 
 def mix_logits(a: Side, b: Side, head: Split, share: float) -> Side:
@@ -136,6 +135,28 @@ def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
+@torch.no_grad()
+def check_fresh_adapter(policy: Any, args: HSDConfig) -> None:
+    """Raise ValueError where adapters off are to be the initial policy and are not: an adapter was trained before, or
+    starts away from the base model (PiSSA, ``init_lora_weights=False``)."""
+    if not hasattr(policy, "peft_config") or INITIAL not in roles(args):
+        return
+    split = split_model(policy)
+    ids = torch.arange(1, 7, device=split.weight.device).remainder(split.weight.shape[0]).reshape(1, -1)
+    with in_eval_mode(policy):
+        on = hidden_states(split.body, ids, torch.ones_like(ids))
+        with adapters_off(policy):
+            off = hidden_states(split.body, ids, torch.ones_like(ids))
+    gap = ((on - off).abs().max() / off.abs().max()).item()
+    # A fresh adapter adds exact zeros, but for DoRA, whose norms are rounded.
+    dora = any(getattr(config, "use_dora", False) for config in policy.peft_config.values())
+    if not gap <= (4 * torch.finfo(off.dtype).eps if dora else 0.0):
+        raise ValueError(
+            "model: expected a fresh adapter (adapters off = initial policy), got a trained one, or one that does not "
+            f"start at 0: hidden states differ by {gap:.2g} of their size with the adapters on and off"
+        )
+
+
 def _check(policy: Any, args: HSDConfig, *, peft: bool) -> None:
     wanted = set(roles(args))
     if peft and copies(args, peft=peft):
@@ -150,5 +171,3 @@ def _check(policy: Any, args: HSDConfig, *, peft: bool) -> None:
             "teacher, reference_refresh_steps: expected fp32 weights for an average (bf16=True computes in bf16), "
             f"got {half}"
         )
-    if peft and INITIAL in wanted and "ref" in policy.peft_config:
-        raise ValueError("model: expected a fresh adapter (adapters off = initial policy), got a trained one")

@@ -51,7 +51,8 @@ def make_lessons(
     for i, row in enumerate(rows):
         g, place = divmod(first + i, group_size)
         members = tuple(rollouts[g * group_size : (g + 1) * group_size])
-        group = Group(row["prompt"], str(row["answer"]), members, success_reward)
+        answer = "" if row["answer"] is None else str(row["answer"])
+        group = Group(row["prompt"], answer, members, success_reward)
         success, has_peer = place in group.successes, bool(group.success_peers(place))
         if method.trl_loss:
             lessons.append(Lesson(success, has_peer, None, None))

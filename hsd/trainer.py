@@ -31,7 +31,7 @@ from hsd.credit import credit, credit_at_divergence, credit_mass
 from hsd.frozen import in_eval_mode
 from hsd.groups import Rollout
 from hsd.loss import LossOutput, Objective, Rollouts, Side, method_loss, read_rollouts, rollout_weights
-from hsd.policies import FrozenPolicies
+from hsd.policies import FrozenPolicies, check_fresh_adapter
 from hsd.sampled import sampled_logps
 from hsd.sampler import EpochSampler
 from hsd.sharding import check_sharded
@@ -71,12 +71,13 @@ class HSDTrainer(GRPOTrainer):
         feedback_fn: FeedbackFn | None = None,
         **kwargs: Any,
     ):
-        columns = getattr(train_dataset, "column_names", None) or ()
-        needed = {"prompt", "answer", *args.spec.needs}
-        if train_dataset is not None and columns and not needed <= set(columns):
-            raise ValueError(
-                f"train_dataset: expected columns {sorted(needed)} for method={args.method!r}, got {sorted(columns)}"
-            )
+        _check_columns("train_dataset", train_dataset, args)
+        _check_columns("eval_dataset", kwargs.get("eval_dataset"), args)
+        for name in ("environment_factory", "rollout_func"):  # they may change the question after the data set
+            if args.has_teacher and kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}: expected None with method={args.method!r}, whose teacher reads the data set's"
+                )
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.args: HSDConfig
         if self._is_vlm:
@@ -86,7 +87,7 @@ class HSDTrainer(GRPOTrainer):
         self.context_template = context_template
         self.feedback_fn = feedback_fn
         policy = self.accelerator.unwrap_model(self.model)
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self._sharded = sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if sharded:
             plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
             check_sharded(args, zero_stage=getattr(plugin, "zero_stage", 0), peft=hasattr(policy, "peft_config"))
@@ -94,6 +95,7 @@ class HSDTrainer(GRPOTrainer):
             split = split_model(policy)
             if not sharded:  # sharded weights cannot be read here
                 check_split(policy, split)
+                check_fresh_adapter(policy, args)
         self.prefix_sharing = self._choose_sharing(policy) if args.has_teacher else "none"
         rule = "uniform" if self.prefix_sharing == "none" else "paired"
         self.peer_rule: Any = rule if args.peer_rule == "auto" else args.peer_rule
@@ -107,7 +109,7 @@ class HSDTrainer(GRPOTrainer):
         asked = self.args.prefix_sharing
         if asked == "none":
             return asked
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self._sharded:
             reason = "it has not been tried with sharded weights (FSDP, DeepSpeed)"
         else:
             with self.accelerator.autocast():
@@ -143,11 +145,15 @@ class HSDTrainer(GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
         unscored = rewards.isnan().all(-1)  # every verifier failed: no success, no peer, no advantage
+        weighted = weighted.masked_fill(unscored, min(0.0, self.args.success_reward - 1.0))
         self._scored = (weighted.tolist(), unscored, [list(ids) for ids in completion_ids_list])  # rewards of all ranks
         self._feedback: Sequence[str | None] = [None] * len(inputs)
         if self.feedback_fn is not None:
             columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
             self._feedback = self.feedback_fn(prompts=prompts, completions=completions, **columns)
+            if len(self._feedback) != len(inputs):
+                got = len(self._feedback)
+                raise ValueError(f"feedback_fn: expected {len(inputs)} texts, one a completion, got {got}")
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -157,7 +163,11 @@ class HSDTrainer(GRPOTrainer):
         size: Any = self.num_generations if mode == "train" else self.num_generations_eval
         mean_logps = None
         if self.args.has_teacher and self.peer_rule.endswith("perplexity"):
-            mean_logps = gather_object(self._mean_logps(batch).tolist())
+            # All tokens count, also of rollouts that mask_truncated_completions leaves out of the loss.
+            lengths = torch.tensor([len(ids) for ids in completion_ids], device=batch["completion_mask"].device)
+            kept = torch.arange(batch["completion_mask"].shape[1], device=lengths.device) < lengths.unsqueeze(-1)
+            whole = _student_inputs(batch | {"completion_mask": kept.long()})
+            mean_logps = gather_object((self._logps(*whole).sum(-1) / whole[-1].sum(-1).clamp_min(1)).tolist())
         first = self.accelerator.process_index * len(inputs)
         lessons = make_lessons(
             self.args.spec,
@@ -187,6 +197,10 @@ class HSDTrainer(GRPOTrainer):
         self._record(mode, repeated_tail=sum(map(repeated_tail, completion_ids)) / len(completion_ids))
         if self.args.has_teacher:
             self._add_teacher(batch, lessons)
+            if "old_per_token_logps" in batch and self.args.reads_old_logps and not self._sharded:
+                # TRL reads left-padded prompts without position ids: with GPT-2's absolute positions its log-probs are
+                # of another policy than the loss's, 2 to 6 nats away.
+                batch["old_per_token_logps"] = self._logps(*_student_inputs(batch), temperature=self.temperature)
         return batch
 
     def _add_teacher(self, batch: dict[str, Any], lessons: Sequence[Lesson]) -> None:
@@ -221,17 +235,18 @@ class HSDTrainer(GRPOTrainer):
         return {**given, "chat_template": self.chat_template, "tools": self.tools or None}
 
     @torch.no_grad()
-    def _mean_logps(self, batch: dict[str, Any]) -> Tensor:
-        """Mean log-prob (B,) of each rollout under the policy, for the perplexity rules."""
+    def _logps(self, ids: Tensor, mask: Tensor, targets: Tensor, weights: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-prob (B, T) of each rollout's tokens under the policy that sampled it, 0 where the weight is."""
         policy = self.accelerator.unwrap_model(self.model)
-        split = split_model(policy)
-        ids, mask, targets, weights = _student_inputs(batch)
+        split, length = split_model(policy), targets.shape[1]
+        size = self.args.per_device_train_batch_size
+        parts = zip(*(x.split(size) for x in (ids, mask, targets, weights)), strict=True)
         with in_eval_mode(policy), self.accelerator.autocast():
-            size = self.args.per_device_train_batch_size
-            parts = zip(ids.split(size), mask.split(size), strict=True)
-            h = torch.cat([read_rollouts(split, x, m, targets.shape[1]) for x, m in parts])
-        logps = sampled_logps(h.to(split.weight.dtype), split, targets, weights)
-        return logps.sum(-1) / weights.sum(-1).clamp_min(1)
+            logps = [
+                sampled_logps(read_rollouts(split, x, m, length), split, t, w, temperature=temperature)
+                for x, m, t, w in parts
+            ]
+        return torch.cat(logps)
 
     def _log_coverage(self, mode: str, success: Tensor, lessons: Sequence[Lesson], size: int, unscored: Tensor) -> None:
         """Shares of the rollouts of all ranks. One without a verdict has neither succeeded nor failed."""
@@ -385,7 +400,7 @@ class HSDTrainer(GRPOTrainer):
         mask = mask * batch["shown"].unsqueeze(-1)
         a = credit(t.teacher_logps, t.student_logps)
         failing = torch.where(batch["success"], -1, batch["divergence_position"])
-        tokens = mask.sum().clamp_min(1)
+        tokens = mask.sum()  # 0 where no teacher is shown anything: NaN, which is no part of a mean
         self._record(
             mode,
             kl=(t.per_token_kl * mask).sum() / tokens,
@@ -434,6 +449,15 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         t = self.trainer
         t.frozen.step(t.accelerator.unwrap_model(t.model), state.global_step)
+
+
+def _check_columns(name: str, dataset: Any, args: HSDConfig) -> None:
+    needed = {"prompt", "answer", *args.spec.needs}
+    for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+        columns = getattr(part, "column_names", None) or ()
+        if columns and not needed <= set(columns):
+            wanted = f"columns {sorted(needed)} for method={args.method!r}"
+            raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
 
 
 def _student_inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

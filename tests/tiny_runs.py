@@ -1,12 +1,18 @@
 """What the tests of training runs share: a tiny Qwen3, a verifier that it passes about half the time, settings."""
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from hsd.config import HSDConfig
+from hsd.context import ContextTemplate
 from hsd.demo import small_world
+from hsd.trainer import HSDTrainer
 
 TOKENIZER = small_world.build_tokenizer()
+TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
+QUESTIONS = small_world.make_questions(6, seed=0)
 SIZES = {
     "vocab_size": len(TOKENIZER),
     "hidden_size": 32,
@@ -56,3 +62,26 @@ def start_adapters(model, std=0.05):
 def half(completion_ids, **kwargs):
     """The parity of the first two tokens."""
     return [float(sum(ids[:2]) % 2) for ids in completion_ids]
+
+
+class Recorder(HSDTrainer):
+    """Keeps the generated batches."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        self.batches = [*getattr(self, "batches", []), batch]
+        return batch
+
+
+def make(model, folder, cls=Recorder, reward=half, questions=QUESTIONS, template=TEMPLATE, **options):
+    """A trainer of one `STEP`; ``options`` are those of `HSDConfig`, ``peft_config`` and ``feedback_fn``."""
+    of_trainer = {name: options.pop(name) for name in ("peft_config", "feedback_fn") if name in options}
+    return cls(
+        model=model,
+        reward_funcs=reward,
+        args=HSDConfig(str(folder), **STEP | options),
+        train_dataset=Dataset.from_list(questions),
+        processing_class=TOKENIZER,
+        context_template=template,
+        **of_trainer,
+    )

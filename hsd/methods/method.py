@@ -78,9 +78,10 @@ def shown_to_teacher(
 ) -> Shown | None:
     """The privileged context of a rollout with this ``peer`` (None: it has none) and data-set ``row``.
 
-    None where there is nothing to show, so that the rollout is left out of the loss: no demonstration, no feedback,
-    and either the answer is not shown or ``fallback`` is "mask".
+    A blank answer (LiveCodeBench has none) is not shown. None where there is nothing to show, so that the rollout is
+    left out of the loss: no demonstration, no feedback, and either no answer is shown or ``fallback`` is "mask".
     """
+    show_answer = show_answer and bool(group.answer.strip())
     if method.demonstration == "peer":
         demonstration: Any = None if peer is None else group.rollouts[peer].token_ids
     else:

@@ -8,43 +8,29 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, SIZES, STEP, TOKENIZER, half, qwen3, start_adapters
+from tiny_runs import (
+    ACCUMULATED,
+    CHECKPOINTED,
+    LORA,
+    QUESTIONS,
+    SIZES,
+    STEP,
+    TOKENIZER,
+    half,
+    make,
+    qwen3,
+    start_adapters,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.config import HSDConfig
-from hsd.context import ContextTemplate
-from hsd.demo import small_world
 from hsd.peers import choose_peers
 from hsd.trainer import HSDTrainer
-
-TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
-QUESTIONS = small_world.make_questions(6, seed=0)
 
 
 def llama():
     torch.manual_seed(2)
     return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).float()
-
-
-class Recorder(HSDTrainer):
-    """Keeps the generated batches."""
-
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        self.batches = [*getattr(self, "batches", []), batch]
-        return batch
-
-
-def make(model, tmp_path, cls=Recorder, peft_config=None, **kwargs):
-    return cls(
-        model=model,
-        reward_funcs=half,
-        args=HSDConfig(str(tmp_path), **STEP | kwargs),
-        train_dataset=Dataset.from_list(QUESTIONS),
-        processing_class=TOKENIZER,
-        context_template=TEMPLATE,
-        peft_config=peft_config,
-    )
 
 
 def log_probs(model, prompt, prompt_mask, completion, completion_mask):
@@ -270,6 +256,16 @@ def test_ema_teacher_moves_and_fixed_does_not(tmp_path):
         ({"with_peer_template": "{answer}{demonstration}"}, "answer_only_template"),
         ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 3}, "save_steps: expected a multiple of 2"),
         ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 0.5}, "save_steps: expected a multiple of 2"),
+        ({"jsd_beta": 2.0}, "^jsd_beta"),
+        ({"kl_temperature": 0.0}, "^kl_temperature"),
+        ({"temperature": 0.0}, "^temperature"),
+        ({"top_p": 2.0}, "^top_p"),
+        ({"learning_rate": float("nan")}, "^learning_rate"),
+        ({"max_steps": 0}, "^max_steps"),
+        ({"kernel_impl": "numpy"}, "^kernel_impl"),
+        ({"max_teacher_prompt_length": 0}, "^max_teacher_prompt_length"),
+        ({"chunk_bytes": 0}, "^chunk_bytes"),
+        ({"success_reward": float("nan")}, "^success_reward"),
     ],
 )
 def test_bad_options_are_named(options, named, tmp_path):
@@ -290,6 +286,32 @@ def test_refusals_are_named(tmp_path):
         make(qwen3(), tmp_path, peft_config=LORA, teacher="ema")
     with pytest.raises(ValueError, match="lm_head"):
         make(llama(), tmp_path, peft_config=LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("name", ["environment_factory", "rollout_func"])
+def test_questions_that_change_after_the_data_set_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"^{name}: expected None"):
+        HSDTrainer(
+            model=qwen3(),
+            reward_funcs=half,
+            args=HSDConfig(str(tmp_path), **STEP),
+            train_dataset=Dataset.from_list(QUESTIONS),
+            processing_class=TOKENIZER,
+            **{name: lambda *_: None},
+        )
+
+
+def test_evaluation_questions_need_the_same_columns(tmp_path):
+    for without in (Dataset.from_list([{"prompt": "1+1="}]), {"held out": Dataset.from_list([{"prompt": "1+1="}])}):
+        with pytest.raises(ValueError, match=r"^eval_dataset: expected columns \['answer', 'prompt'\]"):
+            HSDTrainer(
+                model=qwen3(),
+                reward_funcs=half,
+                args=HSDConfig(str(tmp_path), **STEP),
+                train_dataset=Dataset.from_list(QUESTIONS),
+                eval_dataset=without,
+                processing_class=TOKENIZER,
+            )
 
 
 def test_bf16_computes_the_update_in_bf16(tmp_path):

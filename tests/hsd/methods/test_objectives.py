@@ -184,6 +184,20 @@ def test_trl_methods_are_trls(tmp_path):
     assert "hsd/kl" not in row
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "value", "otherwise"),
+    [
+        ("grpo", "loss_type", "dapo", "grpo"),
+        ("dr_grpo", "scale_rewards", "group", "none"),
+        ("gspo", "epsilon", 0.2, 3e-4),
+    ],
+)
+def test_trls_own_default_may_be_asked_for(method, name, value, otherwise, tmp_path):
+    args = {"output_dir": str(tmp_path), "method": method, "bf16": False, "use_cpu": True}
+    assert getattr(HSDConfig(**args, **{name: value}), name) == value
+    assert getattr(HSDConfig(**args), name) == otherwise
+
+
 def test_our_surrogate_is_trls_grpo_loss(tmp_path):
     """With nothing but the policy term (an RLSD whose mix is 0), the step is that of TRL's loss_type='grpo'."""
     _, after = moved(trainer_of(tmp_path / "ours", method="rlsd", advantage_mix=0.0))
