@@ -100,8 +100,9 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
+    text = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()  # raises before there is a file
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_bytes(text)
     part.replace(path)
 
 
