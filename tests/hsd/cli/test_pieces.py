@@ -69,7 +69,7 @@ def test_the_small_worlds_questions_follow_the_seed():
     assert rows[0] == rows[1] != rows[2]
     assert rows[0] == small_world.make_questions(3, seed=0)
     for limit in (0, -2):
-        with pytest.raises(ValueError, match="data.limit: expected a positive number"):
+        with pytest.raises(ValueError, match=r"data\.limit: expected a positive number"):
             load_rows(Data("small_world", limit=limit), seed=0, chat=False)
 
 
