@@ -11,7 +11,6 @@ and once with the answer alone, and writes credit.html, credit.json and the figu
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -99,10 +98,11 @@ def load(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, 
 
 
 def _from_demo(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
+    from hsd.data.rows import read_json
     from hsd.demo import worlds
     from hsd.demo.__main__ import parse, say
 
-    given = json.loads((args.run / "arguments.json").read_text())
+    given = read_json(args.run / "arguments.json")
     name = given.pop("world")
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
     world = getattr(worlds, name)(parse([name, *flags, f"--out={args.run}"]), say)

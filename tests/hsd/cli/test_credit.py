@@ -116,6 +116,9 @@ def test_a_run_of_the_demo_brings_its_questions(tmp_path, monkeypatch):
     assert credit.run(arguments(run, "--questions", 2, "--rollouts", 4, "--max-new-tokens", 7)) == 0
     assert {"training.png", "credit.html"} <= {p.name for p in (run / "credit").iterdir()}
     assert "Model " + str(run / "model") in (run / "credit" / "credit.html").read_text(encoding="utf-8")
+    (run / "arguments.json").write_text("{")
+    with pytest.raises(ValueError, match=r"arguments\.json: expected a JSON object, got '{'"):
+        credit.run(arguments(run))
 
 
 def test_the_newest_model_of_a_run(tmp_path):
