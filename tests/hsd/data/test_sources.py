@@ -314,6 +314,7 @@ GOOD = b'{"question": "x?", "answer": "1"}\n'
         ("x.jsonl.gz", gzip.compress(GOOD)[:-8]),
         ("x.jsonl.gz", gzip.compress(GOOD) + b"trailing"),
     ],
+    ids=["latin-1", "deep", "cut", "trailing"],
 )
 def test_a_line_that_cannot_be_read_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
