@@ -128,13 +128,22 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics file; a half-written last line, from a killed run, is left out."""
+    """Rows of a metrics file; a half-written last line, from a killed run, is left out.
+
+    Raises ValueError with the line's number for any other line that is not an object with a ``step``.
+    """
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
+    rows, lines = [], path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            row = None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            shown = line[:80].decode(errors="replace")
+            raise ValueError(f"{path}, line {number}: expected a JSON object with a step, got {shown!r}")
+        rows.append(row)
     return rows

@@ -24,7 +24,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 2 for bad input, which is one line on stderr; ``--traceback`` or HSD_TRACEBACK=1 shows where."""
+    """The exit code: 2 for bad input, which is one line on stderr, 130 for Ctrl-C.
+
+    ``--traceback`` or HSD_TRACEBACK=1 shows where it came from.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words or os.environ.get("HSD_TRACEBACK", "0") not in ("", "0")
     try:
@@ -35,6 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {text}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if traceback:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def dispatch(words: list[str]) -> int:

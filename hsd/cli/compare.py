@@ -8,7 +8,6 @@ it, with its interval, where report.json has it.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ HELP = "compare runs: a table, their settings' differences, learning curves"
 SUCCESS = "hsd/success_rate"
 COLUMNS = {"KL": "hsd/kl", "entropy": "hsd/student_entropy", "length": "completions/mean_length", "s/step": "step_time"}
 CURVES = {SUCCESS: "success of rollouts", "hsd/kl": "divergence from the teacher, nats/token"}
+FORMATS = (".png", ".pdf", ".svg")
 CURVES |= {"hsd/student_entropy": "student entropy, nats/token", "completions/mean_length": "rollout length, tokens"}
 
 
@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.window < 1:
         raise ValueError(f"--window: expected a positive number of steps, got {args.window}")
+    if args.png.suffix.lower() not in FORMATS:
+        raise ValueError(f"--png: expected a file that ends in {', '.join(FORMATS)}, got {args.png}")
     runs = [read_run(folder, name) for folder, name in zip(args.runs, short_names(args.runs), strict=True)]
     print("\n".join(table(runs, args.window)))
     if differences := differing(runs):
@@ -59,24 +61,47 @@ def run(args: argparse.Namespace) -> int:
 
 def read_run(folder: Path, name: str) -> Run:
     from hsd.callbacks import read_metrics
+    from hsd.data.rows import read_json
 
-    rows = read_metrics(folder / "metrics.jsonl")
+    path = folder / "metrics.jsonl"
+    rows = read_metrics(path)
     if not rows:
         evaluation = folder.suffix == ".json" or any((folder / f"{n}.json").exists() for n in ("results", "result"))
         instead = ", which `hsd eval` wrote: its table is results.md" if evaluation else ""
         raise ValueError(
             f"RUN: expected a training run's folder, with a metrics.jsonl that has steps, got {folder}{instead}"
         )
+    for row in rows:
+        for key in {*CURVES, *COLUMNS.values()}:
+            if type(row.get(key)) not in (int, float, type(None)):
+                raise ValueError(f"{path}, step {row['step']}: {key}: expected a number, got {row[key]!r}")
+        if not isinstance(row.get("alarms", {}), dict):
+            raise ValueError(f"{path}, step {row['step']}: alarms: expected an object, got {row['alarms']!r}")
     settings, evaluated = {}, ""
-    if (folder / "config.yaml").exists():
-        settings = flat(yaml.safe_load((folder / "config.yaml").read_text()))
-    if (folder / "report.json").exists():
-        report = json.loads((folder / "report.json").read_text())
-        settings = settings or flat(report.get("settings", {}))
-        after = report.get("after") or {}
+    if (path := folder / "config.yaml").exists():
+        settings = flat(_mapping(_yaml(path), path))
+    if (path := folder / "report.json").exists():
+        report = read_json(path)
+        settings = settings or flat(_mapping(report.get("settings", {}), f"{path}: settings"))
+        after = _mapping(report.get("after") or {}, f"{path}: after")
         if {"mean", "low", "high"} <= after.keys():
+            if any(type(after[key]) not in (int, float) for key in ("mean", "low", "high")):
+                raise ValueError(f"{path}: after: expected numbers, got {after!r:.200}")
             evaluated = f"{after['mean']:.3f} [{after['low']:.3f}, {after['high']:.3f}]"
     return Run(name, rows, settings, evaluated)
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: expected YAML, got {error}") from error
+
+
+def _mapping(value: Any, where: str | Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected keys and values, got {value!r:.200}")
+    return value
 
 
 def table(runs: Sequence[Run], window: int) -> list[str]:
@@ -166,7 +191,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys in dotted form."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
 
 

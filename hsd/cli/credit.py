@@ -11,7 +11,6 @@ and once with the answer alone, and writes credit.html, credit.json and the figu
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from hsd.viewer import summary
     from hsd.viewer.make import make_credit, sample_groups
 
-    for name, least in (("questions", 1), ("rollouts", 2), ("shown", 1)):
-        if getattr(args, name) < least:
+    for name, least in (("questions", 1), ("rollouts", 2), ("shown", 1), ("max_new_tokens", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"{name}: expected at least {least}, got {getattr(args, name)}")
     model = args.model or newest_model(args.run)
     subject, questions = load(args, str(model))
@@ -93,15 +92,17 @@ def load(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, 
     policy = policy.to("cuda" if cuda else "cpu")
     found = _from_file if args.data is not None or own is None else own
     subject, questions = found(args, model)
+    subject.tokenizer.pad_token = subject.tokenizer.pad_token or subject.tokenizer.eos_token
     length = args.max_new_tokens or subject.sampling.max_new_tokens
     return replace(subject, model=policy, sampling=replace(subject.sampling, max_new_tokens=length)), questions
 
 
 def _from_demo(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
+    from hsd.data.rows import read_json
     from hsd.demo import worlds
     from hsd.demo.__main__ import parse, say
 
-    given = json.loads((args.run / "arguments.json").read_text())
+    given = read_json(args.run / "arguments.json")
     name = given.pop("world")
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
     world = getattr(worlds, name)(parse([name, *flags, f"--out={args.run}"]), say)
@@ -154,7 +155,6 @@ def _from_file(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict
     from hsd.viewer.make import Subject
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     questions = read_questions(args.data, args.questions)
     chat = tokenizer.chat_template is not None
     if not chat:

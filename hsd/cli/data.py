@@ -9,7 +9,7 @@ hsd data mix math.jsonl code.jsonl --ratio 4:1 --out train.jsonl
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
 from collections import Counter
 from pathlib import Path
 
@@ -54,24 +54,42 @@ def _prepare(args: argparse.Namespace) -> int:
     from hsd.data.rows import write_jsonl
     from hsd.data.sources import load_source
 
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit: expected a positive number of rows, got {args.limit}")
+    since, before = _day("--since", args.since), _day("--before", args.before)
     loaded = load_source(args.data)
     print(loaded)
     rows = loaded.rows
-    for column, wanted in (("level", args.level), ("date", args.since or args.before)):
+    for column, wanted in (("level", args.level), ("date", since or before)):
         if wanted and not any(column in row for row in rows):
             raise ValueError(f"{column}: the rows of {loaded.name} have none")
     rows = [r for r in rows if not args.level or r.get("level") in args.level]
-    rows = [r for r in rows if not args.since or r.get("date", "") >= args.since]
-    rows = [r for r in rows if not args.before or "" < r.get("date", "") < args.before]
+    rows = [r for r in rows if not since or r.get("date", "") >= since]
+    rows = [r for r in rows if not before or "" < r.get("date", "") < before]
+    if not rows:
+        raise ValueError(f"--level, --since, --before: expected to leave a row of {loaded.name}, got none")
     print(f"{args.out}: {write_jsonl(args.out, rows[: args.limit])} rows")
     return 0
 
 
+def _day(name: str, text: str | None) -> str | None:
+    """As the rows have it, 2024-08-01: days are compared as texts."""
+    try:
+        return text and datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise ValueError(f"{name}: expected a day such as 2024-08-01, got {text!r}") from None
+
+
 def _decontaminate(args: argparse.Namespace) -> int:
     from hsd.data.decontaminate import decontaminate
-    from hsd.data.rows import write_jsonl
+    from hsd.data.rows import write_json, write_jsonl
     from hsd.data.sources import load_source
 
+    for name, path in (("--out", args.out), ("--report", args.report)):
+        if path.is_dir():
+            raise ValueError(f"{name}: expected a file, got the folder {path}")
+    if args.out.resolve() == args.report.resolve():
+        raise ValueError(f"--report: expected another file than --out, got {args.report}")
     train = load_source(args.train)
     against = {}
     for name in args.against:
@@ -82,10 +100,7 @@ def _decontaminate(args: argparse.Namespace) -> int:
     kept, report = decontaminate(train.rows, against)
     write_jsonl(args.out, (train.rows[i] for i in kept))
     args.report.parent.mkdir(parents=True, exist_ok=True)
-    args.report.write_text(
-        json.dumps({"train": train.name, "unusable": train.unusable} | report, indent=1, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
+    write_json(args.report, {"train": train.name, "unusable": train.unusable} | report)
     print(f"{train}\nagainst " + ", ".join(f"{name} ({len(rows)} rows)" for name, rows in against.items()))
     for rule, count in report["removed"].items():
         print(f"  {rule}: {count} removed ({report['rules'][rule]})")
@@ -116,6 +131,8 @@ def _mix(args: argparse.Namespace) -> int:
         ratio = [int(part) for part in args.ratio.split(":")]
     except ValueError:
         raise ValueError(f"--ratio: expected integers such as 4:1, got {args.ratio!r}") from None
+    if args.length is not None and args.length < 1:
+        raise ValueError(f"--length: expected a positive number of rows, got {args.length}")
     streams = [load_source(name) for name in args.data]
     rows = mix([s.rows for s in streams], ratio, seed=args.seed, length=args.length)
     write_jsonl(args.out, rows)

@@ -11,7 +11,10 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hsd.data.sources import Loaded
 
 HELP = "pass@1 of a model on benchmarks or local JSONL files"
 
@@ -34,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="rollouts at a time (32; for vllm, hundreds)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
-    parser.add_argument("--dtype", default="auto", help="bfloat16, float32, ... (as the model is saved)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: as the model is saved",
+    )
     parser.add_argument(
         "--verifier",
         choices=("auto", "numbers"),
@@ -43,31 +51,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--judge-again", action="store_true", help="score the samples in --out with --verifier anew")
     parser.add_argument(
-        "--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help='as {"enable_thinking": false}'
+        "--chat-template-kwargs", type=_object, default={}, metavar="JSON", help='as {"enable_thinking": false}'
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    from hsd.data.rows import write_json
     from hsd.data.sources import load_source
-    from hsd.evaluate.benchmark import evaluate, write_json
+    from hsd.evaluate.benchmark import check_request, evaluate
     from hsd.evaluate.engines import choose, load_engine
     from hsd.evaluate.sampling import Sampling
     from hsd.evaluate.table import markdown
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.batch_size)
+    check_request(sampling, args.samples, args.seed)
     choose(args.engine)  # whatever is wrong with the request is said before a model is loaded
-    loaded = {name: load_source(name, limit=args.limit) for name in args.data}
+    loaded: dict[str, Loaded] = {}
+    for data in (load_source(name, limit=args.limit) for name in dict.fromkeys(args.data)):
+        if (other := loaded.setdefault(slug(data.name), data)) is not data:
+            folder = args.out / slug(data.name)
+            raise ValueError(f"--data: expected one data set for {folder}, got {other.name} and {data.name}")
     rewards = verifiers(args.verifier)
     engine = load_engine(args.engine, args.model, args.dtype)
     results = []
-    for data in loaded.values():
+    for folder, data in loaded.items():
         print(data, flush=True)
         result = evaluate(
             engine,
             args.model,
             data,
             rewards,
-            args.out / slug(data.name),
+            args.out / folder,
             sampling=sampling,
             samples=args.samples,
             seed=args.seed,
@@ -80,6 +94,16 @@ def run(args: argparse.Namespace) -> int:
         (args.out / "results.md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results))
     return 0
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
 
 
 def verifiers(choice: str) -> Mapping[str, Any]:

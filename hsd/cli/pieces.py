@@ -58,6 +58,8 @@ def load_rows(data: Data, seed: int, chat: bool) -> list[dict[str, Any]]:
     if data.path == SMALL_WORLD:
         from hsd.demo import small_world
 
+        if data.limit is not None and data.limit < 1:
+            raise ValueError(f"data.limit: expected a positive number of questions, got {data.limit}")
         rows: list[dict[str, Any]] = list(small_world.make_questions(SMALL_WORLD_QUESTIONS, seed=seed))[: data.limit]
     else:
         from hsd.data import load
@@ -80,6 +82,8 @@ def _asked(row: dict[str, Any], instruction: str | None, chat: bool) -> dict[str
 
 def load_rewards(names: str | list[str]) -> list[Callable[..., Any]]:
     """TRL reward functions: hsd.verify's by name, others as module:function (the current folder can be imported)."""
+    if not names:
+        raise ValueError(f"reward: expected at least one function, got {names!r}")
     return [_reward(name) for name in ([names] if isinstance(names, str) else names)]
 
 
@@ -88,7 +92,10 @@ def _reward(name: str) -> Callable[..., Any]:
     if colon:
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
-        found = getattr(importlib.import_module(module), function, None)
+        try:
+            found = getattr(importlib.import_module(module), function, None)
+        except ImportError as error:
+            raise ValueError(f"reward: expected a module that can be imported, got {name!r} ({error})") from error
     elif name in VERIFIERS:
         found = getattr(importlib.import_module("hsd.verify"), f"{name}_reward", None)
     else:

@@ -75,7 +75,13 @@ def _mapping(loader: Loader, node: yaml.MappingNode) -> Section:
         key, line = str(loader.construct_object(key_node, deep=True)), key_node.start_mark.line + 1
         if key in section:
             raise ValueError(f"{loader.source}, line {line}: {key}: expected once, got it again")
-        section[key] = loader.construct_object(value_node, deep=True)
+        try:
+            section[key] = loader.construct_object(value_node, deep=True)
+        except ValueError as error:
+            if not isinstance(value_node, yaml.ScalarNode):
+                raise
+            got = value_node.value  # reads like a day, 2024-13-01, and is none
+            raise ValueError(f"{loader.source}, line {line}: {key}: {error}, got {got!r}") from error
         section.origin[key] = f"{loader.source}, line {line}: " if loader.source else ""
     return section
 
@@ -85,9 +91,13 @@ Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 def read(path: Path, overrides: Sequence[str] = ()) -> tuple[Settings, dict[str, str]]:
     """Settings of a file with ``--key value`` pairs on top, and where each of the train section's keys came from."""
-    loader = Loader(path.read_text())
-    loader.source = str(path)
     try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from error
+    try:
+        loader = Loader(text)
+        loader.source = str(path)
         raw = loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

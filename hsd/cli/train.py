@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 
 from hsd.cli.settings import Settings, read
+from hsd.data.rows import read_json
 
 HELP = "train a model as a YAML file says; the same command resumes"
 TAKES_OVERRIDES = True
@@ -79,14 +81,14 @@ def train(settings: Settings, config: Any) -> int:
     transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line
     out = Path(config.output_dir)
     rewards = load_rewards(settings.reward)
+    needed = config.generation_batch_size // config.num_generations
     with config.main_process_first(desc="the run's folder and the model"):
         model, tokenizer = load_model(settings.model, config.seed, Path(".cache"))
         chat = bool(tokenizer.chat_template) if settings.data.chat is None else settings.data.chat
         rows = load_rows(settings.data, config.seed, chat)
+        if len(rows) < needed:
+            raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(rows)}")
         claim(out, settings, config, rows)
-    needed = config.generation_batch_size // config.num_generations
-    if len(rows) < needed:
-        raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(rows)}")
     stop = StopOnSignal()
     trainer = HSDTrainer(
         model=model,
@@ -108,7 +110,12 @@ def train(settings: Settings, config: Any) -> int:
     say(f"{out}: {len(rows)} questions, " + (f"resuming after step {done}" if done else "from the start"))
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (ValueError, TypeError, OSError) as error:  # hours into a run, where it happened is worth a traceback
+    except (ValueError, TypeError, OSError) as error:
+        if trainer.state.global_step == 0:  # as a rule bad input
+            if not config.disable_tqdm:
+                print(file=sys.stderr)  # the bar's line has no end yet
+            raise
+        # Hours into a run, where it happened is worth a traceback.
         raise RuntimeError(f"training stopped at step {trainer.state.global_step}") from error
     if stop.signal is not None:
         say(f"{out}: stopped at step {trainer.state.global_step}; the same command resumes")
@@ -134,10 +141,15 @@ def as_yaml(settings: Settings, config: Any) -> str:
 
 
 def claim(out: Path, settings: Settings, config: Any, rows: list[dict[str, Any]]) -> None:
-    """Write config.yaml and run.json, or raise ValueError where ``out`` holds another run, which would be resumed."""
+    """Write config.yaml and run.json, or raise ValueError where ``out`` holds another run, which would be resumed.
+
+    A run that has neither taken a step nor left a model is none yet: it may be corrected.
+    """
     path, asked = out / "run.json", identity(settings, config, rows)
-    if path.exists():
-        began = json.loads(path.read_text())
+    metrics = out / "metrics.jsonl"
+    steps = any(out.glob("checkpoint-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+    if path.exists() and (steps or (out / "model").exists()):
+        began = read_json(path)
         free = {f"train.{key}" for key in FREE}
         if config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
             free.discard("train.max_steps")  # the schedule ends with it
@@ -146,7 +158,7 @@ def claim(out: Path, settings: Settings, config: Any, rows: list[dict[str, Any]]
                 raise ValueError(
                     f"{key}: {out} holds a run with {began[key]!r}, got {asked[key]!r}; choose another --output_dir"
                 )
-    elif any(out.glob("checkpoint-*")) or (out / "metrics.jsonl").exists():
+    elif steps:
         raise ValueError(
             f"output_dir: expected a new folder or a run of `hsd train`, got {out}, which holds another run"
         )

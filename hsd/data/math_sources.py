@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math as numbers
 import re
 from typing import Any
 
@@ -21,8 +22,9 @@ def last_boxed(text: str) -> str | None:
 
 def gsm8k(raw: dict[str, Any]) -> Row:
     """openai/gsm8k: ``question``, ``answer`` (worked, ends in ``#### n``). Without ``####`` it is the answer itself."""
-    solution, mark, final = str(raw["answer"]).rpartition("####")
-    answer = re.sub(r"(?<=\d),(?=\d{3})", "", final.strip()) if mark else str(raw["answer"]).strip()
+    text = answer_text(raw["answer"])
+    solution, mark, final = text.rpartition("####")
+    answer = re.sub(r"(?<=\d),(?=\d{3})", "", final.strip()) if mark else text
     # <<48/2=24>> is a note for a calculator, not part of the text.
     return _row(raw["question"], answer, solution=re.sub(r"<<[^<>]*>>", "", solution).strip() if mark else None)
 
@@ -65,14 +67,23 @@ def svamp(raw: dict[str, Any]) -> Row:
     """ChilleD/SVAMP: ``Body``, ``Question``, ``Answer`` (a number as text or float), ``Type``, ``ID``."""
     body = raw["Body"].strip()
     stop = "" if body.endswith((".", ",", "?", "!", ";", ":")) else "."
-    number = float(raw["Answer"])
+    number = float(answer_text(raw["Answer"]))
+    if not numbers.isfinite(number):
+        raise Unusable("no finite answer")
     answer = str(int(number)) if number.is_integer() else repr(number)
     return _row(f"{body}{stop} {raw['Question'].strip()}", answer, id=raw.get("ID"), level=raw.get("Type"))
 
 
-def _row(question: str, answer: Any, **rest: Any) -> Row:
-    if answer is None or not str(answer).strip():
+def answer_text(answer: Any) -> str:
+    """The answer without space around it. Raises `Unusable` where there is none, TypeError for a list and the like."""
+    if answer is not None and (isinstance(answer, bool) or not isinstance(answer, str | int | float)):
+        raise TypeError(f"answer: expected a string or a number, got {answer!r:.200}")
+    if answer is None or answer != answer or not str(answer).strip():  # NaN is a table's None
         raise Unusable("no answer")
-    question = bare_question(question)
-    row = {"prompt": math_prompt(question), "answer": str(answer).strip(), "question": question, "kind": "math"}
+    return str(answer).strip()
+
+
+def _row(question: str, answer: Any, **rest: Any) -> Row:
+    answer, question = answer_text(answer), bare_question(question)
+    row = {"prompt": math_prompt(question), "answer": answer, "question": question, "kind": "math"}
     return row | {key: str(value) for key, value in rest.items() if value is not None}

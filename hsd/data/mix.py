@@ -26,11 +26,19 @@ def with_difficulty(rows: Sequence[Row], samples: Iterable[dict[str, Any]]) -> l
     """
     rewards: dict[int, list[float]] = defaultdict(list)
     for record in samples:
-        at = record["row"]
-        if at >= len(rows) or (record["id"], record["answer"]) != (rows[at].get("id"), rows[at]["answer"]):
-            raise ValueError(f"samples: expected those of these {len(rows)} rows, got row {at}, id {record['id']!r}")
-        if record["reward"] is not None:
-            rewards[at].append(record["reward"])
+        if missing := {"row", "id", "answer", "reward"} - record.keys():
+            raise ValueError(f"samples: expected a column {min(missing)!r}, got {sorted(record)}")
+        at, reward = record["row"], record["reward"]
+        if (
+            type(at) is not int
+            or not 0 <= at < len(rows)
+            or (record["id"], record["answer"]) != (rows[at].get("id"), rows[at]["answer"])
+        ):
+            raise ValueError(f"samples: expected those of these {len(rows)} rows, got row {at!r}, id {record['id']!r}")
+        if reward is not None and type(reward) not in (int, float):
+            raise TypeError(f"reward: expected a number or None, got {reward!r} for row {at}")
+        if reward is not None:
+            rewards[at].append(reward)
     rates = {at: sum(values) / len(values) for at, values in rewards.items()}
     return [
         row | {"pass_rate": rates[at], "difficulty": difficulty(rates[at])} if at in rates else dict(row)

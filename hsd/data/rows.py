@@ -1,4 +1,4 @@
-"""The one row form of questions, and the JSONL files that hold it.
+"""The one row form of questions, the JSONL files that hold it, and JSON files beside them.
 
 A row is a dict with ``prompt`` (a string or chat messages) and ``answer`` (a string), and where the data has them
 ``question`` (the bare question, without instructions), ``solution``, ``demonstration``, ``tests`` (a JSON string),
@@ -7,9 +7,11 @@ A row is a dict with ``prompt`` (a string or chat messages) and ``answer`` (a st
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ def check_row(row: Row) -> Row:
             raise ValueError(f"row: expected a column {column!r}, got {sorted(row)}")
     prompt = row["prompt"]
     if not isinstance(prompt, str):
-        last = prompt[-1] if isinstance(prompt, list) and prompt else None
-        if not (isinstance(last, dict) and last.get("role") == "user" and isinstance(last.get("content"), str)):
+        messages = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
+        if not messages or prompt[-1]["role"] != "user":
             raise TypeError(f"prompt: expected a string or messages that end with the user's text, got {prompt!r:.200}")
     for column in TEXTS:
         if not isinstance(row.get(column, ""), str):
@@ -35,6 +37,10 @@ def check_row(row: Row) -> Row:
     if row.get("kind", "math") not in ("math", "code"):
         raise ValueError(f"kind: expected 'math' or 'code', got {row['kind']!r}")
     return row
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def last_user_text(row: Row) -> str:
@@ -45,20 +51,32 @@ def last_user_text(row: Row) -> str:
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file (``.gz`` too), one a line; blank lines are passed over.
 
-    Raises ValueError with the line's number where a line is not a JSON object.
+    Raises ValueError with the line's number where a line is not a JSON object in UTF-8, or the .gz file is broken.
     """
-    path = Path(path)
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}")
-            yield value
+    path, number = Path(path), 0
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _object(line, f"{path}, line {number}")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}, line {number + 1}: expected a whole gzip file, got {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ValueError with the file's name where it holds something else."""
+    return _object(path.read_bytes(), str(path))
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
+    shown = repr(text[:80].decode(errors="replace"))
+    try:
+        value = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected a JSON object, got {shown}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {shown}")
+    return value
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -66,13 +84,26 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    count = 0
-    with gzip.open(part, "wt", encoding="utf-8") if path.suffix == ".gz" else open(part, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    part.replace(path)
+    count, opened = 0, gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(part, "wt", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
     return count
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    text = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()  # raises before there is a file
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(text)
+    part.replace(path)
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hsd.context import tokenize_prompt
-from hsd.data.rows import Row, fingerprint, last_user_text, read_jsonl, write_jsonl
+from hsd.data.rows import Row, fingerprint, last_user_text, read_json, read_jsonl, write_json, write_jsonl
 from hsd.data.sources import Loaded
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.sampling import Sampling
@@ -18,6 +18,8 @@ from hsd.evaluate.statistics import summarize
 
 Reward = Callable[..., Sequence[float | None]]
 Record = dict[str, Any]
+
+LARGEST_SEED = 2**43  # a batch's seed, about a million times this, fits into the 64 bits that torch takes
 
 
 def evaluate(
@@ -46,10 +48,9 @@ def evaluate(
         judge_again: Judge the samples that are there once more, with ``rewards``, and go on; nothing is sampled twice.
 
     Raises:
-        ValueError: The folder holds an evaluation with other settings, or a kind has no reward function.
+        ValueError: The folder holds an evaluation that began with other settings, or a kind has no reward function.
     """
-    if samples < 1 or (sampling.temperature == 0 and samples > 1):
-        raise ValueError(f"samples: expected a positive number, and 1 at temperature 0, got {samples}")
+    check_request(sampling, samples, seed)
     if missing := {row.get("kind", "math") for row in data.rows} - rewards.keys():
         raise ValueError(f"rewards: expected a function for the kinds {sorted(missing)}, got {sorted(rewards)}")
     prompts = [_prompt(engine.tokenizer, row) for row in data.rows]
@@ -72,8 +73,9 @@ def evaluate(
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _same_settings(folder / "settings.json", settings, ("verifiers",) if judge_again else ())
-    records = _whole_batches(folder / "samples.jsonl", sampling.batch_size, len(data.rows) * samples)
+    if _has_lines(folder / "samples.jsonl"):  # else nothing began, and a mistake in the settings may be corrected
+        _same_settings(folder / "settings.json", settings, ("verifiers",) if judge_again else ())
+    records = _whole_batches(folder / "samples.jsonl", sampling.batch_size, len(data.rows), samples)
     if judge_again and records:
         judged = judge([data.rows[r["row"]] for r in records], [r["completion"] for r in records], rewards)
         records = [r | {"reward": x, "status": s} for r, (x, s) in zip(records, judged, strict=True)]
@@ -110,6 +112,14 @@ def evaluate(
     result = {**settings, **_totals(records, samples)}
     write_json(folder / "result.json", result)
     return result
+
+
+def check_request(sampling: Sampling, samples: int, seed: int) -> None:
+    """Raises ValueError for what `evaluate` cannot do, whatever the model and the data are."""
+    if samples < 1 or (sampling.temperature == 0 and samples > 1):
+        raise ValueError(f"samples: expected a positive number, and 1 at temperature 0, got {samples}")
+    if abs(seed) > LARGEST_SEED:
+        raise ValueError(f"seed: expected a number from -2**43 to 2**43, got {seed}")
 
 
 def judge(
@@ -155,13 +165,17 @@ def _prompt(tokenizer: Any, row: Row) -> Any:
 def _same_settings(path: Path, settings: dict[str, Any], but: Sequence[str]) -> None:
     if not path.exists():
         return
-    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    old, new = read_json(path), json.loads(json.dumps(settings))
     if changed := [key for key in sorted(old.keys() | new.keys()) if key not in but and old.get(key) != new.get(key)]:
         differences = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed)
         raise ValueError(f"out: {path.parent} holds an evaluation with other settings ({differences})")
 
 
-def _whole_batches(path: Path, batch_size: int, total: int) -> list[Record]:
+def _has_lines(path: Path) -> bool:
+    return path.exists() and b"\n" in path.read_bytes()
+
+
+def _whole_batches(path: Path, batch_size: int, rows: int, samples: int) -> list[Record]:
     """The records of whole batches in a file that may end in the middle of one; the rest is cut off the file."""
     if not path.exists():
         return []
@@ -169,19 +183,28 @@ def _whole_batches(path: Path, batch_size: int, total: int) -> list[Record]:
         data = file.read()
         file.truncate(data.rfind(b"\n") + 1)
     records = list(read_jsonl(path))
-    if len(records) < total:
+    cut = len(records) < rows * samples
+    if cut:
         records = records[: len(records) // batch_size * batch_size]
+    for n, record in enumerate(records):
+        row, sample = divmod(n, samples)
+        if not _is_record(record) or (record["row"], record["sample"]) != (row, sample) or row >= rows:
+            raise ValueError(f"{path}: expected sample {sample} of row {row} as number {n + 1}, got {record!r:.200}")
+    if cut:
         write_jsonl(path, records)
     return records
+
+
+def _is_record(record: Record) -> bool:
+    """Whether the columns that are read again are there, each of its type."""
+    types = {"row": int, "sample": int, "completion": str, "length": int, "truncated": bool}
+    if any(type(record.get(column)) is not kind for column, kind in types.items()):
+        return False
+    reward = record.get("reward", "")
+    return (reward is None or type(reward) in (int, float)) and not isinstance(record.get("status", []), list | dict)
 
 
 def _modified(model: str) -> float | None:
     """When the weights of a local model were last written: the same path may hold another model tomorrow."""
     weights = [p for pattern in ("*.safetensors", "*.bin") for p in Path(model).glob(pattern)]
     return max((p.stat().st_mtime for p in weights), default=None)
-
-
-def write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -16,6 +16,7 @@ from hsd.plots import plot_coverage, plot_credit_mass, plot_credit_profile, plot
 TEACHERS = {"with_peer": "peer + answer", "answer_only": "answer only"}
 PROFILE_ROWS = (-8, -4, -2, -1, 0, 1, 2, 4, 8, 16)
 EXAMPLES = 3
+FIGURES = ("credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png")
 
 
 def summarise(
@@ -95,27 +96,30 @@ def lines(credit: dict[str, Any]) -> list[str]:
 
 
 def draw(folder: Path, credit: dict[str, Any]) -> list[Path]:
-    """Write the figures that the measurement has data for; their paths."""
+    """Write the figures that the measurement has data for; their paths. Those of an earlier measurement are removed."""
     count, size = credit["failing_with_peer"], credit["group_size"]
+    profile, mass, silence, covered = (folder / name for name in FIGURES)
+    for path in (profile, mass, silence, covered):
+        path.unlink(missing_ok=True)
     pictures = []
     if credit.get("median_tau") is not None:  # some failing rollout leaves its peer
         points = {label: _profile(credit, name) for name, label in TEACHERS.items()}
         profiles = {label: (list(p), list(p.values())) for label, p in points.items()}
         masses = {label: credit["mass"][name] for name, label in TEACHERS.items()}
-        pictures += [folder / "credit_profile.png", folder / "credit_mass.png"]
-        plot_credit_profile(pictures[0], profiles, title=f"Where the credit lands ({count} failing rollouts)")
-        plot_credit_mass(pictures[1], masses, credit["windows"], title=f"Credit near tau ({count} failing rollouts)")
+        pictures += [profile, mass]
+        plot_credit_profile(profile, profiles, title=f"Where the credit lands ({count} failing rollouts)")
+        plot_credit_mass(mass, masses, credit["windows"], title=f"Credit near tau ({count} failing rollouts)")
     if count:
-        pictures.append(folder / "credit_silence.png")
-        plot_silence(pictures[-1], *credit["rollout_abs"].values(), title="How loud the two teachers are")
+        pictures.append(silence)
+        plot_silence(silence, *credit["rollout_abs"].values(), title="How loud the two teachers are")
     nan = math.nan
     bins = [
         (b["success"], b["coverage"], nan if b["error"] is None else b["error"], b["groups"])
         for b in credit["by_difficulty"]
     ]
-    pictures.append(folder / "coverage.png")
+    pictures.append(covered)
     title = f"Failing rollouts with a peer ({credit['questions']} questions, two groups each)"
-    plot_coverage(pictures[-1], bins, (credit["success"], credit["coverage"]), size, title=title)
+    plot_coverage(covered, bins, (credit["success"], credit["coverage"]), size, title=title)
     return pictures
 
 

@@ -78,6 +78,16 @@ def test_a_half_written_last_line_is_dropped(tmp_path):
     assert steps(tmp_path) == [1, 2, 3]  # the new line does not continue the broken one
 
 
+@pytest.mark.parametrize("line", ['{"step": 2, "lo', "", "[2]", '{"loss": 0.5}', '{"step": "2"}', "\xff"])
+def test_a_broken_line_before_others_is_named_and_nothing_is_lost(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    text = '{"step": 1, "loss": 0.5}\n' + line + '\n{"step": 3, "loss": 0.5}\n'
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected a JSON object with a step, got"):
+        begin(RunFiles(tmp_path), step=3)
+    assert path.read_text(encoding="latin-1") == text
+
+
 def collapse(files: RunFiles, first: int, last: int) -> None:
     for step in range(first, last + 1):
         log(files, step, loss=1.0, **{"hsd/success_rate": 0.6 if step <= 8 else 0.0})

@@ -52,6 +52,27 @@ def test_a_rollout_ends_with_its_first_end_token(model):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.0),
+        ("max_new_tokens", True),
+        ("batch_size", 0),
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("temperature", "1"),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+    ],
+)
+def test_what_cannot_be_sampled_with(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value!r}"):
+        Sampling(**{"max_new_tokens": 8} | {name: value})
+
+
+@pytest.mark.parametrize(
     ("declared", "expected"), [(None, [EOS]), (EOS, [EOS]), (7, [EOS, 7]), ([9, EOS], [EOS, 9]), ([], [EOS])]
 )
 def test_end_tokens_are_the_tokenizers_and_the_models(model, declared, expected):

@@ -11,6 +11,7 @@ import pytest
 
 from hsd.cli import data as cli_data
 from hsd.cli import eval as cli_eval
+from hsd.cli.__main__ import main
 from hsd.data import load
 from hsd.data.rows import read_jsonl, write_jsonl
 from hsd.data.sources import Loaded
@@ -114,6 +115,35 @@ def test_other_settings_do_not_go_into_the_same_folder(tmp_path, change, key):
     run(tmp_path)
     with pytest.raises(ValueError, match=f"holds an evaluation with other settings .*{key}: "):
         run(tmp_path, **change)
+
+
+@pytest.mark.parametrize("lines", ["", '{"row": 0, "sam'])
+def test_an_evaluation_that_has_not_begun_may_be_corrected(tmp_path, lines):
+    with pytest.raises(Killed):
+        run(tmp_path, engine=engine(die_at=0))
+    (tmp_path / "samples.jsonl").write_text(lines)
+    assert run(tmp_path, seed=6)["seed"] == 6
+
+
+@pytest.mark.parametrize(
+    "change", [{"row": 1}, {"sample": "0"}, {"completion": None}, {"reward": "1"}, {"status": {}}, {"truncated": 0}]
+)
+def test_samples_of_something_else_are_refused(tmp_path, change):
+    run(tmp_path)
+    records = list(read_jsonl(tmp_path / "samples.jsonl"))
+    write_jsonl(tmp_path / "samples.jsonl", [records[0] | change, *records[1:]])
+    with pytest.raises(ValueError, match=r"samples.jsonl: expected sample 0 of row 0 as number 1, got"):
+        run(tmp_path)
+    write_jsonl(tmp_path / "samples.jsonl", [*records, records[-1] | {"row": 7, "sample": 0}])
+    with pytest.raises(ValueError, match=r"samples.jsonl: expected .* as number 22, got"):
+        run(tmp_path)
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path):
+    run(tmp_path)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings.json: expected a JSON object, got '{'"):
+        run(tmp_path)
 
 
 def test_a_model_written_anew_is_another_model(tmp_path):
@@ -220,10 +250,28 @@ def test_hsd_eval(tmp_path, monkeypatch, capsys):
     assert cli_eval.slug("HumanEval.jsonl.gz") == "HumanEval"
 
 
-def test_hsd_eval_says_what_is_wrong_before_it_loads_a_model(tmp_path, monkeypatch):
+def test_hsd_eval_says_what_is_wrong_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hsd.evaluate.engines.load_engine", lambda *args: pytest.fail("loaded a model"))
     with pytest.raises(ValueError, match="expected a file or one of"):
         cli_eval.run(parse(cli_eval, "--model", "m", "--data", "nonsense", "--out", str(tmp_path)))
+    for name in ("a", "a.b"):
+        write_jsonl(tmp_path / name / "x.jsonl", [{"prompt": "5+1=", "answer": "6"}])
+    good = ["--model", "m", "--data", str(tmp_path / "a" / "x.jsonl"), "--out", str(tmp_path / "out")]
+    for words, said in (
+        (["--samples", "0"], "samples: expected a positive number"),
+        (["--seed", str(2**60)], "seed: expected"),
+        (["--max-new-tokens", "0"], "max_new_tokens: expected"),
+        (
+            ["--data", *(str(tmp_path / n / "x.jsonl") for n in ("a", "a.b"))],
+            "--data: expected one data set for .*/x, ",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            cli_eval.run(parse(cli_eval, *good, *words))
+    for words in (["--dtype", "flaot32"], ["--chat-template-kwargs", "[1]"], ["--chat-template-kwargs", "{"]):
+        assert main(["eval", *good, *words]) == 2
+        assert f"argument {words[0]}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="vllm is not installed"):
         cli_eval.run(parse(cli_eval, "--model", "m", "--data", "svamp", "--engine", "vllm", "--out", str(tmp_path)))
@@ -275,3 +323,40 @@ def test_hsd_data_from_raw_rows_to_a_training_file(tmp_path, capsys):
     assert kinds.count("math") == 9 and kinds.count("code") == 2
     with pytest.raises(ValueError, match="expected integers such as 4:1"):
         cli_data.run(parse(cli_data, "mix", str(files.raw), "--ratio", "4:x", "--out", "x"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prepare", "DATA", "--limit", "0"], "--limit: expected a positive number"),
+        (["prepare", "DATA", "--limit", "-2"], "--limit: expected a positive number"),
+        (["prepare", "DATA", "--since", "soon"], "--since: expected a day such as 2024-08-01, got 'soon'"),
+        (["prepare", "DATA", "--before", "2024-13-01"], "--before: expected a day"),
+        (["prepare", "DATA", "--level", "hard"], "expected to leave a row of q.jsonl, got none"),
+        (["prepare", "DATA", "--since", "2025-01-01"], "expected to leave a row of q.jsonl, got none"),
+        (["mix", "DATA", "--ratio", "1", "--length", "0"], "--length: expected a positive number"),
+        (["decontaminate", "DATA", "--against", "DATA", "--report", "OUT"], "--report: expected another file"),
+        (["decontaminate", "DATA", "--against", "DATA", "--report", "HERE"], "--report: expected a file"),
+        (["decontaminate", "DATA", "--against", "DATA", "--out", "HERE", "--report", "R"], "--out: expected a file"),
+    ],
+)
+def test_hsd_data_leaves_no_file_where_it_has_nothing_to_write(tmp_path, words, said):
+    row = {"prompt": "p", "answer": "1", "level": "easy", "date": "2024-08-01"}
+    paths = {"DATA": tmp_path / "q.jsonl", "OUT": tmp_path / "out.jsonl", "HERE": tmp_path}
+    write_jsonl(paths["DATA"], [row])
+    words = [str(paths.get(word, word)) for word in words]
+    words += [] if "--out" in words else ["--out", str(paths["OUT"])]
+    with pytest.raises(ValueError, match=said):
+        cli_data.run(parse(cli_data, *words))
+    assert [p.name for p in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+def test_a_report_is_whole_or_absent(tmp_path):
+    row = {"prompt": "a lone surrogate \ud800", "answer": "1"}  # which UTF-8 cannot hold
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "report.json").write_text("before")
+    words = ["decontaminate", str(tmp_path / "q.jsonl"), "--against", str(tmp_path / "q.jsonl")]
+    with pytest.raises(UnicodeEncodeError):
+        cli_data.run(parse(cli_data, *words, "--out", str(tmp_path / "o"), "--report", str(tmp_path / "report.json")))
+    assert (tmp_path / "report.json").read_text() == "before"
+    assert not list(tmp_path.glob("*.part"))

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import yaml
 
 from hsd.cli.__main__ import main
 from hsd.cli.compare import moving_mean, short_names
@@ -20,7 +21,7 @@ def runs(tmp_path):
                 row[key] = value
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if config:
-            (folder / "config.yaml").write_text(json.dumps(config))
+            (folder / "config.yaml").write_text(yaml.safe_dump(config))
         if report:
             (folder / "report.json").write_text(json.dumps(report))
         return str(folder)
@@ -77,6 +78,38 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     ):
         assert main(["compare", *words, "--png", str(tmp_path / "x.png")]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.yaml", "a: [", "expected YAML"),
+        ("config.yaml", "[1]", "expected keys and values, got [1]"),
+        ("report.json", "{", "expected a JSON object"),
+        ("report.json", '{"settings": [1]}', "settings: expected keys and values, got [1]"),
+        ("report.json", '{"after": [1]}', "after: expected keys and values, got [1]"),
+        ("report.json", '{"after": {"mean": "x", "low": 0, "high": 1}}', "after: expected numbers"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "line 2: expected a JSON object with a step"),
+        ("metrics.jsonl", '{"step": 1, "hsd/kl": "x"}\n', "step 1: hsd/kl: expected a number, got 'x'"),
+        ("metrics.jsonl", '{"step": 1, "alarms": ["x"]}\n', "step 1: alarms: expected an object, got ['x']"),
+    ],
+)
+def test_a_broken_file_of_a_run_is_named(runs, tmp_path, capsys, file, text, said):
+    folder = runs("a", [0.5])
+    (tmp_path / "a" / file).write_text(text)
+    assert main(["compare", folder, "--png", str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "a" / file) in error and said in error
+
+
+def test_keys_of_settings_may_be_numbers(runs, tmp_path):
+    assert main(["compare", runs("a", [0.5], config={"x": {1: 2}}), "--png", str(tmp_path / "x.svg")]) == 0
+
+
+def test_a_picture_of_an_unknown_kind_is_refused_before_anything_is_read(tmp_path, capsys):
+    for name in ("x.jpgg", "x"):
+        assert main(["compare", "nowhere", "--png", str(tmp_path / name)]) == 2
+        assert "--png: expected a file that ends in .png, .pdf, .svg, got" in capsys.readouterr().err
 
 
 def test_names_are_as_short_as_they_can_be(tmp_path):

@@ -46,7 +46,7 @@ def parity(monkeypatch):
     monkeypatch.setattr("hsd.verify.number_reward", lambda completions, **kw: [len(c) % 2 * 1.0 for c in completions])
 
 
-def test_a_model_and_a_file_of_questions(tmp_path, parity, capsys):
+def test_a_model_and_a_file_of_questions(tmp_path, parity, capsys, monkeypatch):
     save_model(tmp_path / "m", bytes_tokenizer())
     data = tmp_path / "q.jsonl"
     data.write_text("".join(json.dumps({"question": f"{i}+1?", "answer": str(i + 1)}) + "\n" for i in range(3)))
@@ -69,6 +69,9 @@ def test_a_model_and_a_file_of_questions(tmp_path, parity, capsys):
     page = (tmp_path / "out" / "credit.html").read_text(encoding="utf-8")
     assert "m on q.jsonl" in page and page.count('"tau":') == 6
     assert "2 questions x 6 rollouts" in capsys.readouterr().out
+    monkeypatch.setattr("hsd.verify.number_reward", lambda completions, **kw: [0.0 for _ in completions])
+    assert credit.run(arguments(*words)) == 0  # none succeeds: the first one's figures would not be of this
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"credit.html", "credit.json", "coverage.png"}
     subject, questions = credit.load(arguments(*words), str(tmp_path / "m"))
     assert questions[0] == {"prompt": "0+1?", "answer": "1"}  # without a chat template a plain prompt
     assert subject.template == DEFAULT_TEXT_TEMPLATE and subject.sampling.max_new_tokens == 9
@@ -93,6 +96,16 @@ def test_a_run_of_hsd_train_brings_questions_rewards_and_templates(tmp_path):
     assert (tmp_path / "credit" / "credit.html").exists()
 
 
+def test_a_run_whose_tokenizer_has_no_pad_token(tmp_path, parity):
+    save_model(tmp_path / "model", bytes_tokenizer())
+    (tmp_path / "config.yaml").write_text(
+        "model: {path: m}\ndata: {path: small_world, limit: 1}\nreward: number\n"
+        "train: {max_completion_length: 7, bf16: false, use_cpu: true}\n"
+    )
+    assert credit.run(arguments(tmp_path, "--rollouts", 4)) == 0
+    assert json.loads((tmp_path / "credit" / "credit.json").read_text())["failing_with_peer"] > 0
+
+
 def test_a_run_of_the_demo_brings_its_questions(tmp_path, monkeypatch):
     run = tmp_path / "run"
     save_model(run / "warm_start", small_world.build_tokenizer())
@@ -103,6 +116,9 @@ def test_a_run_of_the_demo_brings_its_questions(tmp_path, monkeypatch):
     assert credit.run(arguments(run, "--questions", 2, "--rollouts", 4, "--max-new-tokens", 7)) == 0
     assert {"training.png", "credit.html"} <= {p.name for p in (run / "credit").iterdir()}
     assert "Model " + str(run / "model") in (run / "credit" / "credit.html").read_text(encoding="utf-8")
+    (run / "arguments.json").write_text("{")
+    with pytest.raises(ValueError, match=r"arguments\.json: expected a JSON object, got '{'"):
+        credit.run(arguments(run))
 
 
 def test_the_newest_model_of_a_run(tmp_path):
@@ -125,6 +141,7 @@ def test_the_newest_model_of_a_run(tmp_path):
         (("nowhere",), r"^run: expected a folder, got nowhere"),
         (("--model", "m", "--questions", "0"), r"^questions: expected at least 1, got 0"),
         (("--model", "m", "--rollouts", "1"), r"^rollouts: expected at least 2, got 1"),
+        (("--model", "m", "--max-new-tokens", "0"), r"^max_new_tokens: expected at least 1, got 0"),
         (("--model", "m"), r"^data: expected a JSONL file"),
     ],
 )

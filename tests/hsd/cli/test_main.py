@@ -61,6 +61,17 @@ def test_bad_input_is_one_line(error, command, capsys, monkeypatch):
     assert cli.main(["train"]) == 2
 
 
+def test_ctrl_c_is_one_line(command, capsys):
+    def run(args):
+        raise KeyboardInterrupt
+
+    command.run = run
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["train", "--traceback"])
+
+
 def test_a_bug_keeps_its_traceback(command):
     def run(args):
         raise RuntimeError("training stopped")

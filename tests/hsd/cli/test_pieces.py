@@ -68,6 +68,9 @@ def test_the_small_worlds_questions_follow_the_seed():
     rows = [load_rows(Data("small_world", limit=3), seed=seed, chat=False) for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
     assert rows[0] == small_world.make_questions(3, seed=0)
+    for limit in (0, -2):
+        with pytest.raises(ValueError, match=r"data\.limit: expected a positive number"):
+            load_rows(Data("small_world", limit=limit), seed=0, chat=False)
 
 
 def test_reward_functions_by_name_and_by_path(tmp_path, monkeypatch):
@@ -82,8 +85,10 @@ def test_reward_functions_by_name_and_by_path(tmp_path, monkeypatch):
         load_rewards("my_reward_of_a_test:not_one")
     with pytest.raises(ValueError, match="expected one of"):
         load_rewards("nubmer")
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(ValueError, match=r"reward: expected a module .*, got 'no_such_module:f' \(No module named"):
         load_rewards("no_such_module:f")
+    with pytest.raises(ValueError, match=r"reward: expected at least one function, got \[\]"):
+        load_rewards([])
 
 
 def test_lora_and_dtype():

@@ -37,6 +37,20 @@ def test_sections_with_their_defaults(load):
     assert load(GOOD.replace("reward: number", "reward: [math, code]")).reward == ["math", "code"]
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"model: \xff", r"run\.yaml: expected UTF-8 text, got "),
+        (b"model: a\x00b", r"run\.yaml: expected YAML, got "),
+        (b"model: a\nreward: 2024-13-01", r"run\.yaml, line 2: reward: month must be .*, got '2024-13-01'"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, text, said):
+    (tmp_path / "run.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path / "run.yaml")
+
+
 def test_every_field_of_the_config_is_a_key():
     assert {f"train.{f.name}" for f in fields(HSDConfig)} <= set(names())
 

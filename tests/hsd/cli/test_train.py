@@ -51,6 +51,13 @@ def settings(*overrides):
     return got, make_config(got, origin, "run")
 
 
+def begin(words=(), rows=(), step="checkpoint-1/x"):
+    """A run in the folder "out" that has taken a step."""
+    claim(Path("out"), *settings(*words), list(rows))
+    (Path("out") / step).parent.mkdir(exist_ok=True)
+    (Path("out") / step).write_text('{"step": 1}')
+
+
 def test_the_folder_gets_a_configuration_that_makes_the_same_run(here):
     claim(Path("out"), *settings("--max_steps", "7"), [{"prompt": "q"}])
     written = yaml.safe_load(Path("out/config.yaml").read_text())
@@ -65,7 +72,7 @@ def test_the_folder_gets_a_configuration_that_makes_the_same_run(here):
     "words", [["--max_steps", "9"], ["--save_steps", "3"], ["--report_to", "none"], ["--logging_steps", "2"]]
 )
 def test_a_run_may_go_on_longer_and_log_otherwise(here, words):
-    claim(Path("out"), *settings(), [])
+    begin()
     claim(Path("out"), *settings(*words), [])
 
 
@@ -81,7 +88,7 @@ def test_a_run_may_go_on_longer_and_log_otherwise(here, words):
     ],
 )
 def test_a_folder_with_another_run_is_refused(here, words, named):
-    claim(Path("out"), *settings(), [])
+    begin()
     before = Path("out/config.yaml").read_text()
     with pytest.raises(ValueError, match=named):
         claim(Path("out"), *settings(*words), [])
@@ -89,22 +96,34 @@ def test_a_folder_with_another_run_is_refused(here, words, named):
 
 
 def test_other_questions_are_another_run(here):
-    claim(Path("out"), *settings(), [{"prompt": "q"}])
+    begin(rows=[{"prompt": "q"}])
     with pytest.raises(ValueError, match=r"data\.questions: out holds a run with '1 questions"):
         claim(Path("out"), *settings(), [{"prompt": "r"}])
 
 
 def test_more_steps_are_another_run_where_the_schedule_ends_with_them(here):
-    claim(Path("out"), *settings("--lr_scheduler_type", "linear"), [])
+    begin(["--lr_scheduler_type", "linear"])
     with pytest.raises(ValueError, match="max_steps"):
         claim(Path("out"), *settings("--lr_scheduler_type", "linear", "--max_steps", "9"), [])
 
 
 def test_a_folder_of_something_else_is_refused(here):
     (here / "demo").mkdir()
-    (here / "demo" / "metrics.jsonl").write_text("")
+    (here / "demo" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="which holds another run"):
         claim(Path("demo"), *settings(), [])
+
+
+@pytest.mark.parametrize("step", ["checkpoint-1/x", "metrics.jsonl", "model/x"])
+def test_what_has_not_begun_may_be_corrected_and_what_has_may_not(here, step):
+    claim(Path("out"), *settings(), [])
+    Path("out/metrics.jsonl").write_text("")
+    begin(["--seed", "1"], step=step)
+    with pytest.raises(ValueError, match=r"train\.seed: out holds a run with 1, got 2"):
+        claim(Path("out"), *settings("--seed", "2"), [])
+    Path("out/run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: expected a JSON object, got '{'"):
+        claim(Path("out"), *settings("--seed", "1"), [])
 
 
 def test_check_prints_the_resolved_configuration_and_leaves_nothing(here, capsys):
@@ -133,12 +152,14 @@ def model(here):
         (["--per_device_train_batch_size", "32"], "data: expected at least 8 questions, one step's worth, got 4"),
         (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
         (["--method", "sdft"], "demonstration"),
+        (["--reward", "[]"], "reward: expected at least one function"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
     assert main(["train", "run.yaml", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and said in error
+    assert "expected at least" not in said or not Path("runs").exists()
 
 
 def test_what_fsdp_rules_out_is_said_before_a_model_is_loaded(here, capsys, monkeypatch):
@@ -149,11 +170,20 @@ def test_what_fsdp_rules_out_is_said_before_a_model_is_loaded(here, capsys, monk
     assert "nowhere/at/all" in capsys.readouterr().err
 
 
-def test_a_crash_in_training_keeps_its_traceback(model, here, monkeypatch):
+def test_a_crash_in_training_keeps_its_traceback_and_one_before_it_is_a_line(model, here, monkeypatch, capsys):
     monkeypatch.syspath_prepend(here)
-    (here / "broken_reward_of_a_test.py").write_text("def f(**kwargs): raise ValueError('reward broke')\n")
-    with pytest.raises(RuntimeError, match="training stopped at step 0") as error:
-        main(["train", "run.yaml", "--reward", "broken_reward_of_a_test:f"])
+    (here / "broken_reward_of_a_test.py").write_text(
+        "calls = []\n"
+        "def f(completions, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) != 2: raise ValueError('reward broke')\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    words = ["train", "run.yaml", "--max_steps", "2", "--reward", "broken_reward_of_a_test:f"]
+    assert main(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: reward broke"
+    with pytest.raises(RuntimeError, match="training stopped at step 1") as error:
+        main(words)
     assert "reward broke" in str(error.value.__cause__)
 
 

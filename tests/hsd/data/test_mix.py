@@ -40,6 +40,27 @@ def test_the_order_is_the_seeds_and_a_longer_mix_begins_as_a_shorter():
     assert mix(streams, (4, 1), seed=5, length=0) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"row": -1}, ValueError),
+        ({"row": 2}, ValueError),
+        ({"row": True}, ValueError),
+        ({"row": "1"}, ValueError),
+        ({"reward": "1"}, TypeError),
+        ({"reward": True}, TypeError),
+    ],
+)
+def test_a_sample_of_something_else_is_refused(change, error):
+    rows, sample = stream("m", 2), {"row": 1, "id": "1", "answer": "1", "reward": 1.0}
+    assert with_difficulty(rows, [sample])[1]["pass_rate"] == 1.0
+    with pytest.raises(error, match=next(iter(change)) + r"\b"):
+        with_difficulty(rows, [sample | change])
+    for column in sample:
+        with pytest.raises(ValueError, match=f"samples: expected a column '{column}'"):
+            with_difficulty(rows, [{k: v for k, v in sample.items() if k != column}])
+
+
 def test_mix_errors():
     for streams, ratio in (([stream("m", 2)], (1, 1)), ([stream("m", 2), stream("c", 2)], (1, 0))):
         with pytest.raises(ValueError, match="ratio"):

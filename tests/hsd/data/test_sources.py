@@ -149,6 +149,26 @@ def test_svamp(body, question, answer, text, expected):
     assert (row["question"], row["answer"], row["id"], row["level"]) == (text, expected, "chal-1", "Sum")
 
 
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (None, Unusable, "no answer"),
+        (float("nan"), Unusable, "no answer"),
+        (" ", Unusable, "no answer"),
+        (["2"], TypeError, r"answer: expected a string or a number, got \['2'\]"),
+        (True, TypeError, "answer: expected a string or a number, got True"),
+    ],
+)
+def test_what_is_no_answer(answer, error, message):
+    svamp = {"Body": "Ed has 2 cats", "Question": "How many?", "Answer": answer}
+    for raw in ({"question": "x?", "answer": answer}, {"problem": "x?", "answer": answer}, svamp):
+        with pytest.raises(error, match=message):
+            convert_row(raw)
+    with pytest.raises(Unusable, match="no finite answer"):
+        convert_row(svamp | {"Answer": "inf"})
+    assert converted({"question": "x?", "answer": 7})["answer"] == "7"
+
+
 def test_humaneval():
     raw = {
         "task_id": "HumanEval/0",
@@ -228,6 +248,8 @@ def test_ready_rows_and_their_checks():
         ({"answer": 2}, TypeError, "answer: expected a string"),
         ({"prompt": [{"role": "assistant", "content": "x"}]}, TypeError, "prompt: expected"),
         ({"prompt": []}, TypeError, "prompt: expected"),
+        ({"prompt": [{"content": "x"}, {"role": "user", "content": "y"}]}, TypeError, "prompt: expected"),
+        ({"prompt": ["x", {"role": "user", "content": "y"}]}, TypeError, "prompt: expected"),
         ({"kind": "poetry"}, ValueError, "kind: expected"),
     ):
         with pytest.raises(error, match=message):
@@ -261,6 +283,48 @@ def test_files_and_errors(tmp_path):
         load(str(path), "train")
     with pytest.raises(ValueError, match="limit"):
         load(str(path), limit=0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        APPS | {"solutions": '[{"code": "x"}]'},
+        APPS | {"input_output": "[1]"},
+        LCB | {"private_test_cases": base64.b64encode(b"no zlib").decode()},
+        LCB | {"private_test_cases": base64.b64encode(zlib.compress(b"no pickle")).decode()},
+        LCB | {"private_test_cases": base64.b64encode(zlib.compress(b"")).decode()},
+        LCB | {"public_test_cases": '["x"]'},
+        {"question": 3, "answer": "4"},
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path, row):
+    write_jsonl(tmp_path / "x.jsonl", [GSM8K, row])
+    with pytest.raises(ValueError, match=r"^x.jsonl, row 2: "):
+        load(str(tmp_path / "x.jsonl"))
+
+
+GOOD = b'{"question": "x?", "answer": "1"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", GOOD + b'{"question": "\xe9?", "answer": "1"}\n'),
+        ("x.jsonl", GOOD + b"[" * 100_000),
+        ("x.jsonl.gz", gzip.compress(GOOD)[:-8]),
+        ("x.jsonl.gz", gzip.compress(GOOD) + b"trailing"),
+    ],
+    ids=["latin-1", "deep", "cut", "trailing"],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}, line 2: expected "):
+        load(str(tmp_path / name))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)
+    assert load(str(tmp_path / "x.jsonl"))[0]["question"] == "x?"
 
 
 def test_hub_names(monkeypatch, tmp_path):
@@ -332,7 +396,7 @@ def test_jsonl_is_whole_or_absent(tmp_path):
 
     with pytest.raises(RuntimeError):
         write_jsonl(tmp_path / "x.jsonl", rows())
-    assert not (tmp_path / "x.jsonl").exists()
+    assert not list(tmp_path.iterdir())
     write_jsonl(tmp_path / "x.jsonl.gz", [{"a": "é"}])
     assert gzip.open(tmp_path / "x.jsonl.gz", "rt", encoding="utf-8").read() == '{"a": "é"}\n'
     assert list(read_jsonl(tmp_path / "x.jsonl.gz")) == [{"a": "é"}]
