@@ -18,11 +18,11 @@ import yaml
 
 from hsd.alarms import WINDOW
 
+FORMATS = (".png", ".pdf", ".svg")
 HELP = "compare runs: a table, their settings' differences, learning curves"
 SUCCESS = "hsd/success_rate"
 COLUMNS = {"KL": "hsd/kl", "entropy": "hsd/student_entropy", "length": "completions/mean_length", "s/step": "step_time"}
 CURVES = {SUCCESS: "success of rollouts", "hsd/kl": "divergence from the teacher, nats/token"}
-FORMATS = (".png", ".pdf", ".svg")
 CURVES |= {"hsd/student_entropy": "student entropy, nats/token", "completions/mean_length": "rollout length, tokens"}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math as numbers
 import re
+from math import isfinite
 from typing import Any
 
 from hsd.data.prompts import bare_question, math_prompt
@@ -68,7 +68,7 @@ def svamp(raw: dict[str, Any]) -> Row:
     body = raw["Body"].strip()
     stop = "" if body.endswith((".", ",", "?", "!", ";", ":")) else "."
     number = float(answer_text(raw["Answer"]))
-    if not numbers.isfinite(number):
+    if not isfinite(number):
         raise Unusable("no finite answer")
     answer = str(int(number)) if number.is_integer() else repr(number)
     return _row(f"{body}{stop} {raw['Question'].strip()}", answer, id=raw.get("ID"), level=raw.get("Type"))
