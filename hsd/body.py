@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsd.frozen import in_eval_mode
+
 # What the models of transformers 5.23 do to their logits, by the names in their configurations.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
@@ -98,15 +100,11 @@ def hidden_states(body: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
 @torch.no_grad()
 def check_split(model: nn.Module, split: Split) -> None:
     """Raise ValueError unless head(body(x)), scaled and capped as ``split`` says, equals the model's own logits."""
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         ids = torch.arange(1, 7, device=split.weight.device).remainder(split.weight.shape[0]).reshape(1, -1)
         mask = torch.ones_like(ids)
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         got = split.logits(hidden_states(split.body, ids, mask).to(split.weight.dtype))
-    finally:
-        model.train(was_training)
     if got.shape != expected.shape:
         raise ValueError(
             f"model: expected the logits of {type(model).__name__} to have the shape of head(body(x)), "

@@ -156,19 +156,19 @@ def build_context(
             return prompt_ids(template.demonstration_only.format(demonstration=text))
         return prompt_ids(template.with_peer.format(answer=answer, demonstration=text))
 
-    cut = demonstration is not None
+    cut = False
     if demonstration is not None:
         ids, kept, total = _fit(tokenizer, demonstration, with_demonstration, limit)
-        if ids is not None:
-            return PrivilegedContext(ids, "peer", kept, truncated=kept < total)
         cut = kept < total
-    elif answer is None and feedback:
+        if ids is not None:
+            return PrivilegedContext(ids, "peer", kept, truncated=cut)
+    if answer is None and feedback:
         ids, kept, total = _fit(
             tokenizer, feedback, lambda text: prompt_ids(template.feedback_only.format(feedback=text)), limit
         )
+        cut = cut or kept < total
         if ids is not None:
-            return PrivilegedContext(ids, "feedback", 0, truncated=kept < total)
-        cut = kept < total
+            return PrivilegedContext(ids, "feedback", 0, truncated=cut)
 
     ids = prompt_ids("" if answer is None else template.answer_only.format(answer=answer))
     if len(ids) > limit:

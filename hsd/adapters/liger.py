@@ -174,7 +174,8 @@ def _jsd(
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
 ) -> Tensor:
-    # One head for both sides, biases included, is told by its memory inside: one GEMM then serves both.
+    # One head for both sides, biases included, is told by its memory inside: one GEMM then serves both. (Not under
+    # autocast, which makes a copy of each.)
     loss = fused_hsd_kl(
         hidden,
         teacher_hidden.detach(),

@@ -47,7 +47,8 @@ class FusedOPSD:
         if self.top_k_loss or self.use_thinking_machines_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         policy = self.accelerator.unwrap_model(model)
-        split = take_apart(policy)
+        with self.accelerator.autocast():  # the prepared model's own forward is in it
+            split = take_apart(policy)
 
         def states(side: str) -> Tensor:
             hidden = read(split, inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"])

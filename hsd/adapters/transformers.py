@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from hsd.loss import LossOutput, Objective, Side
 from hsd_kernels import HSDKLOutput
 
 TESTED = ("5.23", "5.23")
+USED = ("divergence", "beta", "temperature", "kl_clip", "kl_clip_form", "chunk_bytes", "impl")  # of an `Objective`
 
 
 def hsd_loss_from_ids(
@@ -50,7 +52,8 @@ def hsd_loss_from_ids(
         lengths: tokens of each rollout, at least 1; each prompt has at least one token too.
         teacher: another model with the same vocabulary, logit scale and softcap; None is the model itself, without
             gradient and in eval mode.
-        objective: `hsd.loss.Objective` without a reference term; by default KL(teacher || student) at temperature 1.
+        objective: `hsd.loss.Objective` with a divergence and nothing else; by default KL(teacher || student) at
+            temperature 1.
 
     Returns the loss and statistics per token, packed rollout after rollout, (sum(lengths),).
 
@@ -58,12 +61,13 @@ def hsd_loss_from_ids(
     passed through.
 
     Raises ValueError naming the argument for lists that do not fit together, a model that cannot be taken apart, a
-    teacher whose logits are made differently, or a reference term.
+    teacher whose logits are made differently, or another term of the objective.
     """
     check_version("transformers", *TESTED)
     objective = objective or Objective()
-    if objective.reference_coef != 0.0:
-        raise ValueError(f"objective: expected reference_coef=0, got {objective.reference_coef}")
+    for field in fields(Objective):
+        if field.name not in USED and (value := getattr(objective, field.name)) != field.default:
+            raise ValueError(f"objective: expected {field.name}={field.default}, got {value}; only {USED} count here")
     _check_lists(student_ids, teacher_ids, lengths)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     split = take_apart(inner)
@@ -92,6 +96,7 @@ def hsd_loss_from_ids(
             beta=objective.beta,
             temperature=objective.temperature,
             kl_clip=objective.kl_clip,
+            kl_clip_form=objective.kl_clip_form,
             target_ids=torch.cat([torch.tensor(x[len(x) - n :]) for x, n in zip(student_ids, lengths, strict=True)]).to(
                 hidden.device
             ),

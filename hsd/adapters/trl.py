@@ -122,7 +122,8 @@ def _gkd(theirs: Any) -> Any:
     ) -> Any:
         student_model = self.accelerator.unwrap_model(model)
         teacher_model = self.accelerator.unwrap_model(self.teacher_model)
-        student, teacher = take_apart(student_model), take_apart(teacher_model)
+        with self.accelerator.autocast():  # the prepared models' own forward is in it
+            student, teacher = take_apart(student_model), take_apart(teacher_model)
         reason = None
         if return_outputs:
             reason = "return_outputs=True"
@@ -193,7 +194,8 @@ def _self_distillation(theirs: Any) -> Any:
             return theirs(self, model, inputs, sides)
         student_model = self.accelerator.unwrap_model(model)
         teacher_model = self.accelerator.unwrap_model(sides.teacher_model)
-        student, teacher = take_apart(student_model), take_apart(teacher_model)
+        with self.accelerator.autocast():  # the prepared models' own forward is in it
+            student, teacher = take_apart(student_model), take_apart(teacher_model)
         targets, mask = inputs["completion_ids"], sides.loss_mask.float()
         length = targets.shape[1]
 

@@ -61,11 +61,12 @@ class PeerAndAnswer:
         size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         first = trainer.accelerator.process_index * len(prompts)
 
-        contexts = []
+        contexts, solved = [], []
         for i, (prompt, answer) in enumerate(zip(prompts, feedbacks or [], strict=True)):
             g, place = divmod(first + i, size)  # a group may be split between ranks: all of them see it whole
             members = tuple(rollouts[g * size : (g + 1) * size])
             group = Group(prompt, answer, members, args.success_reward_threshold)
+            solved.append(bool(group.successes))
             rng = peer_rng(args.seed, trainer.state.global_step, g)
             peer = choose_peers(group, self.rule, rng=rng)[place]
             contexts.append(
@@ -80,13 +81,11 @@ class PeerAndAnswer:
                 )
             )
 
-        solved = [
-            any(s >= args.success_reward_threshold for s in scores[g : g + size]) for g in range(0, len(scores), size)
-        ]
-        with_peer = torch.tensor([c.kind == "peer" for c in contexts], device=rewards.device).float()
+        shares = torch.tensor([[s, c.kind == "peer"] for s, c in zip(solved, contexts, strict=True)]).float()
+        in_groups, with_peer = trainer.accelerator.gather(shares.to(rewards.device)).mean(0).tolist()
         self.last_metrics = {
-            "self_distillation/success_group_fraction": sum(solved) / len(solved),
-            "self_distillation/success_sample_fraction": trainer.accelerator.gather(with_peer).mean().item(),
+            "self_distillation/success_group_fraction": in_groups,
+            "self_distillation/success_sample_fraction": with_peer,
             "self_distillation/reprompt_sample_fraction": 1.0,
         }
         completion_ids, device = output["completion_ids"], output["completion_ids"].device

@@ -86,8 +86,9 @@ def shown_to_teacher(
         demonstration: Any = None if peer is None else group.rollouts[peer].token_ids
     else:
         demonstration = row.get(method.demonstration) if method.demonstration else None
-    if demonstration is not None:
-        return Shown(group.answer if show_answer else None, demonstration)
-    if method.feedback and feedback:
+    feedback = feedback if method.feedback else None
+    if demonstration is not None:  # one that says nothing, or does not fit, leaves the feedback
+        return Shown(group.answer if show_answer else None, demonstration, feedback)
+    if feedback:
         return Shown(feedback=feedback)
     return Shown(group.answer) if show_answer and fallback == "answer" else None

@@ -159,6 +159,9 @@ def test_no_room_for_the_demonstration_or_for_anything(tokenizer: PreTrainedToke
 def test_a_blank_demonstration_is_none(tokenizer: PreTrainedTokenizerFast, text: str):
     expected = build_context(tokenizer, TEXT, "7", None, SHORT)
     assert build_context(tokenizer, TEXT, "7", ids_of(tokenizer, text), SHORT) == expected
+    without = build_context(tokenizer, TEXT, None, None, SHORT, feedback="no")
+    assert without.kind == "feedback"
+    assert build_context(tokenizer, TEXT, None, ids_of(tokenizer, text), SHORT, feedback="no") == without
 
 
 def test_chat_prompt_must_end_with_a_users_text(tokenizer: PreTrainedTokenizerFast):

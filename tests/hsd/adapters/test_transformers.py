@@ -90,6 +90,15 @@ def test_no_dense_logits(build, ids, head_calls):
     assert head_calls(model, lambda: hsd_loss_from_ids(model, *ids, LENGTHS)) == 0
 
 
+def test_both_forms_of_the_clip(build, ids):
+    model = build(scale=2.0)
+    losses = [
+        hsd_loss_from_ids(model, *ids, LENGTHS, objective=Objective(kl_clip=0.02, kl_clip_form=form)).loss.item()
+        for form in ("opsd", "nonnegative")
+    ]
+    assert losses[0] < losses[1]
+
+
 def test_what_it_refuses(build, ids):
     model, (student, teacher) = build("gemma2"), ids
     with pytest.raises(ValueError, match=r"^teacher_ids: expected to end with the rollout's tokens"):
@@ -100,8 +109,14 @@ def test_what_it_refuses(build, ids):
         hsd_loss_from_ids(model, student, teacher, (5, 0, 3))
     with pytest.raises(ValueError, match=r"^student_ids: expected a prompt before the 9 tokens of rollout 0"):
         hsd_loss_from_ids(model, student, teacher, (9, 1, 3))
-    with pytest.raises(ValueError, match=r"^objective: expected reference_coef=0"):
-        hsd_loss_from_ids(model, student, teacher, LENGTHS, objective=Objective(reference_coef=0.1))
+    for name, value in {
+        "reference_coef": 0.1,
+        "divergence_coef": 0.5,
+        "importance_cap": 2.0,
+        "policy_coef": 1.0,
+    }.items():
+        with pytest.raises(ValueError, match=rf"^objective: expected {name}=.*, got {value}"):
+            hsd_loss_from_ids(model, student, teacher, LENGTHS, objective=Objective(**{name: value}))
     other = build("gemma2")
     other.config.final_logit_softcapping = 7.0
     with pytest.raises(ValueError, match=r"^teacher: expected logit scale 1.0 and softcap 0.5"):

@@ -93,6 +93,15 @@ def test_no_success_means_the_answer_alone(build, tmp_path):
     assert logged and logged[0] > 0  # TRL's own builder masks all of these out
 
 
+def test_fp32_rewards_reach_their_own_threshold(build, tmp_path):
+    reward = lambda completion_ids, **_: [0.9 * (i % 2) for i in range(len(completion_ids))]  # noqa: E731
+    trainer = trainer_for(build(scale=1.0), tmp_path, reward=reward, success_reward_threshold=0.9)
+    trainer.teacher_context_builder = builder = Recorder(trainer, template=TEMPLATE)
+    trainer.train()
+    assert builder.last_metrics["self_distillation/success_group_fraction"] == 1.0
+    assert builder.last_metrics["self_distillation/success_sample_fraction"] > 0.0
+
+
 def test_what_it_refuses(build, tmp_path):
     trainer = trainer_for(build(), tmp_path)
     with pytest.raises(ValueError, match=r"^rule: expected one of .* got 'lowest_perplexity'"):
