@@ -127,20 +127,26 @@ def _from_train(args: argparse.Namespace, model: str) -> tuple[Subject, list[dic
     rewards = load_rewards(settings.reward)
     sampling = Sampling(config.max_completion_length or 512, config.temperature, config.top_p, batch_size=64)
     title = f"{settings.model.path} on {settings.data.path}"
-    reward = _weighted(rewards, config.reward_weights or [1.0] * len(rewards))
+    weights = config.reward_weights or [1.0] * len(rewards)
+    reward = _weighted(rewards, weights, config.success_reward)
     subject = Subject(title, None, tokenizer, reward, template, sampling, config.success_reward)
     return subject, load_rows(settings.data, config.seed, chat)
 
 
-def _weighted(rewards: Sequence[Callable[..., Any]], weights: Sequence[float]) -> Callable[..., list[float]]:
-    """The sum that `HSDTrainer` compares with ``success_reward``; a verdict that failed (None, NaN) counts as 0."""
+def _weighted(
+    rewards: Sequence[Callable[..., Any]], weights: Sequence[float], success_reward: float
+) -> Callable[..., list[float]]:
+    """The sum that `HSDTrainer` compares with ``success_reward``: verdicts that failed (None, NaN) are left out, and a
+    rollout without any is no success."""
+    unscored = min(0.0, success_reward - 1.0)
 
     def reward(**columns: Any) -> list[float]:
         verdicts = [
-            [0.0 if r is None or math.isnan(r) else w * r for r in f(**columns)]
+            [None if r is None or math.isnan(r) else w * r for r in f(**columns)]
             for f, w in zip(rewards, weights, strict=True)
         ]
-        return [sum(of_one) for of_one in zip(*verdicts, strict=True)]
+        judged = [[r for r in of_one if r is not None] for of_one in zip(*verdicts, strict=True)]
+        return [sum(of_one) if of_one else unscored for of_one in judged]
 
     return reward
 

@@ -155,6 +155,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         credit.newest_model(tmp_path)
 
 
-def test_a_verdict_that_failed_counts_as_zero():
-    reward = credit._weighted([lambda **_: [1.0, None, math.nan], lambda **_: [0.5, 1.0, None]], [2.0, 1.0])
-    assert reward() == [2.5, 1.0, 0.0]
+def test_a_verdict_that_failed_is_left_out_and_no_verdict_is_no_success():
+    functions = [lambda **_: [1.0, None, math.nan], lambda **_: [0.5, 1.0, None]]
+    assert credit._weighted(functions, [2.0, 1.0], 1.0)() == [2.5, 1.0, 0.0]
+    assert credit._weighted(functions, [2.0, 1.0], 0.0)() == [2.5, 1.0, -1.0]
