@@ -190,6 +190,12 @@ class HSDConfig(GRPOConfig):
             raise ValueError(f"max_steps: expected a positive number, or -1 for num_train_epochs, got {self.max_steps}")
         if not math.isfinite(self.success_reward):
             raise ValueError(f"success_reward: expected a finite number, got {self.success_reward}")
+        made_early = policy_term or (self.reference_coef and self.reference_kl == "k3") or self.tree_token_budget
+        if self.fp16 and not self.spec.trl_loss and made_early:
+            raise ValueError(
+                "fp16: expected False (bf16 or fp32) with policy_coef, reference_kl='k3' or tree_token_budget, whose "
+                "gradients are made before the loss scale and would leave fp16's range, got True"
+            )
         if self.importance_cap and self.kl_temperature != self.temperature:
             raise ValueError(
                 f"importance_cap: expected 0 where the loss has another temperature ({self.kl_temperature}) than "

@@ -209,11 +209,19 @@ def tokenize_prompt(
     """Token ids of a prompt, special tokens as TRL's ``GRPOTrainer`` puts them into the student's prompt.
 
     A string goes through ``tokenizer(text=prompt)``, which adds the tokenizer's own special tokens; messages
-    go through the chat template with the generation prompt.
+    go through the chat template with the generation prompt. Raises ValueError for text outside the vocabulary.
     """
     ids: Any
     if isinstance(prompt, str):
-        ids = tokenizer(text=prompt)["input_ids"]
+        try:
+            ids = tokenizer(text=prompt)["input_ids"]
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # The tokenizers library has no class of its own: a word that a small vocabulary does not know.
+            raise ValueError(
+                f"prompt: expected text that the tokenizer knows, got {prompt!r:.200} ({error})"
+            ) from error
     else:
         ids = tokenizer.apply_chat_template(
             prompt,

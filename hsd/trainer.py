@@ -111,6 +111,11 @@ class HSDTrainer(GRPOTrainer):
             return asked
         if self._sharded:
             reason = "it has not been tried with sharded weights (FSDP, DeepSpeed)"
+        elif self.args.neftune_noise_alpha:
+            reason = (
+                f"neftune_noise_alpha={self.args.neftune_noise_alpha}: a shared token would draw its noise once for "
+                "all sequences, scaled by the length of the batch, expected None"
+            )
         else:
             with self.accelerator.autocast():
                 reason = try_tree(policy)

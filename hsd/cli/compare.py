@@ -130,12 +130,18 @@ def table(runs: Sequence[Run], window: int) -> list[str]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """A line for each setting that is not the same in all runs that have settings."""
+    """A line for each setting that is not the same in all runs that have settings.
+
+    A run of the demo records fewer of them than `hsd train`: between the two, those that both have count.
+    """
     known = [r for r in runs if r.settings]
-    keys = sorted({key for r in known for key in r.settings} - {"train.output_dir"})
+    settings, keys = [r.settings for r in known], {key for r in known for key in r.settings}
+    if len({any(key.startswith("train.") for key in r.settings) for r in known}) > 1:
+        settings = [{key.removeprefix("train."): value for key, value in s.items()} for s in settings]
+        keys = set.intersection(*map(set, settings))
     lines = []
-    for key in keys:
-        values = [r.settings.get(key, "(not set)") for r in known]
+    for key in sorted(keys - {"train.output_dir"}):
+        values = [s.get(key, "(not set)") for s in settings]
         if any(v != values[0] for v in values):
             lines.append(f"{key}: " + ", ".join(f"{r.name} {v}" for r, v in zip(known, values, strict=True)))
     return lines

@@ -39,6 +39,8 @@ def why_not(model: Any) -> str | None:
         return f"{name} does not read from left to right only"
     if getattr(config, "num_kv_shared_layers", None):
         return f"{name} shares keys and values between layers (num_kv_shared_layers={config.num_kv_shared_layers})"
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4: from node 8,192 on, which no small group shows
+        return f"{name} scales its attention by a token's place in the batch (attn_temperature_tuning)"
     moving = sorted(set(_rope_types(getattr(config, "rope_parameters", None))) & {"dynamic", "longrope"})
     if moving:
         return (
@@ -61,14 +63,19 @@ def _rope_types(parameters: Any) -> Iterator[str]:
 
 
 def _noise(model: nn.Module, config: Any) -> str | None:
-    """Dropout, layer drop or router jitter that is not 0, including an adapter's."""
+    """Dropout, layer drop or jitter that is not 0, including an adapter's."""
     for key, value in config.to_dict().items():
         named = "drop" in key or key == "router_jitter_noise"
         if named and isinstance(value, int | float) and value > 0 and not key.startswith(("classifier", "summary")):
             return f"{key}={value}"
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0 and not name.startswith(("classifier", "summary")):
+        if name.startswith(("classifier", "summary")):
+            continue
+        if "Dropout" in type(module).__name__ and getattr(module, "p", 0) > 0:  # PEFT has classes of its own
             return f"{name} drops with p={module.p}"
+        for key, value in vars(module).items():  # DBRX and Phimoe have theirs in no key that the loop above knows
+            if ("drop" in key or "jitter" in key) and isinstance(value, float) and value > 0:
+                return f"{name}.{key}={value}"
     return None
 
 

@@ -16,6 +16,7 @@ from hsd.context import (
     check_alignment,
     tokenize_prompt,
 )
+from hsd.demo import small_world
 from hsd.groups import Prompt
 
 CHAT_TEMPLATE = (
@@ -77,6 +78,11 @@ def test_text_prompt_gets_the_special_tokens_of_the_students_prompt(tokenizer: P
     teacher = build_context(tokenizer, TEXT, "7", None, SHORT).prompt_ids
     assert list(teacher[: len(student)]) == student
     assert teacher.count(tokenizer.bos_token_id) == 1
+
+
+def test_text_outside_a_small_vocabulary_is_named():
+    with pytest.raises(ValueError, match=r"^prompt: expected text that the tokenizer knows, got 'What is 1\+1\?'"):
+        tokenize_prompt(small_world.build_tokenizer(), "What is 1+1?")
 
 
 def test_chat_prompt_goes_into_the_last_user_message(tokenizer: PreTrainedTokenizerFast):

@@ -256,6 +256,8 @@ def test_ema_teacher_moves_and_fixed_does_not(tmp_path):
         ({"with_peer_template": "{answer}{demonstration}"}, "answer_only_template"),
         ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 3}, "save_steps: expected a multiple of 2"),
         ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 0.5}, "save_steps: expected a multiple of 2"),
+        ({"fp16": True, "policy_coef": 1.0}, "^fp16"),
+        ({"fp16": True, "tree_token_budget": 64}, "^fp16"),
         ({"jsd_beta": 2.0}, "^jsd_beta"),
         ({"kl_temperature": 0.0}, "^kl_temperature"),
         ({"temperature": 0.0}, "^temperature"),

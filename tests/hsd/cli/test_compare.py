@@ -55,6 +55,16 @@ def test_a_line_a_run(runs, tmp_path, capsys):
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
 
 
+def test_a_run_of_the_demo_beside_one_of_hsd_train(runs, tmp_path, capsys):
+    """The demo records its settings in its report, without a section, and fewer of them."""
+    trained = runs("trained", [0.1], {"model": {"path": "m"}, "train": {"learning_rate": 1e-5, "teacher": "live"}})
+    demo = runs("demo", [0.1], report={"settings": {"learning_rate": 1e-5, "teacher": "fixed", "questions": 16}})
+    assert main(["compare", trained, demo, "--png", str(tmp_path / "c.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "teacher: trained live, demo fixed" in lines
+    assert not any("learning_rate" in line or "not set" in line for line in lines)
+
+
 def test_one_run_and_more_runs_than_colours(runs, tmp_path, capsys):
     folders = [runs(f"r{i}", [0.1 * i] * 3) for i in range(12)]
     assert main(["compare", folders[0], "--png", str(tmp_path / "one.png")]) == 0

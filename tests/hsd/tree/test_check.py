@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import BOFTConfig, LoraConfig, get_peft_model
 
 import hsd.tree.attention as attention
 from hsd.tree.attention import is_enabled
@@ -48,6 +48,24 @@ def without_positions(build):
     return model
 
 
+def dbrx(attention=0.0, experts=0.0):
+    options = {"d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64, "vocab_size": 61}
+    attn = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4, "attn_pdrop": attention}
+    ffn = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32, "moe_jitter_eps": experts}
+    return transformers.DbrxForCausalLM(transformers.DbrxConfig(**options, attn_config=attn, ffn_config=ffn))
+
+
+def boft(build):
+    options = {"boft_block_size": 4, "boft_n_butterfly_factor": 1, "boft_dropout": 0.3, "target_modules": ["q_proj"]}
+    return get_peft_model(build("llama"), BOFTConfig(**options))
+
+
+def _with(model, **options):
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    return model
+
+
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, "factor": 2.0,
         "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # fmt: skip
@@ -64,6 +82,10 @@ REFUSED = {
     "LoRA dropout": (lora_dropout, "lora_dropout.*p=0.1"),
     "router loss": (lambda b: b("mixtral", output_router_logits=True), "auxiliary loss"),
     "router jitter": (lambda b: b("mixtral", router_jitter_noise=0.1), "router_jitter_noise"),
+    "nested attention dropout": (lambda b: dbrx(attention=0.2), "0.2"),
+    "nested jitter": (lambda b: dbrx(experts=0.1), "jitter.*0.1"),
+    "BOFT dropout": (boft, "drops with p=0.3"),
+    "tuned temperature": (lambda b: _with(b("llama"), attn_temperature_tuning=True), "attn_temperature_tuning"),
     "chunked attention": (
         lambda b: _with_layers(b("llama"), ["chunked_attention", "full_attention"]),
         "chunked_attention",

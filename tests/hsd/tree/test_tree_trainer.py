@@ -140,6 +140,8 @@ def test_auto_falls_back_once_and_loudly_and_an_explicit_choice_raises(tmp_path)
     assert (trainer.prefix_sharing, trainer.peer_rule, set(trainer.ways)) == ("none", "uniform", {"unshared"})
     with pytest.raises(ValueError, match=r"prefix_sharing.*attention_dropout"):
         make(tmp_path, model=qwen3(attention_dropout=0.5), prefix_sharing="tree")
+    with pytest.raises(ValueError, match=r"prefix_sharing.*neftune_noise_alpha=5"):
+        make(tmp_path, neftune_noise_alpha=5.0, prefix_sharing="tree")
     with pytest.raises(ValueError, match="prefix_sharing"):
         make(tmp_path, prefix_sharing="forest")
     with pytest.raises(ValueError, match="tree_token_budget"):
