@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import BOFTConfig, LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 
 import hsd.tree.attention as attention
 from hsd.tree.attention import is_enabled
@@ -55,9 +55,9 @@ def dbrx(attention=0.0, experts=0.0):
     return transformers.DbrxForCausalLM(transformers.DbrxConfig(**options, attn_config=attn, ffn_config=ffn))
 
 
-def boft(build):
-    options = {"boft_block_size": 4, "boft_n_butterfly_factor": 1, "boft_dropout": 0.3, "target_modules": ["q_proj"]}
-    return get_peft_model(build("llama"), BOFTConfig(**options))
+def oft(build):
+    options = {"oft_block_size": 4, "module_dropout": 0.3, "target_modules": ["q_proj"]}
+    return get_peft_model(build("llama"), OFTConfig(**options))
 
 
 def _with(model, **options):
@@ -84,7 +84,7 @@ REFUSED = {
     "router jitter": (lambda b: b("mixtral", router_jitter_noise=0.1), "router_jitter_noise"),
     "nested attention dropout": (lambda b: dbrx(attention=0.2), "0.2"),
     "nested jitter": (lambda b: dbrx(experts=0.1), "jitter.*0.1"),
-    "BOFT dropout": (boft, "drops with p=0.3"),
+    "dropout of PEFT's own": (oft, "drops with p=0.3"),
     "tuned temperature": (lambda b: _with(b("llama"), attn_temperature_tuning=True), "attn_temperature_tuning"),
     "chunked attention": (
         lambda b: _with_layers(b("llama"), ["chunked_attention", "full_attention"]),
