@@ -42,6 +42,7 @@ STEP = QUIET | {  # one step of SGD at learning rate 1, which moves the weights 
     "learning_rate": 1.0,
     "max_grad_norm": 0.0,
 }
+OF_TRAINER = ("peft_config", "feedback_fn", "eval_dataset", "environment_factory", "rollout_func")
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
@@ -74,8 +75,8 @@ class Recorder(HSDTrainer):
 
 
 def make(model, folder, cls=Recorder, reward=half, questions=QUESTIONS, template=TEMPLATE, **options):
-    """A trainer of one `STEP`; ``options`` are those of `HSDConfig`, ``peft_config`` and ``feedback_fn``."""
-    of_trainer = {name: options.pop(name) for name in ("peft_config", "feedback_fn") if name in options}
+    """A trainer of one `STEP`; ``options`` are those of `HSDConfig` and those `OF_TRAINER`."""
+    of_trainer = {name: options.pop(name) for name in OF_TRAINER if name in options}
     return cls(
         model=model,
         reward_funcs=reward,

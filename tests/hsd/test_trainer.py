@@ -14,7 +14,6 @@ from tiny_runs import (
     LORA,
     QUESTIONS,
     SIZES,
-    STEP,
     TOKENIZER,
     half,
     make,
@@ -293,27 +292,13 @@ def test_refusals_are_named(tmp_path):
 @pytest.mark.parametrize("name", ["environment_factory", "rollout_func"])
 def test_questions_that_change_after_the_data_set_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"^{name}: expected None"):
-        HSDTrainer(
-            model=qwen3(),
-            reward_funcs=half,
-            args=HSDConfig(str(tmp_path), **STEP),
-            train_dataset=Dataset.from_list(QUESTIONS),
-            processing_class=TOKENIZER,
-            **{name: lambda *_: None},
-        )
+        make(qwen3(), tmp_path, **{name: lambda *_: None})
 
 
 def test_evaluation_questions_need_the_same_columns(tmp_path):
     for without in (Dataset.from_list([{"prompt": "1+1="}]), {"held out": Dataset.from_list([{"prompt": "1+1="}])}):
         with pytest.raises(ValueError, match=r"^eval_dataset: expected columns \['answer', 'prompt'\]"):
-            HSDTrainer(
-                model=qwen3(),
-                reward_funcs=half,
-                args=HSDConfig(str(tmp_path), **STEP),
-                train_dataset=Dataset.from_list(QUESTIONS),
-                eval_dataset=without,
-                processing_class=TOKENIZER,
-            )
+            make(qwen3(), tmp_path, eval_dataset=without)
 
 
 def test_bf16_computes_the_update_in_bf16(tmp_path):
