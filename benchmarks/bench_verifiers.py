@@ -132,6 +132,7 @@ def hostile(workers: int) -> Facts:
         canary.write_text("sings")
         canary.chmod(0o666)
         cases = [*hostile_answers(), *hostile_programs(str(canary), os.getpid())]
+        _SERVERS.close()  # of the parts before: ended meanwhile, they would count as a change
         before = _state(canary)
         peak_before = _peak_mib()
         start = time.monotonic()
