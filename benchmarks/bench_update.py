@@ -26,10 +26,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import selective_log_softmax
 
-from hsd.body import hidden_states, split_model
-from hsd.loss import Objective, Side, hsd_loss
-from hsd.tree.attention import enable_tree
-from hsd.tree.forward import make_pack, tree_hidden_states
+from hsd.policy.body_and_head import hidden_states, split_model
+from hsd.policy.tree.attention import enable_tree
+from hsd.policy.tree.forward import make_pack, tree_hidden_states
+from hsd.train.update import Objective, Side, hsd_loss
 
 CONTENDERS = ("unshared", "prompt", "tree", "grpo")
 SHAPES = {

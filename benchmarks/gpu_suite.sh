@@ -36,7 +36,7 @@ EOF
 
 kernel="$python benchmarks/bench_kernel.py --device $device"
 if [ "$device" = cuda ]; then
-    part tests 100 "$python" -m pytest -m cuda tests/hsd_kernels tests/hsd/tree -q
+    part tests 100 "$python" -m pytest -m cuda tests/hsd_kernels tests/hsd/policy/tree -q
     part triton_rows 90 "$python" -m pytest tests/hsd_kernels/test_rows_triton.py -q
     part kernel_main 130 $kernel --dtypes bfloat16 --repeats 5 --shapes 8192,4096,151936 1024,2048,151936 \
         --json "$out/kernel_main.json"

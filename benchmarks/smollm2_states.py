@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from hsd.body import split_model
-from hsd.context import build_context, tokenize_prompt
 from hsd.demo import worlds
 from hsd.demo.__main__ import parse, say
-from hsd.loss import read_rollouts
-from hsd.peers import choose_peers, peer_rng
+from hsd.hindsight.context import build_context, tokenize_prompt
+from hsd.hindsight.peers import choose_peers, peer_rng
+from hsd.policy.body_and_head import split_model
+from hsd.train.update import read_rollouts
 from hsd.viewer.make import sample_groups
 
 

@@ -18,10 +18,10 @@ from accelerate.utils import set_seed
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hsd.adapters.transformers import hsd_loss_from_ids
-from hsd.context import ContextTemplate, build_context, tokenize_prompt
 from hsd.demo import small_world
-from hsd.groups import Group, Rollout
-from hsd.peers import choose_peers, peer_rng
+from hsd.hindsight.context import ContextTemplate, build_context, tokenize_prompt
+from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.peers import choose_peers, peer_rng
 
 GROUP_SIZE = 8  # G, rollouts of one question
 QUESTIONS = 4  # a step, on each process

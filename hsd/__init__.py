@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hsd.config import HSDConfig
-    from hsd.trainer import HSDTrainer
+    from hsd.train.config import HSDConfig
+    from hsd.train.trainer import HSDTrainer
 
 __all__ = ["HSDConfig", "HSDTrainer"]
 
@@ -12,11 +12,11 @@ __all__ = ["HSDConfig", "HSDTrainer"]
 def __getattr__(name: str) -> Any:
     """The trainer is imported when it is asked for: the pure functions need neither TRL nor transformers."""
     if name == "HSDConfig":
-        from hsd.config import HSDConfig
+        from hsd.train.config import HSDConfig
 
         return HSDConfig
     if name == "HSDTrainer":
-        from hsd.trainer import HSDTrainer
+        from hsd.train.trainer import HSDTrainer
 
         return HSDTrainer
     raise AttributeError(f"module 'hsd' has no attribute {name!r}")

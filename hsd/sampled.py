@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd.body import Split
+from hsd.policy.body_and_head import Split
 from hsd_kernels import gemm
 
 CHUNK_BYTES = 256 << 20  # of logits

@@ -16,7 +16,7 @@ assert SPEC and SPEC.loader
 check = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(check)
 
-SOURCES = ("csrc/cpu/rows.h", "tests/conftest.py", "hsd/loss.py")
+SOURCES = ("csrc/cpu/rows.h", "tests/conftest.py", "hsd/train/update.py")
 SDIST = {*check.SDIST_NEEDS, *SOURCES, "PKG-INFO"}
 INFO = "hsd_kernels-1.2.3.dist-info"
 PURE = {"hsd/__init__.py", "hsd_kernels/__init__.py", "hsd_kernels/py.typed", f"{INFO}/RECORD"}

@@ -5,10 +5,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hsd.config import HSDConfig
-from hsd.context import ContextTemplate
 from hsd.demo import small_world
-from hsd.trainer import HSDTrainer
+from hsd.hindsight.context import ContextTemplate
+from hsd.train.config import HSDConfig
+from hsd.train.trainer import HSDTrainer
 
 TOKENIZER = small_world.build_tokenizer()
 TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)

@@ -15,7 +15,16 @@ import pdoc.render
 import hsd
 import hsd_kernels
 
-MODULES = ("hsd_kernels", "hsd", "hsd.groups", "hsd.peers", "hsd.context", "hsd.credit", "hsd.loss", "hsd.methods")
+MODULES = (
+    "hsd_kernels",
+    "hsd",
+    "hsd.hindsight.groups",
+    "hsd.hindsight.peers",
+    "hsd.hindsight.context",
+    "hsd.hindsight.credit",
+    "hsd.train.update",
+    "hsd.methods",
+)
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ import torch
 
 from benchmarks.small_world.plan import GROUP_SIZE, Scale
 from benchmarks.small_world.run import SAMPLING, TEMPLATE, evaluate, questions, rounded
-from hsd.credit import coverage, divergence_position
 from hsd.demo import small_world
 from hsd.evaluate import sample, score
-from hsd.groups import Group, Rollout
-from hsd.measure import WINDOWS, measure_credit
-from hsd.peers import choose_peers
+from hsd.hindsight.credit import coverage, divergence_position
+from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.peers import choose_peers
+from hsd.viewer.measure import WINDOWS, measure_credit
 
 GREEDY = replace(SAMPLING, temperature=1e-3)
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, MAIN
 from benchmarks.small_world.results import Interval, coverage_bins, final, interval, rows, warm_starts
-from hsd.credit import coverage
+from hsd.hindsight.credit import coverage
 
 # Okabe and Ito's colours, told apart with any common colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#B8A900")

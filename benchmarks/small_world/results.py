@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsd.credit import coverage
+from hsd.hindsight.credit import coverage
 
 # 97.5 % quantiles of Student's t for n - 1 degrees of freedom, n = 2, 3, ...
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.small_world import paper
 from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, HALF, MAIN, SLOW, UNCLIPPED
 from benchmarks.small_world.results import coverage_bins, curve_mean, final, interval, paired, rows, warm_starts
-from hsd.credit import coverage_peak
+from hsd.hindsight.credit import coverage_peak
 
 TEACHERS = {"with_peer": "peer + answer", "answer_only": "answer only"}
 TITLES = {

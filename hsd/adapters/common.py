@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hsd.body import Split, check_split, split_model
-from hsd.loss import Side
+from hsd.policy.body_and_head import Split, check_split, split_model
+from hsd.train.update import Side
 from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl, gathered
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class ImportanceRatio:
 def take_apart(model: nn.Module) -> Split:
     """Body and head of ``model``; at first sight also proof that they give its logits (not if it is sharded).
 
-    Raises ValueError naming the model class, as `hsd.body.split_model` and `hsd.body.check_split` do.
+    Raises ValueError naming the model class, as `split_model` and `check_split` of `hsd.policy.body_and_head` do.
     """
     split = split_model(model)
     if model not in _checked:
@@ -98,7 +98,7 @@ def read(split: Split, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden states (B, S, D) behind the logits of ``model(input_ids=..., attention_mask=...)``.
 
     Without position ids, as the codebases adapted here call their models: positions then count the padding too, which
-    changes the distance from a right-padded prompt to its completion (`hsd.body.hidden_states` would skip it).
+    changes the distance from a right-padded prompt to its completion (`hidden_states` would skip it).
     """
     return split.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hsd.adapters.common import check_version, divergence, inside_forward, read, side_of, take_apart
-from hsd.loss import Side
+from hsd.train.update import Side
 
 # Theirs pins trl 0.26.0 and transformers 4.57.1: there the adapter was compared with their own class (docs/adapters).
 TESTED = {"trl": ("0.26", "1.16"), "transformers": ("4.57", "5.23")}
@@ -40,7 +40,7 @@ class FusedOPSD:
                 ``teacher_attention_mask`` (B, P' + T), ``labels`` (B, P + T) with -100 where a token does not
                 count, and the padded prompts' lengths ``student_prompt_length`` P and ``teacher_prompt_length`` P'.
 
-        Raises ValueError for a model that `hsd.body` cannot take apart.
+        Raises ValueError for a model that `hsd.policy.body_and_head` cannot take apart.
         """
         for package, tested in TESTED.items():
             check_version(package, *tested)

@@ -3,7 +3,7 @@
     loss = hsd_loss_from_ids(model, student_ids, teacher_ids, lengths).loss
     loss.backward()
 
-(`hsd.loss.hsd_loss` is the same objective from hidden states.) examples/accelerate_loop.py is a whole loop.
+(`hsd.train.update.hsd_loss` is the same objective from hidden states.) examples/accelerate_loop.py is a whole loop.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hsd.adapters.common import check_version, divergence, inside_forward, side_of, take_apart
-from hsd.body import Split, hidden_states
-from hsd.context import check_alignment
-from hsd.frozen import in_eval_mode
-from hsd.loss import LossOutput, Objective, Side
+from hsd.hindsight.context import check_alignment
+from hsd.policy.body_and_head import Split, hidden_states
+from hsd.policy.frozen import in_eval_mode
+from hsd.train.update import LossOutput, Objective, Side
 from hsd_kernels import HSDKLOutput
 
 TESTED = ("5.23", "5.23")
@@ -52,7 +52,7 @@ def hsd_loss_from_ids(
         lengths: tokens of each rollout, at least 1; each prompt has at least one token too.
         teacher: another model with the same vocabulary, logit scale and softcap; None is the model itself, without
             gradient and in eval mode.
-        objective: `hsd.loss.Objective` with a divergence and nothing else; by default KL(teacher || student) at
+        objective: `hsd.train.update.Objective` with a divergence and nothing else; by default KL(teacher || student) at
             temperature 1.
 
     Returns the loss and statistics per token, packed rollout after rollout, (sum(lengths),).

@@ -9,7 +9,8 @@ with its ``temperature`` but compares at 1, as TRL does; the other three compare
 
 Left to TRL, with a warning that names the reason: ``distillation_mode`` other than "full_logits",
 0 < ``distillation_weight`` < 1 (its policy term needs logits), a teacher whose logit scale or softcap differs from the
-student's, and any call that asks for the model's outputs. A model that `hsd.body` cannot take apart is an error.
+student's, and any call that asks for the model's outputs. A model that
+`hsd.policy.body_and_head` cannot take apart is an error.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from hsd.adapters.common import (
     side_of,
     take_apart,
 )
-from hsd.body import Split
-from hsd.loss import Side, rollout_weights
+from hsd.policy.body_and_head import Split
+from hsd.train.update import Side, rollout_weights
 
 TESTED = ("1.16", "1.16")
 

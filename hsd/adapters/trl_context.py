@@ -4,7 +4,7 @@
     trainer.teacher_context_builder = PeerAndAnswer(trainer)
 
 TRL's own builder shows the first success of the group and masks a rollout that has none out of the loss; it knows no
-answer. Here the peer is drawn by `hsd.peers.choose_peers`, every rollout has a context and none is masked.
+answer. Here the peer is drawn by `hsd.hindsight.peers.choose_peers`, every rollout has a context and none is masked.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from hsd.adapters.common import check_version
 from hsd.adapters.trl import TESTED
-from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, build_context
-from hsd.groups import Group, Prompt, Rollout
-from hsd.peers import PEER_RULES, choose_peers, peer_rng
+from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, build_context
+from hsd.hindsight.groups import Group, Prompt, Rollout
+from hsd.hindsight.peers import PEER_RULES, choose_peers, peer_rng
 
 RULES = tuple(rule for rule in PEER_RULES if not rule.endswith("perplexity"))  # SDPO keeps no log-probs of a group
 
@@ -31,7 +31,7 @@ class PeerAndAnswer:
 
     Args:
         rule: one of `RULES`; "uniform" is the paper's.
-        template: the wording; by default `hsd.context`'s for chat or for plain strings.
+        template: the wording; by default `hsd.hindsight.context`'s for chat or for plain strings.
     """
 
     def __init__(self, trainer: Any, rule: str = "uniform", template: ContextTemplate | None = None):

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from hsd.alarms import WINDOW
+from hsd.train.alarms import WINDOW
 
 FORMATS = (".png", ".pdf", ".svg")
 HELP = "compare runs: a table, their settings' differences, learning curves"
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    from hsd.callbacks import read_metrics
     from hsd.data.rows import read_json
+    from hsd.train.callbacks import read_metrics
 
     path = folder / "metrics.jsonl"
     rows = read_metrics(path)

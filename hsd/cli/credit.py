@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError where a model or questions are missing."""
-    from hsd.callbacks import read_metrics
     from hsd.demo import report
+    from hsd.train.callbacks import read_metrics
     from hsd.viewer import summary
     from hsd.viewer.make import make_credit, sample_groups
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def newest_model(run: Path | None) -> Path:
     """``RUN/model``, else the last whole checkpoint, else RUN itself where that is a saved model."""
-    from hsd.callbacks import last_checkpoint
+    from hsd.train.callbacks import last_checkpoint
 
     if run is None:
         raise ValueError("run: expected a run folder, or --model with --data, got neither")
@@ -114,9 +114,9 @@ def _from_train(args: argparse.Namespace, model: str) -> tuple[Subject, list[dic
 
     from hsd.cli.pieces import load_rewards, load_rows
     from hsd.cli.settings import read
-    from hsd.config import HSDConfig
-    from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
     from hsd.evaluate import Sampling
+    from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
+    from hsd.train.config import HSDConfig
     from hsd.viewer.make import Subject
 
     settings, _ = read(args.run / "config.yaml")
@@ -154,9 +154,9 @@ def _weighted(
 def _from_file(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
     from transformers import AutoTokenizer
 
-    from hsd.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
     from hsd.demo.worlds import read_questions
     from hsd.evaluate import Sampling
+    from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
     from hsd.verify import number_reward
     from hsd.viewer.make import Subject
 

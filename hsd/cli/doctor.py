@@ -153,7 +153,7 @@ def tree_attention() -> Facts:
     import torch
 
     try:
-        from hsd.tree.attention import choose_backend
+        from hsd.policy.tree.attention import choose_backend
     except ImportError as error:
         return {"all": {"backend": None, "why": f"{error}: the trainer's extras are not installed"}}
 

@@ -132,7 +132,7 @@ def hints(cls: type) -> dict[str, Any]:
 def _inner(cls: type, name: str, hint: Any) -> type | None:
     """The dataclass behind a section, if the key is one."""
     if cls is Settings and name == "train":
-        from hsd.config import HSDConfig
+        from hsd.train.config import HSDConfig
 
         return HSDConfig
     own = [o for o in options(hint) if is_dataclass(o) and o.__module__ == __name__]

@@ -55,7 +55,7 @@ def make_config(settings: Settings, origin: dict[str, str], name: str, *, check:
     """
     import torch
 
-    from hsd.config import HSDConfig
+    from hsd.train.config import HSDConfig
 
     given: dict[str, Any] = {"output_dir": str(Path("runs") / name)} | settings.train
     if check and not torch.cuda.is_available():
@@ -72,10 +72,10 @@ def train(settings: Settings, config: Any) -> int:
     from transformers.trainer_callback import ProgressCallback
     from transformers.utils import logging as transformers_logging
 
-    from hsd.callbacks import StepLine, StopOnSignal, last_checkpoint
     from hsd.cli.pieces import load_model, load_rewards, load_rows, peft_config
-    from hsd.sharding import check_launch
-    from hsd.trainer import HSDTrainer
+    from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
+    from hsd.train.limits import check_launch
+    from hsd.train.trainer import HSDTrainer
 
     check_launch(config, peft=settings.model.lora is not None)
     transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line

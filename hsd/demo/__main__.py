@@ -22,11 +22,11 @@ from datasets import Dataset
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from hsd.callbacks import StepLine, StopOnSignal, last_checkpoint
-from hsd.config import HSDConfig
 from hsd.demo import report, worlds
 from hsd.evaluate import Success, end_token_ids, sample, score, success
-from hsd.trainer import HSDTrainer
+from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
+from hsd.train.config import HSDConfig
+from hsd.train.trainer import HSDTrainer
 from hsd.viewer.make import make_credit, sample_groups
 
 OVERRIDES = {

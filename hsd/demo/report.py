@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hsd.callbacks import read_metrics
 from hsd.evaluate import Success
-from hsd.plots import plot_training
+from hsd.train.callbacks import read_metrics
 from hsd.viewer import summary
+from hsd.viewer.plots import plot_training
 
 if TYPE_CHECKING:
     from hsd.demo.worlds import World

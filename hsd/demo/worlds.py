@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hsd.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
 from hsd.data import load
 from hsd.data.rows import last_user_text
 from hsd.demo import small_world, times_table
 from hsd.demo.smollm2 import ensure_smollm2
 from hsd.evaluate import RewardFn, Sampling
+from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
 from hsd.verify import final_answer, number_reward
 from hsd.viewer.make import Subject
 

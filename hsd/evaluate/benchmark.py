@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hsd.context import tokenize_prompt
 from hsd.data.rows import Row, fingerprint, last_user_text, read_json, read_jsonl, write_json, write_jsonl
 from hsd.data.sources import Loaded
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.sampling import Sampling
 from hsd.evaluate.statistics import summarize
+from hsd.hindsight.context import tokenize_prompt
 
 Reward = Callable[..., Sequence[float | None]]
 Record = dict[str, Any]

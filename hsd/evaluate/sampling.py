@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hsd.context import tokenize_prompt
+from hsd.hindsight.context import tokenize_prompt
 
 
 @dataclass(frozen=True)

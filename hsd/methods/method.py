@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hsd.groups import Group
+from hsd.hindsight.groups import Group
 
 # (advantages (B, 1), D (B, T) = log q(o_t) - log p(o_t), mix in [0, 1]) -> advantages (B, T)
 TokenAdvantages = Callable[[Tensor, Tensor, float], Tensor]

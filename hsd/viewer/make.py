@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsd.context import ContextTemplate
 from hsd.evaluate import RewardFn, Sampling, sample, score
-from hsd.groups import Group, Rollout
-from hsd.measure import draw_peers, measure_credit, read_tokens
+from hsd.hindsight.context import ContextTemplate
+from hsd.hindsight.groups import Group, Rollout
+from hsd.viewer.measure import draw_peers, measure_credit, read_tokens
 from hsd.viewer.page import write_page
 from hsd.viewer.summary import summarise
 

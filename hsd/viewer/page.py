@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd.groups import Group, Prompt
-from hsd.measure import TokenCredit
+from hsd.hindsight.groups import Group, Prompt
+from hsd.viewer.measure import TokenCredit
 from hsd.viewer.tokens import partial_bytes, token_texts
 
 LIMITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)  # nats at full colour; page.js offers the same
@@ -33,7 +33,7 @@ SMALL_VOCABULARY = 1 << 16  # texts that 16 bits can number
 def write_page(
     path: str | Path, tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit], *, title: str, note: str
 ) -> None:
-    """Write the page of ``read``, all rollouts of ``groups`` in order (`hsd.measure.read_tokens`).
+    """Write the page of ``read``, all rollouts of ``groups`` in order (`hsd.viewer.measure.read_tokens`).
 
     Args:
         title: heading of the page, plain text.

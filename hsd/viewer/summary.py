@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hsd.credit import coverage
-from hsd.groups import Group
-from hsd.measure import WINDOWS, MeasuredCredit, coverage_by_difficulty
-from hsd.plots import plot_coverage, plot_credit_mass, plot_credit_profile, plot_silence
+from hsd.hindsight.credit import coverage
+from hsd.hindsight.groups import Group
+from hsd.viewer.measure import WINDOWS, MeasuredCredit, coverage_by_difficulty
+from hsd.viewer.plots import plot_coverage, plot_credit_mass, plot_credit_profile, plot_silence
 
 TEACHERS = {"with_peer": "peer + answer", "answer_only": "answer only"}
 PROFILE_ROWS = (-8, -4, -2, -1, 0, 1, 2, 4, 8, 16)
@@ -25,8 +25,8 @@ def summarise(
     """All that the words and the figures need, ready for JSON; NaN is null.
 
     Args:
-        measured: credit on the failing rollouts of ``groups`` (`hsd.measure.measure_credit`), None without any.
-        again: an independent second group for each question (`hsd.measure.coverage_by_difficulty`).
+        measured: credit on the failing rollouts of ``groups`` (`hsd.viewer.measure.measure_credit`), None without any.
+        again: an independent second group for each question (`hsd.viewer.measure.coverage_by_difficulty`).
     """
     size = len(groups[0].rollouts)
     rates = [len(g.successes) / size for g in groups]

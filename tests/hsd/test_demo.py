@@ -5,11 +5,11 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from hsd.callbacks import read_metrics
-from hsd.context import ContextTemplate
 from hsd.demo import __main__ as demo
 from hsd.demo import small_world, worlds
 from hsd.evaluate import Sampling
+from hsd.hindsight.context import ContextTemplate
+from hsd.train.callbacks import read_metrics
 
 
 def tiny(args, say):

@@ -10,8 +10,9 @@ class Block:
         if name.partition(".")[0] in {"trl", "transformers", "accelerate", "datasets", "peft", "matplotlib"}:
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
-import hsd.groups, hsd.peers, hsd.context, hsd.credit, hsd.body, hsd.loss, hsd.verify, hsd.alarms, hsd.plots
-print(hsd.credit.coverage(0.25, 8))
+import hsd.hindsight.groups, hsd.hindsight.peers, hsd.hindsight.context, hsd.hindsight.credit
+import hsd.policy.body_and_head, hsd.train.update, hsd.verify, hsd.train.alarms, hsd.viewer.plots
+print(hsd.hindsight.credit.coverage(0.25, 8))
 """
 
 
@@ -24,4 +25,4 @@ def test_pure_functions_need_neither_trl_nor_transformers():
 def test_the_trainer_is_exported():
     import hsd
 
-    assert hsd.HSDTrainer.__module__ == "hsd.trainer" and hsd.HSDConfig.__module__ == "hsd.config"
+    assert hsd.HSDTrainer.__module__ == "hsd.train.trainer" and hsd.HSDConfig.__module__ == "hsd.train.config"

@@ -10,9 +10,9 @@ import torch
 
 from hsd.demo import report, small_world
 from hsd.evaluate import Success
-from hsd.groups import Group, Rollout
-from hsd.measure import MeasuredCredit
+from hsd.hindsight.groups import Group, Rollout
 from hsd.viewer import summary
+from hsd.viewer.measure import MeasuredCredit
 
 TOKENIZER = small_world.build_tokenizer()
 BEFORE = Success(0.258, 0.221, 0.297, 512, 1, 0.0312, 32.51)

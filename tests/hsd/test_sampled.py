@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hsd import sampled
-from hsd.body import Split
+from hsd.policy.body_and_head import Split
 from hsd.sampled import clipped_surrogate, k3, sampled_logps, sampled_loss
 
 B, T, D, V = 3, 7, 5, 13

@@ -5,7 +5,7 @@ import torch
 from tiny_runs import QUESTIONS, TOKENIZER, Recorder, make, qwen3
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hsd.groups import Group, Rollout
+from hsd.hindsight.groups import Group, Rollout
 
 
 def run(tmp_path, reward, model=None, **options):
@@ -53,7 +53,7 @@ def test_feedback_is_one_text_a_completion(tmp_path):
 
 def test_the_perplexity_of_a_truncated_rollout_counts_its_tokens(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("hsd.trainer.make_lessons", _spy(seen))
+    monkeypatch.setattr("hsd.train.trainer.make_lessons", _spy(seen))
     for masked in (False, True):
         run(
             tmp_path,
@@ -67,7 +67,7 @@ def test_the_perplexity_of_a_truncated_rollout_counts_its_tokens(tmp_path, monke
 
 
 def _spy(seen):
-    from hsd.teaching import make_lessons
+    from hsd.hindsight.lessons import make_lessons
 
     def spy(spec, rows, rollouts, **kwargs):
         seen.append(rollouts)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_runs import TOKENIZER
 
 from hsd.adapters.transformers import hsd_loss_from_ids
-from hsd.loss import Objective
+from hsd.train.update import Objective
 
 VOCAB = len(TOKENIZER)
 ROOT = Path(__file__).resolve().parents[3]

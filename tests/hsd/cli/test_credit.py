@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.cli import credit
-from hsd.context import DEFAULT_TEXT_TEMPLATE
 from hsd.demo import small_world
+from hsd.hindsight.context import DEFAULT_TEXT_TEMPLATE
 from hsd.viewer.make import sample_groups
 
 WRITTEN = {"credit.html", "credit.json", "credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hsd.cli.settings import Lora, names, read
-from hsd.config import HSDConfig
+from hsd.train.config import HSDConfig
 
 GOOD = """
 model: {path: some/model}

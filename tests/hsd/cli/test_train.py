@@ -12,11 +12,11 @@ import torch
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hsd.callbacks import read_metrics
 from hsd.cli.__main__ import main
 from hsd.cli.settings import read
 from hsd.cli.train import claim, make_config
 from hsd.demo import small_world
+from hsd.train.callbacks import read_metrics
 
 CONFIG = """
 model: {path: model}

@@ -14,11 +14,11 @@ from tiny_runs import LORA, STEP, TOKENIZER, half, qwen3
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
-from hsd.callbacks import StopOnSignal
-from hsd.config import HSDConfig
-from hsd.context import ContextTemplate
 from hsd.demo import small_world
-from hsd.trainer import HSDTrainer
+from hsd.hindsight.context import ContextTemplate
+from hsd.train.callbacks import StopOnSignal
+from hsd.train.config import HSDConfig
+from hsd.train.trainer import HSDTrainer
 
 SIZE = 4  # rollouts a group
 TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY, demonstration_only="[|{demonstration}]")

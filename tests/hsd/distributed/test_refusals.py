@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from accelerate.state import AcceleratorState
 
-from hsd.config import HSDConfig
-from hsd.sharding import check_launch
+from hsd.train.config import HSDConfig
+from hsd.train.limits import check_launch
 
 PATH = Path(__file__).with_name("job.py")
 spec = importlib.util.spec_from_file_location("hsd_refusals_job", PATH)

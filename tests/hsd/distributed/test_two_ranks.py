@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from hsd.groups import Group, Rollout
-from hsd.peers import choose_peers, peer_rng
+from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.peers import choose_peers, peer_rng
 
 PATH = Path(__file__).with_name("job.py")
 spec = importlib.util.spec_from_file_location("hsd_two_rank_job", PATH)

@@ -7,10 +7,10 @@ from tiny_runs import ACCUMULATED, STEP, TOKENIZER, half, qwen3
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from hsd.config import HSDConfig
-from hsd.context import ContextTemplate
 from hsd.demo import small_world
-from hsd.trainer import HSDTrainer
+from hsd.hindsight.context import ContextTemplate
+from hsd.train.config import HSDConfig
+from hsd.train.trainer import HSDTrainer
 
 TEMPLATE = ContextTemplate("[{answer}|{demonstration}]", "[{answer}]", "[|{demonstration}]", "[{feedback}]")
 QUESTIONS = [

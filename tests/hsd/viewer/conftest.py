@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hsd.credit import divergence_position
-from hsd.groups import Group, Rollout
-from hsd.measure import TokenCredit, Top
+from hsd.hindsight.credit import divergence_position
+from hsd.hindsight.groups import Group, Rollout
+from hsd.viewer.measure import TokenCredit, Top
 
 HOSTILE = [
     "</script><script>document.title='broken'</script>",

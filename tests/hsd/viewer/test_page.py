@@ -202,7 +202,7 @@ def test_in_a_browser(tmp_path, tokenizer, group, read):
 
 
 def test_10_000_tokens_in_a_browser(made, tmp_path, tokenizer, group):
-    from hsd.groups import Group, Rollout
+    from hsd.hindsight.groups import Group, Rollout
 
     words = tokenizer.convert_tokens_to_ids(made.HOSTILE)
     long = [words[(t * t) % len(words)] for t in range(10_000)]

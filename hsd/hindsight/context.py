@@ -1,0 +1,278 @@
+"""The privileged context ``c_i`` in the teacher's prompt ``[q ; c_i]`` (arXiv 2606.15576).
+
+``c_i = (a*, o_i+)`` when rollout i has a successful peer, else ``c_i = a*`` (endpoint fallback). Other methods show a
+demonstration alone, or feedback. The context is appended to the question, so the teacher's prompt shares the
+question's tokens with the student's.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from hsd.hindsight.groups import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def _check_fields(name: str, template: str, required: set[str]) -> None:
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a str.format template, got {template!r} ({error})") from error
+    # "{answer!r:>8}" is written back in full, so that it counts as another field than "{answer}".
+    fields = {
+        field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+        for _, field, spec, conversion in parsed
+        if field is not None
+    }
+    if fields != required:
+        raise ValueError(f"{name}: expected exactly the fields {sorted(required)}, got {sorted(fields)}")
+
+
+@dataclass(frozen=True)
+class ContextTemplate:
+    """The words of the privileged context: ``str.format`` templates, appended to the question.
+
+    Args:
+        with_peer: Must use both ``{answer}`` and ``{demonstration}``: ``a*`` stays explicit even with a peer,
+            which steadies the teacher after the divergence position.
+        answer_only: Must use ``{answer}`` and must not use ``{demonstration}``.
+        demonstration_only: Must use ``{demonstration}`` only: methods that do not show the answer.
+        feedback_only: Must use ``{feedback}`` only: what the environment said about this rollout.
+
+    Raises:
+        ValueError: A template lacks a field it must use, uses another one, or is not a valid format string.
+    """
+
+    with_peer: str
+    answer_only: str
+    demonstration_only: str = (
+        "\n\nHere is a correct solution to the same problem.\n\n"
+        "Correct solution:\n{demonstration}\n\n"
+        "Now solve the problem in your own words."
+    )
+    feedback_only: str = (
+        "\n\nHere is feedback on an earlier, unsuccessful attempt at the problem.\n\n"
+        "Feedback:\n{feedback}\n\n"
+        "Now solve the problem in your own words."
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields("with_peer", self.with_peer, {"answer", "demonstration"})
+        _check_fields("answer_only", self.answer_only, {"answer"})
+        _check_fields("demonstration_only", self.demonstration_only, {"demonstration"})
+        _check_fields("feedback_only", self.feedback_only, {"feedback"})
+
+
+DEFAULT_CHAT_TEMPLATE = ContextTemplate(
+    with_peer=(
+        "\n\nHere is the reference answer and a correct solution to the same problem.\n\n"
+        "Reference answer: {answer}\n\n"
+        "Correct solution:\n{demonstration}\n\n"
+        "Now solve the problem in your own words."
+    ),
+    answer_only=(
+        "\n\nHere is the reference answer to the problem.\n\n"
+        "Reference answer: {answer}\n\n"
+        "Now solve the problem in your own words."
+    ),
+)
+
+# For plain-string prompts the rollout follows the context directly, so this one ends by opening the solution.
+DEFAULT_TEXT_TEMPLATE = ContextTemplate(
+    with_peer=DEFAULT_CHAT_TEMPLATE.with_peer + "\n\nSolution:",
+    answer_only=DEFAULT_CHAT_TEMPLATE.answer_only + "\n\nSolution:",
+    demonstration_only=DEFAULT_CHAT_TEMPLATE.demonstration_only + "\n\nSolution:",
+    feedback_only=DEFAULT_CHAT_TEMPLATE.feedback_only + "\n\nSolution:",
+)
+
+
+@dataclass(frozen=True)
+class PrivilegedContext:
+    """A teacher prompt ``[q ; c_i]``, ready for the rollout's tokens to be appended.
+
+    Attributes:
+        prompt_ids: The token ids of the whole teacher prompt.
+        kind: ``"peer"`` when a demonstration is in it, ``"answer_only"``, ``"feedback"``, or ``"nothing"``: the
+            question alone.
+        demonstration_tokens: How many of the demonstration's token ids were kept.
+        truncated: Whether the demonstration was cut, or left out altogether, to fit ``max_length``.
+    """
+
+    prompt_ids: tuple[int, ...]
+    kind: Literal["peer", "answer_only", "feedback", "nothing"]
+    demonstration_tokens: int
+    truncated: bool
+
+
+def build_context(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    answer: str | None,
+    demonstration: Sequence[int] | str | None,
+    template: ContextTemplate,
+    *,
+    feedback: str | None = None,
+    max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> PrivilegedContext:
+    """The teacher's prompt: ``prompt`` with the context appended, tokenized as the student's prompt is.
+
+    A string is extended directly; with chat messages the context goes to the end of the last message, which
+    must be the user's. ``prompt`` is not modified.
+
+    Args:
+        tokenizer: Must have a chat template when ``prompt`` is a list of messages.
+        prompt: The question ``q``.
+        answer: The ground-truth answer ``a*``; braces in it are plain characters. None is not shown.
+        demonstration: Token ids of the peer ``o_i+``, or a text. None, or ids that decode to nothing but white
+            space and special tokens, leave the answer, else the feedback, else nothing.
+        template: The wording.
+        feedback: Shown where there is neither a demonstration nor an answer.
+        max_length: Limit on the teacher prompt in tokens, rollout excluded. To fit, the tail of the
+            demonstration (or feedback) is cut, never the question nor the answer; when no token of it fits, it is
+            left out.
+        chat_template_kwargs: Passed to ``tokenizer.apply_chat_template``; use what the student's prompt uses.
+
+    Raises:
+        ValueError: The question and the answer alone exceed ``max_length``, ``max_length`` is not positive,
+            or the last message is not a user message.
+        TypeError: The last message's content is not a string.
+    """
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length: expected a positive number of tokens or None, got {max_length}")
+    limit = float("inf") if max_length is None else max_length
+
+    def prompt_ids(context: str) -> tuple[int, ...]:
+        asked = _append(prompt, context) if context else prompt
+        return tokenize_prompt(tokenizer, asked, chat_template_kwargs=chat_template_kwargs)
+
+    def with_demonstration(text: str) -> tuple[int, ...]:
+        if answer is None:
+            return prompt_ids(template.demonstration_only.format(demonstration=text))
+        return prompt_ids(template.with_peer.format(answer=answer, demonstration=text))
+
+    cut = False
+    if demonstration is not None:
+        ids, kept, total = _fit(tokenizer, demonstration, with_demonstration, limit)
+        cut = kept < total
+        if ids is not None:
+            return PrivilegedContext(ids, "peer", kept, truncated=cut)
+    if answer is None and feedback:
+        ids, kept, total = _fit(
+            tokenizer, feedback, lambda text: prompt_ids(template.feedback_only.format(feedback=text)), limit
+        )
+        cut = cut or kept < total
+        if ids is not None:
+            return PrivilegedContext(ids, "feedback", 0, truncated=cut)
+
+    ids = prompt_ids("" if answer is None else template.answer_only.format(answer=answer))
+    if len(ids) > limit:
+        raise ValueError(
+            f"max_length: expected at least {len(ids)} tokens, which the question and the answer take "
+            f"without any demonstration, got {max_length}"
+        )
+    return PrivilegedContext(ids, "nothing" if answer is None else "answer_only", 0, truncated=cut)
+
+
+def _fit(
+    tokenizer: Any, shown: Sequence[int] | str, prompt_with: Callable[[str], tuple[int, ...]], limit: float
+) -> tuple[tuple[int, ...] | None, int, int]:
+    """(prompt, tokens kept, tokens in all) with as much of the beginning of ``shown`` as fits; None for no prompt."""
+    tokens = tokenizer(text=shown, add_special_tokens=False)["input_ids"] if isinstance(shown, str) else shown
+    kept = total = len(tokens)
+    while kept > 0:
+        text = shown if isinstance(shown, str) and kept == total else _decode(tokenizer, tokens[:kept])
+        assert isinstance(text, str)
+        if kept < total:
+            text = text.rstrip("\ufffd")  # a character whose last bytes were cut off
+        if not text.strip():
+            break
+        ids = prompt_with(text)
+        if len(ids) <= limit:
+            return ids, kept, total
+        # Decoded text can tokenize into other tokens than it came from, so this may take a few rounds.
+        kept -= len(ids) - int(limit)
+    return None, kept, total
+
+
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[int, ...]:
+    """Token ids of a prompt, special tokens as TRL's ``GRPOTrainer`` puts them into the student's prompt.
+
+    A string goes through ``tokenizer(text=prompt)``, which adds the tokenizer's own special tokens; messages
+    go through the chat template with the generation prompt. Raises ValueError for text outside the vocabulary.
+    """
+    ids: Any
+    if isinstance(prompt, str):
+        try:
+            ids = tokenizer(text=prompt)["input_ids"]
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # The tokenizers library has no class of its own: a word that a small vocabulary does not know.
+            raise ValueError(
+                f"prompt: expected text that the tokenizer knows, got {prompt!r:.200} ({error})"
+            ) from error
+    else:
+        ids = tokenizer.apply_chat_template(
+            prompt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **(chat_template_kwargs or {}),
+        )
+    return tuple(ids)
+
+
+def check_alignment(
+    student_ids: Sequence[int],
+    teacher_ids: Sequence[int],
+    rollout_ids: Sequence[int],
+) -> None:
+    """Check that both sequences end with exactly the rollout's token ids.
+
+    Otherwise teacher and student would be compared at different tokens.
+
+    Raises:
+        ValueError: Names the side, the first position in the rollout that differs, and both tokens.
+    """
+    for side, ids in (("student_ids", student_ids), ("teacher_ids", teacher_ids)):
+        start = len(ids) - len(rollout_ids)
+        if start < 0:
+            raise ValueError(
+                f"{side}: expected to end with the {len(rollout_ids)} rollout tokens, got {len(ids)} tokens"
+            )
+        for t, expected in enumerate(rollout_ids):
+            if ids[start + t] != expected:
+                raise ValueError(
+                    f"{side}: expected to end with the rollout's tokens, but rollout position {t} holds "
+                    f"{ids[start + t]}, not {expected}"
+                )
+
+
+def _append(prompt: Prompt, context: str) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt + context
+    last = prompt[-1] if prompt else {}
+    role, content = last.get("role"), last.get("content")
+    if role != "user":
+        raise ValueError(f"prompt: expected the last message to be a user message, got role {role!r}")
+    if not isinstance(content, str):
+        raise TypeError(f"prompt: expected string content in the last message, got {type(content).__name__}")
+    return [*prompt[:-1], {**last, "content": content + context}]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    # Without the clean-up the text keeps its own spacing, so that its tokens come back as they were.
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

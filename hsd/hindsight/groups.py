@@ -1,0 +1,120 @@
+"""A group: one question, its answer, and the G scored rollouts drawn for it (arXiv 2606.15576)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+# A plain string (base models) or chat messages, each with "role" and "content".
+Prompt = str | list[dict[str, Any]]
+ROUNDING = 1e-6  # relative
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer ``o_i`` and its score.
+
+    Args:
+        token_ids: The rollout's own tokens, prompt excluded, as sampled; at least one.
+        reward: The verifier's score ``R_i``.
+        mean_logp: Mean log-probability (nats) of its tokens under the policy that sampled it. Only the
+            perplexity rules of :func:`hsd.hindsight.peers.choose_peers` need it.
+
+    Raises:
+        TypeError: ``token_ids`` is not a tuple of ints, or ``reward`` or ``mean_logp`` is not a number.
+        ValueError: ``token_ids`` is empty, or ``reward`` or ``mean_logp`` is not finite.
+    """
+
+    token_ids: tuple[int, ...]
+    reward: float
+    mean_logp: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.token_ids, tuple):
+            raise TypeError(f"token_ids: expected a tuple of ints, got {type(self.token_ids).__name__}")
+        if not self.token_ids:
+            raise ValueError("token_ids: expected at least one token, got none")
+        wrong = next((t for t in self.token_ids if not isinstance(t, int)), None)
+        if wrong is not None:
+            raise TypeError(f"token_ids: expected a tuple of ints, got an element {wrong!r}")
+        _check_finite("reward", self.reward)
+        if self.mean_logp is not None:
+            _check_finite("mean_logp", self.mean_logp)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(-mean_logp)``. Raises ValueError when ``mean_logp`` is None."""
+        if self.mean_logp is None:
+            raise ValueError("mean_logp: expected a number to compute the perplexity from, got None")
+        return math.exp(-self.mean_logp)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G rollouts of one question. A rollout succeeds when ``reward >= success_reward``, but for fp32's rounding.
+
+    Args:
+        prompt: The question ``q``: a plain string, or a list of chat messages.
+        answer: The ground-truth answer ``a*``.
+        rollouts: ``o_1 .. o_G``, at least one.
+        success_reward: The smallest reward that counts as ``R_i = 1``.
+
+    Raises:
+        TypeError: ``prompt``, ``answer`` or ``rollouts`` has the wrong type, or ``success_reward`` is not a
+            number.
+        ValueError: ``prompt`` or ``rollouts`` is empty, or ``success_reward`` is not finite.
+    """
+
+    prompt: Prompt
+    answer: str
+    rollouts: tuple[Rollout, ...]
+    success_reward: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str | list):
+            raise TypeError(f"prompt: expected a string or a list, got {type(self.prompt).__name__}")
+        if not self.prompt:
+            raise ValueError(f"prompt: expected a question, got {self.prompt!r}")
+        if not isinstance(self.answer, str):
+            raise TypeError(f"answer: expected a string, got {type(self.answer).__name__}")
+        if not isinstance(self.rollouts, tuple):
+            raise TypeError(f"rollouts: expected a tuple of Rollout, got {type(self.rollouts).__name__}")
+        if not self.rollouts:
+            raise ValueError("rollouts: expected at least one rollout, got none")
+        wrong = next((r for r in self.rollouts if not isinstance(r, Rollout)), None)
+        if wrong is not None:
+            raise TypeError(f"rollouts: expected a tuple of Rollout, got an element {wrong!r}")
+        _check_finite("success_reward", self.success_reward)
+
+    @property
+    def successes(self) -> list[int]:
+        """Indices of the rollouts that succeed, ascending."""
+        return [i for i, rollout in enumerate(self.rollouts) if self._succeeds(rollout)]
+
+    @property
+    def failures(self) -> list[int]:
+        """Indices of the rollouts that fail, ascending."""
+        return [i for i, rollout in enumerate(self.rollouts) if not self._succeeds(rollout)]
+
+    def _succeeds(self, rollout: Rollout) -> bool:
+        # TRL's rewards are fp32: its 0.9 is 0.89999998, and weights 0.01 + 0.78 + 0.21 sum to 0.99999994.
+        return rollout.reward >= self.success_reward - ROUNDING * max(1.0, abs(self.success_reward))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the group holds at least one success and at least one failure."""
+        return 0 < len(self.successes) < len(self.rollouts)
+
+    def success_peers(self, i: int) -> list[int]:
+        """``S_i = {j != i : R_j = 1}``, ascending. Raises ValueError unless ``0 <= i < G``."""
+        if not 0 <= i < len(self.rollouts):
+            raise ValueError(f"i: expected a rollout index in [0, {len(self.rollouts)}), got {i}")
+        return [j for j in self.successes if j != i]
+
+
+def _check_finite(name: str, value: object) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")

@@ -1,0 +1,1 @@
+"""A policy as body and head, its forward passes over rollouts, and frozen copies of it."""

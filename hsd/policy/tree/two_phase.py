@@ -1,0 +1,172 @@
+"""The exact gradient of a group of any size in bounded memory: its shared tokens once, its rollouts a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hsd.policy.frozen import in_eval_mode
+from hsd.policy.tree.forward import Keys, Pack, read_nodes, rows_of
+
+Chunk = Sequence[int]
+# Student states (with gradient) and teacher states of the chunk's rollouts -> its share of the loss, a scalar.
+ChunkLoss = Callable[[Chunk, list[Tensor], list[Tensor]], Tensor]
+Teacher = Callable[[Chunk], list[Tensor]]
+
+
+def two_phase_loss(
+    model: nn.Module,
+    body: nn.Module,
+    pack: Pack,
+    chunk_loss: ChunkLoss,
+    budget: int,
+    *,
+    teacher: Teacher | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``sum(chunk_loss(chunk, student states, teacher states))``, a scalar whose backward gives the exact gradient.
+
+    Phase one reads the nodes that several rollouts share and detaches their keys, values and states as leaves. Each
+    chunk of rollouts is then read on top, and differentiated at once into parameters and leaves. Last, what the leaves
+    have gathered goes back through phase one. Memory: the shared nodes, one chunk of at most ``budget`` nodes (or one
+    rollout, if a single one is longer), and one more gradient of the parameters, which backward hands over.
+
+    Args:
+        model: whose parameters get gradients. Checkpointing must be the non-reentrant one.
+        pack: of student and teacher sequences.
+        teacher: reads the teacher's states of a chunk; by default under the student's own weights.
+
+    Raises ValueError for a budget below 1, a pack without tokens, and reentrant checkpointing, which knows no leaves.
+    """
+    if budget < 1:
+        raise ValueError(f"budget: expected at least 1 token, got {budget}")
+    if not len(pack.trie):
+        raise ValueError("pack: expected at least one rollout with tokens, got none")
+    _refuse_reentrant(body)
+    trie, rollouts = pack.trie, range(len(pack.student))
+    visits = trie.visits(rollouts)
+    shared = np.flatnonzero(visits > 1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total: list[Tensor | None] = [None] * len(parameters)
+
+    trunk, keys = read_nodes(body, trie, shared, keep=shared, backend=backend) if len(shared) else (None, None)
+    roots: list[Tensor] = [] if trunk is None or keys is None else [trunk, *_flat(keys)]
+    leaves = [t.detach().requires_grad_() for t in roots]
+    past = None if keys is None else Keys(shared, _unflat(keys, leaves[1:]))
+    read_teacher = teacher or _live_teacher(model, body, pack, shared, leaves, keys, backend)
+    gathered: list[Tensor | None] = [None] * len(leaves)
+
+    value: Tensor | None = None
+    for chunk in chunks_of(pack, visits, budget):
+        seen = read_teacher(chunk)
+        own = np.setdiff1d(trie.nodes_of(chunk), shared)
+        parts = [leaves[0]] if leaves else []
+        if len(own):
+            parts.append(read_nodes(body, trie, own, past=past, backend=backend)[0])
+        states = rows_of(torch.cat(parts), np.concatenate([shared, own]), [pack.student[i] for i in chunk])
+        loss = chunk_loss(chunk, states, seen)
+        grads = torch.autograd.grad(loss, [*parameters, *leaves], allow_unused=True)
+        _add(total, grads[: len(parameters)])
+        _add(gathered, grads[len(parameters) :])
+        value = loss.detach() if value is None else value + loss.detach()
+
+    reached = [(r, g) for r, g in zip(roots, gathered, strict=True) if g is not None and r.requires_grad]
+    if reached and parameters:
+        outputs, gradients = zip(*reached, strict=True)
+        _add(total, torch.autograd.grad(outputs, parameters, gradients, allow_unused=True))
+    assert value is not None
+    return _Known.apply(value, total, *parameters)  # type: ignore[return-value]
+
+
+def _add(sums: list[Tensor | None], terms: Sequence[Tensor | None]) -> None:
+    for i, term in enumerate(terms):
+        have = sums[i]
+        sums[i] = have if term is None else term if have is None else have + term
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradient is known: backward hands it to the parameters, through DDP's hooks and loss scaling."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (scale,) = grad_outputs
+        return None, None, *(None if g is None else g * scale.to(g.dtype) for g in ctx.gradients)
+
+
+def chunks_of(pack: Pack, visits: np.ndarray, budget: int) -> list[list[int]]:
+    """Rollouts in order, as many together as keep their own nodes, of both sides, within ``budget``.
+
+    One without nodes of its own, as a masked rollout is, never makes a chunk by itself.
+    """
+    chunks: list[list[int]] = []
+    used = 0
+    for i in range(len(pack.student)):
+        cost = int((visits[pack.trie.path[i]] < 2).sum())
+        if pack.teacher:
+            cost += len(pack.trie.path[len(pack.student) + i])
+        if not chunks or (cost and used and used + cost > budget):
+            chunks.append([])
+            used = 0
+        chunks[-1].append(i)
+        used += cost
+    return chunks
+
+
+def _live_teacher(
+    model: nn.Module,
+    body: nn.Module,
+    pack: Pack,
+    shared: np.ndarray,
+    leaves: list[Tensor],
+    keys: Keys | None,
+    backend: str,
+) -> Teacher:
+    """The contexts that several rollouts are shown are read once, each rollout behind them with its chunk."""
+    trie, g = pack.trie, len(pack.student)
+    if not pack.teacher:
+        return lambda chunk: []
+    repeated = np.setdiff1d(np.flatnonzero(trie.visits(range(g, 2 * g)) > 1), shared)
+    past = None if keys is None else keys.detach()
+    hidden = [leaves[0].detach()] if leaves else []
+    with torch.no_grad(), in_eval_mode(model):
+        if len(repeated):
+            new, kept = read_nodes(body, trie, repeated, past=past, keep=repeated, backend=backend)
+            assert kept is not None
+            hidden.append(new)
+            past = kept if past is None else past.joined(kept)
+    known = np.concatenate([shared, repeated])
+
+    def read(chunk: Chunk) -> list[Tensor]:
+        own = np.setdiff1d(trie.nodes_of([g + i for i in chunk]), known)
+        with torch.no_grad(), in_eval_mode(model):
+            new = [read_nodes(body, trie, own, past=past, backend=backend)[0]] if len(own) else []
+            parts = [h.to((hidden or new)[0].dtype) for h in [*hidden, *new]]
+            return rows_of(torch.cat(parts), np.concatenate([known, own]), [pack.teacher[i] for i in chunk])
+
+    return read
+
+
+def _flat(keys: Keys) -> list[Tensor]:
+    return [t for pair in keys.layers.values() for t in pair]
+
+
+def _unflat(keys: Keys, flat: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    return {layer: (flat[2 * n], flat[2 * n + 1]) for n, layer in enumerate(keys.layers)}
+
+
+def _refuse_reentrant(body: nn.Module) -> None:
+    for module in body.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: expected use_reentrant=False with a token budget, got True"
+            )

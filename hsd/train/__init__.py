@@ -1,0 +1,1 @@
+"""The update, the trainer on TRL, and what watches a run."""

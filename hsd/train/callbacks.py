@@ -1,0 +1,149 @@
+"""What a run shows and leaves behind: a line per step, metrics.jsonl, alarms, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from hsd.train.alarms import alarms
+
+STEP_COLUMNS = {
+    "loss": "loss",
+    "kl": "hsd/kl",
+    "success": "hsd/success_rate",
+    "coverage": "hsd/coverage",
+    "|A| at tau": "hsd/credit_at_tau",
+    "mass(8)": "hsd/credit_mass_8",
+    "entropy": "hsd/student_entropy",
+    "length": "completions/mean_length",
+    "s": "step_time",
+}
+
+
+class StepLine(ProgressCallback):
+    """A progress bar with one short line per logged step, instead of the whole dictionary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        cells = [f"{name} {logs[key]:.3g}" for name, key in STEP_COLUMNS.items() if logs.get(key) is not None]
+        self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(cells))
+
+
+class RunFiles(TrainerCallback):
+    """Appends every logged step to ``metrics.jsonl`` and names a collapse when the metrics show one.
+
+    On resume, lines after the checkpoint's step are dropped, so the file reads like that of an uninterrupted run.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+        self.raised: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self.history = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+        self.raised = {name: text for row in self.history for name, text in row.get("alarms", {}).items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        part.replace(self.path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        row = {"step": state.global_step, **logs}
+        self.history.append(row)
+        new = {k: v for k, v in alarms(self.history).items() if k not in self.raised}
+        if new:
+            row["alarms"] = new
+            for sentence in new.values():
+                print(f"ALARM at step {state.global_step}: {sentence}", flush=True)
+        self.raised |= new
+        with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+class StopOnSignal(TrainerCallback):
+    """The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second Ctrl-C at once.
+
+    A second SIGTERM changes nothing: a scheduler's reaches a rank twice, once by itself and once through the launcher.
+    All ranks stop after the same step, whichever of them the signal reached: a rank that went on alone would wait for
+    the others for ever. Where a generation serves several steps, the run stops after the last of them: its rollouts are
+    not in a checkpoint. ``signal`` is the number that stopped this run, or None.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.signal = None
+        self.before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.signal = _largest(self.signal, args)
+        if self.signal is not None and state.global_step % steps_of_a_generation(args) == 0:
+            control.should_save = control.should_training_stop = True
+
+    def _stop(self, number, frame):
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            print("\nStopping after this step; run the same command again to resume.", flush=True)
+            self.signal = number
+
+
+def steps_of_a_generation(args) -> int:
+    """Optimizer steps after which a run with these GRPO arguments begins with new rollouts."""
+    if args is None:
+        return 1
+    micro = args.steps_per_generation * args.num_iterations
+    return micro // math.gcd(micro, args.gradient_accumulation_steps)
+
+
+def _largest(number: int | None, args) -> int | None:
+    """The largest of all ranks' signal numbers; None where no rank has one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    shared = torch.tensor(number or 0, device=args.device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return int(shared) or None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: trainer_state.json is its last file."""
+    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of a metrics file; a half-written last line, from a killed run, is left out.
+
+    Raises ValueError with the line's number for any other line that is not an object with a ``step``.
+    """
+    if not path.exists():
+        return []
+    rows, lines = [], path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            row = None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            shown = line[:80].decode(errors="replace")
+            raise ValueError(f"{path}, line {number}: expected a JSON object with a step, got {shown!r}")
+        rows.append(row)
+    return rows

@@ -1,0 +1,173 @@
+"""Which weights read for the teacher and for the reference: the student's own, or copies that are frozen between steps.
+
+| teacher | reads under |
+|---|---|
+| live | the student of the moment |
+| fixed | the initial policy (with LoRA: adapters off) |
+| ema | an average that moves by ``teacher_ema_rate`` towards the student at each optimizer step |
+| trust_region | logits (1 - s) initial + s live, s = ``trust_region_share`` |
+
+The reference is the initial policy, or, with ``reference_refresh_steps`` n, an average of the policy (moved by
+``reference_ema_rate`` a step) as it stood at the last multiple of n steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsd.policy.body_and_head import Split, hidden_states, split_model
+from hsd.policy.frozen import adapters_off, ema_update_, frozen_copy, in_eval_mode, load_policy_, save_policy
+from hsd.train.config import HSDConfig
+from hsd.train.update import Side, frozen_side
+
+INITIAL, EMA, REFERENCE, AVERAGE = "initial_policy", "ema_teacher", "reference", "reference_average"
+
+# (body and head, which prompts the rollouts follow: "student", "teacher" or both) -> states (B, T, D) of each
+Read = Callable[[Split, Sequence[str]], Sequence[Tensor]]
+
+
+def roles(args: HSDConfig) -> tuple[str | None, str | None]:
+    """Names of the frozen weights that read for the teacher and for the reference; None where there are none."""
+    kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA}
+    teacher = kinds.get(str(args.teacher)) if args.has_teacher else None
+    reference = INITIAL if args.reference_refresh_steps is None else REFERENCE
+    return teacher, reference if args.reference_coef else None
+
+
+def copies(args: HSDConfig, *, peft: bool) -> set[str]:
+    """Those of `roles` that are copies of the weights. With LoRA the initial policy is the adapters off."""
+    return {name for name in roles(args) if name is not None and not (peft and name == INITIAL)}
+
+
+class FrozenPolicies:
+    """The copies that a run needs, by name in ``models``; what the student's own module serves is not copied."""
+
+    def __init__(self, policy: Any, args: HSDConfig):
+        self.args = args
+        self.teacher, self.reference = roles(args)
+        peft = hasattr(policy, "peft_config")
+        _check(policy, args, peft=peft)
+        wanted = copies(args, peft=peft) | ({AVERAGE} if self.reference == REFERENCE else set())
+        self.models: dict[str, nn.Module] = {name: frozen_copy(policy) for name in sorted(wanted)}
+        self._initial_is_saved = False
+
+    def read(self, policy: Any, read: Read) -> tuple[Side | None, Side | None]:
+        """The frozen part of the teacher (None for a live one), and the reference, each read once.
+
+        A teacher and a reference of the same weights share one reading, so that a tree can share their prefixes.
+        """
+        if self.teacher is not None and self.teacher == self.reference:
+            reference, teacher = self._under(policy, self.teacher, read, ("student", "teacher"))
+            return teacher, reference
+        teacher = self._under(policy, self.teacher, read, ("teacher",))[0] if self.teacher else None
+        reference = self._under(policy, self.reference, read, ("student",))[0] if self.reference else None
+        return teacher, reference
+
+    def _under(self, policy: Any, name: str, read: Read, prompts: Sequence[str]) -> list[Side]:
+        if name in self.models:
+            split = split_model(self.models[name])
+            return [frozen_side(split, hidden) for hidden in read(split, prompts)]
+        with adapters_off(policy):
+            return [Side(hidden) for hidden in read(split_model(policy), prompts)]
+
+    def combine(self, live: Side | None, frozen: Side | None, head: Split) -> Side:
+        """The teacher, from what was read under the student's weights and under frozen ones."""
+        if live is None or frozen is None:
+            side = live or frozen
+            assert side is not None
+            return side
+        return mix_logits(frozen, live, head, self.args.trust_region_share)
+
+    @torch.no_grad()
+    def step(self, policy: nn.Module, steps_done: int) -> None:
+        """After an optimizer step."""
+        if EMA in self.models and self.args.teacher_ema_rate is not None:
+            ema_update_(self.models[EMA], policy, self.args.teacher_ema_rate)
+        every = self.args.reference_refresh_steps
+        if AVERAGE in self.models and every is not None:
+            ema_update_(self.models[AVERAGE], policy, self.args.reference_ema_rate)
+            if steps_done % every == 0:
+                ema_update_(self.models[REFERENCE], self.models[AVERAGE], 1.0)
+
+    def save(self, checkpoint: Path) -> None:
+        """What changes goes into the checkpoint; the initial policy once, beside it, over that of an earlier run."""
+        for name, model in self.models.items():
+            if name != INITIAL:
+                save_policy(model, _file(checkpoint, name))
+            elif not self._initial_is_saved:
+                save_policy(model, _file(checkpoint.parent, name))
+        self._initial_is_saved = True
+
+    def load(self, checkpoint: Path) -> None:
+        for name, model in self.models.items():
+            path = _file(checkpoint.parent if name == INITIAL else checkpoint, name)
+            if not path.exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: expected {path}, which a run with teacher={self.args.teacher!r}, "
+                    f"reference_coef={self.args.reference_coef} and reference_refresh_steps="
+                    f"{self.args.reference_refresh_steps} saves; the checkpoint is of another kind of run"
+                )
+            load_policy_(model, path)
+
+
+def mix_logits(a: Side, b: Side, head: Split, share: float) -> Side:
+    """A side whose logits are ``(1 - share)`` those of ``a`` plus ``share`` those of ``b``, before any soft cap.
+
+    The head is linear: where both go through the student's head the states are mixed, else they are set side by side
+    before ``[W_a, W_b]``.
+    """
+    if a.weight is None and b.weight is None:
+        return Side(torch.lerp(a.hidden, b.hidden, share))
+    parts = [(a, 1.0 - share), (b, share)]
+    weights = [(head.weight if side.weight is None else side.weight).detach() for side, _ in parts]
+    biases = [head.bias if side.weight is None else side.bias for side, _ in parts]
+    known = [c * x.detach() for (_, c), x in zip(parts, biases, strict=True) if x is not None]
+    hidden = torch.cat([c * side.hidden for side, c in parts], -1)
+    return Side(hidden, torch.cat(weights, 1), torch.stack(known).sum(0) if known else None)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+@torch.no_grad()
+def check_fresh_adapter(policy: Any, args: HSDConfig) -> None:
+    """Raise ValueError where adapters off are to be the initial policy and are not: an adapter was trained before, or
+    starts away from the base model (PiSSA, ``init_lora_weights=False``)."""
+    if not hasattr(policy, "peft_config") or INITIAL not in roles(args):
+        return
+    split = split_model(policy)
+    ids = torch.arange(1, 7, device=split.weight.device).remainder(split.weight.shape[0]).reshape(1, -1)
+    with in_eval_mode(policy):
+        on = hidden_states(split.body, ids, torch.ones_like(ids))
+        with adapters_off(policy):
+            off = hidden_states(split.body, ids, torch.ones_like(ids))
+    gap = ((on - off).abs().max() / off.abs().max()).item()
+    # A fresh adapter adds exact zeros, but for DoRA, whose norms are rounded.
+    dora = any(getattr(config, "use_dora", False) for config in policy.peft_config.values())
+    if not gap <= (4 * torch.finfo(off.dtype).eps if dora else 0.0):
+        raise ValueError(
+            "model: expected a fresh adapter (adapters off = initial policy), got a trained one, or one that does not "
+            f"start at 0: hidden states differ by {gap:.2g} of their size with the adapters on and off"
+        )
+
+
+def _check(policy: Any, args: HSDConfig, *, peft: bool) -> None:
+    wanted = set(roles(args))
+    if peft and copies(args, peft=peft):
+        raise ValueError(
+            "teacher, reference_refresh_steps: expected 'live', 'fixed' or 'trust_region' (adapters off) and None with "
+            f"LoRA, got {args.teacher!r} and {args.reference_refresh_steps}"
+        )
+    half = next((p.dtype for p in policy.parameters() if p.dtype not in (torch.float32, torch.float64)), None)
+    if wanted & {EMA, REFERENCE} and half is not None:
+        # 1,000 steps of rate 0.005 from 1.0 towards 1.5 leave a bf16 weight at 1.0.
+        raise ValueError(
+            "teacher, reference_refresh_steps: expected fp32 weights for an average (bf16=True computes in bf16), "
+            f"got {half}"
+        )
