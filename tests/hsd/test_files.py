@@ -1,0 +1,14 @@
+import pytest
+
+from hsd.files import replacing
+
+
+def test_a_file_that_was_being_written_leaves_the_older_one(tmp_path):
+    path = tmp_path / "folder" / "a.json"
+    with replacing(path) as part:
+        part.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as part:
+        part.write_text("half of the ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
