@@ -19,7 +19,7 @@ def exact(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
 
 
 def roomy(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    return _ours(student, teacher, weight, chunk_bytes=2 << 30)
+    return _ours(student, teacher, weight, memory_bytes=2 << 30)
 
 
 def filtered(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:

@@ -3,8 +3,18 @@
 from hsd_kernels.api import HSDKLOutput, fused_hsd_kl
 from hsd_kernels.divergence import Divergence
 from hsd_kernels.head import Head
+from hsd_kernels.memory import release_memory
 from hsd_kernels.module import FusedHSDKL
 from hsd_kernels.row_stats import RowStats
 from hsd_kernels.sharded import gathered
 
-__all__ = ["Divergence", "FusedHSDKL", "HSDKLOutput", "Head", "RowStats", "fused_hsd_kl", "gathered"]
+__all__ = [
+    "Divergence",
+    "FusedHSDKL",
+    "HSDKLOutput",
+    "Head",
+    "RowStats",
+    "fused_hsd_kl",
+    "gathered",
+    "release_memory",
+]

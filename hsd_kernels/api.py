@@ -49,7 +49,7 @@ def fused_hsd_kl(
     num_items: float | None = None,
     logits_dtype: torch.dtype | None = None,
     filter_eps: float | str | None = None,
-    chunk_bytes: int | None = None,
+    memory_bytes: int | None = None,
     impl: str = "auto",
     process_group: Any = None,
     return_stats: bool = False,
@@ -63,7 +63,7 @@ def fused_hsd_kl(
         loss = (teacher.exp() * (teacher - student)).sum(-1).mean()
 
     but both projections are one GEMM, the gradient is made while the logits of a chunk are at hand, and the largest
-    intermediate is ``chunk_bytes``; ``reference_coef * KL(student || reference)`` can be added per token in the same
+    intermediate is ``memory_bytes``; ``reference_coef * KL(student || reference)`` can be added per token in the same
     pass. The logits compared are ``softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`` on both sides.
 
     @ERROR@
@@ -98,7 +98,7 @@ def fused_hsd_kl(
             where no entry exceeds ``filter_eps`` times the largest token weight; with "auto" the lightest ones, as
             long as their share of the L1 mass is at most what rounding to the input dtype loses (0.14 % for bf16).
             The statistics return the measured share. One host synchronization a chunk. Exact by default.
-        chunk_bytes: size of the logits workspace; by default 1 GiB on CUDA and 512 MiB elsewhere (kept for
+        memory_bytes: size of the logits workspace; by default 1 GiB on CUDA and 512 MiB elsewhere (kept for
             the next call on a CPU).
         impl: "auto" (Triton on CUDA, C++ on a CPU in fp32 and bf16, torch elsewhere), "torch", "triton" or "cpp". An
             explicit choice never falls back.
@@ -136,7 +136,7 @@ def fused_hsd_kl(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("impl", impl, IMPLS)
     check_positive("num_items", num_items, optional=True)
-    check_positive("chunk_bytes", chunk_bytes, optional=True, integer=True)
+    check_positive("memory_bytes", memory_bytes, optional=True, integer=True)
     check_not_negative("reference_coef", reference_coef)
     if reference_coef > 0.0 if reference_hidden is None else reference_coef == 0.0:
         expected = "a tensor with reference_coef > 0, None without"
@@ -172,7 +172,7 @@ def fused_hsd_kl(
             linear=logits_dtype == torch.bfloat16,
             reference_coef=reference_coef,
             filter_eps=_filter_eps(filter_eps),
-            chunk_bytes=chunk_bytes,
+            memory_bytes=memory_bytes,
             impl=impl,
             group_name=None if process_group is None else process_group.group_name,
             reduction=reduction,

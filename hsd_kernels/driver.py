@@ -1,39 +1,30 @@
-"""The chunk loop: stacked GEMM, row passes, backward GEMMs. Device-agnostic; the rows come from a backend module.
+"""The chunk loop: stacked GEMM, row pass, backward GEMMs. Device-agnostic; the rows come from a backend module.
 
-Per chunk of C token rows: logits of all sides into one reused workspace (one GEMM of ``[h_s ; h_t]`` for those that
-share a head), one row pass for the statistics, one that turns the student's logits into their gradient in place, then
-``dH = dz W`` and ``dW += dz^T h_s``. With N rows, hidden D, vocabulary V and U = 2 N D V that is 4U FLOPs in all for
-forward and backward, 5U with a reference policy, and no (N, V) tensor.
+Per chunk of token rows: logits of all sides into one reused workspace (one GEMM of ``[h_s ; h_t]`` for those that share
+a head), then statistics and the gradient dz of the student's logits. dz gathers in a buffer of several chunks, and once
+per buffer ``dH = dz W`` and ``dW += dz^T h_s``. With N rows, hidden D, vocabulary V and U = 2 N D V that is 4U FLOPs in
+all for forward and backward, 5U with a reference policy, and no (N, V) tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from hsd_kernels import gemm
+from hsd_kernels import gemm, memory
+from hsd_kernels import rows as row_backends
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.head import Head
 from hsd_kernels.op_support import Gradients, Wanted, wide_dtype
 from hsd_kernels.row_stats import COLUMNS, RowStats
 from hsd_kernels.vocab_filter import active_columns, take_columns_
 from hsd_kernels.vocab_parallel import Shards
-
-# Bytes of the logits workspace. 1 GiB holds 883 fp32 row pairs at V = 151,936, tall enough that dW's read-modify-write
-# stays small beside the GEMMs; not yet tuned on a GPU. On two CPU cores (1,024 tokens, D = 512, V = 151,936) the
-# forward took 2.51, 2.44 and 2.31 s in fp32 and 1.11, 0.98 and 0.89 s in bf16 at 256 MiB, 512 MiB and 1 GiB.
-CHUNK_BYTES = {"cuda": 1 << 30}
-DEFAULT_CHUNK_BYTES = 512 << 20
-
-# The last workspace of a CPU call. Fresh pages cost as much as using them: 0.11 s for 512 MiB on two cores, beside a
-# forward GEMM of 0.4 s into them (bf16, N = 1,024, D = 512, V = 151,936). CUDA's allocator keeps memory by itself.
-_spare: list[Tensor] = []
 
 TokenWeightFn = Callable[[RowStats], Tensor]
 
@@ -59,7 +50,7 @@ class Problem:
     reference_coef: float = 0.0
     target_ids: Tensor | None = None
     filter_eps: float | None = None
-    chunk_bytes: int | None = None
+    memory_bytes: int | None = None
     shards: Shards | None = None  # of the vocabulary, over a process group
 
     @property
@@ -112,17 +103,43 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+@dataclass(frozen=True)
+class _Workspace:
+    logits: Tensor  # (sides * chunk, V)
+    dz: Tensor  # (buffer, V), (0, V) without a gradient
+    reference_dz: Tensor  # (chunk, V), (0, V) without a gradient of a reference term
+
+
 def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tensor | None, wanted: Wanted) -> Result:
     sides = [Side(p.student_hidden, p.head, p.teacher.spec), p.teacher, *([p.reference] if p.reference else [])]
-    chunk = _chunk_rows(p, len(sides), rows.numel())
-    out = _empty_result(p, wanted, one_chunk=chunk >= rows.numel())
+    size = _sizes(p, len(sides), rows.numel(), wanted)
+    out = _empty_result(p, wanted, one_buffer=size.buffer >= rows.numel())
     if rows.numel() == 0:
         if out.grad_weight is not None:
             out.grad_weight.zero_()
         return out
-    vocab = p.head.weight.shape[0]
-    with _borrowed(len(sides) * chunk * vocab, p.logits_dtype, p.student_hidden.device) as memory:
-        _chunks(p, rows, weights, factor, wanted, out, sides, memory.view(-1, vocab))
+    gradient_rows = (size.buffer, size.chunk if p.reference else 0) if any(wanted) else (0, 0)
+    logits_size = len(sides) * size.chunk * size.stride * p.logits_dtype.itemsize
+    dz_dtype = gemm.gradient_dtype(p.student_hidden, p.wide)
+    with memory.borrowed(
+        logits_size + sum(gradient_rows) * size.stride * dz_dtype.itemsize, p.student_hidden.device
+    ) as block:
+        vocab = p.head.weight.shape[0]
+        logits = block[:logits_size].view(p.logits_dtype).view(-1, size.stride)[:, :vocab]
+        dz, reference_dz = block[logits_size:].view(dz_dtype).view(-1, size.stride)[:, :vocab].split(gradient_rows)
+        space = _Workspace(logits, dz, reference_dz)
+        for start in range(0, rows.numel(), size.buffer):
+            at = rows[start : start + size.buffer]
+            w = weights[start : start + size.buffer].to(p.wide)
+            magnitudes = torch.zeros_like(w)
+            for first in range(0, at.numel(), size.chunk):
+                here = slice(first, min(first + size.chunk, at.numel()))
+                magnitudes[here] = _chunk(p, sides, at[here], w[here], factor, out, space, here)
+            if any(wanted):
+                h_s = p.student_hidden[at]
+                if factor is not None:  # dW = dz^T h: 0 times the NaN of a row that the hook dropped would be NaN
+                    h_s = h_s.masked_fill((magnitudes == 0).unsqueeze(-1), 0.0)
+                _backward_gemms(p, dz[: at.numel()], h_s, at, out, magnitudes, first=start == 0, spare=logits)
     if p.shards is not None:
         p.shards.sum_(out.filtered)
         if out.grad_hidden is not None:
@@ -130,62 +147,57 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
     return out
 
 
-def _chunks(
+def _chunk(
     p: Problem,
-    rows: Tensor,
+    sides: list[Side],
+    at: Tensor,
     weights: Tensor,
     factor: TokenWeightFn | Tensor | None,
-    wanted: Wanted,
     out: Result,
-    sides: list[Side],
-    workspace: Tensor,
-) -> None:
-    chunk = workspace.shape[0] // len(sides)
-    for start in range(0, rows.numel(), chunk):
-        at = rows[start : start + chunk]
-        w = weights[start : start + chunk].to(p.wide)
-        hidden = [side.hidden[at] for side in sides]
-        student = hidden[0] - hidden[1] if p.teacher.spec.linear else hidden[0]
-        x = _logits(sides, [student, *hidden[1:]], workspace)
+    space: _Workspace,
+    here: slice,
+) -> Tensor:
+    """Statistics of the tokens ``at`` (n,), and their dz in rows ``here`` of the buffer if there is one. Returns the
+    largest magnitude of their weights in any term, (n,): where it is 0, dz is."""
+    hidden = [side.hidden[at] for side in sides]
+    student = hidden[0] - hidden[1] if p.teacher.spec.linear else hidden[0]
+    x = _logits(sides, [student, *hidden[1:]], space.logits)
+    silent = [_silent(p, side, hidden[0], h) for side, h in zip(sides[1:], hidden[1:], strict=True)]
+    dz = space.dz[here] if space.dz.numel() else None
 
-        stats, silent = _statistics(p, p.teacher, x[0], x[1], hidden[0], hidden[1], at)
-        out.stats[:, at] = stats.stack()
-        if callable(factor):
-            out.factor[at] = _hook_weights(factor, stats)
-        elif factor is not None:
-            out.factor[at] = factor[at]
-        parts = [(p.teacher, x[1], stats, (w * out.factor[at]).masked_fill(silent, 0.0))]
-        if p.reference is not None:
-            ref, silent = _statistics(p, p.reference, x[0], x[2], hidden[0], hidden[2], at)
-            assert out.reference_stats is not None
-            out.reference_stats[:, at] = ref.stack()
-            parts.append((p.reference, x[2], ref, (w * p.reference_coef).masked_fill(silent, 0.0)))
-        if not any(wanted):
-            continue
+    if isinstance(factor, Tensor):
+        out.factor[at] = factor[at]
+    ready = None if callable(factor) else (weights * out.factor[at]).masked_fill(silent[0], 0.0)
+    stats = _statistics(p, p.teacher, x[0], x[1], at, silent[0], ready, dz)
+    out.stats[:, at] = stats.stack()
+    if ready is None:
+        assert callable(factor)
+        out.factor[at] = _hook_weights(factor, stats)
+        ready = (weights * out.factor[at]).masked_fill(silent[0], 0.0)
+        if dz is not None:
+            p.rows_impl.gradient_(x[0], x[1], p.teacher.spec, p.head.bias, p.teacher.head.bias, stats, ready, dz)
+    largest = ready.abs()
+    if p.reference is not None:
+        ready = (weights * p.reference_coef).masked_fill(silent[1], 0.0)
+        part = None if dz is None else space.reference_dz[: at.numel()]
+        stats = _statistics(p, p.reference, x[0], x[2], at, silent[1], ready, part)
+        assert out.reference_stats is not None
+        out.reference_stats[:, at] = stats.stack()
+        largest = torch.maximum(largest, ready.abs())
+        if dz is not None:
+            dz += part
+    if out.grad_bias is not None and dz is not None:
+        out.grad_bias += dz.sum(0, dtype=p.wide)
+    return largest
 
-        dz = _logit_gradient(p, x[0], parts)
-        if out.grad_bias is not None:
-            out.grad_bias += dz.sum(0, dtype=p.wide)
-        magnitudes = torch.stack([part[3] for part in parts]).abs()
-        if factor is not None:  # dW = dz^T h: 0 times the NaN of a row that the hook dropped would be NaN
-            hidden[0] = hidden[0].masked_fill((magnitudes == 0).all(0).unsqueeze(-1), 0.0)
-        spare = workspace.flatten()[x[0].numel() :]  # the other sides' logits
-        _backward_gemms(p, dz, hidden[0], at, out, magnitudes.amax(), first=start == 0, spare=spare)
 
-
-@contextmanager
-def _borrowed(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """``count`` elements of memory. Taken out of `_spare` while in use: calls may nest and threads may meet."""
-    size = count * dtype.itemsize
-    try:
-        memory = _spare.pop() if device.type == "cpu" else None
-    except IndexError:
-        memory = None
-    if memory is None or memory.numel() < size:
-        memory = torch.empty(size, dtype=torch.uint8, device=device)
-    yield memory[:size].view(dtype)
-    if device.type == "cpu":
-        _spare[:] = [memory]
+def _silent(p: Problem, side: Side, h_s: Tensor, h_side: Tensor) -> Tensor:
+    """(n,) bool: rows in which both sides read the same through one head. A GEMM may sum the same row in another order
+    at another position (MKL: D = 13), leaving 1e-7 of noise where the answer is 0. inf - inf is not 0: such a row keeps
+    its NaN."""
+    if side.head is not p.head:
+        return torch.zeros(h_s.shape[0], dtype=torch.bool, device=h_s.device)
+    return (h_s - h_side).eq(0).all(-1)
 
 
 def _logits(sides: list[Side], hidden: list[Tensor], workspace: Tensor) -> list[Tensor]:
@@ -206,15 +218,28 @@ def _logits(sides: list[Side], hidden: list[Tensor], workspace: Tensor) -> list[
 
 
 def _statistics(
-    p: Problem, side: Side, x_s: Tensor, x_side: Tensor, h_s: Tensor, h_side: Tensor, at: Tensor
-) -> tuple[RowStats, Tensor]:
-    """Row statistics between the student and ``side``, and which rows are silent, (n,) bool."""
+    p: Problem,
+    side: Side,
+    x_s: Tensor,
+    x_side: Tensor,
+    at: Tensor,
+    silent: Tensor,
+    weights: Tensor | None,
+    dz: Tensor | None,
+) -> RowStats:
+    """Row statistics between the student and ``side``. With ``weights`` and ``dz``, also ``weights`` times the
+    gradient, into ``dz``: in one read of the logits where the backend has one."""
     biases = (p.head.bias, side.head.bias)
     targets = valid = None
     if p.target_ids is not None:
         targets = p.target_ids[at] if p.shards is None else p.target_ids[at] - p.shards.start
         valid = targets.clamp(0, x_s.shape[1] - 1)
-    stats = p.rows_impl.statistics(x_s, x_side, side.spec, *biases, valid, at)
+    both = row_backends.one_read(p.rows_impl, x_s) if p.shards is None else None
+    if both is not None and weights is not None and dz is not None:
+        stats = both(x_s, x_side, side.spec, *biases, valid, at, weights, dz)
+    else:
+        both = None
+        stats = p.rows_impl.statistics(x_s, x_side, side.spec, *biases, valid, at)
     if targets is not None:
         strange = targets != valid
         student_logps, teacher_logps = stats.student_logps, stats.teacher_logps
@@ -229,36 +254,19 @@ def _statistics(
         stats = p.shards.merge(stats, side.spec, x_s, x_side, *biases)
     if side.spec.divergence.is_nonnegative:
         stats = stats._replace(kl=stats.kl.clamp_min(0.0))  # rounding; a NaN stays
-    silent = torch.zeros_like(at, dtype=torch.bool)
-    if side.head is p.head:
-        # A GEMM may sum the same row in another order at another position (MKL: D = 13), leaving 1e-7 of noise
-        # where the answer is 0. inf - inf is not 0: such a row keeps its NaN.
-        silent = (h_s - h_side).eq(0).all(-1)
-        stats = stats._replace(kl=stats.kl.masked_fill(silent, 0.0))
-    return stats, silent
-
-
-def _logit_gradient(p: Problem, x_s: Tensor, parts: list[tuple[Side, Tensor, RowStats, Tensor]]) -> Tensor:
-    """dz (n, V), over the memory of the student's logits. The reference's part is first made over its own logits."""
-    dz = gemm.gradient_view(x_s, p.student_hidden)
-    for side, x_side, stats, weights in reversed(parts):
-        over = x_s if side is p.teacher else x_side
-        part = gemm.gradient_view(over, p.student_hidden)
-        p.rows_impl.gradient_(x_s, x_side, side.spec, p.head.bias, side.head.bias, stats, weights, part)
-        if side is not p.teacher:
-            reference = part
-        elif len(parts) > 1:
-            dz += reference
-    return dz
+    stats = stats._replace(kl=stats.kl.masked_fill(silent, 0.0))
+    if both is None and weights is not None and dz is not None:
+        p.rows_impl.gradient_(x_s, x_side, side.spec, *biases, stats, weights, dz)
+    return stats
 
 
 def _backward_gemms(
-    p: Problem, dz: Tensor, h_s: Tensor, at: Tensor, out: Result, largest_weight: Tensor, first: bool, spare: Tensor
+    p: Problem, dz: Tensor, h_s: Tensor, at: Tensor, out: Result, magnitudes: Tensor, first: bool, spare: Tensor
 ) -> None:
-    """``spare`` (m,) may be overwritten, as dz may."""
+    """``spare`` may be overwritten, as dz may."""
     weight, columns = p.head.weight, None
     if p.filter_eps is not None:
-        active = active_columns(dz, p.filter_eps, largest_weight, p.student_hidden.dtype)
+        active = active_columns(dz, p.filter_eps, magnitudes.amax(), p.student_hidden.dtype)
         out.filtered += torch.stack([active.dropped, active.total]).to(out.filtered)
         columns = active.columns
     if columns is None:
@@ -279,17 +287,18 @@ def _backward_gemms(
         out.grad_weight.index_add_(0, columns, part)
 
 
-def _within(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor, over ``memory`` where it fits: 23,000 rows of W (49,152, 576) are gathered in 8 ms there, on
+def _within(spare: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor, over ``spare`` where it fits: 23,000 rows of W (49,152, 576) are gathered in 8 ms there, on
     fresh pages in 39 (fp32, one CPU core)."""
     size = math.prod(shape) * dtype.itemsize
-    start = -memory.storage_offset() * memory.itemsize % dtype.itemsize
-    if start + size > memory.nbytes:
-        return memory.new_empty(shape, dtype=dtype)
-    return memory.view(torch.uint8)[start : start + size].view(dtype).view(shape)
+    start = -spare.storage_offset() * spare.itemsize % dtype.itemsize
+    if start + size > spare.shape[0] * spare.stride(0) * spare.itemsize:
+        return spare.new_empty(shape, dtype=dtype)
+    whole = spare.as_strided((spare.shape[0] * spare.stride(0),), (1,))
+    return whole.view(torch.uint8)[start : start + size].view(dtype).view(shape)
 
 
-def _empty_result(p: Problem, wanted: Wanted, one_chunk: bool) -> Result:
+def _empty_result(p: Problem, wanted: Wanted, one_buffer: bool) -> Result:
     tokens, weight = p.student_hidden.shape[0], p.head.weight
 
     def zeros(*shape: int) -> Tensor:
@@ -299,7 +308,7 @@ def _empty_result(p: Problem, wanted: Wanted, one_chunk: bool) -> Result:
     # parts of a vocabulary's shards are summed before they are rounded.
     wide = p.student_hidden.dtype == torch.float16 or p.shards is not None
     narrow = p.wide if wide else p.student_hidden.dtype
-    head = p.student_hidden.dtype if one_chunk and gemm.torch_leads(p.student_hidden) else p.wide
+    head = p.student_hidden.dtype if one_buffer and gemm.torch_leads(p.student_hidden) else p.wide
     return Result(
         stats=zeros(len(COLUMNS), tokens),
         reference_stats=None if p.reference is None else zeros(len(COLUMNS), tokens),
@@ -311,12 +320,19 @@ def _empty_result(p: Problem, wanted: Wanted, one_chunk: bool) -> Result:
     )
 
 
-def _chunk_rows(p: Problem, sides: int, rows: int) -> int:
-    vocab = p.head.weight.shape[0] if p.shards is None else p.shards.largest  # ranks must take the same chunks
-    budget = p.chunk_bytes or CHUNK_BYTES.get(p.student_hidden.device.type, DEFAULT_CHUNK_BYTES)
-    most = max(1, budget // (sides * vocab * p.logits_dtype.itemsize))
-    chunks = max(1, -(-rows // most))
-    return -(-rows // chunks)  # of one size: a small last one would waste its GEMMs
+def _sizes(p: Problem, sides: int, rows: int, wanted: Wanted) -> memory.Sizes:
+    own = p.head.weight.shape[0]
+    size = memory.sizes(
+        rows,
+        own if p.shards is None else p.shards.largest,  # ranks must take the same chunks
+        p.student_hidden.device.type,
+        sides * p.logits_dtype.itemsize,
+        gemm.gradient_dtype(p.student_hidden, p.wide).itemsize if any(wanted) else 0,
+        p.memory_bytes,
+        # A filter keeps the columns that any row of a buffer needs.
+        one_level=p.filter_eps is not None,
+    )
+    return size
 
 
 def _hook_weights(token_weight_fn: TokenWeightFn, stats: RowStats) -> Tensor:

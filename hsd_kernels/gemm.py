@@ -74,11 +74,12 @@ def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) ->
         torch.mm(*operands, out=grad_weight) if first else grad_weight.addmm_(*operands)
 
 
-def gradient_view(x_student: Tensor, operand: Tensor) -> Tensor:
-    """Where dz goes: the head of each row's own memory in the dtype of the GEMM operands where a GEMM takes them
-    narrow, else the row itself."""
-    narrow = operand.dtype != x_student.dtype and (x_student.is_cuda or mkl_takes(operand, operand, x_student))
-    return x_student.view(operand.dtype)[:, : x_student.shape[1]] if narrow else x_student
+def gradient_dtype(operand: Tensor, wide: torch.dtype) -> torch.dtype:
+    """Of dz: that of the other operand where a product takes both narrow, else ``wide``, that of the logits."""
+    narrow = operand.dtype != wide and (
+        operand.is_cuda or mkl_takes(operand, operand, operand.new_empty(0, 0, dtype=wide))
+    )
+    return operand.dtype if narrow else wide
 
 
 def torch_leads(operand: Tensor) -> bool:

@@ -65,7 +65,7 @@ class Options:
     linear: bool
     reference_coef: float
     filter_eps: float | None
-    chunk_bytes: int | None
+    memory_bytes: int | None
     impl: str
     group_name: str | None
     reduction: str
@@ -269,7 +269,7 @@ def _problem(t: Tensors, divergence: Divergence, o: Options, target_ids: Tensor 
         rows_impl=row_backends.resolve(o.impl, t.student_hidden.device, t.student_hidden.dtype),
         target_ids=target_ids,
         filter_eps=o.filter_eps,
-        chunk_bytes=o.chunk_bytes,
+        memory_bytes=o.memory_bytes,
         shards=shards,
     )
 

@@ -112,5 +112,5 @@ def row_spec(
 
 
 def rows_of_bytes(rows: int, vocab: int, itemsize: int = 4) -> int:
-    """chunk_bytes that give chunks of exactly ``rows``."""
+    """memory_bytes that give chunks of exactly ``rows``."""
     return 2 * rows * vocab * itemsize

@@ -25,7 +25,7 @@ from hsd.train.update import LossOutput, Objective, Side
 from hsd_kernels import RowStats
 
 TESTED = ("5.23", "5.23")
-USED = ("divergence", "chunk_bytes", "impl")  # of an `Objective`
+USED = ("divergence", "memory_bytes", "impl")  # of an `Objective`
 
 
 def hsd_loss_from_ids(
@@ -98,7 +98,7 @@ def hsd_loss_from_ids(
             ),
             token_weights=(1.0 / (counts * len(lengths))).repeat_interleave(counts),
             reduction="sum",
-            chunk_bytes=objective.chunk_bytes,
+            memory_bytes=objective.memory_bytes,
             impl=objective.impl,
         )
         return out.loss, out.stats  # tuples: FSDP looks for the tensors it must hook in these, not in dataclasses

@@ -86,7 +86,7 @@ class HSDConfig(GRPOConfig):
             so when a model does not pass. "tree" and "prompt" raise the reason instead.
         tree_token_budget: a micro-batch whose tree has more tokens is differentiated a few rollouts at a time, with
             the same gradient (`hsd.policy.tree.two_phase`), so that memory is bounded.
-        kernel_impl, chunk_bytes: passed to `hsd_kernels.fused_hsd_kl`.
+        kernel_impl, memory_bytes: passed to `hsd_kernels.fused_hsd_kl`.
     """
 
     learning_rate: float = 1e-6
@@ -123,7 +123,7 @@ class HSDConfig(GRPOConfig):
     prefix_sharing: str = "auto"
     tree_token_budget: int | None = None
     kernel_impl: str = "auto"
-    chunk_bytes: int | None = None
+    memory_bytes: int | None = None
     logging_steps: float = 1
     loss_type: str | None = None
     scale_rewards: str | None = None
@@ -168,7 +168,7 @@ class HSDConfig(GRPOConfig):
         _one_of("kernel_impl", self.kernel_impl, IMPLS)
         _one_of("divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd"))
         _one_of("teacher", self.teacher, TEACHERS)
-        for name in ("tree_token_budget", "reference_refresh_steps", "max_teacher_prompt_length", "chunk_bytes"):
+        for name in ("tree_token_budget", "reference_refresh_steps", "max_teacher_prompt_length", "memory_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a positive number or None, got {value}")
@@ -268,7 +268,7 @@ class HSDConfig(GRPOConfig):
             epsilon_low=self.epsilon,  # type: ignore[arg-type]
             epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,  # type: ignore[arg-type]
             sampling_temperature=self.temperature,
-            chunk_bytes=self.chunk_bytes,
+            memory_bytes=self.memory_bytes,
             impl=self.kernel_impl,
         )
 

@@ -28,7 +28,7 @@ class Objective:
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     sampling_temperature: float = 1.0
-    chunk_bytes: int | None = None
+    memory_bytes: int | None = None
     impl: str = "auto"
 
 
@@ -138,7 +138,7 @@ def method_loss(
             out = _divergence(student_hidden.detach(), head, teacher, r, o, 1.0, None)
         loss = student_hidden.new_zeros((), dtype=out.loss.dtype)
         if exact is not None:
-            towards = Objective(divergence=Divergence("reverse_kl"), chunk_bytes=o.chunk_bytes, impl=o.impl)
+            towards = Objective(divergence=Divergence("reverse_kl"), memory_bytes=o.memory_bytes, impl=o.impl)
             pulled = _divergence(student_hidden, head, exact, r, towards, o.reference_coef, None)
             loss = pulled.loss
             out = out._replace(reference=pulled.stats)
@@ -180,7 +180,7 @@ def _divergence(
         token_weights=r.divergence_weights * coef,
         token_weight_fn=_capped_ratio(r, o),
         reduction="sum",
-        chunk_bytes=o.chunk_bytes,
+        memory_bytes=o.memory_bytes,
         impl=o.impl,
         return_stats=True,
     )

@@ -8,9 +8,8 @@ Each backend module has the same two functions, over raw head outputs ``x_studen
 
 A ``kl`` that cannot be negative may be a rounding error below 0: the driver clamps it.
 
-``gradient_`` writes ``weights[:, None] * d kl / d x_student`` to ``out`` (C, V), which may be a view of the memory of
-``x_student`` or of ``x_teacher`` in the same or a narrower dtype: its contents are no longer needed afterwards. A row
-of weight 0 is all zeros, whatever its logits hold.
+``gradient_`` writes ``weights[:, None] * d kl / d x_student`` to ``out`` (C, V), apart from the logits. A row of weight
+0 is all zeros, whatever its logits hold. Triton on CUDA has both in one read of the logits (`one_read`).
 """
 
 from __future__ import annotations
@@ -20,9 +19,12 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
+
+from hsd_kernels.row_stats import RowStats
 
 MODULES = {"torch": "eager", "triton": "triton_rows", "cpp": "cpp"}  # by the name that ``impl`` has for them
 IMPLS = ("auto", *MODULES)
@@ -52,6 +54,15 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
             raise TypeError(f"impl='cpp': expected float32 or bfloat16 inputs, got {dtype}")
         cpp.library()
     return importlib.import_module(f"hsd_kernels.rows.{MODULES[impl]}")
+
+
+def one_read(backend: ModuleType, logits: torch.Tensor) -> Callable[..., RowStats] | None:
+    """``statistics_and_gradient_`` of these logits (`hsd_kernels.rows.one_read`) where ``backend`` has it."""
+    if not logits.is_cuda or not backend.__name__.endswith(MODULES["triton"]):
+        return None
+    from hsd_kernels.rows import one_read
+
+    return one_read.statistics_and_gradient_ if one_read.fits(logits) else None
 
 
 def _best(device: torch.device, dtype: torch.dtype) -> str:

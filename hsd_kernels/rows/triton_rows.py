@@ -47,31 +47,37 @@ def statistics(
     teacher_bias: Tensor | None,
     target_ids: Tensor | None,
     rows: Tensor,
+    table: Tensor | None = None,
+    only: Tensor | None = None,
 ) -> RowStats:
+    """With ``table`` and ``only`` (C,), replaces the statistics in the table of the rows where ``only`` is not 0."""
     n, vocab = x_student.shape
-    table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
+    if table is None:
+        table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
     if n > 0:
-        config = configs.row_config("statistics", _capability(x_student.device))
+        config = configs.row_config("statistics", capability(x_student.device))
         in_scale, kappa = _scales(spec)
         with torch.cuda.device_of(x_student):
             launch: Any = statistics_kernel[(n,)]
             launch(
                 x_student,
                 x_teacher,
-                _contiguous(bias),
-                _contiguous(teacher_bias),
-                _contiguous(target_ids),
+                contiguous(bias),
+                contiguous(teacher_bias),
+                contiguous(target_ids),
+                only,
                 table,
                 vocab,
-                _row_stride(x_student),
-                _row_stride(x_teacher),
+                row_stride(x_student),
+                row_stride(x_teacher),
                 table.stride(0),
                 in_scale,
                 kappa,
                 float(spec.divergence.beta),
                 float(spec.divergence.clip or 0.0),
-                **_flags(spec, bias, teacher_bias),
+                **flags(spec, bias, teacher_bias),
                 HAS_TARGET=target_ids is not None,
+                HAS_ONLY=only is not None,
                 LANES=config.lanes(x_student.element_size()),
                 BLOCK_V=config.block_v,
                 **config.options,
@@ -88,42 +94,39 @@ def gradient_(
     stats: RowStats,
     weights: Tensor,
     out: Tensor,
+    only: Tensor | None = None,
 ) -> None:
     n, vocab = x_student.shape
     if n == 0:
         return
-    if out.untyped_storage().data_ptr() == x_student.untyped_storage().data_ptr():
-        # What gradient_kernel relies on when it stores over logits that it has read.
-        row_bytes = [t.stride(0) * t.element_size() for t in (out, x_student)]
-        assert out.data_ptr() in (x_student.data_ptr(), x_teacher.data_ptr())
-        assert n == 1 or row_bytes[0] == row_bytes[1]
-        assert out.element_size() <= x_student.element_size()
-    config = configs.row_config("gradient", _capability(x_student.device))
+    config = configs.row_config("gradient", capability(x_student.device))
     in_scale, kappa = _scales(spec)
     with torch.cuda.device_of(x_student):
         launch: Any = gradient_kernel[(n,)]
         launch(
             x_student,
             x_teacher,
-            _contiguous(bias),
-            _contiguous(teacher_bias),
-            _contiguous(stats.student_top),
-            _contiguous(stats.teacher_top),
-            _contiguous(stats.student_log_sum),
-            _contiguous(stats.teacher_log_sum),
-            _contiguous(stats.grad_sum),
-            _contiguous(weights),
+            contiguous(bias),
+            contiguous(teacher_bias),
+            contiguous(stats.student_top),
+            contiguous(stats.teacher_top),
+            contiguous(stats.student_log_sum),
+            contiguous(stats.teacher_log_sum),
+            contiguous(stats.grad_sum),
+            contiguous(weights),
+            only,
             out,
             vocab,
-            _row_stride(x_student),
-            _row_stride(x_teacher),
-            _row_stride(out),
+            row_stride(x_student),
+            row_stride(x_teacher),
+            row_stride(out),
             in_scale,
             kappa,
             spec.chain,
             float(spec.divergence.beta),
             float(spec.divergence.clip or 0.0),
-            **_flags(spec, bias, teacher_bias),
+            **flags(spec, bias, teacher_bias),
+            HAS_ONLY=only is not None,
             BLOCK_V=config.block_v,
             **config.options,
         )
@@ -135,7 +138,7 @@ def _scales(spec: RowSpec) -> tuple[float, float]:
     return float(in_scale), torch.tensor(kappa, dtype=torch.float32).item()
 
 
-def _flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> dict[str, int | bool]:
+def flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> dict[str, int | bool]:
     return {
         "DIVERGENCE": DIVERGENCES.index(spec.divergence.kind),
         "HAS_BIAS": bias is not None,
@@ -147,7 +150,7 @@ def _flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> d
     }
 
 
-def _capability(device: torch.device) -> int:
+def capability(device: torch.device) -> int:
     """10 * major + minor; for the interpreter that of the oldest pinned architecture."""
     if device.type != "cuda":
         return min(configs.ARCHITECTURES)
@@ -155,12 +158,12 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _row_stride(x: Tensor) -> int:
+def row_stride(x: Tensor) -> int:
     assert x.stride(1) == 1 or x.shape[1] == 1
     return x.stride(0)
 
 
-def _contiguous(per_row: Tensor | None) -> Tensor | None:
+def contiguous(per_row: Tensor | None) -> Tensor | None:
     return None if per_row is None else per_row.contiguous()
 
 
@@ -175,6 +178,7 @@ def statistics_kernel(
     bias_ptr,  # (V,)
     teacher_bias_ptr,  # (V,)
     target_ptr,  # (C,)
+    only_ptr,  # (C,)
     out_ptr,  # (len(COLUMNS), C)
     V,
     stride_xs,
@@ -192,6 +196,7 @@ def statistics_kernel(
     HAS_CLIP: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
+    HAS_ONLY: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -201,6 +206,9 @@ def statistics_kernel(
     K: tl.constexpr = BLOCK_V // LANES
     # int64 before the multiply: row * stride passes 2^31 at row 14,135 for V = 151,936.
     row = tl.program_id(0).to(tl.int64)
+    if HAS_ONLY:
+        if tl.load(only_ptr + row) == 0:
+            return
     xs_ptr += row * stride_xs
     xt_ptr += row * stride_xt
     block = tl.arange(0, K)[:, None] * LANES + tl.arange(0, LANES)[None, :]
@@ -308,7 +316,8 @@ def gradient_kernel(
     log_t_ptr,  # (C,)
     grad_sum_ptr,  # (C,)
     weights_ptr,  # (C,)
-    out_ptr,  # (C, V), may lie over xs or xt
+    only_ptr,  # (C,)
+    out_ptr,  # (C, V)
     V,
     stride_xs,
     stride_xt,
@@ -325,9 +334,13 @@ def gradient_kernel(
     HAS_CLIP: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
+    HAS_ONLY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if HAS_ONLY:
+        if tl.load(only_ptr + row) == 0:
+            return
     xs_ptr += row * stride_xs
     xt_ptr += row * stride_xt
     out_ptr += row * stride_out
@@ -340,10 +353,6 @@ def gradient_kernel(
         cols = start + tl.arange(0, BLOCK_V)
         y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
         y_t = _read(xt_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
-        # bf16 out over fp32 logits, B = BLOCK_V: block k is read at bytes [4 B k, 4 B (k + 1)) of the row and
-        # written at [2 B k, 2 B (k + 1)), which lies in blocks 0 to k. In ascending order, and with every
-        # warp done reading block k before one stores, all loads of those bytes come first.
-        tl.debug_barrier()
         ls = tl.fma(y_s - top_s, kappa, -log_s)
         lt = tl.fma(y_t - top_t, kappa, -log_t)
         ps = tl.exp(ls)

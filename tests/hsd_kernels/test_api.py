@@ -111,8 +111,8 @@ VALUE_ERRORS = {
     "logit_scale": ({"head": Made(Head, W, logit_scale=INF)}, "head.logit_scale", "finite", "inf"),
     "num_items": ({"num_items": 0}, "num_items", "> 0", "0"),
     "num_items nan": ({"num_items": NAN}, "num_items", "> 0", "nan"),
-    "chunk_bytes zero": ({"chunk_bytes": 0}, "chunk_bytes", "> 0", "0"),
-    "chunk_bytes negative": ({"chunk_bytes": -1}, "chunk_bytes", "> 0", "-1"),
+    "memory_bytes zero": ({"memory_bytes": 0}, "memory_bytes", "> 0", "0"),
+    "memory_bytes negative": ({"memory_bytes": -1}, "memory_bytes", "> 0", "-1"),
     "weights shape": ({"token_weights": torch.ones(T, 1)}, "token_weights", "(4,)", "(4, 1)"),
     "weights nan": ({"token_weights": weights(NAN)}, "token_weights", "finite", "1 that are NaN"),
     "weights inf": ({"token_weights": weights(INF)}, "token_weights", "finite", "1 that are NaN or infinite"),
@@ -144,13 +144,13 @@ TYPE_ERRORS = {
     "targets bool": ({"target_ids": torch.zeros(T).bool()}, "target_ids", "integers", "bool"),
     "targets list": ({"target_ids": [0] * T}, "target_ids", "torch.Tensor or None", "list"),
     "hook": ({"token_weight_fn": torch.ones(T)}, "token_weight_fn", "callable or None", "Tensor"),
-    "chunk_bytes float": ({"chunk_bytes": 1e6}, "chunk_bytes", "an integer or None", "1000000.0 (float)"),
+    "memory_bytes float": ({"memory_bytes": 1e6}, "memory_bytes", "an integer or None", "1000000.0 (float)"),
     "num_items tensor": ({"num_items": torch.tensor(3)}, "num_items", "a number or None", "tensor(3)"),
 }
 FIELDS = {"beta": Divergence, "temperature": Divergence, "clip": Divergence, "logit_scale": Head, "softcap": Head}
-for name in (*FIELDS, "num_items", "chunk_bytes", "reference_coef"):
+for name in (*FIELDS, "num_items", "memory_bytes", "reference_coef"):
     for kind, value in {"str": "hot", "bool": True, "list": [1.0], "None": None}.items():
-        if kind == "None" and name in ("clip", "softcap", "num_items", "chunk_bytes"):
+        if kind == "None" and name in ("clip", "softcap", "num_items", "memory_bytes"):
             continue
         argument, changes = name, {name: value}
         if name in FIELDS:
@@ -250,7 +250,7 @@ def test_numbers_of_any_real_type_are_accepted():
     numpy = pytest.importorskip("numpy")
     expected = fused_hsd_kl(**good(divergence=Divergence(temperature=2.0), num_items=3.0))
     for real, integer in ((int, int), (numpy.float64, numpy.int64), (numpy.float32, numpy.int32)):
-        given = {"num_items": integer(3), "chunk_bytes": integer(4096)}
+        given = {"num_items": integer(3), "memory_bytes": integer(4096)}
         got = fused_hsd_kl(**good(divergence=Divergence(temperature=real(2)), **given))
         assert torch.equal(got, expected)
 

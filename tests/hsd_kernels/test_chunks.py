@@ -1,11 +1,13 @@
 """Chunks and accumulation: what a chunk holds, that its size does not matter, and how many GEMMs it takes."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hsd_kernels import fused_hsd_kl, ops, reference
+from hsd_kernels import fused_hsd_kl, memory, ops, reference, release_memory
 from hsd_kernels.divergence import DIVERGENCES
 from hsd_kernels.testing import double, draw, grads, rows_of_bytes, small_problem
 
@@ -50,25 +52,44 @@ def test_chunk_size_does_not_matter(dtype, reduction, divergence):
     whole = grads(fused_hsd_kl, student, teacher, weight, bias, **options)
     for rows in (1, 5, 11, 100):
         chunk = rows_of_bytes(rows, 61, wide.itemsize)
-        cut = grads(fused_hsd_kl, student, teacher, weight, bias, **options, chunk_bytes=chunk)
+        cut = grads(fused_hsd_kl, student, teacher, weight, bias, **options, memory_bytes=chunk)
         for name, a, b in zip(("loss", "dh", "dW", "db"), cut, whole, strict=True):
             eps = torch.finfo(a.dtype).eps
             torch.testing.assert_close(a, b, rtol=2 * eps, atol=16 * eps * b.abs().max().item(), msg=f"{name} {rows}")
 
 
-def test_chunks_have_the_rows_that_chunk_bytes_allow():
-    student, teacher, weight = small_problem(13)
-    for rows, expected in ((1, [1] * 13), (5, [5, 5, 3]), (13, [13]), (99, [13])):
-        sizes = []
-        fused_hsd_kl(
-            student,
-            teacher,
-            weight,
-            token_weight_fn=lambda s, sizes=sizes: sizes.append(len(s.kl)) or torch.ones_like(s.kl),
-            chunk_bytes=rows_of_bytes(rows, 61),
-        )
-        assert sizes == expected
-    fused_hsd_kl(student, teacher, weight, chunk_bytes=1)  # less than a row is one row
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dz_bytes", [0, 2, 4])
+@pytest.mark.parametrize("one_level", [False, True])
+def test_sizes_fill_the_budget_and_no_more(device, dz_bytes, one_level):
+    for rows, vocab, budget in itertools.product(
+        (1, 7, 128, 1000, 32768), (1, 61, 151936), (1, 10_000, 1 << 28, 1 << 32)
+    ):
+        size = memory.sizes(rows, vocab, device, 8, dz_bytes, budget, one_level)
+        assert 1 <= size.chunk <= size.buffer <= max(rows, 128) and size.stride >= vocab and size.stride % 64 == 0
+        used = size.stride * (8 * size.chunk + dz_bytes * size.buffer)
+        assert used <= budget or size.chunk == size.buffer == 1
+        assert size.chunk == size.buffer or (dz_bytes and not one_level)
+
+
+def test_sizes_of_the_shapes_in_the_tables():
+    """(rows, V, device, bytes of both sides' logits, bytes of dz, budget) -> rows of logits and of dz."""
+    for given, chunk, buffer in (
+        ((32768, 151936, "cuda", 8, 2, 2 << 30), 512, 4096),
+        ((1024, 151936, "cpu", 8, 4, 704 << 20), 64, 1024),
+        ((1024, 151936, "cpu", 8, 2, 704 << 20), 128, 1024),
+    ):
+        size = memory.sizes(*given)
+        assert (size.chunk, size.buffer) == (chunk, buffer)
+
+
+def test_what_a_cpu_keeps_is_bounded_and_can_be_released():
+    student, teacher, weight = small_problem(64)
+    release_memory()
+    fused_hsd_kl(student, teacher, weight)
+    assert 0 < sum(block.nbytes for block in memory._spare) <= memory.DEFAULT_MEMORY_BYTES
+    release_memory()
+    assert not memory._spare
 
 
 def test_head_gradient_is_accumulated_in_fp32():
@@ -78,7 +99,7 @@ def test_head_gradient_is_accumulated_in_fp32():
     student, teacher = student + 1.0, teacher + 0.9  # so that the chunks' gradients add up instead of cancelling
     exact = grads(reference.hsd_kl, *double(student, teacher, weight), reduction="sum")[2]
     ours = grads(
-        fused_hsd_kl, student, teacher, weight, reduction="sum", chunk_bytes=rows_of_bytes(rows, weight.shape[0])
+        fused_hsd_kl, student, teacher, weight, reduction="sum", memory_bytes=rows_of_bytes(rows, weight.shape[0])
     )[2]
     narrow = torch.zeros_like(weight)
     for i in range(0, chunks * rows, rows):
@@ -108,7 +129,7 @@ def test_full_logits_are_never_made():
                         upstream=torch.ones(tokens) if reduction == "none" else None,
                         divergence=divergence,
                         reduction=reduction,
-                        chunk_bytes=rows_of_bytes(rows, vocab),
+                        memory_bytes=rows_of_bytes(rows, vocab),
                     )
                 # The workspace holds both sides of a chunk; dW and W are the only others of this size.
                 assert record.largest <= max(2 * rows * vocab, dim * vocab) < tokens * vocab / 4
@@ -116,7 +137,7 @@ def test_full_logits_are_never_made():
 
 def test_gradients_are_not_made_when_nobody_asked(monkeypatch):
     student, teacher, weight = small_problem(12)
-    chunk = {"chunk_bytes": rows_of_bytes(4, 61)}
+    chunk = {"memory_bytes": rows_of_bytes(4, 61)}
 
     def gemms(context, *tensors):
         with context, Recorder() as record:

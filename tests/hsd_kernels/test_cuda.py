@@ -45,7 +45,7 @@ def test_loss_and_gradients_over_several_chunks(dtype, divergence, impl):
     exact = grads(reference.hsd_kl, *(t.double() for t in given), divergence=divergence)
     for options in ({}, {"reduction": "none"}):
         scale = 1.0 if not options else 300.0
-        got = grads(fused_hsd_kl, *given, divergence=divergence, impl=impl, chunk_bytes=2 * 64 * 5000 * 4, **options)
+        got = grads(fused_hsd_kl, *given, divergence=divergence, impl=impl, memory_bytes=2 * 64 * 5000 * 4, **options)
         for a, b in zip(got[1:], exact[1:], strict=True):
             assert relative_l1(a / scale, b) <= RELATIVE_L1[dtype]
 
@@ -89,10 +89,10 @@ def test_no_synchronization_without_weights_and_one_with_them():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        grads(fused_hsd_kl, student, teacher, weight, chunk_bytes=2 * 64 * 5000 * 4)
+        grads(fused_hsd_kl, student, teacher, weight, memory_bytes=2 * 64 * 5000 * 4)
         torch.cuda.set_sync_debug_mode("warn")
         with pytest.warns(UserWarning, match="synchronizing") as caught:
-            grads(fused_hsd_kl, student, teacher, weight, token_weights=weights, chunk_bytes=2 * 64 * 5000 * 4)
+            grads(fused_hsd_kl, student, teacher, weight, token_weights=weights, memory_bytes=2 * 64 * 5000 * 4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchronizing" in str(w.message) for w in caught) == 1
@@ -133,7 +133,7 @@ def test_chunk_of_more_elements_than_int32():
     g = torch.Generator(device="cuda").manual_seed(0)
     student, teacher = (torch.randn(14_200, 64, generator=g, device="cuda").bfloat16() for _ in range(2))
     weight = torch.randn(151_936, 64, generator=g, device="cuda").bfloat16() * 0.2
-    given = {"return_stats": True, "chunk_bytes": 20 << 30}
+    given = {"return_stats": True, "memory_bytes": 20 << 30}
     whole = fused_hsd_kl(student.requires_grad_(), teacher, weight, **given)
     whole.loss.backward()
     part = student.detach()[-50:].clone().requires_grad_()
@@ -163,6 +163,6 @@ def test_memory_does_not_grow_with_tokens():
         student.requires_grad_(), weight.requires_grad_()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        fused_hsd_kl(student, teacher, weight, chunk_bytes=64 << 20).backward()
+        fused_hsd_kl(student, teacher, weight, memory_bytes=64 << 20).backward()
         used.append(torch.cuda.max_memory_allocated() - before)
     assert used[1] - used[0] < 18_000 * 64 * 2 * 4 + (4 << 20)

@@ -181,7 +181,7 @@ def test_gradients_are_rounded_once(route, chunks):
     """dz to bf16 for its products, dH and dW to bf16 in the end: two errors of one size, uncorrelated."""
     student, teacher, weight = draw(48, 32), draw(49, 32)[:48], draw(3000, 32)
     leaves = student.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = fused_hsd_kl(leaves[0], teacher, leaves[1], chunk_bytes=2 * 48 // chunks * 3000 * 4)
+    loss = fused_hsd_kl(leaves[0], teacher, leaves[1], memory_bytes=2 * 48 // chunks * 3000 * 4)
     found = torch.autograd.grad(loss, leaves)
     exact = [t.double().requires_grad_() for t in (student, weight)]
     truth = torch.autograd.grad(reference.hsd_kl(exact[0], teacher.double(), exact[1]), exact)

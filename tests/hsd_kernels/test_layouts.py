@@ -31,7 +31,7 @@ def test_vocabulary_of_qwen(dtype):
     """151,936 is 19 upcast blocks of the CPU GEMM, the last one short."""
     student, teacher, weight = small_problem(4, 8, 151936, dtype)
     chunk = rows_of_bytes(3, 151936)
-    found = grads(fused_hsd_kl, student, teacher, weight, chunk_bytes=chunk)
+    found = grads(fused_hsd_kl, student, teacher, weight, memory_bytes=chunk)
     # Chunk by chunk: MKL adds the 151,936 terms of dH one after the other if there is one row, not if there are four.
     parts = [
         grads(reference.hsd_kl, student[c].float(), teacher[c].float(), weight.float(), num_items=4)
@@ -153,6 +153,6 @@ def test_autocast_leaves_double_alone_and_mixes_are_cast():
 def test_bitwise_repeatability(reduction, dtype, divergence):
     inputs = small_problem(40, 24, 301, dtype)
     upstream = draw(40) if reduction == "none" else None
-    options = {"divergence": divergence, "reduction": reduction, "chunk_bytes": rows_of_bytes(7, 301)}
+    options = {"divergence": divergence, "reduction": reduction, "memory_bytes": rows_of_bytes(7, 301)}
     first, second = (grads(fused_hsd_kl, *inputs, draw(301, dtype=dtype), upstream, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -28,7 +28,7 @@ def operator_tensors(student, teacher, reference, weight, bias, target_ids, toke
 
 
 def arguments(divergence, reduction, wanted):
-    given = dict(logit_scale=1.0, softcap=None, linear=False, reference_coef=0.2, filter_eps=None, chunk_bytes=None)
+    given = dict(logit_scale=1.0, softcap=None, linear=False, reference_coef=0.2, filter_eps=None, memory_bytes=None)
     given |= dict(impl="torch", group_name=None, reduction=reduction, num_items=None, hook=0)
     given |= dict(zip(("train_hidden", "train_weight", "train_bias"), wanted, strict=True))
     return ops._DIVERGENCE.pack(divergence) | ops._OPTIONS.pack(ops.Options(**given))

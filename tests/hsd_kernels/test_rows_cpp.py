@@ -421,7 +421,7 @@ def test_through_the_public_function(divergence, dtype):
     for impl in ("cpp", "torch"):
         leaves = student.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = fused_hsd_kl(
-            leaves[0], teacher, leaves[1], divergence=divergence, impl=impl, chunk_bytes=3 * 2 * 301 * 4
+            leaves[0], teacher, leaves[1], divergence=divergence, impl=impl, memory_bytes=3 * 2 * 301 * 4
         )
         loss.backward()
         found.append((loss.detach(), *(t.grad for t in leaves)))

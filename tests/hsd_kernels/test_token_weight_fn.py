@@ -22,7 +22,7 @@ def test_token_weight_fn_sees_its_rows_and_multiplies_the_weights():
         chunks.append(stats)
         return stats.teacher_entropy * table[stats.rows]
 
-    options = {"target_ids": ids, "chunk_bytes": rows_of_bytes(4, 61)}
+    options = {"target_ids": ids, "memory_bytes": rows_of_bytes(4, 61)}
     found = {}
     for reduction in ("none", "sum", "mean"):
         chunks.clear()
@@ -115,7 +115,7 @@ def backward(student, teacher, weight, upstream, head=True, **options):
 @pytest.mark.parametrize("bad", ["NaN", "infinite"])
 def test_weight_zero_from_the_hook_is_weight_zero(bad, impl, reduction, head):
     student, teacher, weight, options = one_bad_row(bad)
-    options |= {"reduction": reduction, "num_items": 10, "impl": impl, "chunk_bytes": rows_of_bytes(4, 61)}
+    options |= {"reduction": reduction, "num_items": 10, "impl": impl, "memory_bytes": rows_of_bytes(4, 61)}
     terms = fused_hsd_kl(student, teacher, weight, **options | {"reduction": "none"})
     assert not terms[3].isfinite() and terms[[2, 4]].isfinite().all()
     problem = (student, teacher, weight, draw(10) if reduction == "none" else None, head)

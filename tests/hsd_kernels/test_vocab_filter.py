@@ -46,7 +46,7 @@ def relative_l1(got, want):
 def test_error_is_bounded_by_the_measured_share(divergence, filter_eps):
     tensors = peaked()
     exact = grads(*tensors, divergence=divergence)
-    found = grads(*tensors, divergence=divergence, filter_eps=filter_eps, chunk_bytes=2 * 16 * 3000 * 4)
+    found = grads(*tensors, divergence=divergence, filter_eps=filter_eps, memory_bytes=2 * 16 * 3000 * 4)
     share = found[0].filtered_share.item()
     assert 0.0 < share < 0.2
     assert found[0].loss.item() == pytest.approx(exact[0].loss.item(), rel=1e-5)  # the loss is never filtered
@@ -129,7 +129,7 @@ def test_same_gradients_with_and_without_the_library(form, rows, monkeypatch):
     """Also where the gathered rows of W do not fit into the logits of the other sides (3 rows, D = 24), and where the
     sum of a chunk's logits ends between two numbers of the gradient's dtype (odd vocabulary, linear form)."""
     tensors = peaked(vocab=2999, dtype=torch.bfloat16 if form in ("bf16", "linear") else torch.float32)
-    options = {"filter_eps": 1e-3, "chunk_bytes": rows * 2 * 2999 * (2 if form == "linear" else 4)}
+    options = {"filter_eps": 1e-3, "memory_bytes": rows * 2 * 2999 * (2 if form == "linear" else 4)}
     if form == "linear":
         options["logits_dtype"] = torch.bfloat16
     if form == "reference":

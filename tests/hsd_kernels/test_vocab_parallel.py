@@ -60,7 +60,7 @@ def call(tensors, reference=False, own_head=False, group=None, **options):
         reference_coef=0.4 if reference else 0.0,
         target_ids=torch.arange(T) * 5 % V,
         token_weights=weights,
-        chunk_bytes=4 * 2 * V * 8,
+        memory_bytes=4 * 2 * V * 8,
         process_group=group,
         return_stats=True,
     )

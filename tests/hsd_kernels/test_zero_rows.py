@@ -48,7 +48,7 @@ def test_some_equal_rows_among_others(divergence):
         weight,
         divergence=divergence,
         token_weight_fn=lambda s: seen.append(s.kl) or torch.ones_like(s.kl),
-        chunk_bytes=rows_of_bytes(4, 127),
+        memory_bytes=rows_of_bytes(4, 127),
         return_stats=True,
     )
     for kl in (out.stats.kl, torch.cat(seen)):
@@ -124,7 +124,7 @@ def test_nan_and_inf_in_masked_rows_reach_nothing(reduction, side, bad):
     for i, name in enumerate(("student", "teacher")):
         if side in (name, "both"):
             poisoned[i][kept == 0] = bad
-    options = {"token_weights": kept, "reduction": reduction, "chunk_bytes": rows_of_bytes(3, 61)}
+    options = {"token_weights": kept, "reduction": reduction, "memory_bytes": rows_of_bytes(3, 61)}
     upstream = draw(10) if reduction == "none" else None
     clean = grads(fused_hsd_kl, student, teacher, weight, bias, upstream, **options)
     if upstream is not None:

@@ -265,7 +265,7 @@ def test_ema_teacher_moves_and_fixed_does_not(tmp_path):
         ({"max_steps": 0}, "^max_steps"),
         ({"kernel_impl": "numpy"}, "^kernel_impl"),
         ({"max_teacher_prompt_length": 0}, "^max_teacher_prompt_length"),
-        ({"chunk_bytes": 0}, "^chunk_bytes"),
+        ({"memory_bytes": 0}, "^memory_bytes"),
         ({"success_reward": float("nan")}, "^success_reward"),
     ],
 )

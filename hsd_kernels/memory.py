@@ -1,0 +1,97 @@
+"""How many token rows are in memory at a time, and that memory.
+
+Two levels: the logits of a chunk of rows, and the gradient dz of a buffer of several chunks. The logits of all sides
+are made, read and forgotten chunk by chunk; the products with dz, which read and write all of dW, run once per buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MEMORY_BYTES = {"cuda": 2 << 30}
+DEFAULT_MEMORY_BYTES = 704 << 20
+# Rows of logits at a time: the fastest of benchmarks/results/gpu_h200.md and kernel_cpu.md. More only cost memory.
+CHUNK_ROWS = {"cuda": 512}
+DEFAULT_CHUNK_ROWS = 128
+STATISTICS_ROWS = 1024  # at most, where there is no gradient
+ROW_ALIGNMENT = 64  # elements: rows begin at a multiple of 16 bytes whatever V is, and cuBLAS keeps its aligned kernels
+TILE_ROWS = 128  # of a product
+
+# The last workspace of a CPU call, at most DEFAULT_MEMORY_BYTES: fresh pages cost as much as using them
+# (benchmarks/results/products_cpu.md). CUDA's allocator keeps memory by itself.
+_spare: list[Tensor] = []
+
+
+@dataclass(frozen=True)
+class Sizes:
+    chunk: int  # token rows whose logits are there at a time
+    buffer: int  # token rows whose dz is there at a time, at least `chunk`
+    stride: int  # elements from row to row of either
+
+
+def sizes(
+    rows: int,
+    vocab: int,
+    device: str,
+    logits_bytes: int,
+    dz_bytes: int,
+    budget: int | None = None,
+    one_level: bool = False,
+) -> Sizes:
+    """Fills the budget: ``logits_bytes`` of all sides together and ``dz_bytes``, 0 without a gradient, per token and
+    column. ``one_level``: a buffer is one chunk. At least one row of each, whatever the budget."""
+    stride = _up(vocab, ROW_ALIGNMENT)
+    logits_row, dz_row = stride * logits_bytes, stride * dz_bytes
+    budget = budget or MEMORY_BYTES.get(device, DEFAULT_MEMORY_BYTES)
+    if one_level or dz_bytes == 0:
+        most = max(1, budget // (logits_row + dz_row))
+        chunk = _even(rows, most if one_level else min(most, STATISTICS_ROWS))
+        return Sizes(chunk, chunk, stride)
+
+    def buffer_beside(chunk: int) -> int:
+        return max(chunk, (budget - chunk * logits_row) // dz_row)
+
+    chunk = max(1, min(rows, CHUNK_ROWS.get(device, DEFAULT_CHUNK_ROWS)))
+    # Half the rows of logits where that leaves room for a buffer less.
+    while chunk > 1 and (
+        2 * chunk * logits_row > budget
+        or (chunk > TILE_ROWS // 2 and -(-rows // buffer_beside(chunk)) > -(-rows // buffer_beside(chunk // 2)))
+    ):
+        chunk = chunk // 2
+    buffer = _even(rows, buffer_beside(chunk))
+    return Sizes(_even(buffer, chunk), buffer, stride)
+
+
+def _even(rows: int, most: int) -> int:
+    """Parts of one size, at most ``most``: a small last one would waste its products. In tiles where they are tall."""
+    part = -(-rows // max(1, -(-rows // most)))
+    tiled = _up(part, TILE_ROWS)
+    return max(1, tiled if part > TILE_ROWS and tiled <= most else part)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@contextmanager
+def borrowed(size: int, device: torch.device) -> Iterator[Tensor]:
+    """``size`` bytes. Taken out of `_spare` while in use: calls may nest and threads may meet."""
+    try:
+        memory = _spare.pop() if device.type == "cpu" else None
+    except IndexError:
+        memory = None
+    if memory is None or memory.numel() < size:
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
+    yield memory[:size]
+    if device.type == "cpu" and memory.numel() <= DEFAULT_MEMORY_BYTES:
+        _spare[:] = [memory]
+
+
+def release_memory() -> None:
+    """Give back what CPU calls keep for the next one: at most DEFAULT_MEMORY_BYTES."""
+    _spare.clear()

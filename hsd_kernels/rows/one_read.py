@@ -1,0 +1,464 @@
+"""Statistics and gradient of a chunk of logits in one read of them, for CUDA. Mathematics: `hsd_kernels.divergence`.
+
+A row is cut into slices, one program each. A program keeps its slice of both sides in registers, publishes the
+slice's sums, waits until the last program of the row has merged those of all slices, and writes its slice of dz: 8
+bytes a pair of fp32 logits are read and 2 written, where two passes read 16.
+
+No program waits for one that has not started: programs take their place in the order in which they start (a ticket),
+so that those of the oldest unfinished row all run as long as the device holds one row's slices at a time (`fits`). The
+sums of slices are merged in one order, whoever comes last: results are bitwise repeatable.
+
+Exponents are in units of log 2, ``p = 2 ** (k (y - top) - log2(sum))`` with ``k = kappa log2(e)``. Products ``0 * -inf``
+of a row with infinite logits make its sums NaN. Such a row is marked, and made again by the kernels of `triton_rows`.
+"""
+
+# Triton's reductions are inferred to return tuples:
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hsd_kernels import configs
+from hsd_kernels.divergence import RowSpec
+from hsd_kernels.row_stats import COLUMNS, RowStats
+from hsd_kernels.rows import triton_rows
+from hsd_kernels.rows.triton_rows import (
+    FORWARD_KL,
+    GRAD_SUM,
+    KL,
+    REVERSE_KL,
+    STUDENT_ENTROPY,
+    STUDENT_LOG_SUM,
+    STUDENT_LOGPS,
+    STUDENT_LSE,
+    STUDENT_TOP,
+    TEACHER_ENTROPY,
+    TEACHER_LOG_SUM,
+    TEACHER_LOGPS,
+    TEACHER_LSE,
+    TEACHER_TOP,
+    _log1p,
+    _summands,
+    _tanh,
+)
+
+LN2: tl.constexpr = tl.constexpr(math.log(2.0))
+LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
+# Stands for a logit beyond V: finite, since 0 times it must be 0.
+LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+SUMS: tl.constexpr = tl.constexpr(10)  # of a slice: seven of the first exchange, three of the second
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the device holds all slices of a row at a time: at least one program per multiprocessor."""
+    return _slices(x)[0] <= _multiprocessors(x.device)
+
+
+def statistics_and_gradient_(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    target_ids: Tensor | None,
+    rows: Tensor,
+    weights: Tensor,
+    out: Tensor,
+) -> RowStats:
+    """`triton_rows.statistics`, and `triton_rows.gradient_` of the same rows into ``out``, which lies apart from the
+    logits."""
+    n = x_student.shape[0]
+    table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
+    if n == 0:
+        return RowStats.unstack(table, rows, with_targets=target_ids is not None)
+    given = (x_student, x_teacher, spec, bias, teacher_bias)
+    with torch.cuda.device_of(x_student):
+        # An interpreter runs programs one after the other: there nothing may wait, and each launch reads what the one
+        # before it has merged.
+        waits = x_student.is_cuda
+        for dz in (out,) if waits else (None, None, out):
+            strange = _launch(*given, target_ids, weights, table, dz, waits)
+        stats = RowStats.unstack(table, rows, with_targets=target_ids is not None)
+        triton_rows.statistics(*given, target_ids, rows, table, strange)
+        triton_rows.gradient_(*given, stats, weights, out, strange)
+    return stats
+
+
+def _launch(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    target_ids: Tensor | None,
+    weights: Tensor,
+    table: Tensor,
+    out: Tensor | None,
+    waits: bool,
+) -> Tensor:
+    """Fills ``table`` and ``out``; returns (n,) int32, not 0 where a row must be made again."""
+    n, vocab = x_student.shape
+    config = configs.row_config("one_read", triton_rows.capability(x_student.device))
+    parts, slots = _slices(x_student)
+    partial = torch.empty(n, SUMS.value, slots, dtype=torch.float32, device=x_student.device)
+    sync = torch.zeros(1 + 5 * n, dtype=torch.int32, device=x_student.device)
+    in_scale, kappa = spec.scales
+    kernel: Any = one_read_kernel[(n * parts,)]
+    kernel(
+        x_student,
+        x_teacher,
+        triton_rows.contiguous(bias),
+        triton_rows.contiguous(teacher_bias),
+        triton_rows.contiguous(target_ids),
+        triton_rows.contiguous(weights),
+        partial,
+        sync,
+        table,
+        out,
+        n,
+        vocab,
+        triton_rows.row_stride(x_student),
+        triton_rows.row_stride(x_teacher),
+        0 if out is None else triton_rows.row_stride(out),
+        table.stride(0),
+        float(in_scale),
+        kappa / math.log(2.0),
+        spec.chain,
+        float(spec.divergence.beta),
+        float(spec.divergence.clip or 0.0),
+        **triton_rows.flags(spec, bias, teacher_bias),
+        HAS_TARGET=target_ids is not None,
+        HAS_SCALE=in_scale != 1.0,
+        GRADIENT=out is not None,
+        WAITS=waits,
+        PARTS=parts,
+        SLOTS=slots,
+        BLOCK_V=config.block_v,
+        **config.options,
+    )
+    return sync[1 + 4 * n :]
+
+
+def _slices(x: Tensor) -> tuple[int, int]:
+    """Number of slices of a row, and the power of two that holds it."""
+    block = configs.row_config("one_read", triton_rows.capability(x.device)).block_v
+    parts = -(-x.shape[1] // block)
+    return parts, max(2, triton.next_power_of_2(parts))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def one_read_kernel(
+    xs_ptr,  # (C, V)
+    xt_ptr,  # (C, V)
+    bias_ptr,  # (V,)
+    teacher_bias_ptr,  # (V,)
+    target_ptr,  # (C,)
+    weights_ptr,  # (C,)
+    partial_ptr,  # (C, SUMS, SLOTS)
+    sync_ptr,  # (1 + 5 C,) zeros: the ticket; of each row the arrivals at both exchanges, their ends, and the mark
+    table_ptr,  # (len(COLUMNS), C)
+    dz_ptr,  # (C, V)
+    C,
+    V,
+    stride_xs,
+    stride_xt,
+    stride_dz,
+    stride_table,
+    in_scale,
+    k,
+    chain,
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    LINEAR: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    WAITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    IS_KL: tl.constexpr = DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL
+    ONE_EXCHANGE: tl.constexpr = IS_KL and not HAS_CLIP
+    if WAITS:
+        ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
+    else:
+        ticket = tl.program_id(0)
+    row = ticket // PARTS
+    part = ticket % PARTS
+    row64 = row.to(tl.int64)
+    xs_ptr += row64 * stride_xs
+    xt_ptr += row64 * stride_xt
+    partial_ptr += row64 * (SUMS * SLOTS)
+    table_ptr += row
+    sync_ptr += 1 + row
+    cols = part * BLOCK_V + tl.arange(0, BLOCK_V)
+    if part * BLOCK_V + BLOCK_V <= V:
+        y_s, y_t = _pair(
+            xs_ptr,
+            xt_ptr,
+            bias_ptr,
+            teacher_bias_ptr,
+            cols,
+            V,
+            in_scale,
+            HAS_BIAS,
+            HAS_TEACHER_BIAS,
+            HAS_SOFTCAP,
+            HAS_SCALE,
+            LINEAR,
+            True,
+        )
+    else:
+        y_s, y_t = _pair(
+            xs_ptr,
+            xt_ptr,
+            bias_ptr,
+            teacher_bias_ptr,
+            cols,
+            V,
+            in_scale,
+            HAS_BIAS,
+            HAS_TEACHER_BIAS,
+            HAS_SOFTCAP,
+            HAS_SCALE,
+            LINEAR,
+            False,
+        )
+
+    top_s = tl.maximum(tl.max(y_s, 0), LOWEST)
+    top_t = tl.maximum(tl.max(y_t, 0), LOWEST)
+    u_s = (y_s - top_s) * k
+    u_t = (y_t - top_t) * k
+    e_s = tl.exp2(u_s)
+    e_t = tl.exp2(u_t)
+    slot = partial_ptr + part
+    tl.store(slot, top_s)
+    tl.store(slot + SLOTS, top_t)
+    tl.store(slot + 2 * SLOTS, tl.sum(e_s, 0))
+    tl.store(slot + 3 * SLOTS, tl.sum(e_t, 0))
+    tl.store(slot + 4 * SLOTS, tl.sum(e_s * u_s, 0))
+    tl.store(slot + 5 * SLOTS, tl.sum(e_t * u_t, 0))
+    if DIVERGENCE == REVERSE_KL:
+        tl.store(slot + 6 * SLOTS, tl.sum(e_s * (u_s - u_t), 0))
+    else:
+        tl.store(slot + 6 * SLOTS, tl.sum(e_t * (u_t - u_s), 0))
+    if _arrive(sync_ptr) == PARTS - 1:
+        strange = _merge(partial_ptr, table_ptr, stride_table, k, DIVERGENCE, PARTS, SLOTS)
+        tl.store(sync_ptr + 4 * C, strange)
+        if HAS_TARGET:
+            target = tl.load(target_ptr + row).to(tl.int64)
+            y_s1, y_t1 = _pair(
+                xs_ptr,
+                xt_ptr,
+                bias_ptr,
+                teacher_bias_ptr,
+                target,
+                V,
+                in_scale,
+                HAS_BIAS,
+                HAS_TEACHER_BIAS,
+                HAS_SOFTCAP,
+                HAS_SCALE,
+                LINEAR,
+                True,
+            )
+            tl.debug_barrier()
+            row_top_s, row_top_t, log_s, log_t = _normalizers(table_ptr, stride_table)
+            tl.store(table_ptr + STUDENT_LOGPS * stride_table, ((y_s1 - row_top_s) * k - log_s) * LN2)
+            tl.store(table_ptr + TEACHER_LOGPS * stride_table, ((y_t1 - row_top_t) * k - log_t) * LN2)
+        _arrive(sync_ptr + C)
+    if GRADIENT or not ONE_EXCHANGE:
+        if WAITS:
+            _wait(sync_ptr + C)
+        row_top_s, row_top_t, log_s, log_t = _normalizers(table_ptr, stride_table)
+        shift_s = (top_s - row_top_s) * k - log_s
+        shift_t = (top_t - row_top_t) * k - log_t
+        p_s = e_s * tl.exp2(shift_s)
+        p_t = e_t * tl.exp2(shift_t)
+        if DIVERGENCE == FORWARD_KL and not HAS_CLIP:
+            dz = p_s - p_t
+        else:
+            f, dz = _summands(
+                (u_s + shift_s) * LN2, (u_t + shift_t) * LN2, p_s, p_t, beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE
+            )
+            if not ONE_EXCHANGE:
+                tl.store(slot + 7 * SLOTS, tl.sum(f, 0))
+                tl.store(slot + 8 * SLOTS, tl.sum(dz, 0))
+                tl.store(slot + 9 * SLOTS, tl.sum(p_s, 0))
+                if _arrive(sync_ptr + 2 * C) == PARTS - 1:
+                    _merge_summands(partial_ptr, table_ptr, stride_table, PARTS, SLOTS)
+                    _arrive(sync_ptr + 3 * C)
+                if GRADIENT and WAITS:
+                    _wait(sync_ptr + 3 * C)
+            dz -= p_s * tl.load(table_ptr + GRAD_SUM * stride_table, cache_modifier=".cg")
+        if GRADIENT:
+            weight = tl.load(weights_ptr + row).to(tl.float32)
+            dz *= weight * chain
+            if HAS_SOFTCAP:
+                dz *= 1.0 - y_s * y_s
+            if weight == 0.0:
+                dz = tl.zeros_like(dz)
+            dz_ptr += row64 * stride_dz + cols
+            tl.store(dz_ptr, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def _pair(
+    xs_ptr,
+    xt_ptr,
+    bias_ptr,
+    teacher_bias_ptr,
+    cols,
+    V,
+    in_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    LINEAR: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    x_t = _load(xt_ptr, cols, V, FULL)
+    x_s = _load(xs_ptr, cols, V, FULL)
+    if LINEAR:
+        x_s += x_t
+    y_s = _formed(x_s, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP, HAS_SCALE, FULL)
+    y_t = _formed(x_t, teacher_bias_ptr, cols, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP, HAS_SCALE, FULL)
+    return y_s, y_t
+
+
+@triton.jit
+def _load(x_ptr, cols, V, FULL: tl.constexpr):
+    if FULL:
+        x = tl.load(x_ptr + cols)
+    else:
+        x = tl.load(x_ptr + cols, mask=cols < V, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _formed(
+    x,
+    bias_ptr,
+    cols,
+    V,
+    in_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    if HAS_BIAS:
+        x += _load(bias_ptr, cols, V, FULL)
+    if HAS_SCALE:
+        x *= in_scale
+    if HAS_SOFTCAP:
+        x = _tanh(x)
+    if not FULL:
+        x = tl.where(cols < V, x, LOWEST)
+    return x
+
+
+@triton.jit
+def _arrive(counter_ptr):
+    """Publishes what the whole program has stored; returns how many came before."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+
+
+@triton.jit
+def _wait(flag_ptr):
+    while tl.atomic_add(flag_ptr, 0, sem="acquire") == 0:
+        pass
+
+
+@triton.jit
+def _slots(partial_ptr, n, other, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    i = tl.arange(0, SLOTS)
+    return tl.load(partial_ptr + n * SLOTS + i, mask=i < PARTS, other=other, cache_modifier=".cg")
+
+
+@triton.jit
+def _merge(partial_ptr, table_ptr, stride_table, k, DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    y_s = _slots(partial_ptr, 0, LOWEST, PARTS, SLOTS)
+    y_t = _slots(partial_ptr, 1, LOWEST, PARTS, SLOTS)
+    l_s = _slots(partial_ptr, 2, 0.0, PARTS, SLOTS)
+    l_t = _slots(partial_ptr, 3, 0.0, PARTS, SLOTS)
+    a_s = _slots(partial_ptr, 4, 0.0, PARTS, SLOTS)
+    a_t = _slots(partial_ptr, 5, 0.0, PARTS, SLOTS)
+    d = _slots(partial_ptr, 6, 0.0, PARTS, SLOTS)
+    top_s = tl.max(y_s, 0)
+    top_t = tl.max(y_t, 0)
+    r_s = (y_s - top_s) * k
+    r_t = (y_t - top_t) * k
+    w_s = tl.exp2(r_s)
+    w_t = tl.exp2(r_t)
+    if DIVERGENCE == REVERSE_KL:
+        d = w_s * (d + (r_s - r_t) * l_s)
+    else:
+        d = w_t * (d + (r_t - r_s) * l_t)
+    a_s = tl.sum(w_s * (a_s + r_s * l_s), 0)
+    a_t = tl.sum(w_t * (a_t + r_t * l_t), 0)
+    d = tl.sum(d, 0)
+    l_s = tl.sum(w_s * l_s, 0)
+    l_t = tl.sum(w_t * l_t, 0)
+    log_s = tl.log(l_s)
+    log_t = tl.log(l_t)
+    if DIVERGENCE == REVERSE_KL:
+        kl = d / l_s * LN2 - _log1p((l_s - l_t) / l_t)
+        # With the logarithms as `_normalizers` rounds them: p_s (log p_s - log p_t - G) does not see what is in both.
+        grad_sum = (d / l_s - (log_s * LOG2E - log_t * LOG2E)) * LN2
+    else:
+        kl = d / l_t * LN2 - _log1p((l_t - l_s) / l_s)
+        grad_sum = 0.0
+    entropy_s = log_s - a_s / l_s * LN2
+    entropy_t = log_t - a_t / l_t * LN2
+    tl.store(table_ptr + KL * stride_table, kl)
+    tl.store(table_ptr + STUDENT_ENTROPY * stride_table, entropy_s)
+    tl.store(table_ptr + TEACHER_ENTROPY * stride_table, entropy_t)
+    tl.store(table_ptr + STUDENT_LSE * stride_table, tl.fma(top_s, k * LN2, log_s))
+    tl.store(table_ptr + TEACHER_LSE * stride_table, tl.fma(top_t, k * LN2, log_t))
+    tl.store(table_ptr + STUDENT_TOP * stride_table, top_s)
+    tl.store(table_ptr + TEACHER_TOP * stride_table, top_t)
+    tl.store(table_ptr + STUDENT_LOG_SUM * stride_table, log_s)
+    tl.store(table_ptr + TEACHER_LOG_SUM * stride_table, log_t)
+    tl.store(table_ptr + GRAD_SUM * stride_table, grad_sum)
+    total = kl + entropy_s + entropy_t
+    return tl.where(total == total, 0, 1)
+
+
+@triton.jit
+def _normalizers(table_ptr, stride_table):
+    top_s = tl.load(table_ptr + STUDENT_TOP * stride_table, cache_modifier=".cg")
+    top_t = tl.load(table_ptr + TEACHER_TOP * stride_table, cache_modifier=".cg")
+    log_s = tl.load(table_ptr + STUDENT_LOG_SUM * stride_table, cache_modifier=".cg")
+    log_t = tl.load(table_ptr + TEACHER_LOG_SUM * stride_table, cache_modifier=".cg")
+    return top_s, top_t, log_s * LOG2E, log_t * LOG2E
+
+
+@triton.jit
+def _merge_summands(partial_ptr, table_ptr, stride_table, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    g = tl.sum(_slots(partial_ptr, 8, 0.0, PARTS, SLOTS), 0)
+    p = tl.sum(_slots(partial_ptr, 9, 0.0, PARTS, SLOTS), 0)  # 1 but for rounding
+    tl.store(table_ptr + KL * stride_table, tl.sum(_slots(partial_ptr, 7, 0.0, PARTS, SLOTS), 0))
+    tl.store(table_ptr + GRAD_SUM * stride_table, g / p)
