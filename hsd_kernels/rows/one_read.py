@@ -8,8 +8,9 @@ No program waits for one that has not started: programs take their place in the 
 so that those of the oldest unfinished row all run as long as the device holds one row's slices at a time (`fits`). The
 sums of slices are merged in one order, whoever comes last: results are bitwise repeatable.
 
-Exponents are in units of log 2, ``p = 2 ** (k (y - top) - log2(sum))`` with ``k = kappa log2(e)``. Products ``0 * -inf``
-of a row with infinite logits make its sums NaN. Such a row is marked, and made again by the kernels of `triton_rows`.
+Exponents are in units of log 2, ``p = 2 ** (k (y - top) - log2(sum))`` with ``k = kappa log2(e)``. Products
+``0 * -inf`` of a row with infinite logits make its sums NaN. Such a row is marked, and made again by the kernels of
+`triton_rows`.
 """
 
 # Triton's reductions are inferred to return tuples:

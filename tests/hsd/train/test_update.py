@@ -68,7 +68,8 @@ def test_loss_and_gradients_against_full_logits(divergence, coef, form):
     teacher = Side(draw(5, 4), teacher_head.weight.detach(), teacher_head.bias.detach())
     reference = Side(draw(6, 7), reference_head.weight.detach())
     targets = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(7))
-    objective = Objective(Divergence(divergence, beta=0.3, temperature=1.3), reference_coef=coef, memory_bytes=4 * V * 8)
+    towards = Divergence(divergence, beta=0.3, temperature=1.3)
+    objective = Objective(towards, reference_coef=coef, memory_bytes=4 * V * 8)
     split = Split(nn.Identity(), own, **form)
     out = hsd_loss(student, split, teacher, targets, MASK, objective, reference)
 
