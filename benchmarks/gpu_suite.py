@@ -32,6 +32,7 @@ from timing import environment, header
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 10_000  # characters of tables on standard output
+TEST_SECONDS = 210
 PARTS = {
     "a": (gpu_facts, gpu_rows),
     "b": (gpu_kernel, gpu_sweep),
@@ -51,7 +52,8 @@ def run_tests(recorder: Recorder, out: Path) -> None:
     """All in one pytest; on a GPU by eight workers, since most of the time goes into compiling."""
     device = recorder.device
     files = cuda_tests() if device == "cuda" else [f for f in cuda_tests() if f.endswith("test_cuda.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "--continue-on-collection-errors", *files]
+    command = ["timeout", "-k", "5", str(TEST_SECONDS), sys.executable, "-m", "pytest", "-rfE", "--tb=short"]
+    command += ["--continue-on-collection-errors", *files]
     if device == "cuda":
         try:
             import xdist  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -66,9 +68,10 @@ def run_tests(recorder: Recorder, out: Path) -> None:
             status = subprocess.call(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         lines = (out / "tests.log").read_text().splitlines()
         bad = [line[:200] for line in lines if re.match(r"(FAILED|ERROR) ", line)]
-        return {"status": status, "summary": lines[-1] if lines else "", "bad": bad}
+        row = {"summary": lines[-1] if lines else "", "bad": bad}
+        return row if status == 0 else row | {"failed": f"pytest: exit {status}, {row['summary']}"}
 
-    recorder.row("tests", {"files": files}, test, seconds=240)
+    recorder.row("tests", {"files": files}, test, seconds=TEST_SECONDS + 20)
 
 
 def test_table(rows: list[Row]) -> str:
@@ -96,6 +99,11 @@ def main() -> None:
     text = "\n\n".join(filter(None, (shown(table, recorder.rows) for table in tables)))
     (out / f"tables_{part}.md").write_text(text + "\n")
     print(text[-SHOWN:])
+    faults = recorder.faults()
+    for row in faults:
+        print("FAULT:", " ".join(str(value) for value in row.values())[:200])
+    if faults:
+        raise SystemExit(f"{len(faults)} rows failed")
 
 
 def shown(table: Callable[[list[Row]], str], rows: list[Row]) -> str:

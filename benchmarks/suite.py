@@ -23,6 +23,7 @@ import torch
 Row = dict[str, Any]
 AGAIN = 75  # exit status that asks gpu_suite.sh for a new process
 ROW_SECONDS = 60.0
+EXPECTED = ("is not installed", "needs a GPU", "is not there", "out of memory")  # no fault of the suite
 STICKY = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
 
 
@@ -74,8 +75,8 @@ class Recorder:
     def skip(self, table: str, key: Row, reason: str) -> None:
         self.row(table, key, lambda: {"failed": reason})
 
-    def of(self, table: str) -> list[Row]:
-        return [r for r in self.rows if r["table"] == table]
+    def faults(self) -> list[Row]:
+        return [r for r in self.rows if "failed" in r and not r["failed"].endswith(EXPECTED)]
 
     def _append(self, row: Row) -> Row:
         with self.path.open("a") as file:
