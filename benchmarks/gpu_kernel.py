@@ -205,23 +205,24 @@ def peak_above(call: Callable[[], Any], clear: Callable[[], Any], device: str) -
 
 
 def table(rows: list[Row]) -> str:
-    bare = {tuple(r["shape"]): r for r in rows if r["table"] == "bare" and "failed" not in r}
-    gates = {r["contender"]: r for r in rows if r["table"] == "gate"}
-    cells = []
-    for shape, r in bare.items():
-        for kind in ("bf16", "fp32"):
-            name = f"bare GEMMs (4U), {kind} dW, chunks of {r[f'{kind} rows']}"
-            cells.append([", ".join(map(str, shape)), name, ms(r[f"{kind} dW"]), "", "", "", ""])
-    for r in [r for r in rows if r["table"] == "kernel"]:
-        start = [", ".join(map(str, r["shape"])), r["contender"]]
-        if "failed" in r:
-            cells.append([*start, f"failed: {r['failed']}", "", "", "", ""])
-            continue
-        spread = f"{ms(r['p20'])} to {ms(r['p80'])}"
-        extra = "" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 1e9:.2f}"
-        errors = " / ".join(f"{e:.1e}" for e in gates.get(r["contender"], {}).get("errors", []))
-        cells.append([*start, ms(r["median"]), spread, f"{r['ratio']:.2f} of {r['units']}U", extra, errors])
-    shapes = list(dict.fromkeys(line[0] for line in cells))
-    cells.sort(key=lambda line: shapes.index(line[0]))
-    header = ["N, D, V", "contender", "ms", "p20 to p80", "x GEMMs", "GB above inputs and gradients"]
-    return markdown([*header, "error of loss / dH / dW"], cells)
+    """A table for each shape; the gate's errors, of loss / dH / dW, stand in the first."""
+    gates = {r["contender"]: r.get("errors", []) for r in rows if r["table"] == "gate"}
+    kernel = [r for r in rows if r["table"] == "kernel"]
+    tables = []
+    for shape in dict.fromkeys(tuple(r["shape"]) for r in kernel):
+        cells = []
+        for r in [r for r in rows if r["table"] == "bare" and tuple(r["shape"]) == shape and "failed" not in r]:
+            for kind in ("bf16", "fp32"):
+                name = f"bare GEMMs (4U), {kind} dW, chunks of {r[f'{kind} rows']}"
+                cells.append([name, ms(r[f"{kind} dW"]), "", "", "", ""])
+        for r in [r for r in kernel if tuple(r["shape"]) == shape]:
+            errors = "" if tables else " / ".join(f"{e:.1e}" for e in gates.get(r["contender"], []))
+            if "failed" in r:
+                cells.append([r["contender"], f"failed: {r['failed']}", "", "", "", errors])
+                continue
+            spread = f"{ms(r['p20'])} to {ms(r['p80'])}"
+            extra = "" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 1e9:.2f}"
+            cells.append([r["contender"], ms(r["median"]), spread, f"{r['ratio']:.2f} of {r['units']}U", extra, errors])
+        header = [f"N, D, V = {', '.join(map(str, shape))}", "ms", "p20 to p80", "x GEMMs", "GB above", "errors"]
+        tables.append(markdown(header, cells))
+    return "\n\n".join(tables)

@@ -33,11 +33,7 @@ from timing import environment, header
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 10_000  # characters of tables on standard output
 TEST_SECONDS = 210
-PARTS = {
-    "a": (gpu_facts, gpu_rows),
-    "b": (gpu_kernel, gpu_sweep),
-    "c": (gpu_update,),
-}
+PARTS = {"a": (gpu_facts, gpu_rows), "b": (gpu_kernel, gpu_sweep), "c": (gpu_update,)}
 
 
 def cuda_tests() -> list[str]:
@@ -81,6 +77,14 @@ def test_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+# What matters most comes last: where output is cut, the beginning goes.
+TABLES = {
+    "a": (gpu_facts.table, gpu_rows.table, test_table),
+    "b": (gpu_sweep.table, gpu_model.table, gpu_kernel.table),
+    "c": (gpu_update.table,),
+}
+
+
 def main() -> None:
     part, out = sys.argv[1], Path(sys.argv[2])
     device = os.environ.get("SUITE_DEVICE", "cuda")
@@ -89,13 +93,12 @@ def main() -> None:
     deadline = float(os.environ.get("SUITE_DEADLINE", "inf"))
     recorder = Recorder(out, device, deadline, os.environ.get("SUITE_ONLY", ""))
     facts = environment(device)
-    recorder.row("environment", {"part": part}, lambda: facts)
+    recorder.row("environment", {"part": part}, lambda: dict(facts))
     for module in PARTS[part]:
         module.run(recorder)
     if part == "a" and recorder.wants("tests"):
         run_tests(recorder, out)
-    tables = [lambda rows: header(facts), *([test_table] if part == "a" else [])]
-    tables += [module.table for module in (*PARTS[part], gpu_model)]
+    tables = [lambda rows: header(facts), *TABLES[part]]
     text = "\n\n".join(filter(None, (shown(table, recorder.rows) for table in tables)))
     (out / f"tables_{part}.md").write_text(text + "\n")
     print(text[-SHOWN:])

@@ -27,7 +27,7 @@ mkdir -p "$out"
 : >"$out/rows.jsonl"
 ln -sf "$(cd "$out" && pwd)/rows.jsonl" "$work/rows.jsonl"
 if [ "${SUITE_DEVICE:-cuda}" = cpu ]; then
-    export SUITE_HIDE=${SUITE_HIDE-datasets trl liger_kernel fla math_verify}
+    export SUITE_HIDE=${SUITE_HIDE-datasets trl liger_kernel fla math_verify} OMP_NUM_THREADS=1
 fi
 if [ -n "${SUITE_HIDE:-}" ]; then # as if these were not installed, in every process
     mkdir "$work/hide"
