@@ -159,18 +159,6 @@ def test_chunk_of_more_elements_than_int32():
     """14,200 rows of 151,936 in one chunk: 2^31 is passed at row 14,135. Only for the last 100 rows the teacher is far
     away, so that half of dW comes from there."""
     g = torch.Generator(device="cuda").manual_seed(0)
-<<<<<<< HEAD
-    student, teacher = (torch.randn(14_200, 64, generator=g, device="cuda").bfloat16() for _ in range(2))
-    weight = torch.randn(151_936, 64, generator=g, device="cuda").bfloat16() * 0.2
-    given = {"return_stats": True, "memory_bytes": 20 << 30}
-    whole = fused_hsd_kl(student.requires_grad_(), teacher, weight, **given)
-    whole.loss.backward()
-    part = student.detach()[-50:].clone().requires_grad_()
-    tail = fused_hsd_kl(part, teacher[-50:], weight, num_items=14_200, **given)
-    tail.loss.backward()
-    torch.testing.assert_close(whole.stats.kl[-50:], tail.stats.kl)
-    torch.testing.assert_close(student.grad[-50:], part.grad)
-=======
     student, noise = (torch.randn(14_200, 64, generator=g, device="cuda") for _ in range(2))
     noise[:-100] *= 0.005
     weight = torch.randn(151_936, 64, generator=g, device="cuda") * 0.2
@@ -188,7 +176,6 @@ def test_chunk_of_more_elements_than_int32():
     assert relative_l1(kl[last], exact_kl[-65:]) <= 1e-4
     assert relative_l1(grad_hidden[last], exact_hidden[-65:]) <= 4e-3
     assert relative_l1(grad_weight, exact_weight) <= 6e-3
->>>>>>> main
 
 
 def test_more_rows_than_a_grid_dimension():
