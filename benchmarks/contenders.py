@@ -29,11 +29,7 @@ def exact(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
 
 
 def roomy(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-<<<<<<< HEAD
-    return _ours(student, teacher, weight, memory_bytes=2 << 30)
-=======
     return fused(student, teacher, weight, memory_bytes=2 << 30)
->>>>>>> main
 
 
 def filtered(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
