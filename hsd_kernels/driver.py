@@ -234,7 +234,7 @@ def _statistics(
     if p.target_ids is not None:
         targets = p.target_ids[at] if p.shards is None else p.target_ids[at] - p.shards.start
         valid = targets.clamp(0, x_s.shape[1] - 1)
-    both = row_backends.one_read(p.rows_impl, x_s) if p.shards is None else None
+    both = row_backends.both_in_one_read(p.rows_impl, x_s) if p.shards is None else None
     if both is not None and weights is not None and dz is not None:
         stats = both(x_s, x_side, side.spec, *biases, valid, at, weights, dz)
     else:

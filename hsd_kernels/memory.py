@@ -57,21 +57,21 @@ def sizes(
         return max(chunk, (budget - chunk * logits_row) // dz_row)
 
     chunk = max(1, min(rows, CHUNK_ROWS.get(device, DEFAULT_CHUNK_ROWS)))
-    # Half the rows of logits where that leaves room for a buffer less.
-    while chunk > 1 and (
-        2 * chunk * logits_row > budget
-        or (chunk > TILE_ROWS // 2 and -(-rows // buffer_beside(chunk)) > -(-rows // buffer_beside(chunk // 2)))
-    ):
-        chunk = chunk // 2
-    buffer = _even(rows, buffer_beside(chunk))
+    while chunk > 1 and 2 * chunk * logits_row > budget:
+        chunk //= 2
+    half = chunk // 2
+    if half >= TILE_ROWS // 2 and buffer_beside(chunk) < rows <= buffer_beside(half):
+        chunk = half  # room for the one buffer that reads and writes dW once
+    most = buffer_beside(chunk)
+    buffer = _even(rows, most // chunk * chunk, tile=chunk)
     return Sizes(_even(buffer, chunk), buffer, stride)
 
 
-def _even(rows: int, most: int) -> int:
-    """Parts of one size, at most ``most``: a small last one would waste its products. In tiles where they are tall."""
+def _even(rows: int, most: int, tile: int = TILE_ROWS) -> int:
+    """Parts of one size, at most ``most``: a small last one would waste its products. Of whole tiles where they fit."""
     part = -(-rows // max(1, -(-rows // most)))
-    tiled = _up(part, TILE_ROWS)
-    return max(1, tiled if part > TILE_ROWS and tiled <= most else part)
+    tiled = _up(part, tile)
+    return max(1, min(tiled, rows) if part > tile and tiled <= most else part)
 
 
 def _up(n: int, multiple: int) -> int:

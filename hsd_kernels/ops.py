@@ -107,6 +107,10 @@ _library = torch.library.Library("hsd_kernels", "DEF")
 _library.define(f"fused_hsd_kl({_arguments}) -> ({tensor_arguments(Outputs)})")
 _library.define(f"fused_hsd_kl_backward({_arguments}) -> ({tensor_arguments(Gradients).replace('?', '')})")
 
+# fp16 holds 6e-5 to 65,504 with all its bits, and most of dz is smaller than 6e-5: a power of two moves it up before the
+# products and leaves room for token weights, and 1 / temperature, that multiply to 1,000.
+_FP16_ROOM = 64.0
+
 # A schema has no type for a Python function: a hook is lent under a number for the length of one call.
 _hooks: dict[int, TokenWeightFn] = {}
 _hook_numbers = itertools.count(1)  # drawn in one step, so that threads never share one
@@ -143,8 +147,8 @@ def _forward(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
     scale = 1.0
     if o.reduction == "mean":
         scale = 1.0 / (max(rows.numel(), 1) if o.num_items is None else o.num_items)
-    # Scaled before the GEMMs rather than in a pass over dW after them; fp16 has no room for so small a dz.
-    before = 1.0 if t.student_hidden.dtype == torch.float16 else scale
+    # Scaled before the GEMMs rather than in a pass over dW after them.
+    before = _FP16_ROOM if t.student_hidden.dtype == torch.float16 else scale
     result = run(problem, rows, weights * before, _hooks.get(o.hook), o.made)
 
     full = torch.zeros_like(result.factor)
@@ -171,7 +175,8 @@ def _backward(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
         weights = of_reference[rows] / o.reference_coef
         factor = torch.where(of_reference == 0, 0.0, of_teacher / of_reference * o.reference_coef)
     problem = _problem(t, _DIVERGENCE.unpack(given), o, None, rows.numel())
-    return stored(run(problem, rows, weights, factor, o.wanted).gradients, t.student_hidden, 1.0)
+    room = _FP16_ROOM if t.student_hidden.dtype == torch.float16 else 1.0
+    return stored(run(problem, rows, weights * room, factor, o.wanted).gradients, t.student_hidden, 1.0 / room)
 
 
 def _forward_fake(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ Each backend module has the same two functions, over raw head outputs ``x_studen
 A ``kl`` that cannot be negative may be a rounding error below 0: the driver clamps it.
 
 ``gradient_`` writes ``weights[:, None] * d kl / d x_student`` to ``out`` (C, V), apart from the logits. A row of weight
-0 is all zeros, whatever its logits hold. Triton on CUDA has both in one read of the logits (`one_read`).
+0 is all zeros, whatever its logits hold. Triton has both in one read of the logits (`one_read`).
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     return importlib.import_module(f"hsd_kernels.rows.{MODULES[impl]}")
 
 
-def one_read(backend: ModuleType, logits: torch.Tensor) -> Callable[..., RowStats] | None:
+def both_in_one_read(backend: ModuleType, logits: torch.Tensor) -> Callable[..., RowStats] | None:
     """``statistics_and_gradient_`` of these logits (`hsd_kernels.rows.one_read`) where ``backend`` has it."""
-    if not logits.is_cuda or not backend.__name__.endswith(MODULES["triton"]):
+    if not backend.__name__.endswith(MODULES["triton"]):
         return None
     from hsd_kernels.rows import one_read
 

@@ -59,8 +59,8 @@ SUMS: tl.constexpr = tl.constexpr(10)  # of a slice: seven of the first exchange
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the device holds all slices of a row at a time: at least one program per multiprocessor."""
-    return _slices(x)[0] <= _multiprocessors(x.device)
+    """Whether the device holds all slices of a row at a time: it runs a program or more per multiprocessor."""
+    return not x.is_cuda or _slices(x)[0] <= _multiprocessors(x.device)
 
 
 def statistics_and_gradient_(

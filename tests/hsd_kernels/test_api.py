@@ -293,6 +293,7 @@ def test_public_names():
         "RowStats",
         "fused_hsd_kl",
         "gathered",
+        "release_memory",
     }
     assert all(hasattr(hsd_kernels, name) for name in hsd_kernels.__all__)
 
