@@ -32,15 +32,14 @@ from hsd.policy.tree.batch import pack_batch, pad_states, pays, shuffle_groups
 from hsd.policy.tree.check import try_tree, warn_unshared
 from hsd.policy.tree.forward import Pack, read_frozen, read_live_teacher, read_student, rows_of
 from hsd.policy.tree.two_phase import two_phase_loss
-from hsd.sampled import sampled_logps
 from hsd.train.alarms import repeated_tail
 from hsd.train.callbacks import RunFiles, steps_of_a_generation
 from hsd.train.config import HSDConfig
 from hsd.train.limits import check_sharded
 from hsd.train.question_order import EpochSampler
 from hsd.train.teachers import FrozenPolicies, check_fresh_adapter
-from hsd.train.update import LossOutput, Objective, Rollouts, Side, method_loss, read_rollouts, rollout_weights
-from hsd_kernels import RowStats
+from hsd.train.update import LossOutput, Objective, Rollouts, Side, head_of, method_loss, read_rollouts, rollout_weights
+from hsd_kernels import RowStats, fused_token_logps
 
 # What the environment says about each completion: called with prompts=, completions= and the data-set columns.
 FeedbackFn = Callable[..., Sequence[str | None]]
@@ -248,7 +247,9 @@ class HSDTrainer(GRPOTrainer):
         parts = zip(*(x.split(size) for x in (ids, mask, targets, weights)), strict=True)
         with in_eval_mode(policy), self.accelerator.autocast():
             logps = [
-                sampled_logps(read_rollouts(split, x, m, length), split, t, w, temperature=temperature)
+                fused_token_logps(
+                    read_rollouts(split, x, m, length), head_of(split), t, token_weights=w, temperature=temperature
+                )
                 for x, m, t, w in parts
             ]
         return torch.cat(logps)

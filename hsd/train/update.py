@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hsd.methods import Method
 from hsd.policy.body_and_head import Split, hidden_states
-from hsd.sampled import clipped_surrogate, k3, sampled_logps, sampled_loss
-from hsd_kernels import Divergence, Head, HSDKLOutput, RowStats, fused_hsd_kl
+from hsd_kernels import Divergence, Head, HSDKLOutput, RowStats, fused_hsd_kl, fused_token_logps, fused_token_loss
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,7 @@ def method_loss(
             out = out._replace(reference=pulled.stats)
     sampled = o.reference_coef != 0.0 and o.reference_kl == "k3"
     if o.policy_coef > 0.0 or sampled:
-        token_loss = _token_loss(out, head, reference if sampled else None, r, o, method)
-        loss = (
-            loss
-            + sampled_loss(
-                student_hidden, head, r.target_ids, r.policy_weights, token_loss, temperature=o.sampling_temperature
-            )[0]
-        )
+        loss = loss + _token_loss(student_hidden, out.stats, head, reference if sampled else None, r, o, method)
     if torch.is_grad_enabled() and not loss.requires_grad:  # every coefficient is 0 at this step of its schedule
         leaves = (student_hidden, head.weight, head.bias)
         loss = loss + 0.0 * sum(x.sum() for x in leaves if x is not None)
@@ -202,41 +195,49 @@ def _capped_ratio(r: Rollouts, o: Objective) -> Callable[[RowStats], Tensor] | N
 
 
 def _token_loss(
-    out: HSDKLOutput, head: Split, reference: Side | None, r: Rollouts, o: Objective, method: Method | None
-) -> Callable[[Tensor, Tensor], Tensor]:
+    student_hidden: Tensor,
+    stats: RowStats,
+    head: Split,
+    reference: Side | None,
+    r: Rollouts,
+    o: Objective,
+    method: Method | None,
+) -> Tensor:
+    """``sum(w_p (policy_coef S + reference_coef k3))``, each where its coefficient is not 0."""
     reference_logps = None
     if reference is not None:
-        reference_logps = sampled_logps(
-            reference.hidden,
-            reference.own_head(head) or head,
-            r.target_ids,
-            r.policy_weights,
-            temperature=o.sampling_temperature,
-        ).reshape(-1)
+        with torch.no_grad():
+            reference_logps = fused_token_logps(
+                reference.hidden,
+                reference.own_head(head) or head_of(head),
+                r.target_ids,
+                token_weights=r.policy_weights,
+                temperature=o.sampling_temperature,
+            )
     advantages = None
     if o.policy_coef > 0.0:
         if r.advantages is None:
             raise ValueError(f"advantages: expected a tensor with policy_coef={o.policy_coef}, got None")
         advantages = r.advantages.float().unsqueeze(-1).expand(r.target_ids.shape)
         if method is not None and method.token_advantages is not None:
-            assert out.stats.teacher_logps is not None and out.stats.student_logps is not None
-            d = out.stats.teacher_logps - out.stats.student_logps
+            assert stats.teacher_logps is not None and stats.student_logps is not None
+            d = stats.teacher_logps - stats.student_logps
             advantages = method.token_advantages(advantages, d, o.advantage_mix)
-        advantages = advantages.reshape(-1)
-    old = None if r.old_logps is None else r.old_logps.reshape(-1)
-
-    def token_loss(logps: Tensor, rows: Tensor) -> Tensor:
-        total = torch.zeros_like(logps)
-        if advantages is not None:
-            before = None if old is None else old[rows]
-            total = total + o.policy_coef * clipped_surrogate(
-                logps, before, advantages[rows], o.epsilon_low, o.epsilon_high
-            )
-        if reference_logps is not None:
-            total = total + o.reference_coef * k3(logps, reference_logps[rows])
-        return total
-
-    return token_loss
+        advantages = o.policy_coef * advantages
+    return fused_token_loss(
+        student_hidden,
+        head_of(head),
+        r.target_ids,
+        advantages=advantages,
+        old_logps=None if advantages is None else r.old_logps,
+        epsilon_low=o.epsilon_low,
+        epsilon_high=o.epsilon_high,
+        reference_logps=reference_logps,
+        reference_coef=0.0 if reference_logps is None else o.reference_coef,
+        token_weights=r.policy_weights,
+        temperature=o.sampling_temperature,
+        reduction="sum",
+    ).loss
 
 
 def read_rollouts(split: Split, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
