@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hsd import sampled
-from hsd.policy.body_and_head import Split
+from hsd.policy.body_and_head import Head
 from hsd.sampled import clipped_surrogate, k3, sampled_logps, sampled_loss
 
 B, T, D, V = 3, 7, 5, 13
@@ -17,11 +17,11 @@ def case(dtype=torch.float64, bias=True, scale=1.0, cap=None):
     hidden = torch.randn(B, T, D, dtype=dtype, requires_grad=True)
     targets = torch.randint(V, (B, T))
     weights = torch.rand(B, T) * (torch.rand(B, T) > 0.3)
-    return hidden, Split(nn.Identity(), head, scale, cap), targets, weights
+    return hidden, Head(head.weight, head.bias, scale, cap), targets, weights
 
 
 def plain_logps(hidden, head, targets, temperature):
-    z = head.head(hidden) * head.logit_scale
+    z = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
     z = z if head.softcap is None else head.softcap * (z / head.softcap).tanh()
     return (z / temperature).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
@@ -40,7 +40,7 @@ def test_loss_and_every_gradient(bias, scale, cap, temperature, rows, monkeypatc
         return clipped_surrogate(logps, old[at], advantages[at], 0.2, 0.3) + 0.1 * k3(logps, old[at])
 
     loss, logps = sampled_loss(hidden, head, targets, weights, token_loss, temperature=temperature)
-    trained = [hidden, *head.head.parameters()]
+    trained = [hidden, *(x for x in (head.weight, head.bias) if x is not None)]
     got = torch.autograd.grad(2.0 * loss, trained)
 
     expected_logps = plain_logps(hidden, head, targets, temperature)
@@ -75,8 +75,7 @@ def test_bf16_loses_what_rounding_the_operands_loses():
     """fp32 logits and accumulation: the log-probs of bf16 operands are those of the same numbers in fp32."""
     hidden, head, targets, weights = case(torch.bfloat16)
     logps = sampled_logps(hidden, head, targets, weights)
-    wide = Split(nn.Identity(), nn.Linear(D, V).to(torch.float32))
-    wide.head.load_state_dict(head.head.float().state_dict())
+    wide = Head(head.weight.float(), head.bias.float())
     torch.testing.assert_close(logps, sampled_logps(hidden.detach().float(), wide, targets, weights), rtol=0, atol=1e-5)
 
 

@@ -1,14 +1,13 @@
 """Attention over the nodes of a trie, registered with transformers; without a tree it is the model's own attention.
 
-A body is called with ``tree=View(...)``; every layer hands that to `tree_attention`. `enable_tree` sets the registered
-name on the model's config and it stays set: a checkpointed layer reads the config again when it recomputes in backward.
+A body is called with ``tree=TreeView(...)``; every layer hands that to `tree_attention`. `enable_tree` sets the
+registered name on the model's config. It stays set: a checkpointed layer looks at the config again in backward.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,44 +19,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hsd.policy.tree import cuda
+from hsd.policy.tree.view import TreeView
+
 PREFIX = "hsd_tree_"
 BACKENDS = ("auto", "dense", "gather", "varlen", "flex")
 BLOCK = 256  # query rows per SDPA call: skips most of the masked triangle; 128 to 256 were the fastest of 64 to 1,000
+SMALL = 5_000  # scores that cost as much as one more SDPA call; measured on groups of 100 to 1,500 nodes
 # What layers pass besides and what does not change attention here: positions are in the rotated keys already.
 HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "position_embeddings", "output_attentions"})
-KeysValues = tuple[Tensor, Tensor]  # (1, H_kv, m, d) each, after rotary embedding
-
-
-@dataclass
-class View:
-    """What attention needs to know in one forward over n nodes, m - n of whose keys come from an earlier forward.
-
-    Attributes:
-        node, pos: (n,) preorder index and depth of each computed node, in preorder.
-        key_node, key_pos, key_end: (m,) of each key: those of ``past`` first, then the computed nodes.
-        key_index: along the path of each run of queries, root first, where its keys are; runs one after the other.
-        query_starts, key_starts: (runs + 1) where each run begins, in the n queries and in ``key_index``.
-        past: keys and values of the earlier forward, by layer.
-        keep: (k,) which of the computed nodes' keys and values to leave in ``kept``, by layer.
-        kept: None once the forward is over. A checkpointed layer comes by again in backward, and its graph holds the
-            view: a view that held the graph would keep both alive.
-        served: the layers that came by. A layer that did not has ignored the tree.
-    """
-
-    node: Tensor
-    pos: Tensor
-    key_node: Tensor
-    key_pos: Tensor
-    key_end: Tensor
-    key_index: Tensor
-    query_starts: list[int]
-    key_starts: list[int]
-    past: dict[int, KeysValues] = field(default_factory=dict)
-    keep: Tensor | None = None
-    kept: dict[int, KeysValues] | None = field(default_factory=dict)
-    backend: str = "auto"
-    served: set[int] = field(default_factory=set)
-    cache: dict[Any, Any] = field(default_factory=dict)  # masks, built once a forward and shared by its layers
 
 
 def enable_tree(model: Any) -> None:
@@ -101,7 +71,7 @@ def tree_attention(
     attention_mask: Tensor | None,
     *args: Any,
     base: str,
-    tree: View | None = None,
+    tree: TreeView | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """As every function of transformers' `AttentionInterface`: (1, H, n, d) -> (1, n, H, d_value).
@@ -138,7 +108,7 @@ def tree_attention(
 
 
 def _attend(
-    tree: View,
+    tree: TreeView,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -155,8 +125,6 @@ def _attend(
         return masked_attention(query, key, value, tree.cache[at], scaling, softcap, sinks)
     if backend == "gather":
         return gather_attention(tree, query, key, value, scaling, window, softcap, sinks)
-    from hsd.policy.tree import cuda
-
     if backend == "varlen":
         return cuda.varlen_attention(tree, query, key, value, scaling, window, softcap, sinks)
     if backend == "flex":
@@ -164,7 +132,7 @@ def _attend(
     raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
-def choose_backend(tree: View, query: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
+def choose_backend(tree: TreeView, query: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
     """On CUDA in half precision varlen, FlexAttention for a soft cap, dense for sinks; else gather, dense if small."""
     device = query.device.type
     if device == "cuda" and (torch.is_autocast_enabled(device) or query.dtype in (torch.bfloat16, torch.float16)):
@@ -176,10 +144,7 @@ def choose_backend(tree: View, query: Tensor, softcap: float | None, sinks: Tens
     return "dense" if n * m <= gathered + SMALL * len(rows) else "gather"
 
 
-SMALL = 5_000  # scores that cost as much as one more SDPA call; measured on groups of 100 to 1,500 nodes
-
-
-def visible(tree: View, window: int | None) -> Tensor:
+def visible(tree: TreeView, window: int | None) -> Tensor:
     """(n, m) True where a query may see a key. The definition; the other backends must agree with it."""
     q, k = tree.node[:, None], tree.key_node[None, :]
     mask = (k <= q) & (q < tree.key_end)
@@ -187,7 +152,7 @@ def visible(tree: View, window: int | None) -> Tensor:
 
 
 def gather_attention(
-    tree: View,
+    tree: TreeView,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -213,7 +178,7 @@ def gather_attention(
     return torch.cat(out, 2)
 
 
-def _band(tree: View, rows: int, before: int, window: int | None, like: Tensor) -> Tensor:
+def _band(tree: TreeView, rows: int, before: int, window: int | None, like: Tensor) -> Tensor:
     """(rows, before + rows), to be added: causal, with ``before`` keys ahead of the first query's own."""
     at = (rows, before, window, like.dtype)
     if at not in tree.cache:

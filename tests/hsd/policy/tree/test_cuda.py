@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hsd.policy.tree import cuda
 from hsd.policy.tree.attention import choose_backend, enable_tree, gather_attention, masked_attention, visible
-from hsd.policy.tree.forward import Keys, make_view, tree_hidden_states
+from hsd.policy.tree.forward import KVCache, make_view, tree_hidden_states
 from hsd.policy.tree.trie import build_trie
 
 
@@ -34,7 +34,7 @@ def random_view(seed, device="cpu"):
     trie = build_trie([rng.integers(0, 2, rng.integers(1, 12)).tolist() for _ in range(6)])
     before = trie.nodes_of([0, 1])
     nodes = np.setdiff1d(np.arange(len(trie)), before)
-    return make_view(trie, nodes, Keys(rng.permutation(before), {}), None, device)
+    return make_view(trie, nodes, KVCache(rng.permutation(before), {}), None, device)
 
 
 def qkv(view, seed, device="cpu", dtype=torch.float64):
@@ -85,7 +85,7 @@ def test_which_backend_auto_takes(monkeypatch):
     assert chosen("cuda", torch.bfloat16) == "varlen"
     assert chosen("cuda", torch.bfloat16, softcap=30.0) == "flex"
     assert chosen("cuda", torch.bfloat16, sinks=torch.zeros(4)) == "dense"
-    assert chosen("cuda", torch.float32) == chosen("cpu", torch.float32) == "dense"  # a small pack
+    assert chosen("cuda", torch.float32) == chosen("cpu", torch.float32) == "dense"  # a small tree
     monkeypatch.setattr("hsd.policy.tree.attention.SMALL", 0)
     assert chosen("cuda", torch.float32) == chosen("cpu", torch.bfloat16) == "gather"
 
