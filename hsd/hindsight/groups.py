@@ -43,13 +43,6 @@ class Rollout:
         if self.mean_logp is not None:
             _check_finite("mean_logp", self.mean_logp)
 
-    @property
-    def perplexity(self) -> float:
-        """``exp(-mean_logp)``. Raises ValueError when ``mean_logp`` is None."""
-        if self.mean_logp is None:
-            raise ValueError("mean_logp: expected a number to compute the perplexity from, got None")
-        return math.exp(-self.mean_logp)
-
 
 @dataclass(frozen=True)
 class Group:

@@ -33,16 +33,14 @@ UNUSED_WITHOUT_POLICY_TERM = ("epsilon", "epsilon_high")
 # Options of GRPO that its variants decide, None until then; a user may also want TRL's own default.
 GRPO_OPTIONS = ("loss_type", "scale_rewards", "importance_sampling_level", "epsilon", "epsilon_high")
 
-# A number, or [start, end, steps]: linear in optimizer steps, then constant.
 Schedule = float | list[float]
 
-BY_METHOD: Any = None
+BY_METHOD: Any = None  # until `_take_defaults`
 SHARE, AT_LEAST_0, ABOVE_0, AT_LEAST_1, FINITE = "(0, 1]", "[0, inf)", "(0, inf)", "[1, inf)", "(-inf, inf)"
 
 
-def option(default: Any, help: str, *, interval: str | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field; the choices of a `Literal` type need not be repeated. Its number, where it is not None, is in
-    ``interval``."""
+def option(default: Any, help: str, interval: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field whose number, where it is not None, is in ``interval``; a `Literal` type declares its own choices."""
     return field(default=default, metadata={"help": help, "interval": interval, "choices": choices})
 
 
@@ -50,110 +48,70 @@ def option(default: Any, help: str, *, interval: str | None = None, choices: tup
 class HSDConfig(GRPOConfig):
     """TRL's `GRPOConfig` with what the update needs. The HSD paper's values (arXiv 2606.15576) are the defaults of the
     learning rate, its constant schedule, Adam's beta2, top_p, the group size and temperature; lengths, batch and steps
-    are the user's. Options of `hsd.methods.METHODS["hsd"].defaults` are the method's to decide where they are not
-    given, and hold its choice afterwards. `options` describes all of them."""
+    are the user's. Options that `hsd.methods.METHODS["hsd"].defaults` names are the method's to decide where they are
+    not given, and hold its choice afterwards. A `Schedule` is a number, or [start, end, steps]: linear in optimizer
+    steps, then constant."""
 
-    learning_rate: float = option(1e-6, "Initial learning rate.", interval=AT_LEAST_0)
+    learning_rate: float = option(1e-6, "initial learning rate", AT_LEAST_0)
     lr_scheduler_type: str = "constant"
     adam_beta2: float = 0.95
-    top_p: float = option(0.95, "Nucleus sampling of the rollouts.", interval=SHARE)
-    method: str = option("hsd", "Member of the family, each a page in docs/methods.md.", choices=tuple(METHODS))
-    divergence_coef: Schedule = option(
-        None, "Weight of the divergence from the teacher: a number, or [start, end, steps].", interval=AT_LEAST_0
-    )
-    policy_coef: Schedule = option(
-        None, "Weight of GRPO's clipped surrogate over the same rollouts, likewise.", interval=AT_LEAST_0
-    )
-    advantage_mix: Schedule = option(
-        None, "For rlsd: share of the teacher's weights in the advantage, likewise.", interval=AT_LEAST_0
-    )
-    peer_rule: str = option(
-        None,
-        "How a rollout's peer is drawn from the other successes of its group. auto is paired where prefixes are "
-        "shared, which has the same expected gradient and at most two contexts a group, and else uniform.",
-        choices=("auto", *PEER_RULES),
-    )
-    show_answer: bool = option(None, "Whether an answer that is not blank stands beside a demonstration.")
+    top_p: float = option(0.95, "nucleus of the rollouts' sampling", SHARE)
+    method: str = option("hsd", "member of the family, each a page in docs/methods.md", choices=tuple(METHODS))
+    divergence_coef: Schedule = option(None, "weight of the divergence from the teacher", AT_LEAST_0)
+    policy_coef: Schedule = option(None, "weight of GRPO's clipped surrogate over the same rollouts", AT_LEAST_0)
+    advantage_mix: Schedule = option(None, "rlsd: share of the teacher's weights in the advantage", AT_LEAST_0)
+    # "auto" is "paired" where prefixes are shared, which has the same expected gradient and at most two contexts a
+    # group, and else "uniform".
+    peer_rule: str = option(None, "how a peer is drawn from the group's successes", choices=("auto", *PEER_RULES))
+    show_answer: bool = option(None, "whether an answer that is not blank stands beside a demonstration")
     fallback: Literal["answer", "mask"] = option(
-        None, "What a rollout without a demonstration is shown: the answer, or nothing, and it is left out."
+        None, "what a rollout without a demonstration is shown: the answer, or nothing, and it is left out (mask)"
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = option(
-        None, "forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)."
+        None, "KL(teacher || student), KL(student || teacher), or a mixture's (jsd)"
     )
-    jsd_beta: float = option(None, "The teacher's share of the mixture, for jsd.", interval="[0, 1]")
-    kl_temperature: float = option(
-        None, "Divides the logits of both sides in the loss; sampling has its own temperature.", interval=ABOVE_0
-    )
-    kl_clip: float = option(None, "OPSD's pointwise clip of the vocabulary summands; 0 is none.", interval=AT_LEAST_0)
+    jsd_beta: float = option(None, "the teacher's share of the mixture", "[0, 1]")
+    kl_temperature: float = option(None, "divides the logits of both sides in the loss, not in sampling", ABOVE_0)
+    kl_clip: float = option(None, "OPSD's pointwise clip of the vocabulary summands; 0 is none", AT_LEAST_0)
     kl_clip_form: Literal["opsd", "nonnegative"] = option(
-        "opsd",
-        "opsd clips p log(p / q), whose sum may then be negative; nonnegative clips p log(p / q) - p + q.",
+        "opsd", "clips p log(p / q), whose sum may then be negative (opsd), or p log(p / q) - p + q (nonnegative)"
     )
     loss_mean: Literal["rollout", "token"] = option(
-        None,
-        "Mean of the divergence over the tokens of a rollout, then over rollouts, or over all tokens of the step. "
-        "The policy term is a mean over rollouts.",
+        None, "mean of the divergence over a rollout's tokens, then over rollouts, or over all tokens of the step"
     )
     importance_cap: float = option(
-        None,
-        "Multiplies a token's divergence by min(pi / pi_old, cap) where rollouts are older than the policy; 0 is no "
-        "such weight.",
-        interval=AT_LEAST_0,
+        None, "a token's divergence times min(pi / pi_old, cap), where rollouts are older; 0 is none", AT_LEAST_0
     )
-    teacher: Literal["live", "ema", "fixed", "trust_region"] = option(
-        None,
-        "Whose weights the teacher has, see docs/teachers.md. live is HSD's setting at learning rate 1e-6; at that of "
-        "the small world it diverges.",
-    )
-    teacher_ema_rate: float = option(
-        None, "Share of the student that enters an ema teacher at each optimizer step.", interval=SHARE
-    )
-    trust_region_share: float = option(
-        0.05, "Share of the live logits in those of a trust_region teacher.", interval=SHARE
-    )
+    teacher: Literal["live", "ema", "fixed", "trust_region"] = option(None, "the teacher's weights: docs/teachers.md")
+    teacher_ema_rate: float = option(None, "share of the student that enters an ema teacher at each step", SHARE)
+    trust_region_share: float = option(0.05, "share of the live logits in those of a trust_region teacher", SHARE)
     reference_coef: float = option(
-        None,
-        "Weight of KL(student || reference policy). GRPO's own beta must stay 0, except with TRL's losses, where it is "
-        "the only one.",
-        interval=AT_LEAST_0,
+        None, "weight of KL(student || reference); GRPO's own beta is for TRL's losses only", AT_LEAST_0
     )
-    reference_kl: Literal["exact", "k3"] = option(
-        "exact", "exact over the full vocabulary, in the same pass, or k3 at the sampled token."
-    )
+    reference_kl: Literal["exact", "k3"] = option("exact", "full vocabulary (exact), or at the sampled token (k3)")
     reference_refresh_steps: int | None = option(
-        None,
-        "Every so many steps the reference becomes an average of the policy; none keeps the initial policy.",
-        interval=AT_LEAST_1,
+        None, "every so many steps the reference becomes an average of the policy; none: initial policy", AT_LEAST_1
     )
-    reference_ema_rate: float = option(
-        0.01, "Share of the policy that enters that average at each step.", interval=SHARE
-    )
-    success_reward: float = option(
-        1.0, "A rollout whose (weighted) reward reaches this is a success and may be a peer.", interval=FINITE
-    )
+    reference_ema_rate: float = option(0.01, "share of the policy that enters that average at each step", SHARE)
+    success_reward: float = option(1.0, "the (weighted) reward from which on a rollout is a success", FINITE)
     max_teacher_prompt_length: int | None = option(
-        None, "Tokens; a longer teacher prompt has its demonstration's tail cut.", interval=AT_LEAST_1
+        None, "tokens; a longer teacher prompt has its demonstration's tail cut", AT_LEAST_1
     )
-    with_peer_template: str | None = option(
-        None, "Wording of the context, see hsd.hindsight.context.ContextTemplate; with answer_only_template or not."
-    )
-    answer_only_template: str | None = option(None, "Wording of the context without a demonstration.")
-    demonstration_only_template: str | None = option(None, "Wording for methods that do not show the answer.")
-    feedback_only_template: str | None = option(None, "Wording for methods that show feedback.")
+    # Wordings as in `hsd.hindsight.context.ContextTemplate`; the first two go together.
+    with_peer_template: str | None = option(None, "wording of a demonstration with {answer} and {demonstration}")
+    answer_only_template: str | None = option(None, "wording of the {answer} alone")
+    demonstration_only_template: str | None = option(None, "wording of a {demonstration} alone")
+    feedback_only_template: str | None = option(None, "wording of the environment's {feedback}")
+    # "auto" is "tree" for models that pass `hsd.policy.tree.check`, in micro-batches where it saves a fifth of the
+    # tokens or more; "tree" and "prompt" raise an error where a model does not pass.
     prefix_sharing: Literal["auto", "tree", "prompt", "none"] = option(
-        "auto",
-        "What several sequences of a micro-batch begin with is computed once: tree for every shared prefix, prompt for "
-        "the questions only. auto is tree for models that pass hsd.policy.tree.check, in micro-batches where it saves "
-        "a fifth of the tokens or more; tree and prompt raise an error where a model does not pass.",
+        "auto", "prefixes that are computed once: all shared ones (tree), the questions (prompt) or none"
     )
     tree_token_budget: int | None = option(
-        None,
-        "A micro-batch whose tree has more tokens is differentiated a few rollouts at a time, with the same gradient, "
-        "so that memory is bounded.",
-        interval=AT_LEAST_1,
+        None, "tokens of a micro-batch's tree above which it is differentiated in parts, same gradient", AT_LEAST_1
     )
-    kernel_impl: str = option("auto", "impl of hsd_kernels.fused_hsd_kl.", choices=IMPLS)
-    chunk_bytes: int | None = option(None, "chunk_bytes of hsd_kernels.fused_hsd_kl.", interval=AT_LEAST_1)
+    kernel_impl: str = option("auto", "impl of hsd_kernels.fused_hsd_kl", choices=IMPLS)
+    chunk_bytes: int | None = option(None, "chunk_bytes of hsd_kernels.fused_hsd_kl", AT_LEAST_1)
     logging_steps: float = 1
     loss_type: str | None = None
     scale_rewards: str | None = None

@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hsd.policy.tree import cuda
-from hsd.policy.tree.view import TreeView
+from hsd.policy.tree.view import Scores, TreeView
 
 PREFIX = "hsd_tree_"
 BACKENDS = ("auto", "dense", "gather", "varlen", "flex")
@@ -104,31 +104,24 @@ def tree_attention(
         past_key, past_value = tree.past[layer]
         key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _attend(tree, query, key, value, scaling, window, softcap, sinks).transpose(1, 2).contiguous(), None
+    scores = Scores(scaling, window, softcap, sinks)
+    return _attend(tree, query, key, value, scores).transpose(1, 2).contiguous(), None
 
 
-def _attend(
-    tree: TreeView,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    backend = choose_backend(tree, query, softcap, sinks) if tree.backend == "auto" else tree.backend
+def _attend(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """(1, H, n, d), (1, H_kv, m, d), (1, H_kv, m, d_value) -> (1, H, n, d_value), as all backends."""
+    backend = choose_backend(tree, query, scores.softcap, scores.sinks) if tree.backend == "auto" else tree.backend
     if backend == "dense":
-        at = ("added", window, query.dtype)
+        at = ("added", scores.window, query.dtype)
         if at not in tree.cache:
-            tree.cache[at] = _added(~visible(tree, window), query)
-        return masked_attention(query, key, value, tree.cache[at], scaling, softcap, sinks)
+            tree.cache[at] = _added(~visible(tree, scores.window), query)
+        return masked_attention(query, key, value, tree.cache[at], scores)
     if backend == "gather":
-        return gather_attention(tree, query, key, value, scaling, window, softcap, sinks)
+        return gather_attention(tree, query, key, value, scores)
     if backend == "varlen":
-        return cuda.varlen_attention(tree, query, key, value, scaling, window, softcap, sinks)
+        return cuda.varlen_attention(tree, query, key, value, scores)
     if backend == "flex":
-        return cuda.flex_attention(tree, query, key, value, scaling, window, softcap, sinks)
+        return cuda.flex_attention(tree, query, key, value, scores)
     raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
@@ -151,16 +144,7 @@ def visible(tree: TreeView, window: int | None) -> Tensor:
     return mask if window is None else mask & (tree.pos[:, None] - tree.key_pos < window)
 
 
-def gather_attention(
-    tree: TreeView,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def gather_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Run by run: the keys on its path, gathered in order of depth, then plain causal attention at the path's end."""
     rows = [b - a for a, b in pairwise(tree.query_starts)]
     paths = [b - a for a, b in pairwise(tree.key_starts)]
@@ -172,9 +156,9 @@ def gather_attention(
     for r, length, k, v in zip(rows, paths, keys, values, strict=True):
         for a in range(length - r, length, BLOCK):
             b = min(a + BLOCK, length)
-            low = 0 if window is None else max(0, a - window + 1)
-            mask = _band(tree, b - a, a - low, window, query)
-            out.append(masked_attention(next(queries), k[:, :, low:b], v[:, :, low:b], mask, scaling, softcap, sinks))
+            low = 0 if scores.window is None else max(0, a - scores.window + 1)
+            mask = _band(tree, b - a, a - low, scores.window, query)
+            out.append(masked_attention(next(queries), k[:, :, low:b], v[:, :, low:b], mask, scores))
     return torch.cat(out, 2)
 
 
@@ -194,16 +178,10 @@ def _added(hidden: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
 
 
-def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """(1, H, n, d), mask (n, m) bool or added to the scores: SDPA, or plain mathematics with a soft cap or sinks."""
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, form: Scores) -> Tensor:
+    """(1, H, n, d), mask (n, m) bool or added to the scores: SDPA, or plain mathematics with a soft cap or sinks. The
+    mask has the window in it."""
+    scaling, _, softcap, sinks = form
     groups = query.shape[1] // key.shape[1]
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1)

@@ -8,24 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd.policy.tree.view import TreeView
+from hsd.policy.tree.view import Scores, TreeView
 
 
-def varlen_attention(
-    tree: TreeView,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def varlen_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """One variable-length call: each run of queries with the keys on its path, causal from the bottom right.
 
     Uses `torch.nn.attention.varlen` (torch >= 2.10) or flash-attn. Half precision only, as both kernels are.
     Raises ValueError for a soft cap or sinks, ImportError when neither kernel is there.
     """
+    scaling, window, softcap, sinks = scores
     if softcap is not None or sinks is not None:
         raise ValueError("backend: expected 'flex' (soft cap) or 'dense' (sinks) for this layer, got 'varlen'")
     if "varlen" not in tree.cache:
@@ -71,20 +63,12 @@ def varlen_kernel() -> Any:
     return native
 
 
-def flex_attention(
-    tree: TreeView,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def flex_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """FlexAttention on the visibility rule itself; the block mask is built once a forward and window.
 
     Raises ValueError for sinks. FlexAttention has no backward on a CPU.
     """
+    scaling, window, softcap, sinks = scores
     if sinks is not None:
         raise ValueError("backend: expected 'dense' for a layer with attention sinks, got 'flex'")
     from torch.nn.attention.flex_attention import create_block_mask

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 KeysValues = tuple[Tensor, Tensor]  # (1, H_kv, m, d) each, after rotary embedding
+
+
+class Scores(NamedTuple):
+    """How a layer makes scores of queries and keys."""
+
+    scaling: float
+    window: int | None = None  # by depth in the tree, not by place in the batch
+    softcap: float | None = None
+    sinks: Tensor | None = None  # (H,)
 
 
 @dataclass

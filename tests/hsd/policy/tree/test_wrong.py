@@ -12,6 +12,7 @@ import hsd.policy.tree.attention as attention
 from hsd.policy.tree.attention import disable_tree, enable_tree, gather_attention, visible
 from hsd.policy.tree.check import why_not
 from hsd.policy.tree.forward import forward_student, make_tree_batch, make_view, rows_of, tree_hidden_states
+from hsd.policy.tree.view import Scores
 
 BAD = 0.1  # of hidden states whose entries are about 1; rounding is at 1e-5
 
@@ -137,7 +138,7 @@ def test_merged_softmax_with_a_detached_log_sum_exp(group):
     torch.testing.assert_close(key_gradient(merged(False)), exact)
     torch.testing.assert_close(merged(True), merged(False))  # the forward looks right
     assert (key_gradient(merged(True)) - exact).norm() > 0.3 * exact.norm()
-    torch.testing.assert_close(key_gradient(gather_attention(view, q, k, v, 1.0)), exact)
+    torch.testing.assert_close(key_gradient(gather_attention(view, q, k, v, Scores(1.0))), exact)
 
 
 def test_without_its_mask_function_a_registered_attention_loses_padding(build):
