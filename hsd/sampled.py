@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd.policy.body_and_head import Head
-from hsd_kernels import gemm
+from hsd_kernels import Head, gemm
 
 CHUNK_BYTES = 256 << 20  # of logits
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hsd.policy.body_and_head import BodyAndHead, Head, body_and_head, check_body_and_head
+from hsd.policy.body_and_head import BodyAndHead, body_and_head, check_body_and_head
 from hsd.policy.forward import FrozenStates
-from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl, gathered
+from hsd_kernels import Head, HSDKLOutput, RowStats, fused_hsd_kl, gathered
 
 T = TypeVar("T")
 
@@ -115,21 +115,18 @@ def divergence(student: Head, hidden: Tensor, teacher: FrozenStates, **options: 
     """
     dtype = torch.promote_types(hidden.dtype, teacher.hidden.dtype)
 
-    def cast(t: Tensor | None) -> Any:
-        return None if t is None else t.to(dtype)
+    def head(weight: Tensor, bias: Tensor | None) -> Head:
+        bias = None if bias is None else bias.to(dtype)
+        return Head(weight.to(dtype), bias, student.logit_scale, student.softcap)
 
     with ExitStack() as stack:
         weight = stack.enter_context(gathered(student.weight))
         bias = None if student.bias is None else stack.enter_context(gathered(student.bias))
         out = fused_hsd_kl(
-            cast(hidden),
-            cast(teacher.hidden),
-            cast(weight),
-            cast(bias),
-            teacher_weight=None if teacher.head is None else cast(teacher.head.weight),
-            teacher_bias=None if teacher.head is None else cast(teacher.head.bias),
-            logit_scale=student.logit_scale,
-            softcap=student.softcap,
+            hidden.to(dtype),
+            teacher.hidden.to(dtype),
+            head(weight, bias),
+            teacher_head=None if teacher.head is None else head(teacher.head.weight, teacher.head.bias),
             return_stats=True,
             **options,
         )

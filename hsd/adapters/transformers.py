@@ -23,7 +23,7 @@ from hsd.policy.body_and_head import BodyAndHead, hidden_states
 from hsd.policy.forward import FrozenStates
 from hsd.policy.frozen import in_eval_mode
 from hsd.train.update import LossOutput, Objective
-from hsd_kernels import HSDKLOutput
+from hsd_kernels import RowStats
 
 TESTED = ("5.23", "5.23")
 USED = ("divergence", "chunk_bytes", "impl")  # of an `Objective`
@@ -66,7 +66,6 @@ def hsd_loss_from_ids(
     """
     check_version("transformers", *TESTED)
     objective = objective or Objective()
-    kind = objective.divergence
     for field in fields(Objective):
         if field.name not in USED and (value := getattr(objective, field.name)) != field.default:
             raise ValueError(f"objective: expected {field.name}={field.default}, got {value}; only {USED} count here")
@@ -85,7 +84,7 @@ def hsd_loss_from_ids(
             hidden = _states(other, teacher_ids, lengths)
         return FrozenStates(hidden) if teacher is None else with_whole_head(other.head, hidden)
 
-    def loss() -> tuple[Tensor, HSDKLOutput]:
+    def loss() -> tuple[Tensor, RowStats]:
         # The teacher first: its activations are gone before the student's are kept.
         frozen = teacher_states() if teacher is None else inside_forward(teacher, teacher, teacher_states)
         hidden = _states(parts, student_ids, lengths)
@@ -94,11 +93,7 @@ def hsd_loss_from_ids(
             parts.head,
             hidden,
             frozen,
-            divergence=kind.kind,
-            beta=kind.beta,
-            temperature=kind.temperature,
-            kl_clip=kind.clip,
-            kl_clip_form=kind.clip_form,
+            divergence=objective.divergence,
             target_ids=torch.cat([torch.tensor(x[len(x) - n :]) for x, n in zip(student_ids, lengths, strict=True)]).to(
                 hidden.device
             ),
@@ -107,7 +102,7 @@ def hsd_loss_from_ids(
             chunk_bytes=objective.chunk_bytes,
             impl=objective.impl,
         )
-        return out.loss, out  # tuples: FSDP looks for the tensors it must hook in these, not in dataclasses
+        return out.loss, out.stats  # tuples: FSDP looks for the tensors it must hook in these, not in dataclasses
 
     return LossOutput(*inside_forward(model, inner, loss))
 

@@ -16,20 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hsd.policy.frozen import in_eval_mode
+from hsd_kernels import Head
 
 # What the models of transformers 5.23 do to their logits, by the names in their configurations.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
 MULTIPLIED = ("hyperclovax",)  # model types whose logits_scaling is a factor
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-
-
-@dataclass(frozen=True)
-class Head:
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hsd.policy.body_and_head import BodyAndHead, Head, hidden_states
+from hsd.policy.body_and_head import BodyAndHead, hidden_states
+from hsd_kernels import Head
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ def forward_rollouts(parts: BodyAndHead, input_ids: Tensor, attention_mask: Tens
     """States (B, length, D) that predict the last ``length`` tokens of ``input_ids`` (B, S): left-padded prompts, each
     followed by a rollout. In the head's dtype, or, under autocast, in the body's."""
     hidden = hidden_states(parts.body, input_ids, attention_mask)[:, -(length + 1) : -1]
-    return as_head(parts, hidden)
+    return in_head_dtype(parts, hidden)
 
 
-def as_head(parts: BodyAndHead, hidden: Tensor) -> Tensor:
+def in_head_dtype(parts: BodyAndHead, hidden: Tensor) -> Tensor:
     """A body that normalises in fp32 may hand back a wider dtype than the head's; autocast settles it otherwise."""
     autocast = torch.is_autocast_enabled(hidden.device.type)
     return hidden if autocast else hidden.to(parts.linear.weight.dtype)
@@ -72,4 +73,4 @@ def with_own_head(parts: BodyAndHead, hidden: Tensor) -> FrozenStates:
     """States (B, T, D) of another model than the student, with its head, detached."""
     head = parts.head
     bias = None if head.bias is None else head.bias.detach()
-    return FrozenStates(hidden, Head(head.weight.detach(), bias, head.logit_scale, head.softcap))
+    return FrozenStates(hidden, head.with_tensors(head.weight.detach(), bias))

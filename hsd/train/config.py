@@ -16,7 +16,8 @@ from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
 from hsd.hindsight.peers import PEER_RULES
 from hsd.methods import METHODS, Method
 from hsd.train.callbacks import steps_of_a_generation
-from hsd.train.update import Divergence, Objective
+from hsd.train.update import Objective
+from hsd_kernels import Divergence
 from hsd_kernels.rows import IMPLS
 
 # Options of GRPO's policy-gradient loss: set to anything else, they would silently do nothing.

@@ -10,7 +10,7 @@ from torch import Tensor
 from hsd.hindsight.credit import credit, credit_at_divergence, credit_mass
 from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.train.batch import RolloutBatch
-from hsd_kernels import HSDKLOutput
+from hsd.train.update import LossOutput
 
 
 def group_metrics(success: Tensor, has_peer: Tensor, unscored: Tensor, size: int) -> dict[str, Tensor]:
@@ -35,20 +35,21 @@ def context_metrics(prompts: Sequence[TeacherPrompt]) -> dict[str, float]:
     }
 
 
-def loss_metrics(stats: HSDKLOutput, batch: RolloutBatch) -> dict[str, Tensor]:
+def loss_metrics(out: LossOutput, batch: RolloutBatch) -> dict[str, Tensor]:
     """Means over the tokens of a micro-batch, in nats, and credit of its failing rollouts."""
+    stats = out.stats
     assert stats.student_logps is not None and stats.teacher_logps is not None
     mask = batch.divergence_mask
     a = credit(stats.teacher_logps, stats.student_logps)
     failing = torch.where(batch.teacher.success, -1, batch.teacher.divergence_position)
     tokens = mask.sum()
     found = {
-        "kl": (stats.per_token_kl * mask).sum() / tokens,
+        "kl": (stats.kl * mask).sum() / tokens,
         "student_entropy": (stats.student_entropy * mask).sum() / tokens,
         "teacher_entropy": (stats.teacher_entropy * mask).sum() / tokens,
         "credit_at_tau": credit_at_divergence(a, mask, failing),
         "credit_mass_8": credit_mass(a, mask, failing, windows=(8,))[0],  # micro-batches count alike
     }
-    if stats.reference_kl is not None:
-        found["reference_kl"] = (stats.reference_kl * mask).sum() / tokens
+    if out.reference is not None:
+        found["reference_kl"] = (out.reference.kl * mask).sum() / tokens
     return found

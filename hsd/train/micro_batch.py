@@ -22,7 +22,7 @@ from hsd.policy.tree.two_phase import two_phase_loss
 from hsd.train.batch import RolloutBatch
 from hsd.train.teachers import FrozenPolicies
 from hsd.train.update import LossOutput, Objective, method_loss
-from hsd_kernels import HSDKLOutput
+from hsd_kernels import RowStats
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,11 @@ class MicroBatchLoss:
 
         elsewhere = None if self.frozen.live else lambda chunk: []
         loss = two_phase_loss(policy, parts.body, tree, chunk_loss, budget, teacher=elsewhere)
-        fields = zip(*(out.stats[1:] for out in outs), strict=True)
-        per_token: list[Any] = [None if field[0] is None else torch.cat(field) for field in fields]
-        return LossOutput(loss, HSDKLOutput(loss.detach(), *per_token))
+        references = [out.reference for out in outs if out.reference is not None]
+        return LossOutput(loss, _joined([out.stats for out in outs]), _joined(references) if references else None)
+
+
+def _joined(tables: list[RowStats]) -> RowStats:
+    """Of consecutive rollouts."""
+    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*tables, strict=True)]
+    return RowStats(*joined)

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsd.policy.body_and_head import BodyAndHead, Head, body_and_head, hidden_states, probe_ids
+from hsd.policy.body_and_head import BodyAndHead, body_and_head, hidden_states, probe_ids
 from hsd.policy.forward import FrozenStates, with_own_head
 from hsd.policy.frozen import adapters_off, ema_update_, frozen_copy, in_eval_mode, load_policy_, save_policy
 from hsd.train.config import HSDConfig
+from hsd_kernels import Head
 
 INITIAL, EMA, REFERENCE, AVERAGE = "initial_policy", "ema_teacher", "reference", "reference_average"
 
@@ -134,7 +135,7 @@ def mix_logits(a: FrozenStates, b: FrozenStates, head: Head, share: float) -> Fr
     hidden = torch.cat([(1.0 - share) * a.hidden, share * b.hidden], -1)
     weight = torch.cat([h.weight.detach() for h in heads], 1)
     bias = torch.stack(known).sum(0) if known else None
-    return FrozenStates(hidden, Head(weight, bias, head.logit_scale, head.softcap))
+    return FrozenStates(hidden, head.with_tensors(weight, bias))
 
 
 def _file(folder: Path, name: str) -> Path:

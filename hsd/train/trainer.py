@@ -293,7 +293,7 @@ class HSDTrainer(GRPOTrainer):
     def _hsd_loss(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
         batch, mode = unpack(inputs), self._mode
         out = self.micro_batch_loss(policy, batch, self.args.objective(self.state.global_step))
-        self._record(mode, loss_metrics(out.stats, batch))
+        self._record(mode, loss_metrics(out, batch))
         # As in GRPOTrainer: the mean over the micro-batches of one optimizer step.
         return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
 

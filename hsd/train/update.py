@@ -8,19 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hsd.policy.body_and_head import Head
 from hsd.policy.forward import FrozenStates
 from hsd.sampled import clipped_surrogate, k3, sampled_logps, sampled_loss
-from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
-
-
-@dataclass(frozen=True)
-class Divergence:
-    kind: str = "forward_kl"
-    beta: float = 0.5
-    temperature: float = 1.0
-    clip: float | None = None
-    clip_form: str = "opsd"
+from hsd_kernels import Divergence, Head, HSDKLOutput, RowStats, fused_hsd_kl
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,8 @@ class Targets:
 @dataclass(frozen=True)
 class LossOutput:
     loss: Tensor  # scalar, with gradient
-    stats: HSDKLOutput  # per token (B, T), detached
+    stats: RowStats  # of student and teacher, per token (B, T), detached
+    reference: RowStats | None = None  # of student and reference policy, None without one
 
 
 def rollout_weights(mask_BT: Tensor) -> Tensor:
@@ -136,14 +127,14 @@ def method_loss(
             towards = Objective(Divergence("reverse_kl"), chunk_bytes=o.chunk_bytes, impl=o.impl)
             pulled = _divergence(student_hidden, head, exact, targets, towards, o.reference_coef, None)
             loss = pulled.loss
-            out = out._replace(reference_kl=pulled.per_token_kl)
+            out = out._replace(reference=pulled.stats)
     sampled = reference if o.reference_coef != 0.0 and o.reference_kl == "k3" else None
     if o.policy_coef > 0.0 or sampled is not None:
-        loss = loss + _sampled_terms(student_hidden, head, out, sampled, targets, o)
+        loss = loss + _sampled_terms(student_hidden, head, out.stats, sampled, targets, o)
     if torch.is_grad_enabled() and not loss.requires_grad:  # every coefficient is 0 at this step of its schedule
         leaves = (student_hidden, head.weight, head.bias)
         loss = loss + 0.0 * sum(x.sum() for x in leaves if x is not None)
-    return LossOutput(loss, out)
+    return LossOutput(loss, out.stats, out.reference)
 
 
 def _divergence(
@@ -156,29 +147,19 @@ def _divergence(
     reference: FrozenStates | None,
 ) -> HSDKLOutput:
     """``sum(w_d (coef L + reference_coef K))`` in one fused pass."""
-    other = [None if x is None else x.head for x in (teacher, reference)]
     out = fused_hsd_kl(
         student_hidden,
         teacher.hidden,
-        head.weight,
-        head.bias,
-        teacher_weight=None if other[0] is None else other[0].weight,
-        teacher_bias=None if other[0] is None else other[0].bias,
+        head,
+        divergence=o.divergence,
+        teacher_head=teacher.head,
         reference_hidden=None if reference is None else reference.hidden,
-        reference_weight=None if other[1] is None else other[1].weight,
-        reference_bias=None if other[1] is None else other[1].bias,
+        reference_head=None if reference is None else reference.head,
         reference_coef=0.0 if reference is None else o.reference_coef / coef,
-        divergence=o.divergence.kind,
-        beta=o.divergence.beta,
-        temperature=o.divergence.temperature,
-        kl_clip=o.divergence.clip,
-        kl_clip_form=o.divergence.clip_form,
         target_ids=t.ids,
         token_weights=t.divergence_weights * coef,
         token_weight_fn=_capped_ratio(t, o),
         reduction="sum",
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
         chunk_bytes=o.chunk_bytes,
         impl=o.impl,
         return_stats=True,
@@ -201,7 +182,7 @@ def _capped_ratio(t: Targets, o: Objective) -> Callable[[RowStats], Tensor] | No
 
 
 def _sampled_terms(
-    student_hidden: Tensor, head: Head, stats: HSDKLOutput, reference: FrozenStates | None, t: Targets, o: Objective
+    student_hidden: Tensor, head: Head, stats: RowStats, reference: FrozenStates | None, t: Targets, o: Objective
 ) -> Tensor:
     """``sum(w_p (policy_coef S + reference_coef k3))``."""
     temperature = o.sampling_temperature

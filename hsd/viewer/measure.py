@@ -25,7 +25,7 @@ from hsd.hindsight.peers import choose_peers
 from hsd.policy.body_and_head import BodyAndHead, body_and_head
 from hsd.policy.forward import forward_rollouts
 from hsd.policy.frozen import in_eval_mode
-from hsd_kernels import HSDKLOutput, fused_hsd_kl
+from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
 
 WINDOWS = (2, 4, 8, 16, 32)
 DIFFICULTY = (0.2, 0.5, 0.8)  # pass rates between the bins; below 0.2 is the paper's "hard", above 0.5 its "easy"
@@ -199,7 +199,7 @@ def read_tokens(
             silent, _, _ = _hidden(parts, tokenizer, _teacher_prompts(tokenizer, alone, template), rollouts)
             out = _compare(parts, student, teacher, ids, live)
             a, a_silent = _credit(out), _credit(_compare(parts, student, silent, ids, live))
-            kl, logps = out.per_token_kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
+            kl, logps = out.kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
             for b, (group, _, peer) in enumerate(part):
                 own, n = rollouts[b], len(rollouts[b])
                 read.append(
@@ -293,23 +293,13 @@ def _hidden(
     return forward_rollouts(parts, ids, mask_t, length), ids[:, left:], mask_t[:, left:]
 
 
-def _compare(parts: BodyAndHead, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> HSDKLOutput:
-    out = fused_hsd_kl(
-        student,
-        teacher,
-        parts.linear.weight,
-        parts.linear.bias,
-        target_ids=ids,
-        token_weights=live,
-        logit_scale=parts.logit_scale,
-        softcap=parts.softcap,
-        return_stats=True,
-    )
+def _compare(parts: BodyAndHead, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> RowStats:
+    out = fused_hsd_kl(student, teacher, parts.head, target_ids=ids, token_weights=live, return_stats=True)
     assert isinstance(out, HSDKLOutput)
-    return out
+    return out.stats
 
 
-def _credit(out: HSDKLOutput) -> Tensor:
+def _credit(out: RowStats) -> Tensor:
     assert out.teacher_logps is not None and out.student_logps is not None
     return credit(out.teacher_logps, out.student_logps).cpu()
 

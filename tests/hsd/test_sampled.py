@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hsd import sampled
-from hsd.policy.body_and_head import Head
 from hsd.sampled import clipped_surrogate, k3, sampled_logps, sampled_loss
+from hsd_kernels import Head
 
 B, T, D, V = 3, 7, 5, 13
 

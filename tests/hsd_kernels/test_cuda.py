@@ -6,7 +6,7 @@ Every test here is skipped without one, by name; the same mathematics runs on a 
 import pytest
 import torch
 
-from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels import fused_hsd_kl, reference, testing
 from hsd_kernels.divergence import DIVERGENCES
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -22,10 +22,7 @@ def tensors(dtype, tokens=300, dim=128, vocab=5000, seed=0):
 
 
 def grads(loss_fn, student, teacher, weight, **options):
-    leaves = [t.detach().clone().requires_grad_() for t in (student, weight)]
-    loss = loss_fn(leaves[0], teacher, leaves[1], **options)
-    loss.sum().backward()
-    return [loss.detach(), leaves[0].grad, leaves[1].grad]
+    return testing.grads(lambda *given, **more: loss_fn(*given, **more).sum(), student, teacher, weight, **options)
 
 
 def relative_l1(got, want):
@@ -56,8 +53,8 @@ def test_loss_and_gradients_over_several_chunks(dtype, divergence, impl):
 @pytest.mark.parametrize(
     "options",
     [
-        {"kl_clip": 0.01},
-        {"kl_clip": 0.01, "kl_clip_form": "nonnegative"},
+        {"clip": 0.01},
+        {"clip": 0.01, "clip_form": "nonnegative"},
         {"softcap": 5.0, "temperature": 0.7, "logit_scale": -0.5},
         {"reference": True},
         {"filter_eps": 1e-7},
@@ -142,7 +139,7 @@ def test_chunk_of_more_elements_than_int32():
     part = student.detach()[-50:].clone().requires_grad_()
     tail = fused_hsd_kl(part, teacher[-50:], weight, num_items=14_200, **given)
     tail.loss.backward()
-    torch.testing.assert_close(whole.per_token_kl[-50:], tail.per_token_kl)
+    torch.testing.assert_close(whole.stats.kl[-50:], tail.stats.kl)
     torch.testing.assert_close(student.grad[-50:], part.grad)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hsd.policy.body_and_head import BodyAndHead
-from hsd.policy.forward import RolloutInputs, as_head
+from hsd.policy.forward import RolloutInputs, in_head_dtype
 from hsd.policy.tree.forward import TreeBatch, make_tree_batch
 
 PAYS = 1.25  # unshared tokens per token of the tree; below it the tree was not faster on a CPU
@@ -37,4 +37,4 @@ def pays(tree: TreeBatch, inputs: RolloutInputs, live_teacher: bool) -> bool:
 def pad_states(parts: BodyAndHead, states: Sequence[Tensor], length: int) -> Tensor:
     """(B, length, D), 0 behind each rollout's end, in the dtype of `hsd.policy.forward.forward_rollouts`."""
     hidden = pad_sequence(list(states), batch_first=True)
-    return as_head(parts, torch.nn.functional.pad(hidden, (0, 0, 0, length - hidden.shape[1])))
+    return in_head_dtype(parts, torch.nn.functional.pad(hidden, (0, 0, 0, length - hidden.shape[1])))
