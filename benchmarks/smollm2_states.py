@@ -20,8 +20,8 @@ from hsd.demo import worlds
 from hsd.demo.__main__ import parse, say
 from hsd.hindsight.context import build_context, tokenize_prompt
 from hsd.hindsight.peers import choose_peers, peer_rng
-from hsd.policy.body_and_head import split_model
-from hsd.train.update import read_rollouts
+from hsd.policy.body_and_head import body_and_head
+from hsd.policy.forward import forward_rollouts
 from hsd.viewer.make import sample_groups
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     world = worlds.smollm2(parse(["smollm2"]), say)
     world.model.eval()
-    split = split_model(world.model)
+    parts = body_and_head(world.model)
     student, teacher = [], []
     for i, question in enumerate(world.held_out + world.train):
         group = sample_groups(world.subject, [question], seed=i)[0]
@@ -48,13 +48,17 @@ def main() -> None:
                 (context.prompt_ids, teacher),
             ):
                 ids = torch.tensor([[*prompt, *rollout]])
-                states.append(read_rollouts(split, ids, torch.ones_like(ids), len(rollout))[0])
+                states.append(forward_rollouts(parts, ids, torch.ones_like(ids), len(rollout))[0])
         found = sum(len(s) for s in student)
         say(f"{found} of {args.tokens} tokens")
         if found >= args.tokens:
             break
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    states = {"student": torch.cat(student), "teacher": torch.cat(teacher), "weight": split.weight.detach().clone()}
+    states = {
+        "student": torch.cat(student),
+        "teacher": torch.cat(teacher),
+        "weight": parts.linear.weight.detach().clone(),
+    }
     dtype = torch.float32
     if args.vocabulary is not None:
         states = {name: t[: args.tokens] if name != "weight" else t for name, t in states.items()}

@@ -21,7 +21,7 @@ from benchmarks.small_world.plan import Run, Scale
 from hsd.demo import small_world
 from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
 from hsd.hindsight.context import ContextTemplate
-from hsd.train.callbacks import read_metrics
+from hsd.train.callbacks import load_metrics
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 
@@ -71,7 +71,7 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
     training = time.process_time()
     trainer.train()
     training = time.process_time() - training - curve.cpu_seconds
-    rows = read_metrics(scratch / "metrics.jsonl")
+    rows = load_metrics(scratch / "metrics.jsonl")
     result = {
         "curve": curve.points,
         "final": asdict(evaluate(model, tokenizer, final if run.part != "pilot" else validation, run.seed)),

@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 def read_run(folder: Path, name: str) -> Run:
     from hsd.data.rows import read_json
-    from hsd.train.callbacks import read_metrics
+    from hsd.train.callbacks import load_metrics
 
     path = folder / "metrics.jsonl"
-    rows = read_metrics(path)
+    rows = load_metrics(path)
     if not rows:
         evaluation = folder.suffix == ".json" or any((folder / f"{n}.json").exists() for n in ("results", "result"))
         instead = ", which `hsd eval` wrote: its table is results.md" if evaluation else ""

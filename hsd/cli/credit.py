@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError where a model or questions are missing."""
     from hsd.demo import report
-    from hsd.train.callbacks import read_metrics
+    from hsd.train.callbacks import load_metrics
     from hsd.viewer import summary
     from hsd.viewer.make import make_credit, sample_groups
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     note = f"Model {model}, seed {args.seed}. The teacher has the same weights."
     credit = make_credit(out, subject, groups, again, seed=args.seed, note=note, shown=args.shown)
     pictures = summary.draw(out, credit)
-    if args.run and (rows := read_metrics(args.run / "metrics.jsonl")):
+    if args.run and (rows := load_metrics(args.run / "metrics.jsonl")):
         pictures += report.training_picture(out, rows)
     print("\n".join(summary.lines(credit)))
     print("\nWrote " + ", ".join(str(p) for p in (out / "credit.html", out / "credit.json", *pictures)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hsd.evaluate import Success
-from hsd.train.callbacks import read_metrics
+from hsd.train.callbacks import load_metrics
 from hsd.viewer import summary
 from hsd.viewer.plots import plot_training
 
@@ -39,7 +39,7 @@ def write(
 ) -> str:
     """Write report.json, report.md and the pictures; return the text of report.md."""
     credit = json.loads((folder / "credit.json").read_text())
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = load_metrics(folder / "metrics.jsonl")
     alarms = {name: f"step {r['step']}: {text}" for r in rows for name, text in r.get("alarms", {}).items()}
     settings = settings | {"steps": len(rows)}
     credit_lines = summary.lines(credit)

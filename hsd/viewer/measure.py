@@ -22,9 +22,9 @@ from hsd.hindsight.context import ContextTemplate, build_context, tokenize_promp
 from hsd.hindsight.credit import credit, credit_mass, credit_profile, divergence_position
 from hsd.hindsight.groups import Group
 from hsd.hindsight.peers import choose_peers
-from hsd.policy.body_and_head import Split, split_model
+from hsd.policy.body_and_head import BodyAndHead, body_and_head
+from hsd.policy.forward import forward_rollouts
 from hsd.policy.frozen import in_eval_mode
-from hsd.train.update import head_of, read_rollouts
 from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
 
 WINDOWS = (2, 4, 8, 16, 32)
@@ -143,18 +143,18 @@ def measure_credit(
     ]
     if not found:
         return None
-    split = split_model(model)
+    parts = body_and_head(model)
     columns: dict[str, list[Tensor]] = {"with_peer": [], "answer_only": [], "mask": []}
     with in_eval_mode(model):
         for start, stop in _within_budget([len(g.rollouts[i].token_ids) for g, i, _ in found], token_budget):
             part = found[start:stop]
             rollouts = [group.rollouts[i].token_ids for group, i, _ in part]
-            student, ids, live = _hidden(split, tokenizer, _plain_prompts(tokenizer, part), rollouts)
+            student, ids, live = _hidden(parts, tokenizer, _plain_prompts(tokenizer, part), rollouts)
             for name in ("with_peer", "answer_only"):
                 shown = part if name == "with_peer" else [(group, i, None) for group, i, _ in part]
                 prompts = _teacher_prompts(tokenizer, shown, template)
-                teacher, _, _ = _hidden(split, tokenizer, prompts, rollouts)
-                columns[name] += _credit(_compare(split, student, teacher, ids, live))
+                teacher, _, _ = _hidden(parts, tokenizer, prompts, rollouts)
+                columns[name] += _credit(_compare(parts, student, teacher, ids, live))
             columns["mask"] += live.cpu()
     tau = [divergence_position(g.rollouts[i].token_ids, g.rollouts[peer].token_ids) for g, i, peer in found]
     pad = torch.nn.utils.rnn.pad_sequence
@@ -185,7 +185,7 @@ def read_tokens(
     """
     if top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}")
-    split = split_model(model)
+    parts = body_and_head(model)
     every = [(group, i, peers[g][i]) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
     read: list[TokenCredit] = []
@@ -194,11 +194,11 @@ def read_tokens(
             part = every[start:stop]
             rollouts = [group.rollouts[i].token_ids for group, i, _ in part]
             alone = [(group, i, None) for group, i, _ in part]
-            student, ids, live = _hidden(split, tokenizer, _plain_prompts(tokenizer, part), rollouts)
-            teacher, _, _ = _hidden(split, tokenizer, _teacher_prompts(tokenizer, part, template), rollouts)
-            silent, _, _ = _hidden(split, tokenizer, _teacher_prompts(tokenizer, alone, template), rollouts)
-            out = _compare(split, student, teacher, ids, live)
-            a, a_silent = _credit(out), _credit(_compare(split, student, silent, ids, live))
+            student, ids, live = _hidden(parts, tokenizer, _plain_prompts(tokenizer, part), rollouts)
+            teacher, _, _ = _hidden(parts, tokenizer, _teacher_prompts(tokenizer, part, template), rollouts)
+            silent, _, _ = _hidden(parts, tokenizer, _teacher_prompts(tokenizer, alone, template), rollouts)
+            out = _compare(parts, student, teacher, ids, live)
+            a, a_silent = _credit(out), _credit(_compare(parts, student, silent, ids, live))
             kl, logps = out.kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
             for b, (group, _, peer) in enumerate(part):
                 own, n = rollouts[b], len(rollouts[b])
@@ -211,8 +211,8 @@ def read_tokens(
                         answer_only=a_silent[b, :n],
                         kl=kl[b, :n],
                         student_logps=logps[b, :n],
-                        student_top=_top(split, student[b, :n], out.student_lse[b, :n], top_k),
-                        teacher_top=_top(split, teacher[b, :n], out.teacher_lse[b, :n], top_k),
+                        student_top=_top(parts, student[b, :n], out.student_lse[b, :n], top_k),
+                        teacher_top=_top(parts, teacher[b, :n], out.teacher_lse[b, :n], top_k),
                     )
                 )
     return read
@@ -279,10 +279,10 @@ def _teacher_prompts(
 
 
 def _hidden(
-    split: Split, tokenizer: Any, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]
+    parts: BodyAndHead, tokenizer: Any, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(states that predict the rollouts' tokens (B, T, D), those tokens (B, T), mask (B, T)), on the model's device."""
-    device = split.weight.device
+    device = parts.linear.weight.device
     left, length = max(map(len, prompts)), max(map(len, rollouts))
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows, mask = [], []
@@ -290,11 +290,11 @@ def _hidden(
         rows.append([pad_id] * (left - len(p)) + list(p) + list(o) + [pad_id] * (length - len(o)))
         mask.append([0] * (left - len(p)) + [1] * (len(p) + len(o)) + [0] * (length - len(o)))
     ids, mask_t = torch.tensor(rows, device=device), torch.tensor(mask, device=device)
-    return read_rollouts(split, ids, mask_t, length), ids[:, left:], mask_t[:, left:]
+    return forward_rollouts(parts, ids, mask_t, length), ids[:, left:], mask_t[:, left:]
 
 
-def _compare(split: Split, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> RowStats:
-    out = fused_hsd_kl(student, teacher, head_of(split), target_ids=ids, token_weights=live, return_stats=True)
+def _compare(parts: BodyAndHead, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> RowStats:
+    out = fused_hsd_kl(student, teacher, parts.head, target_ids=ids, token_weights=live, return_stats=True)
     assert isinstance(out, HSDKLOutput)
     return out.stats
 
@@ -304,11 +304,11 @@ def _credit(out: RowStats) -> Tensor:
     return credit(out.teacher_logps, out.student_logps).cpu()
 
 
-def _top(split: Split, hidden: Tensor, lse: Tensor, k: int) -> Top:
+def _top(parts: BodyAndHead, hidden: Tensor, lse: Tensor, k: int) -> Top:
     """Of (T, D) states and the log-normalizers (T,) that the fused pass returned for them."""
     ids, probs = [], []
     for h, z in zip(hidden.split(TOP_CHUNK), lse.split(TOP_CHUNK), strict=True):
-        logits = split.logits(h)
+        logits = parts.logits(h)
         best = logits.topk(min(k, logits.shape[-1]))
         ids.append(best.indices.cpu())
         probs.append((best.values - z[:, None]).exp().clamp_max(1.0).cpu())

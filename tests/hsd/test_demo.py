@@ -9,7 +9,7 @@ from hsd.demo import __main__ as demo
 from hsd.demo import small_world, worlds
 from hsd.evaluate import Sampling
 from hsd.hindsight.context import ContextTemplate
-from hsd.train.callbacks import read_metrics
+from hsd.train.callbacks import load_metrics
 
 
 def tiny(args, say):
@@ -61,7 +61,7 @@ def test_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
 
     before = (out / "before.json").read_text()
     demo.main(["small", "--out", str(out), "--steps", "4"])  # goes on from step 2
-    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in load_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4]
     assert (out / "before.json").read_text() == before
     facts = json.loads((out / "report.json").read_text())
     assert facts["settings"]["steps"] == 4 and facts["settings"]["teacher"] == "ema"
@@ -73,7 +73,7 @@ def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tmp_pa
     demo.main(["small", "--out", str(out), "--steps", "1"])
     demo.main(["small", "--out", str(out), "--steps", "1"])
     assert "already has 1 steps" in capsys.readouterr().out
-    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in load_metrics(out / "metrics.jsonl")] == [1]
     with pytest.raises(ValueError, match=r"teacher.*--out"):
         demo.main(["small", "--out", str(out), "--steps", "1", "--teacher", "live"])
 

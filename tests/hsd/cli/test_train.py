@@ -16,7 +16,7 @@ from hsd.cli.__main__ import main
 from hsd.cli.settings import read
 from hsd.cli.train import claim, make_config
 from hsd.demo import small_world
-from hsd.train.callbacks import read_metrics
+from hsd.train.callbacks import load_metrics
 
 CONFIG = """
 model: {path: model}
@@ -202,6 +202,6 @@ def test_metrics_reach_tensorboard_through_trl(model, here, monkeypatch):
             for value in Event.FromString(data[12 : 12 + length]).summary.value:
                 seen[value.tag] = value.simple_value
             data = data[16 + length :]
-    (row,) = read_metrics(here / "runs" / "run" / "metrics.jsonl")
+    (row,) = load_metrics(here / "runs" / "run" / "metrics.jsonl")
     for name in ("hsd/success_rate", "hsd/kl", "completions/mean_length"):
         assert seen[f"train/{name}"] == pytest.approx(row[name], rel=1e-5)
