@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from hsd.demo import worlds
-from hsd.demo.__main__ import parse, say
 from hsd.hindsight.context import build_context, tokenize_prompt
 from hsd.hindsight.peers import choose_peers, peer_rng
 from hsd.policy.body_and_head import split_model
+from hsd.progress import say
+from hsd.tasks import registered
+from hsd.tasks.task import load_policy
 from hsd.train.update import read_rollouts
 from hsd.viewer.make import sample_groups
 
@@ -29,19 +30,20 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=1024)
     args = parser.parse_args()
-    world = worlds.smollm2(parse(["smollm2"]), say)
-    world.model.eval()
-    split = split_model(world.model)
+    task = registered("smollm2", seed=0)
+    policy = load_policy(task.model())
+    policy.model.eval()
+    split = split_model(policy.model)
     student, teacher = [], []
-    for i, question in enumerate(world.held_out + world.train):
-        group = sample_groups(world.subject, [question], seed=i)[0]
+    for i, question in enumerate([*task.held_out, *task.questions]):
+        group = sample_groups(task, policy, [question], seed=i)[0]
         for place, peer in enumerate(choose_peers(group, "uniform", rng=peer_rng(0, 0, i))):
             if peer is None or place in group.successes:
                 continue
             rollout, shown = group.rollouts[place].token_ids, group.rollouts[peer].token_ids
-            context = build_context(world.tokenizer, group.prompt, group.answer, shown, world.template)
+            context = build_context(policy.tokenizer, group.prompt, group.answer, shown, task.template)
             for prompt, states in (
-                (tokenize_prompt(world.tokenizer, group.prompt), student),
+                (tokenize_prompt(policy.tokenizer, group.prompt), student),
                 (context.prompt_ids, teacher),
             ):
                 ids = torch.tensor([[*prompt, *rollout]])

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.credit import coverage
 from hsd.hindsight.groups import Group, Rollout
+from hsd.tasks import small_world
 from hsd.viewer.measure import (
     WINDOWS,
     MeasuredCredit,

@@ -10,11 +10,11 @@ from datasets import Dataset
 from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, STEP, TOKENIZER, half, qwen3, start_adapters
 from transformers import Qwen3ForCausalLM
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.groups import Group, Rollout
 from hsd.hindsight.peers import choose_peers
 from hsd.policy.tree.batch import pack_batch, pays, shuffle_groups, token_lists
+from hsd.tasks import small_world
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 
