@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.cli.run import BEFORE, claim, newest_model, prepare, steps_of, train
+    from hsd.cli.run import BEFORE, FREE, claim, newest_model, prepare, steps_of, train
     from hsd.cli.settings import parse
     from hsd.data.rows import read_json
     from hsd.evaluate import Success
@@ -62,6 +62,6 @@ def run(args: argparse.Namespace) -> int:
         return code
     model = newest_model(out)
     after = success(f"after-{steps_of(model)}.json", load_policy(str(model), settings.model.dtype))
-    chosen = {key: getattr(job.config, key) for key in {**task.config, **settings.train}}
+    chosen = {key: getattr(job.config, key) for key in {**task.config, **settings.train} if key not in FREE}
     print(report.write(out, task, command, chosen, before, after))
     return 0

@@ -86,7 +86,8 @@ def _train() -> Any:
 @cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
     has_its_own = is_dataclass(hint) or is_typeddict(hint)
-    return TypeAdapter[Any](hint, config=None if has_its_own else ConfigDict(arbitrary_types_allowed=True))
+    of_any_type: Any = hint
+    return TypeAdapter(of_any_type, config=None if has_its_own else ConfigDict(arbitrary_types_allowed=True))
 
 
 def _explain(error: ValidationError, prefix: str, came_from: Mapping[str, str], source: str) -> str:

@@ -21,7 +21,7 @@ from hsd.hindsight.groups import Group, Prompt
 from hsd.viewer.measure import TokenCredit, Top
 from hsd.viewer.tokens import partial_bytes, token_texts
 
-LIMITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)  # nats at full colour
+LIMITS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]  # nats at full colour
 NATS, PROBABILITY = 1e-3, 1e-4  # units
 
 

@@ -87,7 +87,8 @@ def test_a_run_brings_questions_rewards_and_templates(tmp_path):
     (tmp_path / "config.yaml").write_text(
         "task: small_world\nreward: ['hsd.tasks.small_world:reward', number]\n"
         "train: {max_completion_length: 7, bf16: false, use_cpu: true, reward_weights: [1.0, 0.5], seed: 3,\n"
-        "  success_reward: 0.5, with_peer_template: '[{answer};{demonstration}]', answer_only_template: '[{answer};]'}\n"
+        "  success_reward: 0.5,\n"
+        "  with_peer_template: '[{answer};{demonstration}]', answer_only_template: '[{answer};]'}\n"
     )
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
     task = credit.find_task(tmp_path, str(tmp_path / "model"), None, None)
