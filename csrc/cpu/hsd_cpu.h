@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define HSD_CPU_ABI 4
+#define HSD_CPU_ABI 5
 
 extern "C" {
 
@@ -37,14 +37,28 @@ struct hsd_rows {
 
 struct hsd_statistics {
     const int64_t* targets;  // (rows,) or null; the log-probs of a target outside the vocabulary are NaN
-    float* out;              // (8, rows), in the order of RowStats
+    // The columns of hsd_kernels/row_stats.py, (rows,) each.
+    float* kl;
+    float* student_logps;
+    float* teacher_logps;
+    float* student_entropy;
+    float* teacher_entropy;
+    float* student_lse;
+    float* teacher_lse;
+    float* student_top;
+    float* teacher_top;
+    float* student_log_sum;
+    float* teacher_log_sum;
+    float* grad_sum;
 };
 
 // What the gradient reads per row, (rows,) each, and where it goes: (rows, vocab), possibly over the logits of
 // either side, element 0 of a row on element 0, if no wider than they are.
 struct hsd_gradient {
-    const float* student_lse;
-    const float* teacher_lse;
+    const float* student_top;
+    const float* teacher_top;
+    const float* student_log_sum;
+    const float* teacher_log_sum;
     const float* grad_sum;
     const float* weights;
     double chain;  // d z / d x but for the softcap

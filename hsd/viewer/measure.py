@@ -24,8 +24,8 @@ from hsd.hindsight.peers import choose_peers
 from hsd.policy.body_and_head import Split, split_model
 from hsd.policy.frozen import in_eval_mode
 from hsd.tasks.task import Policy
-from hsd.train.update import read_rollouts
-from hsd_kernels import HSDKLOutput, fused_hsd_kl
+from hsd.train.update import head_of, read_rollouts
+from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
 
 WINDOWS = (2, 4, 8, 16, 32)
 DIFFICULTY = (0.2, 0.5, 0.8)  # pass rates between the bins; below 0.2 is the paper's "hard", above 0.5 its "easy"
@@ -175,7 +175,7 @@ def measure(
             out = _compare(split, student_BTD, teacher_BTD, ids_BT, mask_BT)
             alone_BTD, _, _ = _hidden(split, tokenizer, alone, rollouts)
             a_BT, alone_BT = _credit(out), _credit(_compare(split, student_BTD, alone_BTD, ids_BT, mask_BT))
-            kl_BT, logps_BT = out.per_token_kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
+            kl_BT, logps_BT = out.kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
             for b, (g, i) in enumerate(part):
                 n, peer = len(rollouts[b]), peers[g][i]
                 tau = None if peer is None else divergence_position(rollouts[b], groups[g].rollouts[peer].token_ids)
@@ -270,23 +270,13 @@ def _hidden(
     return read_rollouts(split, ids, mask_t, length), ids[:, left:], mask_t[:, left:]
 
 
-def _compare(split: Split, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> HSDKLOutput:
-    out = fused_hsd_kl(
-        student,
-        teacher,
-        split.weight,
-        split.bias,
-        target_ids=ids,
-        token_weights=live,
-        logit_scale=split.logit_scale,
-        softcap=split.softcap,
-        return_stats=True,
-    )
+def _compare(split: Split, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> RowStats:
+    out = fused_hsd_kl(student, teacher, head_of(split), target_ids=ids, token_weights=live, return_stats=True)
     assert isinstance(out, HSDKLOutput)
-    return out
+    return out.stats
 
 
-def _credit(out: HSDKLOutput) -> Tensor:
+def _credit(out: RowStats) -> Tensor:
     assert out.teacher_logps is not None and out.student_logps is not None
     return credit(out.teacher_logps, out.student_logps).cpu()
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hsd_kernels.divergence import DIVERGENCES, RowSpec, RowStats
+from hsd_kernels.divergence import DIVERGENCES, RowSpec
+from hsd_kernels.row_stats import COLUMNS, RowStats
 
-ABI = 4  # HSD_CPU_ABI in csrc/cpu/hsd_cpu.h
+ABI = 5  # HSD_CPU_ABI in csrc/cpu/hsd_cpu.h
 FOLDER = Path(__file__).parents[1]
 BUILD = "python setup.py build_ext --inplace"
 VARIANTS = ("baseline", "avx2", "avx512")
@@ -53,13 +54,15 @@ class _Rows(ctypes.Structure):
 
 
 class _Statistics(ctypes.Structure):
-    _fields_ = (("targets", ctypes.c_void_p), ("out", ctypes.c_void_p))
+    _fields_ = (("targets", ctypes.c_void_p), *((name, ctypes.c_void_p) for name in COLUMNS))
 
 
 class _Gradient(ctypes.Structure):
     _fields_ = (
-        ("student_lse", ctypes.c_void_p),
-        ("teacher_lse", ctypes.c_void_p),
+        ("student_top", ctypes.c_void_p),
+        ("teacher_top", ctypes.c_void_p),
+        ("student_log_sum", ctypes.c_void_p),
+        ("teacher_log_sum", ctypes.c_void_p),
         ("grad_sum", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("chain", ctypes.c_double),
@@ -122,14 +125,13 @@ def statistics(
     rows: Tensor,
 ) -> RowStats:
     problem, kept = _rows(x_student, x_teacher, spec, bias, teacher_bias)
-    out = torch.empty(len(RowStats._fields) - 1, x_student.shape[0], dtype=torch.float32)
+    table = torch.empty(len(COLUMNS), x_student.shape[0], dtype=torch.float32)
     targets = None if target_ids is None else target_ids.long().contiguous()
-    _call("hsd_cpu_statistics", problem, _Statistics(None if targets is None else targets.data_ptr(), out.data_ptr()))
+    columns = {name: column.data_ptr() for name, column in zip(COLUMNS, table.unbind(0), strict=True)}
+    pointers = _Statistics(targets=None if targets is None else targets.data_ptr(), **columns)
+    _call("hsd_cpu_statistics", problem, pointers)
     del kept
-    kl, student_logps, teacher_logps, *rest = out.unbind(0)
-    if target_ids is None:
-        student_logps = teacher_logps = None
-    return RowStats(rows, kl, student_logps, teacher_logps, *rest)
+    return RowStats.unstack(table, rows, with_targets=target_ids is not None)
 
 
 def gradient_(
@@ -147,11 +149,22 @@ def gradient_(
     for name, x in (("x_student", x_student), ("x_teacher", x_teacher)):
         if not _may_be_written(out, x):
             raise ValueError(f"out: expected memory of its own or the rows of {name} from their start, got an overlap")
-    per_row = (stats.student_lse, stats.teacher_lse, stats.grad_sum, weights)
-    per_row = tuple(t.to(torch.float32).contiguous() for t in per_row)
-    chain = spec.logit_scale / spec.temperature
-    pointers = (t.data_ptr() for t in per_row)
-    gradient = _Gradient(*pointers, chain, out.data_ptr(), out.stride(0), out.dtype == torch.bfloat16)
+    per_row = {
+        "student_top": stats.student_top,
+        "teacher_top": stats.teacher_top,
+        "student_log_sum": stats.student_log_sum,
+        "teacher_log_sum": stats.teacher_log_sum,
+        "grad_sum": stats.grad_sum,
+        "weights": weights,
+    }
+    per_row = {name: t.to(torch.float32).contiguous() for name, t in per_row.items()}
+    gradient = _Gradient(
+        **{name: t.data_ptr() for name, t in per_row.items()},
+        chain=spec.chain,
+        out=out.data_ptr(),
+        stride=out.stride(0),
+        out_is_bf16=out.dtype == torch.bfloat16,
+    )
     _call("hsd_cpu_gradient", problem, gradient)
     del kept, per_row
 
@@ -184,10 +197,10 @@ def _rows(
         raise TypeError(
             f"impl='cpp': expected x_teacher in the dtype of x_student, {x_student.dtype}, got {x_teacher.dtype}"
         )
-    n, vocab = x_student.shape
-    flags = (spec.softcap is not None, spec.kl_clip is not None, spec.kl_clip_form == "nonnegative", spec.linear)
-    bf16, divergence = x_student.dtype == torch.bfloat16, DIVERGENCES.index(spec.divergence)
-    return _Rows(*sides, n, vocab, bf16, divergence, *flags, in_scale, kappa, spec.beta, spec.kl_clip or 0.0), kept
+    d = spec.divergence
+    flags = (spec.softcap is not None, d.clip is not None, d.clip_form == "nonnegative", spec.linear)
+    bf16, kind = x_student.dtype == torch.bfloat16, DIVERGENCES.index(d.kind)
+    return _Rows(*sides, *x_student.shape, bf16, kind, *flags, in_scale, kappa, d.beta, d.clip or 0.0), kept
 
 
 def _check_dtype(name: str, t: Tensor) -> None:

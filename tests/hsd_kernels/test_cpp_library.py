@@ -11,7 +11,7 @@ import torch
 
 from hsd_kernels import rows
 from hsd_kernels.rows import cpp
-from hsd_kernels.rows import torch as torch_rows
+from hsd_kernels.rows import eager as torch_rows
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
