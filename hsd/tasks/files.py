@@ -31,6 +31,8 @@ def check_parts(settings: Settings) -> None:
         raise ValueError("data: expected no key but limit without data.path, whose questions the others are about")
     if settings.data.limit is not None and settings.data.limit < 1:
         raise ValueError(f"data.limit: expected a positive number of questions, got {settings.data.limit}")
+    if settings.data.held_out < 0:
+        raise ValueError(f"data.held_out: expected a number of questions >= 0, got {settings.data.held_out}")
 
 
 def complete(settings: Settings, base: Task | None, config: HSDConfig) -> Task:

@@ -109,6 +109,8 @@ def test_the_parts_of_a_task_are_all_needed_without_a_registered_one(jsonl):
     for name in parts:
         with pytest.raises(ValueError, match=rf"^{name}(\.path)?: expected a value, or a task among small_"):
             task_of(**{key: value for key, value in parts.items() if key != name})
+    with pytest.raises(ValueError, match=r"^data\.held_out: expected a number of questions >= 0, got -1"):
+        task_of(**parts | {"data": {"path": "q.jsonl", "held_out": -1}})
     with pytest.raises(ValueError, match=r"^data: expected no key but limit without data\.path"):
         task_of(task="small_world", data={"held_out": 3})
 
