@@ -18,14 +18,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.small_world.plan import Run, Scale
-from hsd.demo import small_world
 from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
 from hsd.hindsight.context import ContextTemplate
+from hsd.tasks import small_world
 from hsd.train.callbacks import load_metrics
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 
-TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
+TEMPLATE = small_world.TEMPLATE
 SAMPLING = Sampling(max_new_tokens=small_world.MAX_COMPLETION, batch_size=128)
 # Of each step's metrics, what the report reads.
 KEPT = (

@@ -14,7 +14,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from hsd.adapters import trl as adapter
 from hsd.adapters.trl import patch_trl
-from hsd.demo import small_world
+from hsd.tasks import small_world
 
 QUESTIONS = small_world.make_questions(4, seed=0)
 ROWS = [{"prompt": q["prompt"], "privileged_context": q["prompt"]} for q in QUESTIONS]

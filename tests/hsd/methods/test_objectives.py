@@ -7,8 +7,8 @@ from tiny_runs import ACCUMULATED, STEP, TOKENIZER, half, qwen3
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
+from hsd.tasks import small_world
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 

@@ -11,8 +11,8 @@ from datasets import Dataset
 from tiny_runs import QUIET, SMALLER, TOKENIZER, half, qwen3
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
+from hsd.tasks import small_world
 from hsd.train.callbacks import RunFiles, StepLine, StopOnSignal, last_checkpoint, load_metrics
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer

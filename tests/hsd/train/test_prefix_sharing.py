@@ -11,12 +11,12 @@ from datasets import Dataset
 from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, STEP, TOKENIZER, half, qwen3, start_adapters
 from transformers import Qwen3ForCausalLM
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.groups import Group, Rollout
 from hsd.hindsight.peers import choose_peers
 from hsd.policy.forward import Prompts
 from hsd.policy.tree.batch import pays, token_lists, tree_of
+from hsd.tasks import small_world
 from hsd.train.batch import shuffle_groups, unpack
 from hsd.train.config import HSDConfig
 from hsd.train.micro_batch import MicroBatchLoss

@@ -15,8 +15,8 @@ from peft import LoraConfig
 from tiny_runs import QUIET, SMALLER, TOKENIZER, half, qwen3
 
 from hsd.cli.__main__ import main
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
+from hsd.tasks import small_world
 from hsd.train.callbacks import load_metrics
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
