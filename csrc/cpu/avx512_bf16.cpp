@@ -20,7 +20,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "variants.h"
+#include "passes.h"
 
 namespace {
 
@@ -63,7 +63,7 @@ inline void transpose(__m512i r[16], uint32_t* to) {
 }
 
 // `rows` rows of w from (v, k) on, at most COLUMNS, `depth` numbers of each; 0 past either end, up to 16 pairs.
-void pack_rows(const hsd_product& p, int64_t v, int64_t k, int64_t rows, int64_t depth, Pairs* to) {
+void pack_rows(const Product& p, int64_t v, int64_t k, int64_t rows, int64_t depth, Pairs* to) {
     const uint16_t* from = (const uint16_t*)p.w + v * p.w_stride + k;
     for (int64_t i = 0; i < COLUMNS; i += 16) {
         for (int64_t j = 0; j < depth; j += 32) {
@@ -150,7 +150,7 @@ inline Tile tile_of(int64_t rows) {
 
 const int64_t hsd_project_out_block = TILES * COLUMNS;
 
-void hsd_project_out_block_of(const hsd_product& p, int64_t block) {
+void hsd_project_out_block_of(const Product& p, int64_t block) {
     constexpr int64_t DEPTH = 4 * PAIRS;  // pairs of k at a time: 256 KiB of w, in L2; 24 KiB of a, in L1
     constexpr int64_t ROW = DEPTH + 16;   // rows of a on lines of different sets
     alignas(64) Pairs w[TILES][DEPTH];
@@ -180,7 +180,7 @@ constexpr int64_t BANDS = 16;  // of ROWS rows of out
 
 const int64_t hsd_accumulate_block = BANDS * ROWS;
 
-void hsd_accumulate_block_of(const hsd_product& p, int64_t block) {
+void hsd_accumulate_block_of(const Product& p, int64_t block) {
     constexpr int64_t DEPTH = 2 * PAIRS;        // pairs of k at a time: 192 KiB of a and 128 KiB of w, in L2
     constexpr int64_t BAND = DEPTH * ROWS + 4;  // 16 numbers are stored where 12 count
     alignas(64) Pairs w[TILES][DEPTH];

@@ -6,12 +6,9 @@
 #pragma once
 
 #include "elementary.h"
-#include "hsd_cpu.h"
-#include "variants.h"
+#include "passes.h"
 
 namespace {
-
-enum Divergence { FORWARD_KL, REVERSE_KL, JSD };
 
 constexpr int64_t BLOCK = 2048;
 // Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page:
@@ -41,7 +38,7 @@ HSD_INLINE void store_some(T* p, F a, int64_t n) {
 // Reading: y of a block of columns.
 
 template <class X, class B>
-static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const hsd_rows& p, float* y) {
+static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const Rows& p, float* y) {
     const F in_scale = all(p.in_scale);
     const auto formed = [&](F a) __attribute__((always_inline)) {
         a = a * in_scale;
@@ -68,7 +65,7 @@ static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const h
 // where that is what y is, `buffer` else. `plus` is another side to add, or null.
 template <class X>
 static const float* read_of(
-    const hsd_rows& p, const hsd_side& side, const hsd_side* plus, int64_t row, int64_t start, int64_t n, float* buffer
+    const Rows& p, const Logits& side, const Logits* plus, int64_t row, int64_t start, int64_t n, float* buffer
 ) {
     const X* x = (const X*)side.x + row * side.stride + start;
     const X* other = plus ? (const X*)plus->x + row * plus->stride + start : nullptr;
@@ -84,13 +81,13 @@ static const float* read_of(
     return buffer;
 }
 
-static const float* read_student(const hsd_rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
-    const hsd_side* plus = p.is_linear ? &p.teacher : nullptr;
+static const float* read_student(const Rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
+    const Logits* plus = p.is_linear ? &p.teacher : nullptr;
     return p.is_bf16 ? read_of<bf16>(p, p.student, plus, row, start, n, buffer)
                      : read_of<float>(p, p.student, plus, row, start, n, buffer);
 }
 
-static const float* read_teacher(const hsd_rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
+static const float* read_teacher(const Rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
     return p.is_bf16 ? read_of<bf16>(p, p.teacher, nullptr, row, start, n, buffer)
                      : read_of<float>(p, p.teacher, nullptr, row, start, n, buffer);
 }
@@ -112,7 +109,7 @@ struct Block {
 };
 
 template <class Each>
-HSD_INLINE void for_blocks(const hsd_rows& p, int64_t row, const Each& each) {
+HSD_INLINE void for_blocks(const Rows& p, int64_t row, const Each& each) {
     alignas(64) float buffer_s[BLOCK], buffer_t[BLOCK];
     const int64_t itemsize = p.is_bf16 ? sizeof(bf16) : sizeof(float);
     const char* x_s = (const char*)p.student.x + row * p.student.stride * itemsize;
@@ -131,7 +128,7 @@ HSD_INLINE F times(F p, F log_ratio) { return keep(not_zero(p), p * log_ratio); 
 
 // (f, g) of the table in divergence.py.
 template <Divergence D, bool CLIP>
-HSD_INLINE void summands(F ls, F lt, F ps, F pt, const hsd_rows& p, F* f, F* g) {
+HSD_INLINE void summands(F ls, F lt, F ps, F pt, const Rows& p, F* f, F* g) {
     F clipped_g = all(0.0f);
     if (D == FORWARD_KL) {
         *f = CLIP ? times(pt, lt - ls) : all(0.0f);  // without a clip only g is asked for
@@ -209,7 +206,7 @@ static void raise_maxima(Sums& sums, float top_s, float top_t, double kappa) {
 // One read: maxima, sums of exponentials, entropies and, with ONE_PASS, the KL, which needs only E[z_p - z_q] and both
 // log-sum-exps.
 template <bool ONE_PASS, Divergence D>
-static Sums first_pass(const hsd_rows& p, int64_t row) {
+static Sums first_pass(const Rows& p, int64_t row) {
     Sums sums;
     const F kappa = all(p.kappa);
     for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
@@ -246,7 +243,7 @@ struct Summed {
 
 // The second read of the JSD and of a clip, whose summands need both log-sum-exps.
 template <Divergence D, bool CLIP>
-static Summed second_pass(const hsd_rows& p, int64_t row, float lse_s, float lse_t) {
+static Summed second_pass(const Rows& p, int64_t row, float lse_s, float lse_t) {
     Summed sums;
     const F kappa = all(p.kappa), minus_lse_s = all(-lse_s), minus_lse_t = all(-lse_t);
     for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
@@ -268,7 +265,7 @@ static Summed second_pass(const hsd_rows& p, int64_t row, float lse_s, float lse
     return sums;
 }
 
-static void statistics_row(const hsd_rows& p, const hsd_statistics& s, int64_t row) {
+static void statistics_row(const Rows& p, const Statistics& s, int64_t row) {
     const bool one_pass = p.divergence != JSD && !p.has_clip;
     const Sums sums = !one_pass                       ? first_pass<false, FORWARD_KL>(p, row)
                       : p.divergence == FORWARD_KL ? first_pass<true, FORWARD_KL>(p, row)
@@ -317,7 +314,7 @@ static void statistics_row(const hsd_rows& p, const hsd_statistics& s, int64_t r
 // Gradient.
 
 template <Divergence D, bool CLIP, bool SOFTCAP, class OUT>
-static void gradient_row_as(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
+static void gradient_row_as(const Rows& p, const Gradient& g, int64_t row) {
     const F kappa = all(p.kappa), minus_lse_s = all(-g.student_lse[row]), minus_lse_t = all(-g.teacher_lse[row]);
     const F grad_sum = all(g.grad_sum[row]), scale = all((float)(g.weights[row] * g.chain));
     OUT* out = (OUT*)g.out + row * g.stride;
@@ -341,7 +338,7 @@ static void gradient_row_as(const hsd_rows& p, const hsd_gradient& g, int64_t ro
 }
 
 template <Divergence D, bool CLIP>
-static void gradient_row_of(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
+static void gradient_row_of(const Rows& p, const Gradient& g, int64_t row) {
     if (p.has_softcap) {
         g.out_is_bf16 ? gradient_row_as<D, CLIP, true, bf16>(p, g, row)
                       : gradient_row_as<D, CLIP, true, float>(p, g, row);
@@ -351,7 +348,7 @@ static void gradient_row_of(const hsd_rows& p, const hsd_gradient& g, int64_t ro
     }
 }
 
-static void gradient_row(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
+static void gradient_row(const Rows& p, const Gradient& g, int64_t row) {
     if (g.weights[row] == 0.0f) {  // also where 0 times the gradient would be NaN
         const int64_t itemsize = g.out_is_bf16 ? sizeof(bf16) : sizeof(float);
         memset((char*)g.out + row * g.stride * itemsize, 0, p.vocab * itemsize);
@@ -366,7 +363,7 @@ static void gradient_row(const hsd_rows& p, const hsd_gradient& g, int64_t row) 
     }
 }
 
-static void elementary(int function, const float* x, float* out, int64_t n) {
+static void elementary(int64_t function, const float* x, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         const int64_t some = n - i < LANES ? n - i : LANES;
         const F a = load_some(x + i, some);

@@ -24,6 +24,8 @@ from types import ModuleType
 
 import torch as pytorch  # importing the submodule binds the name "torch" in this package to it
 
+from hsd_kernels import native
+
 IMPLS = ("auto", "torch", "triton", "cpp")
 
 
@@ -43,13 +45,11 @@ def resolve(impl: str, device: pytorch.device, dtype: pytorch.dtype) -> ModuleTy
         if dtype == pytorch.float64:
             raise TypeError("impl='triton': expected float32, bfloat16 or float16 inputs, got float64")
     elif impl == "cpp":
-        from hsd_kernels.rows import cpp
-
         if device.type != "cpu":
             raise ValueError(f"impl='cpp': expected CPU tensors, got {device}")
-        if dtype not in cpp.DTYPES:
+        if dtype not in native.DTYPES:
             raise TypeError(f"impl='cpp': expected float32 or bfloat16 inputs, got {dtype}")
-        cpp.library()
+        native.facts()
     return importlib.import_module(f"hsd_kernels.rows.{impl}")
 
 
@@ -57,12 +57,10 @@ def _best(device: pytorch.device, dtype: pytorch.dtype) -> str:
     if device.type == "cuda":
         fits = dtype != pytorch.float64 and importlib.util.find_spec("triton")
         return "triton" if fits and pytorch.cuda.get_device_capability(device) >= (8, 0) else "torch"
-    from hsd_kernels.rows import cpp
-
-    if device.type != "cpu" or dtype not in cpp.DTYPES or cpp.find() is None:
+    if device.type != "cpu" or dtype not in native.DTYPES or native.find() is None:
         return "torch"
     try:
-        cpp.library()
+        native.facts()
     except RuntimeError as error:
         _warn_once(f"impl='auto' takes the torch rows: {error}")
         return "torch"
