@@ -25,6 +25,11 @@ _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS's names for them
 
 ProductName = Literal["logits", "dH", "dW"]
 By = Literal["own", "mkl", "torch"]
+BY: dict[By, str] = {
+    "own": "vdpbf16ps of the C++ library, bf16 into fp32",
+    "mkl": "MKL's bf16 into fp32",
+    "torch": "torch.mm, of operands upcast to fp32 where the result is not rounded to bf16 next",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Machine:
     mkl: bool
 
 
-def plan(product: ProductName, a: Tensor, b: Tensor, out: torch.dtype, machine: Machine | None = None) -> By:
+def plan(product: ProductName, a: Tensor, b: Tensor, out: torch.dtype, on: Machine | None = None) -> By:
     """Who computes a CPU product of the operands a and b into ``out``.
 
     "own" is the C++ library's vdpbf16ps (csrc/cpu/avx512_bf16.cpp), for logits and dW: 2.3 times as fast as MKL's on a
@@ -45,17 +50,17 @@ def plan(product: ProductName, a: Tensor, b: Tensor, out: torch.dtype, machine: 
     rounded to bf16 next. "mkl" runs on AMX, and where the C++ library was not built. Without bf16 instructions MKL is
     no faster than torch's fp32 product (benchmarks/results/products_cpu_no_bf16.md).
     """
-    machine = _machine() if machine is None else machine
+    here = machine() if on is None else on
     on_cpu = a.device.type == "cpu" and a.dtype == b.dtype == torch.bfloat16
-    if not on_cpu or machine.bf16 == "none" or not (_rows_apart(a) and _rows_apart(b)):
+    if not on_cpu or here.bf16 == "none" or not (_rows_apart(a) and _rows_apart(b)):
         return "torch"
     if product == "dH":
-        return "mkl" if machine.mkl and not (out == torch.bfloat16 and machine.bf16 == "avx512") else "torch"
+        return "mkl" if here.mkl and not (out == torch.bfloat16 and here.bf16 == "avx512") else "torch"
     if out != torch.float32:
         return "torch"
-    if machine.own and machine.bf16 == "avx512":
+    if here.own and here.bf16 == "avx512":
         return "own"
-    return "mkl" if machine.mkl else "torch"
+    return "mkl" if here.mkl else "torch"
 
 
 def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -126,20 +131,22 @@ def gradient_view(x_student: Tensor, operand: Tensor) -> Tensor:
 
 def torch_leads(operand: Tensor) -> bool:
     """Whether dW of a single chunk is best rounded to bf16 by torch's product, which accumulates in fp32 too."""
-    return operand.device.type == "cpu" and operand.dtype == torch.bfloat16 and _machine().bf16 == "avx512"
+    return operand.device.type == "cpu" and operand.dtype == torch.bfloat16 and machine().bf16 == "avx512"
+
+
+def machine() -> Machine:
+    own = native.available() and native.facts().has_products
+    return Machine(_bf16_instructions(), own, _mkl_routine() is not None)
 
 
 @cache
-def _machine() -> Machine:
-    bf16: Literal["amx", "avx512", "none"] = "none"
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        cpu = torch.cpu
-        if cpu._is_amx_tile_supported():  # pyright: ignore[reportPrivateUsage]
-            bf16 = "amx"
-        elif cpu._is_avx512_bf16_supported():  # pyright: ignore[reportPrivateUsage]
-            bf16 = "avx512"
-    own = native.available() and native.facts().has_products
-    return Machine(bf16, own, _mkl_routine() is not None)
+def _bf16_instructions() -> Literal["amx", "avx512", "none"]:
+    """Those that torch's oneDNN uses too, which ONEDNN_MAX_CPU_ISA may hide from it."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return "none"
+    if torch.cpu._is_amx_tile_supported():  # pyright: ignore[reportPrivateUsage]
+        return "amx"
+    return "avx512" if torch.cpu._is_avx512_bf16_supported() else "none"  # pyright: ignore[reportPrivateUsage]
 
 
 def _rows_apart(t: Tensor) -> bool:

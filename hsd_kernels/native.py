@@ -21,8 +21,10 @@ VARIANTS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _ROWS = "Tensor x_student, Tensor x_teacher, Tensor? bias, Tensor? teacher_bias"
-_FORM = "int divergence, float beta, float? clip, bool is_nonnegative, bool is_linear, bool has_softcap"
-_FORM += ", float in_scale, float kappa"
+_FORM = (
+    "int divergence, float beta, float? clip, bool is_nonnegative, bool is_linear, bool has_softcap, "
+    "float in_scale, float kappa"
+)
 _RUN = "int variant, int threads"
 
 # Of torch.ops.hsd_cpu, which return nothing but what they write.
@@ -46,7 +48,7 @@ SCHEMAS = (
 )
 _library = torch.library.Library("hsd_cpu", "DEF")
 for _schema in SCHEMAS:
-    _library.define(_schema)
+    _library.define(_schema)  # pyright: ignore[reportUnknownMemberType]
 
 
 class Facts(NamedTuple):
@@ -68,7 +70,7 @@ def load(path: Path) -> Facts:
     """Raises RuntimeError for a file that is no library, another one or one of another ABI."""
     found = None
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # pyright: ignore[reportUnknownMemberType]
         found = Facts(*torch.ops.hsd_cpu.facts())
         got = f"ABI {found.abi}"
     except OSError as error:

@@ -1,13 +1,14 @@
-// Products of bf16 into fp32 by vdpbf16ps, for processors that have it and no AMX: MKL's run at its fp32 speed there.
+// Products of bf16 into fp32 by vdpbf16ps, for processors that have it and no AMX: MKL's run at its fp32 speed there
+// (benchmarks/results/products_cpu.md).
 //
 // Logits a w^T: a thread takes a block of V, packs it so that 32 columns of out read two vectors per pair of k, and
 // passes all rows of a over it. dW += a^T w: a thread takes a block of V again, which are rows of out here, and packs
 // pairs of rows of both sides.
 //
 // An element is summed in fp32 in ascending order of k, each block of k from 0, whatever the position and the threads.
-// Blocks of k are 256 long for accuracy: relative error of the logits 1.14e-7 (rms, D = 512; 1.64e-7 in one block of
-// 512, MKL 0.94e-7). Several blocks are added before anything is written: with a read and write of out for each, rows
-// 192 KiB apart (V = 49,152) met in a few sets of the caches, and D = 576 took 0.43 s instead of 0.29.
+// Blocks of k are 256 long for accuracy: one long fp32 sum rounds more often at its full size. Several blocks are added
+// before anything is written: with a read and write of out for each, rows 192 KiB apart (V = 49,152) meet in a few sets
+// of the caches.
 // vdpbf16ps takes operands, products and sums below 2^-126 in magnitude as 0, whatever MXCSR says.
 #ifdef __x86_64__
 #if !defined(__AVX512BW__) || !defined(__AVX512BF16__)

@@ -13,6 +13,13 @@ typedef std::optional<double> MaybeFloat;
 
 #define HSD_CPU_ABI 5
 
+// Parts of the schemas, by their names in native.py.
+#define ROWS Tensor x_student, Tensor x_teacher, MaybeTensor bias, MaybeTensor teacher_bias
+#define FORM                                                                                               \
+    int64_t divergence, double beta, MaybeFloat clip, bool is_nonnegative, bool is_linear, bool has_softcap, \
+        double in_scale, double kappa
+#define RUN int64_t variant, int64_t threads
+
 namespace {
 
 // The number of the fastest variant that this machine runs. Every smaller one runs.
@@ -61,7 +68,7 @@ int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / b
 bool is_bf16(const char* name, const Tensor& t) {
     const ScalarType dtype = t.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
-                    ": expected float32 or bfloat16, got another dtype");
+                    ": expected float32 or bfloat16, got ", toString(dtype));
     return dtype == ScalarType::BFloat16;
 }
 
@@ -82,7 +89,7 @@ Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) 
 template <class T>
 T* vector(const char* name, const Tensor& t, ScalarType dtype, int64_t size) {
     STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == size, name, ": expected ", size,
-                    " contiguous numbers of its dtype, got ", t.numel(), " or others");
+                    " contiguous numbers of ", toString(dtype), ", got ", t.numel(), " of ", toString(t.scalar_type()));
     return (T*)t.data_ptr();
 }
 
@@ -93,9 +100,7 @@ Logits logits(const char* name, const Matrix& x, const MaybeTensor& bias) {
     return {x.x, vector<void>(name, *bias, dtype, x.columns), x.stride, narrow};
 }
 
-Rows rows_of(const Tensor& x_student, const Tensor& x_teacher, const MaybeTensor& bias, const MaybeTensor& teacher_bias,
-             int64_t divergence, double beta, MaybeFloat clip, bool is_nonnegative, bool is_linear, bool has_softcap,
-             double in_scale, double kappa) {
+Rows rows_of(ROWS, FORM) {
     const Matrix s = matrix("x_student", x_student), t = matrix("x_teacher", x_teacher, s.rows, s.columns);
     STD_TORCH_CHECK(s.is_bf16 == t.is_bf16, "x_teacher: expected the dtype of x_student, got another");
     return {logits("bias", s, bias), logits("teacher_bias", t, teacher_bias), s.rows, s.columns, s.is_bf16,
@@ -103,11 +108,12 @@ Rows rows_of(const Tensor& x_student, const Tensor& x_teacher, const MaybeTensor
             (float)kappa, (float)beta, (float)clip.value_or(0.0)};
 }
 
-void statistics(Tensor out, Tensor x_student, Tensor x_teacher, MaybeTensor bias, MaybeTensor teacher_bias,
-                MaybeTensor target_ids, int64_t divergence, double beta, MaybeFloat clip, bool is_nonnegative,
-                bool is_linear, bool has_softcap, double in_scale, double kappa, int64_t variant, int64_t threads) {
-    const Rows rows = rows_of(x_student, x_teacher, bias, teacher_bias, divergence, beta, clip, is_nonnegative,
-                              is_linear, has_softcap, in_scale, kappa);
+#define ROWS_OF                                                                                             \
+    rows_of(x_student, x_teacher, bias, teacher_bias, divergence, beta, clip, is_nonnegative, is_linear, \
+            has_softcap, in_scale, kappa)
+
+void statistics(Tensor out, ROWS, MaybeTensor target_ids, FORM, RUN) {
+    const Rows rows = ROWS_OF;
     const Variant& v = numbered(variant);
     const int64_t n = rows.rows;
     const Statistics s = {
@@ -117,37 +123,36 @@ void statistics(Tensor out, Tensor x_student, Tensor x_teacher, MaybeTensor bias
     for_each(n, threads, [&](int64_t row) { v.statistics_row(rows, s, row); });
 }
 
-void gradient(Tensor out, Tensor x_student, Tensor x_teacher, MaybeTensor bias, MaybeTensor teacher_bias,
-              Tensor student_lse, Tensor teacher_lse, Tensor grad_sum, Tensor weights, int64_t divergence, double beta,
-              MaybeFloat clip, bool is_nonnegative, bool is_linear, bool has_softcap, double in_scale, double kappa,
-              double chain, int64_t variant, int64_t threads) {
-    const Rows rows = rows_of(x_student, x_teacher, bias, teacher_bias, divergence, beta, clip, is_nonnegative,
-                              is_linear, has_softcap, in_scale, kappa);
+void gradient(Tensor out, ROWS, Tensor student_lse, Tensor teacher_lse, Tensor grad_sum, Tensor weights, FORM,
+              double chain, RUN) {
+    const Rows rows = ROWS_OF;
     const Variant& v = numbered(variant);
     const int64_t n = rows.rows;
     const Matrix to = matrix("out", out, n, rows.vocab);
-    const Gradient g = {
-        vector<const float>("student_lse", student_lse, ScalarType::Float, n),
-        vector<const float>("teacher_lse", teacher_lse, ScalarType::Float, n),
-        vector<const float>("grad_sum", grad_sum, ScalarType::Float, n),
-        vector<const float>("weights", weights, ScalarType::Float, n),
-        chain, to.x, to.stride, to.is_bf16,
+    const auto per_row = [&](const char* name, const Tensor& t) {
+        return vector<const float>(name, t, ScalarType::Float, n);
     };
+    const Gradient g = {per_row("student_lse", student_lse),
+                        per_row("teacher_lse", teacher_lse),
+                        per_row("grad_sum", grad_sum),
+                        per_row("weights", weights),
+                        chain,
+                        to.x,
+                        to.stride,
+                        to.is_bf16};
     for_each(n, threads, [&](int64_t row) { v.gradient_row(rows, g, row); });
 }
 
-// a (rows, .) and w (., dim), and out in fp32 of (out_rows, out_columns).
-Product product(const Matrix& a, const Matrix& w, const Tensor& out, int64_t out_rows, int64_t out_columns, bool adds) {
+Product product(const Matrix& a, const Matrix& w, const Tensor& out, int64_t vocab, int64_t rows, int64_t columns) {
     STD_TORCH_CHECK(has_products(), "products: expected a CPU with AVX512_BF16, got one without");
-    const Matrix o = matrix("out", out, out_rows, out_columns);
-    STD_TORCH_CHECK(a.is_bf16 && w.is_bf16 && !o.is_bf16, "products: expected bfloat16 into float32");
-    return {a.x, w.x, (float*)o.x, a.stride, w.stride, o.stride, a.rows, 0, w.columns, adds};
+    const Matrix o = matrix("out", out, rows, columns);
+    STD_TORCH_CHECK(a.is_bf16 && w.is_bf16 && !o.is_bf16, "products: expected bfloat16 into float32, got other dtypes");
+    return {a.x, w.x, (float*)o.x, a.stride, w.stride, o.stride, a.rows, vocab, w.columns, false};
 }
 
 void project_out(Tensor out, Tensor a, Tensor w, int64_t threads) {
     const Matrix am = matrix("a", a), wm = matrix("w", w, w.size(0), am.columns);
-    Product p = product(am, wm, out, am.rows, wm.rows, false);
-    p.vocab = wm.rows;
+    const Product p = product(am, wm, out, wm.rows, am.rows, wm.rows);
 #ifdef __x86_64__
     const int64_t blocks = blocks_of(p.vocab, hsd_project_out_block);
     for_each(blocks, threads, [&](int64_t block) { hsd_project_out_block_of(p, block); });
@@ -156,15 +161,15 @@ void project_out(Tensor out, Tensor a, Tensor w, int64_t threads) {
 
 void accumulate(Tensor out, Tensor a, Tensor w, bool adds, int64_t threads) {
     const Matrix am = matrix("a", a), wm = matrix("w", w, am.rows, w.size(1));
-    Product p = product(am, wm, out, am.columns, wm.columns, adds);
-    p.vocab = am.columns;
+    Product p = product(am, wm, out, am.columns, am.columns, wm.columns);
+    p.adds = adds;
 #ifdef __x86_64__
     const int64_t blocks = blocks_of(p.vocab, hsd_accumulate_block);
     for_each(blocks, threads, [&](int64_t block) { hsd_accumulate_block_of(p, block); });
 #endif
 }
 
-void column_norms(Tensor mass, Tensor largest, Tensor dz, int64_t variant, int64_t threads) {
+void column_norms(Tensor mass, Tensor largest, Tensor dz, RUN) {
     const Matrix m = matrix("dz", dz);
     double* to_mass = vector<double>("mass", mass, ScalarType::Double, m.columns);
     float* to_largest = vector<float>("largest", largest, ScalarType::Float, m.columns);

@@ -11,9 +11,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 2048;
-// Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page:
-// forward KL of (256, 151936) fp32 on one core, statistics 0.155 -> 0.104, gradient 0.130 -> 0.094, narrow 0.178 ->
-// 0.095 s per 1024 rows, which is what a plain sum and an in-place addition over the same memory take.
+// Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page.
 constexpr float INF = __builtin_inff();
 // Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
 constexpr float LOWEST = -3.0e38f;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hsd_kernels import native, rows
 from hsd_kernels.rows import cpp
 from hsd_kernels.rows import torch as torch_rows
 
+SOURCE = Path(__file__).parents[2] / "csrc" / "cpu" / "operators.cpp"
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -36,7 +39,7 @@ def test_missing_library(monkeypatch, tmp_path):
         warnings.simplefilter("error")
         assert resolve("auto") is torch_rows
     assert not native.available() and not native.takes(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"^impl='cpp': expected the built library .*; run `HSD_BUILD_CPU=1 python set"):
+    with pytest.raises(ValueError, match=r"^impl='cpp': expected the built library .*; run `HSD_BUILD_CPU=1 py"):
         resolve("cpp")
 
 
@@ -84,13 +87,22 @@ def test_broken_library(kind, tmp_path):
     assert first == str(["impl='auto' takes the torch rows: impl='cpp'"]) and second == "[]"
 
 
-def test_every_schema_has_its_implementation():
-    """A function of another arity than its schema would be found at its first call only."""
-    names = [s.partition("(")[0] for s in native.SCHEMAS]
-    assert "statistics" in names
-    for name in names:
-        key = "CompositeExplicitAutograd" if name == "facts" else "CPU"
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hsd_cpu::{name}", key), name
+@pytest.mark.parametrize("schema", native.SCHEMAS, ids=lambda s: s.partition("(")[0])
+def test_every_schema_has_its_implementation(schema):
+    """Torch compares the number of arguments, at the first call. Their order and types are compared here."""
+    parsed = torch._C.parse_schema(schema)
+    assert native.facts().abi == native.ABI
+    key = "CompositeExplicitAutograd" if parsed.name == "facts" else "CPU"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hsd_cpu::{parsed.name}", key)
+
+    source = SOURCE.read_text().replace("\\\n", " ")
+    macros = dict(re.findall(r"^#define (ROWS|FORM|RUN)\s+(.*)$", source, re.MULTILINE))
+    (found,) = re.findall(rf"^\S+(?: \S+)* {parsed.name}\(([^()]*)\) \{{", source, re.MULTILINE)
+    found = re.sub(r"\b(ROWS|FORM|RUN)\b", lambda m: macros[m[0]], found)
+    names = {"Tensor?": "MaybeTensor", "int": "int64_t", "float": "double", "float?": "MaybeFloat"}
+    types = [str(a.type).replace("Optional[", "").replace("]", "?") for a in parsed.arguments]
+    wanted = [f"{names.get(t, t)} {a.name}" for t, a in zip(types, parsed.arguments, strict=True)]
+    assert [" ".join(part.split()) for part in found.split(",") if part.strip()] == wanted
 
 
 def test_a_compiled_caller():

@@ -30,20 +30,20 @@ MACHINES = {
 @pytest.fixture(params=MACHINES)
 def route(request, monkeypatch):
     """The products as some CPU would have them computed, as far as this one can."""
-    machine, here = MACHINES[request.param], gemm._machine()
+    machine, here = MACHINES[request.param], gemm.machine()
     if request.param == "own":
         vdpbf16ps()
     elif request.param == "upcast":
         monkeypatch.setattr(gemm, "UPCAST_ROWS", 50)
     elif not here.mkl:
         pytest.skip("this build of torch does not export MKL's cblas_gemm_bf16bf16f32")
-    monkeypatch.setattr(gemm, "_machine", lambda: machine)
+    monkeypatch.setattr(gemm, "machine", lambda: machine)
     return request.param
 
 
 def vdpbf16ps():
     """(hidden, weight, out) -> out = hidden @ weight.T, (dz, hidden, out, adds) -> out = or += dz.T @ hidden."""
-    if not gemm._machine().own:
+    if not gemm.machine().own:
         pytest.skip("the C++ library is not built, or finds no avx512_bf16 on this CPU")
 
     def project_out(hidden, weight, out):

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels import fused_hsd_kl, native, reference
 from hsd_kernels.divergence import DIVERGENCES, RowSpec, RowStats
-from hsd_kernels import native
 from hsd_kernels.rows import cpp
 from hsd_kernels.rows import torch as torch_rows
 from hsd_kernels.testing import assert_within_budget
