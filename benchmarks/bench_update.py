@@ -24,7 +24,6 @@ from timing import environment, header, peak_bytes, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from trl.trainer.utils import selective_log_softmax
 
 from hsd.policy.body_and_head import hidden_states, split_model
 from hsd.policy.tree.attention import enable_tree
@@ -95,6 +94,8 @@ def update(contender: str, model: Any, group: tuple[list[list[int]], ...]) -> Te
     split = split_model(model)
     targets = torch.tensor(rollouts, device=split.weight.device)
     if contender == "grpo":
+        from trl.trainer.utils import selective_log_softmax
+
         logits = split.head(read(model, prompts, rollouts))
         loss = -selective_log_softmax(logits, targets).mean()
     else:
@@ -188,6 +189,31 @@ def times(model_name: str, shape: tuple[int, ...], contenders: list[str], device
     return {c: {"failed": failed[c]} if c in failed else {"seconds": sorted(seconds[c])} for c in contenders}
 
 
+def one_update(
+    contender: str, model: Any, model_name: str, shape: tuple[int, ...], device: str, repeats: int
+) -> dict[str, Any]:
+    """A row of one contender in this process: time and, of CUDA's allocator, peak memory beyond model and gradients."""
+    group = make_group(shape, MODELS[model_name][-1])
+    tokens, flops = count(contender, model_name, shape)
+    seconds, peak = [], 0
+    for i in range(repeats + 1):
+        model.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        base, start = peak_bytes(device), time.perf_counter()
+        update(contender, model, group)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i:  # the first is the warm-up
+            seconds.append(time.perf_counter() - start)
+            peak = peak_bytes(device) - base
+    model.zero_grad()
+    seconds.sort()
+    row = {"tokens": tokens, "flops": flops, "median": statistics.median(seconds), "peak_bytes": peak}
+    return row | {"p20": seconds[len(seconds) // 5], "p80": seconds[len(seconds) * 4 // 5]}
+
+
 def memory(model_name: str, shape: tuple[int, ...], contender: str, device: str) -> dict[str, Any]:
     """Peak memory of one update beyond the model, in a process of its own."""
     model = build(model_name, device, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -269,9 +295,9 @@ def main() -> None:
             shape = tuple(map(int, text.split(",")))
             rows += measure(model, shape, args.contenders, args.device, args.repeats)
             print(f"  {model} {text} done", file=sys.stderr)
+            if args.json:  # after each shape: a run that is cut off leaves what it has
+                save(args.json, facts, rows, table(rows))
     print(table(rows))
-    if args.json:
-        save(args.json, facts, rows, table(rows))
 
 
 if __name__ == "__main__":

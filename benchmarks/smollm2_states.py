@@ -1,10 +1,12 @@
 """Records real hidden states for the benchmarks: SmolLM2-135M-Instruct on the times table.
 
     python benchmarks/smollm2_states.py runs/smollm2_states.pt [--tokens 1024]
+    python benchmarks/smollm2_states.py .states/smollm2_8k.pt --tokens 512 --vocabulary 8192
 
 Rollouts are sampled, graded and paired as in `make demo-smollm2`; every failing rollout with a successful peer is read
 twice, by the student (prompt alone) and by the teacher (peer and answer in context). The file holds the states that
-predict its tokens, "student" and "teacher" (N, 576), and the head, "weight" (49,152, 576), in fp32.
+predict its tokens, "student" and "teacher" (N, 576), and the head, "weight" (49,152, 576), in fp32. --vocabulary keeps
+the tokens with the largest mass under both sides and stores bf16: 10 MB, small enough to be carried to a GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, help="tokens of the head to keep, all of them without it")
     args = parser.parse_args()
     world = worlds.smollm2(parse(["smollm2"]), say)
     world.model.eval()
@@ -52,7 +55,15 @@ def main() -> None:
             break
     args.out.parent.mkdir(parents=True, exist_ok=True)
     states = {"student": torch.cat(student), "teacher": torch.cat(teacher), "weight": split.weight.detach().clone()}
-    torch.save({name: t.float() for name, t in states.items()}, args.out)
+    dtype = torch.float32
+    if args.vocabulary is not None:
+        states = {name: t[: args.tokens] if name != "weight" else t for name, t in states.items()}
+        logits = (states[side] @ states["weight"].T for side in ("student", "teacher"))
+        mass = torch.stack([x.softmax(-1).sum(0) for x in logits]).sum(0)
+        kept = mass.topk(args.vocabulary).indices.sort().values
+        say(f"{args.vocabulary} tokens hold {mass[kept].sum() / mass.sum():.6f} of the mass")
+        states["weight"], dtype = states["weight"][kept], torch.bfloat16
+    torch.save({name: t.to(dtype) for name, t in states.items()}, args.out)
 
 
 if __name__ == "__main__":

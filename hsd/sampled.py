@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hsd.policy.body_and_head import Split
-from hsd_kernels import gemm
+from hsd_kernels import Head, gemm
 
 CHUNK_BYTES = 256 << 20  # of logits
 
@@ -41,7 +41,7 @@ def k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
 
 def sampled_loss(
     hidden: Tensor,
-    head: Split,
+    head: Split | Head,
     target_ids: Tensor,
     weights: Tensor,
     token_loss: TokenLoss,
@@ -77,7 +77,9 @@ def sampled_loss(
 
 
 @torch.no_grad()
-def sampled_logps(hidden: Tensor, head: Split, target_ids: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+def sampled_logps(
+    hidden: Tensor, head: Split | Head, target_ids: Tensor, mask: Tensor, *, temperature: float = 1.0
+) -> Tensor:
     """log p(target_ids) (B, T) where ``mask`` is not 0, else 0; no gradient."""
     weights = (mask != 0).float()
     return sampled_loss(hidden, head, target_ids, weights, lambda logps, _: logps, temperature=temperature)[1]

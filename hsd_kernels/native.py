@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ABI = 5  # HSD_CPU_ABI in csrc/cpu/operators.cpp: of these schemas and what they mean
+ABI = 6  # HSD_CPU_ABI in csrc/cpu/operators.cpp: of these schemas and what they mean
 FOLDER = Path(__file__).parent
 BUILD = "HSD_BUILD_CPU=1 python setup.py build_ext --inplace"
 VARIANTS = ("baseline", "avx2", "avx512")
@@ -31,10 +31,11 @@ _RUN = "int variant, int threads"
 SCHEMAS = (
     # (ABI, number of the fastest of VARIANTS, whether this CPU runs the products)
     "facts() -> (int, int, bool)",
-    # out: RowStats without rows, one column after the other. Log-probs of a target outside the vocabulary are NaN.
+    # out: the COLUMNS of hsd_kernels/row_stats.py. The log-probs of a target outside the vocabulary are NaN.
     f"statistics(Tensor(a!) out, {_ROWS}, Tensor? target_ids, *, {_FORM}, {_RUN}) -> ()",
     # out may lie over x_student or x_teacher: element 0 of a row on element 0, and no wider.
-    f"gradient(Tensor(a!) out, {_ROWS}, Tensor student_lse, Tensor teacher_lse, Tensor grad_sum, Tensor weights, *, "
+    f"gradient(Tensor(a!) out, {_ROWS}, Tensor student_top, Tensor teacher_top, "
+    "Tensor student_log_sum, Tensor teacher_log_sum, Tensor grad_sum, Tensor weights, *, "
     f"{_FORM}, float chain, {_RUN}) -> ()",
     # out = a w^T and out = or, with adds, += a^T w: bf16 into fp32.
     "project_out(Tensor(a!) out, Tensor a, Tensor w, *, int threads) -> ()",

@@ -11,7 +11,7 @@ using torch::stable::Tensor;
 typedef std::optional<Tensor> MaybeTensor;
 typedef std::optional<double> MaybeFloat;
 
-#define HSD_CPU_ABI 5
+#define HSD_CPU_ABI 6
 
 // Parts of the schemas, by their names in native.py.
 #define ROWS Tensor x_student, Tensor x_teacher, MaybeTensor bias, MaybeTensor teacher_bias
@@ -116,15 +116,18 @@ void statistics(Tensor out, ROWS, MaybeTensor target_ids, FORM, RUN) {
     const Rows rows = ROWS_OF;
     const Variant& v = numbered(variant);
     const int64_t n = rows.rows;
+    float* to = vector<float>("out", out, ScalarType::Float, STATISTICS * n);
+    const auto column = [&] { return (to += n) - n; };
     const Statistics s = {
         target_ids ? vector<const int64_t>("target_ids", *target_ids, ScalarType::Long, n) : nullptr,
-        vector<float>("out", out, ScalarType::Float, STATISTICS * n),
+        column(), column(), column(), column(), column(), column(),
+        column(), column(), column(), column(), column(), column(),
     };
     for_each(n, threads, [&](int64_t row) { v.statistics_row(rows, s, row); });
 }
 
-void gradient(Tensor out, ROWS, Tensor student_lse, Tensor teacher_lse, Tensor grad_sum, Tensor weights, FORM,
-              double chain, RUN) {
+void gradient(Tensor out, ROWS, Tensor student_top, Tensor teacher_top, Tensor student_log_sum, Tensor teacher_log_sum,
+              Tensor grad_sum, Tensor weights, FORM, double chain, RUN) {
     const Rows rows = ROWS_OF;
     const Variant& v = numbered(variant);
     const int64_t n = rows.rows;
@@ -132,8 +135,10 @@ void gradient(Tensor out, ROWS, Tensor student_lse, Tensor teacher_lse, Tensor g
     const auto per_row = [&](const char* name, const Tensor& t) {
         return vector<const float>(name, t, ScalarType::Float, n);
     };
-    const Gradient g = {per_row("student_lse", student_lse),
-                        per_row("teacher_lse", teacher_lse),
+    const Gradient g = {per_row("student_top", student_top),
+                        per_row("teacher_top", teacher_top),
+                        per_row("student_log_sum", student_log_sum),
+                        per_row("teacher_log_sum", teacher_log_sum),
                         per_row("grad_sum", grad_sum),
                         per_row("weights", weights),
                         chain,

@@ -5,7 +5,7 @@
 
 enum Divergence { FORWARD_KL, REVERSE_KL, JSD };  // in the order of hsd_kernels.divergence.DIVERGENCES
 
-constexpr int64_t STATISTICS = 8;  // per row, in the order of RowStats
+constexpr int64_t STATISTICS = 12;  // columns of hsd_kernels/row_stats.py
 
 // (rows, columns), rows `stride` elements apart, in bf16 or fp32.
 struct Matrix {
@@ -44,14 +44,28 @@ struct Rows {
 
 struct Statistics {
     const int64_t* targets;  // (rows,) or null; the log-probs of a target outside the vocabulary are NaN
-    float* out;              // (STATISTICS, rows)
+    // The columns of hsd_kernels/row_stats.py, (rows,) each.
+    float* kl;
+    float* student_logps;
+    float* teacher_logps;
+    float* student_entropy;
+    float* teacher_entropy;
+    float* student_lse;
+    float* teacher_lse;
+    float* student_top;
+    float* teacher_top;
+    float* student_log_sum;
+    float* teacher_log_sum;
+    float* grad_sum;
 };
 
 // What the gradient reads per row, (rows,) each, and where it goes: (rows, vocab), possibly over the logits of
 // either side, element 0 of a row on element 0, if no wider than they are.
 struct Gradient {
-    const float* student_lse;
-    const float* teacher_lse;
+    const float* student_top;
+    const float* teacher_top;
+    const float* student_log_sum;
+    const float* teacher_log_sum;
     const float* grad_sum;
     const float* weights;
     double chain;  // d z / d x but for the softcap

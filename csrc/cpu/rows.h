@@ -2,7 +2,8 @@
 //
 // A row is read in blocks of columns that stay in the first-level cache. A logit becomes y with z = kappa * y: y minus
 // its maximum is exact for large probabilities, and the temperature multiplies that difference, not a large logit.
-// Sums over the vocabulary are fp32 within a block and a lane (at most 512 terms) and double from there.
+// Sums over the vocabulary are fp32 within a lane, of at most TERMS terms where a log-sum comes from them, and double
+// from there.
 #pragma once
 
 #include "elementary.h"
@@ -11,6 +12,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 2048;
+constexpr int64_t TERMS = 128;  // 512 in a lane cost 4 eps of the log-sum
 // Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page.
 constexpr float INF = __builtin_inff();
 // Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
@@ -211,27 +213,43 @@ static Sums first_pass(const Rows& p, int64_t row) {
         const int64_t n = round_up(b.n);
         raise_maxima<ONE_PASS, D>(sums, block_max(b.y_s, n), block_max(b.y_t, n), p.kappa);
         const F m_s = all(sums.s.m), m_t = all(sums.t.m);
-        F l_s = all(0.0f), l_t = l_s, a_s = l_s, a_t = l_s, d = l_s;
-        for (int64_t i = 0; i < n; i += LANES) {
-            b.prefetch(i);
-            const F u_s = load(b.y_s + i) - m_s, u_t = load(b.y_t + i) - m_t;
-            M some_s, some_t;
-            const F e_s = exp(kappa * u_s, &some_s), e_t = exp(kappa * u_t, &some_t);
-            l_s = l_s + e_s;
-            l_t = l_t + e_t;
-            a_s = add_product_where(some_s, e_s, u_s, a_s);
-            a_t = add_product_where(some_t, e_t, u_t, a_t);
-            if (ONE_PASS && D == FORWARD_KL) d = add_product_where(some_t, e_t, u_t - u_s, d);
-            if (ONE_PASS && D == REVERSE_KL) d = add_product_where(some_s, e_s, u_s - u_t, d);
+        for (int64_t start = 0; start < n; start += TERMS * LANES) {
+            const int64_t stop = n - start < TERMS * LANES ? n : start + TERMS * LANES;
+            F l_s = all(0.0f), l_t = l_s, a_s = l_s, a_t = l_s, d = l_s;
+            for (int64_t i = start; i < stop; i += LANES) {
+                b.prefetch(i);
+                const F u_s = load(b.y_s + i) - m_s, u_t = load(b.y_t + i) - m_t;
+                M some_s, some_t;
+                const F e_s = exp(kappa * u_s, &some_s), e_t = exp(kappa * u_t, &some_t);
+                l_s = l_s + e_s;
+                l_t = l_t + e_t;
+                a_s = add_product_where(some_s, e_s, u_s, a_s);
+                a_t = add_product_where(some_t, e_t, u_t, a_t);
+                if (ONE_PASS && D == FORWARD_KL) d = add_product_where(some_t, e_t, u_t - u_s, d);
+                if (ONE_PASS && D == REVERSE_KL) d = add_product_where(some_s, e_s, u_s - u_t, d);
+            }
+            sums.s.l += sum(l_s);
+            sums.t.l += sum(l_t);
+            sums.s.a += sum(a_s);
+            sums.t.a += sum(a_t);
+            if (ONE_PASS) sums.d += sum(d);
         }
-        sums.s.l += sum(l_s);
-        sums.t.l += sum(l_t);
-        sums.s.a += sum(a_s);
-        sums.t.a += sum(a_t);
-        if (ONE_PASS) sums.d += sum(d);
     });
     return sums;
 }
+
+// log p = kappa (y - top) - log_sum. The difference is exact where p is large; kappa top + log_sum as one number would
+// be rounded at its own size.
+struct Normalizer {
+    float top;
+    float log_sum;
+};
+
+struct LogProbs {
+    F kappa, top, minus_log_sum;
+    LogProbs(const Rows& p, Normalizer n) : kappa(all(p.kappa)), top(all(n.top)), minus_log_sum(all(-n.log_sum)) {}
+    inline __attribute__((always_inline)) F operator()(F y) const { return fma(y - top, kappa, minus_log_sum); }
+};
 
 struct Summed {
     double f = 0.0;
@@ -239,16 +257,16 @@ struct Summed {
     double ps = 0.0;
 };
 
-// The second read of the JSD and of a clip, whose summands need both log-sum-exps.
+// The second read of the JSD and of a clip, whose summands need both normalizers.
 template <Divergence D, bool CLIP>
-static Summed second_pass(const Rows& p, int64_t row, float lse_s, float lse_t) {
+static Summed second_pass(const Rows& p, int64_t row, Normalizer student, Normalizer teacher) {
     Summed sums;
-    const F kappa = all(p.kappa), minus_lse_s = all(-lse_s), minus_lse_t = all(-lse_t);
+    const LogProbs log_s(p, student), log_t(p, teacher);
     for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
         F f_sum = all(0.0f), g_sum = f_sum, ps_sum = f_sum;
         for (int64_t i = 0; i < b.n; i += LANES) {
             b.prefetch(i);
-            const F ls = fma(load(b.y_s + i), kappa, minus_lse_s), lt = fma(load(b.y_t + i), kappa, minus_lse_t);
+            const F ls = log_s(load(b.y_s + i)), lt = log_t(load(b.y_t + i));
             const F ps = exp(ls);
             F f, g;
             summands<D, CLIP>(ls, lt, ps, exp(lt), p, &f, &g);
@@ -270,57 +288,59 @@ static void statistics_row(const Rows& p, const Statistics& s, int64_t row) {
                                                    : first_pass<true, REVERSE_KL>(p, row);
     const double kappa = p.kappa;
     const double l_s = sums.s.l, l_t = sums.t.l, log_s = __builtin_log(l_s), log_t = __builtin_log(l_t);
-    const double exact_s = kappa * sums.s.m + log_s, exact_t = kappa * sums.t.m + log_t;
-    const float lse_s = (float)exact_s, lse_t = (float)exact_t;
+    const Normalizer student{sums.s.m, (float)log_s}, teacher{sums.t.m, (float)log_t};
 
     double kl, grad_sum = 0.0;
     if (one_pass && p.divergence == FORWARD_KL) {
         kl = kappa * sums.d / l_t - __builtin_log1p((l_t - l_s) / l_s);
     } else if (one_pass) {
         kl = kappa * sums.d / l_s - __builtin_log1p((l_s - l_t) / l_t);
-        // G with the rounded lse that the gradient will use: ps (ls - lt - G) does not see an error that is in both
-        // ls - lt and G.
-        grad_sum = kappa * sums.d / l_s + ((kappa * sums.s.m - lse_s) - (kappa * sums.t.m - lse_t));
+        // G with the rounded log-sums that the gradient will use: ps (ls - lt - G) does not see an error that is in
+        // both ls - lt and G.
+        grad_sum = kappa * sums.d / l_s - ((double)student.log_sum - teacher.log_sum);
     } else {
-        const Summed summed = p.divergence == FORWARD_KL   ? second_pass<FORWARD_KL, true>(p, row, lse_s, lse_t)
-                              : p.divergence == REVERSE_KL ? second_pass<REVERSE_KL, true>(p, row, lse_s, lse_t)
-                              : p.has_clip                 ? second_pass<JSD, true>(p, row, lse_s, lse_t)
-                                                           : second_pass<JSD, false>(p, row, lse_s, lse_t);
+        const Summed summed = p.divergence == FORWARD_KL   ? second_pass<FORWARD_KL, true>(p, row, student, teacher)
+                              : p.divergence == REVERSE_KL ? second_pass<REVERSE_KL, true>(p, row, student, teacher)
+                              : p.has_clip                 ? second_pass<JSD, true>(p, row, student, teacher)
+                                                           : second_pass<JSD, false>(p, row, student, teacher);
         kl = summed.f;
-        grad_sum = summed.g / summed.ps;  // ps sums to 1 but for the rounding of lse
+        grad_sum = summed.g / summed.ps;  // ps sums to 1 but for the rounding of the log-sum
     }
 
-    float* out = s.out + row;
-    const int64_t next = p.rows;
-    out[0] = (float)kl;
+    s.kl[row] = (float)kl;
     if (s.targets) {
         const int64_t target = s.targets[row];
         const bool inside = 0 <= target && target < p.vocab;
         float buffer[LANES];
         const float y_s = inside ? read_student(p, row, target, 1, buffer)[0] : __builtin_nanf("");
         const float y_t = inside ? read_teacher(p, row, target, 1, buffer)[0] : __builtin_nanf("");
-        out[1 * next] = (float)(kappa * ((double)y_s - sums.s.m) - log_s);
-        out[2 * next] = (float)(kappa * ((double)y_t - sums.t.m) - log_t);
+        s.student_logps[row] = (float)(kappa * ((double)y_s - sums.s.m) - log_s);
+        s.teacher_logps[row] = (float)(kappa * ((double)y_t - sums.t.m) - log_t);
     }
-    out[3 * next] = (float)(log_s - kappa * sums.s.a / l_s);
-    out[4 * next] = (float)(log_t - kappa * sums.t.a / l_t);
-    out[5 * next] = lse_s;
-    out[6 * next] = lse_t;
-    out[7 * next] = (float)grad_sum;
+    s.student_entropy[row] = (float)(log_s - kappa * sums.s.a / l_s);
+    s.teacher_entropy[row] = (float)(log_t - kappa * sums.t.a / l_t);
+    s.student_lse[row] = (float)(kappa * sums.s.m + log_s);
+    s.teacher_lse[row] = (float)(kappa * sums.t.m + log_t);
+    s.student_top[row] = student.top;
+    s.teacher_top[row] = teacher.top;
+    s.student_log_sum[row] = student.log_sum;
+    s.teacher_log_sum[row] = teacher.log_sum;
+    s.grad_sum[row] = (float)grad_sum;
 }
 
 // Gradient.
 
 template <Divergence D, bool CLIP, bool SOFTCAP, class OUT>
 static void gradient_row_as(const Rows& p, const Gradient& g, int64_t row) {
-    const F kappa = all(p.kappa), minus_lse_s = all(-g.student_lse[row]), minus_lse_t = all(-g.teacher_lse[row]);
+    const LogProbs log_s(p, {g.student_top[row], g.student_log_sum[row]});
+    const LogProbs log_t(p, {g.teacher_top[row], g.teacher_log_sum[row]});
     const F grad_sum = all(g.grad_sum[row]), scale = all((float)(g.weights[row] * g.chain));
     OUT* out = (OUT*)g.out + row * g.stride;
     for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
         const auto gradient = [&](int64_t i) __attribute__((always_inline)) {
             b.prefetch(i);
             const F y_s = load(b.y_s + i);
-            const F ls = fma(y_s, kappa, minus_lse_s), lt = fma(load(b.y_t + i), kappa, minus_lse_t);
+            const F ls = log_s(y_s), lt = log_t(load(b.y_t + i));
             const F ps = exp(ls);
             F f, dz;
             summands<D, CLIP>(ls, lt, ps, exp(lt), p, &f, &dz);

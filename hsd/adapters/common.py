@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hsd.policy.body_and_head import Split, check_split, split_model
 from hsd.train.update import Side
-from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl, gathered
+from hsd_kernels import Head, HSDKLOutput, RowStats, fused_hsd_kl, gathered
 
 T = TypeVar("T")
 
@@ -42,16 +42,6 @@ def check_version(package: str, first: str, last: str) -> None:
 def _release(version: str) -> tuple[int, ...]:
     parts = version.split("+")[0].split(".")
     return tuple(int(p) for p in parts if p.isdigit())
-
-
-@dataclass(frozen=True)
-class Head:
-    """What `divergence` needs of a `Split`, for code that holds the head's tensors only."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,21 +116,18 @@ def divergence(student: Split | Head, hidden: Tensor, teacher: Side, **options: 
     """
     dtype = torch.promote_types(hidden.dtype, teacher.hidden.dtype)
 
-    def cast(t: Tensor | None) -> Any:
-        return None if t is None else t.to(dtype)
+    def head(weight: Tensor, bias: Tensor | None) -> Head:
+        bias = None if bias is None else bias.to(dtype)
+        return Head(weight.to(dtype), bias, student.logit_scale, student.softcap)
 
     with ExitStack() as stack:
         weight = stack.enter_context(gathered(student.weight))
         bias = None if student.bias is None else stack.enter_context(gathered(student.bias))
         out = fused_hsd_kl(
-            cast(hidden),
-            cast(teacher.hidden),
-            cast(weight),
-            cast(bias),
-            teacher_weight=cast(teacher.weight),
-            teacher_bias=cast(teacher.bias),
-            logit_scale=student.logit_scale,
-            softcap=student.softcap,
+            hidden.to(dtype),
+            teacher.hidden.to(dtype),
+            head(weight, bias),
+            teacher_head=None if teacher.weight is None else head(teacher.weight, teacher.bias),
             return_stats=True,
             **options,
         )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hsd.adapters.common import check_version, divergence, inside_forward, read, side_of, take_apart
 from hsd.train.update import Side
+from hsd_kernels import Divergence
 
 # Theirs pins trl 0.26.0 and transformers 4.57.1: there the adapter was compared with their own class (docs/adapters).
 TESTED = {"trl": ("0.26", "1.16"), "transformers": ("4.57", "5.23")}
@@ -65,10 +66,7 @@ class FusedOPSD:
                 split,
                 hidden,
                 teacher,
-                divergence="jsd",
-                beta=self.beta,
-                temperature=self.temperature,
-                kl_clip=getattr(self, "jsd_token_clip", None),
+                divergence=Divergence("jsd", self.beta, self.temperature, getattr(self, "jsd_token_clip", None)),
                 token_weights=counted.float(),
             ).loss
 

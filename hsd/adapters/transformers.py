@@ -22,10 +22,10 @@ from hsd.hindsight.context import check_alignment
 from hsd.policy.body_and_head import Split, hidden_states
 from hsd.policy.frozen import in_eval_mode
 from hsd.train.update import LossOutput, Objective, Side
-from hsd_kernels import HSDKLOutput
+from hsd_kernels import RowStats
 
 TESTED = ("5.23", "5.23")
-USED = ("divergence", "beta", "temperature", "kl_clip", "kl_clip_form", "chunk_bytes", "impl")  # of an `Objective`
+USED = ("divergence", "chunk_bytes", "impl")  # of an `Objective`
 
 
 def hsd_loss_from_ids(
@@ -83,7 +83,7 @@ def hsd_loss_from_ids(
             hidden = _states(other, teacher_ids, lengths)
         return Side(hidden) if teacher is None else side_of(other, hidden)
 
-    def loss() -> tuple[Tensor, HSDKLOutput]:
+    def loss() -> tuple[Tensor, RowStats]:
         # The teacher first: its activations are gone before the student's are kept.
         side = teacher_side() if teacher is None else inside_forward(teacher, teacher, teacher_side)
         hidden = _states(split, student_ids, lengths)
@@ -93,10 +93,6 @@ def hsd_loss_from_ids(
             hidden,
             side,
             divergence=objective.divergence,
-            beta=objective.beta,
-            temperature=objective.temperature,
-            kl_clip=objective.kl_clip,
-            kl_clip_form=objective.kl_clip_form,
             target_ids=torch.cat([torch.tensor(x[len(x) - n :]) for x, n in zip(student_ids, lengths, strict=True)]).to(
                 hidden.device
             ),
@@ -105,7 +101,7 @@ def hsd_loss_from_ids(
             chunk_bytes=objective.chunk_bytes,
             impl=objective.impl,
         )
-        return out.loss, out  # tuples: FSDP looks for the tensors it must hook in these, not in dataclasses
+        return out.loss, out.stats  # tuples: FSDP looks for the tensors it must hook in these, not in dataclasses
 
     return LossOutput(*inside_forward(model, inner, loss))
 

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from hsd.adapters.common import (
-    Head,
     ImportanceRatio,
     check_version,
     divergence,
@@ -38,6 +37,7 @@ from hsd.adapters.common import (
 )
 from hsd.policy.body_and_head import Split
 from hsd.train.update import Side, rollout_weights
+from hsd_kernels import Divergence, Head
 
 TESTED = ("1.16", "1.16")
 
@@ -97,15 +97,13 @@ def _distillation(theirs: Any) -> Any:
             student,
             given["student_hidden_states"],
             side_of(teacher, given["teacher_hidden_states"]),
-            divergence="jsd",
-            beta=given["beta"],
-            temperature=given["temperature"],
+            divergence=Divergence("jsd", given["beta"], given["temperature"]),
             token_weights=mask.float(),
             reduction="sum",
         )
         tokens = mask.sum()
         items = tokens.clamp(min=1) if given["num_items_in_batch"] is None else given["num_items_in_batch"]
-        return out.loss / items, out.student_entropy.sum(), tokens
+        return out.loss / items, out.stats.student_entropy.sum(), tokens
 
     return chunked_divergence_loss
 
@@ -149,7 +147,7 @@ def _gkd(theirs: Any) -> Any:
                 side = inside_forward(self.teacher_model, teacher_model, teacher_side)
             mask = (labels != -100).float()
             # Temperature 1, whatever self.temperature is: TRL's GKD samples with it and does not pass it to its loss.
-            options = {"divergence": "jsd", "beta": self.beta, "reduction": "sum"}
+            options = {"divergence": Divergence("jsd", self.beta), "reduction": "sum"}
             total = divergence(student, hidden, side, token_weights=mask, **options).loss
             return total / (mask.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
 
@@ -219,15 +217,13 @@ def _self_distillation(theirs: Any) -> Any:
                 student,
                 hidden,
                 side,
-                divergence="jsd",
-                beta=self.args.distillation_alpha,
-                temperature=self.temperature,
+                divergence=Divergence("jsd", self.args.distillation_alpha, self.temperature),
                 target_ids=targets,
                 token_weights=rollout_weights(mask),
                 token_weight_fn=ratio,
                 reduction="sum",
             )
-            per_token = out.per_token_kl if ratio is None else out.per_token_kl * ratio.values.view_as(mask)
+            per_token = out.stats.kl if ratio is None else out.stats.kl * ratio.values.view_as(mask)
             return out.loss, (per_token * mask).sum() / mask.sum().clamp(min=1.0)
 
         with self.accelerator.autocast():

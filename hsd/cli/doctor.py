@@ -87,7 +87,8 @@ def row_kernels() -> Facts:
         for dtype in (torch.float32, torch.bfloat16):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # a broken library is a line of its own
-                name = rows.resolve("auto", torch.device(device), dtype).__name__.rpartition(".")[2]
+                module = rows.resolve("auto", torch.device(device), dtype).__name__.rpartition(".")[2]
+            name = next(impl for impl, file in rows.MODULES.items() if file == module)
             chosen[f"{device} {str(dtype).removeprefix('torch.')}"] = {"impl": name, "why": _why_rows(device, name)}
     if "cuda" not in devices:
         chosen["cuda"] = {"impl": None, "why": "no GPU; with one of sm_80 or later: triton, else torch"}

@@ -13,6 +13,7 @@ from hsd.hindsight.peers import PEER_RULES
 from hsd.methods import HSD_DEFAULTS, METHODS, Method
 from hsd.train.callbacks import steps_of_a_generation
 from hsd.train.update import Objective
+from hsd_kernels import Divergence
 from hsd_kernels.rows import IMPLS
 
 SHARING = ("auto", "tree", "prompt", "none")
@@ -251,11 +252,13 @@ class HSDConfig(GRPOConfig):
     def objective(self, step: int) -> Objective:
         """The objective at an optimizer step, counted from 0."""
         return Objective(
-            divergence=self.divergence,  # type: ignore[arg-type]
-            beta=self.jsd_beta,  # type: ignore[arg-type]
-            temperature=self.kl_temperature,  # type: ignore[arg-type]
-            kl_clip=self.kl_clip or None,
-            kl_clip_form=self.kl_clip_form,
+            divergence=Divergence(
+                kind=self.divergence,  # type: ignore[arg-type]
+                beta=self.jsd_beta,  # type: ignore[arg-type]
+                temperature=self.kl_temperature,  # type: ignore[arg-type]
+                clip=self.kl_clip or None,
+                clip_form=self.kl_clip_form,
+            ),
             divergence_coef=scheduled(self.divergence_coef, step),
             importance_cap=self.importance_cap or None,
             reference_coef=self.reference_coef,  # type: ignore[arg-type]

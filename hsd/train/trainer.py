@@ -40,7 +40,7 @@ from hsd.train.limits import check_sharded
 from hsd.train.question_order import EpochSampler
 from hsd.train.teachers import FrozenPolicies, check_fresh_adapter
 from hsd.train.update import LossOutput, Objective, Rollouts, Side, method_loss, read_rollouts, rollout_weights
-from hsd_kernels import HSDKLOutput
+from hsd_kernels import RowStats
 
 # What the environment says about each completion: called with prompts=, completions= and the data-set columns.
 FeedbackFn = Callable[..., Sequence[str | None]]
@@ -395,9 +395,8 @@ class HSDTrainer(GRPOTrainer):
 
         elsewhere = None if self._live else lambda chunk: []
         loss = two_phase_loss(policy, split.body, pack, chunk_loss, budget, teacher=elsewhere)
-        fields = zip(*(out.stats[1:] for out in outs), strict=True)
-        per_token: list[Any] = [None if field[0] is None else torch.cat(field) for field in fields]
-        return LossOutput(loss, HSDKLOutput(loss.detach(), *per_token))
+        references = [out.reference for out in outs if out.reference is not None]
+        return LossOutput(loss, _joined([out.stats for out in outs]), _joined(references) if references else None)
 
     def _log_loss(self, mode: str, out: LossOutput, batch: dict[str, Any], mask: Tensor) -> None:
         t = out.stats
@@ -408,14 +407,14 @@ class HSDTrainer(GRPOTrainer):
         tokens = mask.sum()  # 0 where no teacher is shown anything: NaN, which is no part of a mean
         self._record(
             mode,
-            kl=(t.per_token_kl * mask).sum() / tokens,
+            kl=(t.kl * mask).sum() / tokens,
             student_entropy=(t.student_entropy * mask).sum() / tokens,
             teacher_entropy=(t.teacher_entropy * mask).sum() / tokens,
             credit_at_tau=credit_at_divergence(a, mask, failing),
             credit_mass_8=credit_mass(a, mask, failing, windows=(8,))[0],  # micro-batches count alike
         )
-        if t.reference_kl is not None:
-            self._record(mode, reference_kl=(t.reference_kl * mask).sum() / tokens)
+        if out.reference is not None:
+            self._record(mode, reference_kl=(out.reference.kl * mask).sum() / tokens)
 
     def _record(self, mode: str, **values: Tensor | float) -> None:
         """Mean over ranks, ignoring NaN (no rollout to measure); one collective for all of them."""
@@ -471,3 +470,9 @@ def _student_inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tens
     ids = torch.cat([batch["prompt_ids"], targets], 1)
     mask = torch.cat([batch["prompt_mask"], completion_mask], 1)
     return ids, mask, targets, completion_mask * batch["tool_mask"] if "tool_mask" in batch else completion_mask
+
+
+def _joined(tables: list[RowStats]) -> RowStats:
+    """Of consecutive rollouts."""
+    columns: Any = zip(*tables, strict=True)
+    return RowStats(*(None if column[0] is None else torch.cat(column) for column in columns))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,18 +11,14 @@ from torch import Tensor
 from hsd.methods import Method
 from hsd.policy.body_and_head import Split, hidden_states
 from hsd.sampled import clipped_surrogate, k3, sampled_logps, sampled_loss
-from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
+from hsd_kernels import Divergence, Head, HSDKLOutput, RowStats, fused_hsd_kl
 
 
 @dataclass(frozen=True)
 class Objective:
     """What is minimised, at one optimizer step. Names as in `hsd_kernels.fused_hsd_kl` and `hsd.HSDConfig`."""
 
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    temperature: float = 1.0
-    kl_clip: float | None = None
-    kl_clip_form: str = "opsd"
+    divergence: Divergence = field(default_factory=Divergence)
     divergence_coef: float = 1.0
     importance_cap: float | None = None
     reference_coef: float = 0.0
@@ -45,19 +40,13 @@ class Side:
     weight: Tensor | None = None
     bias: Tensor | None = None
 
-    def head(self, student: Split) -> Any:
-        """The head that these states go through, with the scale and cap of the student's."""
-        if self.weight is None:
-            return student
-        return _Head(self.weight, self.bias, student.logit_scale, student.softcap)
+    def own_head(self, student: Split) -> Head | None:
+        """Its head, with the scale and cap of the student's; None where it is the student's."""
+        return None if self.weight is None else Head(self.weight, self.bias, student.logit_scale, student.softcap)
 
 
-@dataclass(frozen=True)
-class _Head:
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
+def head_of(split: Split) -> Head:
+    return Head(split.weight, split.bias, split.logit_scale, split.softcap)
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,8 @@ class Rollouts:
 @dataclass(frozen=True)
 class LossOutput:
     loss: Tensor  # scalar, with gradient
-    stats: HSDKLOutput  # per token (B, T), detached
+    stats: RowStats  # of student and teacher, per token (B, T), detached
+    reference: RowStats | None = None  # of student and reference policy, None without one
 
 
 def rollout_weights(mask_BT: Tensor) -> Tensor:
@@ -148,10 +138,10 @@ def method_loss(
             out = _divergence(student_hidden.detach(), head, teacher, r, o, 1.0, None)
         loss = student_hidden.new_zeros((), dtype=out.loss.dtype)
         if exact is not None:
-            towards = Objective(divergence="reverse_kl", chunk_bytes=o.chunk_bytes, impl=o.impl)
+            towards = Objective(divergence=Divergence("reverse_kl"), chunk_bytes=o.chunk_bytes, impl=o.impl)
             pulled = _divergence(student_hidden, head, exact, r, towards, o.reference_coef, None)
             loss = pulled.loss
-            out = out._replace(reference_kl=pulled.per_token_kl)
+            out = out._replace(reference=pulled.stats)
     sampled = o.reference_coef != 0.0 and o.reference_kl == "k3"
     if o.policy_coef > 0.0 or sampled:
         token_loss = _token_loss(out, head, reference if sampled else None, r, o, method)
@@ -164,7 +154,7 @@ def method_loss(
     if torch.is_grad_enabled() and not loss.requires_grad:  # every coefficient is 0 at this step of its schedule
         leaves = (student_hidden, head.weight, head.bias)
         loss = loss + 0.0 * sum(x.sum() for x in leaves if x is not None)
-    return LossOutput(loss, out)
+    return LossOutput(loss, out.stats, out.reference)
 
 
 def _divergence(
@@ -180,25 +170,16 @@ def _divergence(
     out = fused_hsd_kl(
         student_hidden,
         teacher.hidden,
-        head.weight,
-        head.bias,
-        teacher_weight=teacher.weight,
-        teacher_bias=teacher.bias,
-        reference_hidden=None if reference is None else reference.hidden,
-        reference_weight=None if reference is None else reference.weight,
-        reference_bias=None if reference is None else reference.bias,
-        reference_coef=0.0 if reference is None else o.reference_coef / coef,
+        head_of(head),
         divergence=o.divergence,
-        beta=o.beta,
-        temperature=o.temperature,
-        kl_clip=o.kl_clip,
-        kl_clip_form=o.kl_clip_form,
+        teacher_head=teacher.own_head(head),
+        reference_hidden=None if reference is None else reference.hidden,
+        reference_head=None if reference is None else reference.own_head(head),
+        reference_coef=0.0 if reference is None else o.reference_coef / coef,
         target_ids=r.target_ids,
         token_weights=r.divergence_weights * coef,
         token_weight_fn=_capped_ratio(r, o),
         reduction="sum",
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
         chunk_bytes=o.chunk_bytes,
         impl=o.impl,
         return_stats=True,
@@ -221,13 +202,13 @@ def _capped_ratio(r: Rollouts, o: Objective) -> Callable[[RowStats], Tensor] | N
 
 
 def _token_loss(
-    stats: HSDKLOutput, head: Split, reference: Side | None, r: Rollouts, o: Objective, method: Method | None
+    out: HSDKLOutput, head: Split, reference: Side | None, r: Rollouts, o: Objective, method: Method | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
     reference_logps = None
     if reference is not None:
         reference_logps = sampled_logps(
             reference.hidden,
-            reference.head(head),
+            reference.own_head(head) or head,
             r.target_ids,
             r.policy_weights,
             temperature=o.sampling_temperature,
@@ -238,8 +219,8 @@ def _token_loss(
             raise ValueError(f"advantages: expected a tensor with policy_coef={o.policy_coef}, got None")
         advantages = r.advantages.float().unsqueeze(-1).expand(r.target_ids.shape)
         if method is not None and method.token_advantages is not None:
-            assert stats.teacher_logps is not None and stats.student_logps is not None
-            d = stats.teacher_logps - stats.student_logps
+            assert out.stats.teacher_logps is not None and out.stats.student_logps is not None
+            d = out.stats.teacher_logps - out.stats.student_logps
             advantages = method.token_advantages(advantages, d, o.advantage_mix)
         advantages = advantages.reshape(-1)
     old = None if r.old_logps is None else r.old_logps.reshape(-1)

@@ -24,8 +24,8 @@ from hsd.hindsight.groups import Group
 from hsd.hindsight.peers import choose_peers
 from hsd.policy.body_and_head import Split, split_model
 from hsd.policy.frozen import in_eval_mode
-from hsd.train.update import read_rollouts
-from hsd_kernels import HSDKLOutput, fused_hsd_kl
+from hsd.train.update import head_of, read_rollouts
+from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
 
 WINDOWS = (2, 4, 8, 16, 32)
 DIFFICULTY = (0.2, 0.5, 0.8)  # pass rates between the bins; below 0.2 is the paper's "hard", above 0.5 its "easy"
@@ -199,7 +199,7 @@ def read_tokens(
             silent, _, _ = _hidden(split, tokenizer, _teacher_prompts(tokenizer, alone, template), rollouts)
             out = _compare(split, student, teacher, ids, live)
             a, a_silent = _credit(out), _credit(_compare(split, student, silent, ids, live))
-            kl, logps = out.per_token_kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
+            kl, logps = out.kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
             for b, (group, _, peer) in enumerate(part):
                 own, n = rollouts[b], len(rollouts[b])
                 read.append(
@@ -293,23 +293,13 @@ def _hidden(
     return read_rollouts(split, ids, mask_t, length), ids[:, left:], mask_t[:, left:]
 
 
-def _compare(split: Split, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> HSDKLOutput:
-    out = fused_hsd_kl(
-        student,
-        teacher,
-        split.weight,
-        split.bias,
-        target_ids=ids,
-        token_weights=live,
-        logit_scale=split.logit_scale,
-        softcap=split.softcap,
-        return_stats=True,
-    )
+def _compare(split: Split, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> RowStats:
+    out = fused_hsd_kl(student, teacher, head_of(split), target_ids=ids, token_weights=live, return_stats=True)
     assert isinstance(out, HSDKLOutput)
-    return out
+    return out.stats
 
 
-def _credit(out: HSDKLOutput) -> Tensor:
+def _credit(out: RowStats) -> Tensor:
     assert out.teacher_logps is not None and out.student_logps is not None
     return credit(out.teacher_logps, out.student_logps).cpu()
 

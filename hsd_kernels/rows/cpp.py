@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hsd_kernels import native
-from hsd_kernels.divergence import DIVERGENCES, RowSpec, RowStats
+from hsd_kernels.divergence import DIVERGENCES, RowSpec
+from hsd_kernels.row_stats import COLUMNS, RowStats
 
 
 def statistics(
@@ -21,14 +22,11 @@ def statistics(
     target_ids: Tensor | None,
     rows: Tensor,
 ) -> RowStats:
-    out = torch.empty(len(RowStats._fields) - 1, x_student.shape[0], dtype=torch.float32)
+    table = torch.empty(len(COLUMNS), x_student.shape[0], dtype=torch.float32)
     targets = None if target_ids is None else target_ids.long().contiguous()
     biases = (_contiguous(bias), _contiguous(teacher_bias))
-    torch.ops.hsd_cpu.statistics(out, x_student, x_teacher, *biases, targets, **_form(spec), **native.run())
-    kl, student_logps, teacher_logps, *rest = out.unbind(0)
-    if target_ids is None:
-        student_logps = teacher_logps = None
-    return RowStats(rows, kl, student_logps, teacher_logps, *rest)
+    torch.ops.hsd_cpu.statistics(table, x_student, x_teacher, *biases, targets, **_form(spec), **native.run())
+    return RowStats.unstack(table, rows, with_targets=target_ids is not None)
 
 
 def gradient_(
@@ -44,20 +42,27 @@ def gradient_(
     for name, x in (("x_student", x_student), ("x_teacher", x_teacher)):
         if not _may_be_written(out, x):
             raise ValueError(f"out: expected memory of its own or the rows of {name} from their start, got an overlap")
-    biases = (_contiguous(bias), _contiguous(teacher_bias))
-    per_row = (stats.student_lse, stats.teacher_lse, stats.grad_sum, weights)
-    per_row = (t.to(torch.float32).contiguous() for t in per_row)
-    form = _form(spec) | {"chain": spec.logit_scale / spec.temperature}
-    torch.ops.hsd_cpu.gradient(out, x_student, x_teacher, *biases, *per_row, **form, **native.run())
+    biases = {"bias": _contiguous(bias), "teacher_bias": _contiguous(teacher_bias)}
+    per_row = {
+        "student_top": stats.student_top,
+        "teacher_top": stats.teacher_top,
+        "student_log_sum": stats.student_log_sum,
+        "teacher_log_sum": stats.teacher_log_sum,
+        "grad_sum": stats.grad_sum,
+        "weights": weights,
+    }
+    per_row = {name: t.to(torch.float32).contiguous() for name, t in per_row.items()}
+    form = _form(spec) | {"chain": spec.chain}
+    torch.ops.hsd_cpu.gradient(out, x_student, x_teacher, **biases, **per_row, **form, **native.run())
 
 
 def _form(spec: RowSpec) -> dict[str, Any]:
-    in_scale, kappa = spec.scales
+    d, (in_scale, kappa) = spec.divergence, spec.scales
     return {
-        "divergence": DIVERGENCES.index(spec.divergence),
-        "beta": spec.beta,
-        "clip": spec.kl_clip,
-        "is_nonnegative": spec.kl_clip_form == "nonnegative",
+        "divergence": DIVERGENCES.index(d.kind),
+        "beta": d.beta,
+        "clip": d.clip,
+        "is_nonnegative": d.clip_form == "nonnegative",
         "is_linear": spec.linear,
         "has_softcap": spec.softcap is not None,
         "in_scale": in_scale,

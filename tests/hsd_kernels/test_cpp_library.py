@@ -13,7 +13,7 @@ import torch
 
 from hsd_kernels import native, rows
 from hsd_kernels.rows import cpp
-from hsd_kernels.rows import torch as torch_rows
+from hsd_kernels.rows import eager as torch_rows
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "cpu" / "operators.cpp"
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

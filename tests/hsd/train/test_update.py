@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 
 from hsd.policy.body_and_head import Split, split_model
 from hsd.train.update import Objective, Side, frozen_side, hsd_loss, read_rollouts, rollout_weights
+from hsd_kernels import Divergence
 
 B, T, D, V = 3, 5, 6, 11
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
@@ -67,7 +68,7 @@ def test_loss_and_gradients_against_full_logits(divergence, coef, form):
     teacher = Side(draw(5, 4), teacher_head.weight.detach(), teacher_head.bias.detach())
     reference = Side(draw(6, 7), reference_head.weight.detach())
     targets = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(7))
-    objective = Objective(divergence, beta=0.3, temperature=1.3, reference_coef=coef, chunk_bytes=4 * V * 8)
+    objective = Objective(Divergence(divergence, beta=0.3, temperature=1.3), reference_coef=coef, chunk_bytes=4 * V * 8)
     split = Split(nn.Identity(), own, **form)
     out = hsd_loss(student, split, teacher, targets, MASK, objective, reference)
 
@@ -82,15 +83,15 @@ def test_loss_and_gradients_against_full_logits(divergence, coef, form):
 
     torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)  # the weights 1 / (B |o_i|) are fp32
     live = MASK.bool()
-    torch.testing.assert_close(out.stats.per_token_kl[live], per_token.detach()[live])
+    torch.testing.assert_close(out.stats.kl[live], per_token.detach()[live])
     picked = s.detach().gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(out.stats.student_logps[live], picked[live])
     picked = t.detach().gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(out.stats.teacher_logps[live], picked[live])
     if coef:
-        torch.testing.assert_close(out.stats.reference_kl[live], to_reference.detach()[live])
+        torch.testing.assert_close(out.reference.kl[live], to_reference.detach()[live])
     else:
-        assert out.stats.reference_kl is None
+        assert out.reference is None
     inputs = (student, own.weight, own.bias)
     mine, theirs = torch.autograd.grad(out.loss, inputs), torch.autograd.grad(expected, inputs)
     for got, wanted in zip(mine, theirs, strict=True):
@@ -110,7 +111,7 @@ def test_kl_clip_reaches_the_loss():
     own = head(1)
     student, teacher = draw(4), draw(5)
     split, targets = Split(nn.Identity(), own), torch.zeros_like(MASK)
-    out = hsd_loss(student, split, Side(teacher), targets, MASK, Objective(kl_clip=0.05))
+    out = hsd_loss(student, split, Side(teacher), targets, MASK, Objective(Divergence(clip=0.05)))
     t, s = (log_probs(h, own.weight, own.bias).detach() for h in (teacher, student))
     summands = t.exp() * (t - s)
     assert (summands > 0.05).any()

@@ -17,10 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 from hsd_kernels import configs
-from hsd_kernels.divergence import DIVERGENCES, RowSpec, RowStats
+from hsd_kernels.divergence import DIVERGENCES, RowSpec
+from hsd_kernels.row_stats import COLUMNS, RowStats
 
 FORWARD_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("forward_kl"))
 REVERSE_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("reverse_kl"))
+# The rows of the table that `statistics_kernel` writes.
+KL: tl.constexpr = tl.constexpr(COLUMNS.index("kl"))
+STUDENT_LOGPS: tl.constexpr = tl.constexpr(COLUMNS.index("student_logps"))
+TEACHER_LOGPS: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_logps"))
+STUDENT_ENTROPY: tl.constexpr = tl.constexpr(COLUMNS.index("student_entropy"))
+TEACHER_ENTROPY: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_entropy"))
+STUDENT_LSE: tl.constexpr = tl.constexpr(COLUMNS.index("student_lse"))
+TEACHER_LSE: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_lse"))
+STUDENT_TOP: tl.constexpr = tl.constexpr(COLUMNS.index("student_top"))
+TEACHER_TOP: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_top"))
+STUDENT_LOG_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("student_log_sum"))
+TEACHER_LOG_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_log_sum"))
+GRAD_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("grad_sum"))
 # Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
 
@@ -35,7 +49,7 @@ def statistics(
     rows: Tensor,
 ) -> RowStats:
     n, vocab = x_student.shape
-    out = torch.empty(len(RowStats._fields) - 1, n, dtype=torch.float32, device=x_student.device)
+    table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
     if n > 0:
         config = configs.row_config("statistics", _capability(x_student.device))
         in_scale, kappa = _scales(spec)
@@ -47,25 +61,22 @@ def statistics(
                 _contiguous(bias),
                 _contiguous(teacher_bias),
                 _contiguous(target_ids),
-                out,
+                table,
                 vocab,
                 _row_stride(x_student),
                 _row_stride(x_teacher),
-                out.stride(0),
+                table.stride(0),
                 in_scale,
                 kappa,
-                float(spec.beta),
-                float(spec.kl_clip or 0.0),
+                float(spec.divergence.beta),
+                float(spec.divergence.clip or 0.0),
                 **_flags(spec, bias, teacher_bias),
                 HAS_TARGET=target_ids is not None,
                 LANES=config.lanes(x_student.element_size()),
                 BLOCK_V=config.block_v,
                 **config.options,
             )
-    kl, student_logps, teacher_logps, *rest = out.unbind(0)
-    if target_ids is None:
-        student_logps = teacher_logps = None
-    return RowStats(rows, kl, student_logps, teacher_logps, *rest)
+    return RowStats.unstack(table, rows, with_targets=target_ids is not None)
 
 
 def gradient_(
@@ -96,8 +107,10 @@ def gradient_(
             x_teacher,
             _contiguous(bias),
             _contiguous(teacher_bias),
-            _contiguous(stats.student_lse),
-            _contiguous(stats.teacher_lse),
+            _contiguous(stats.student_top),
+            _contiguous(stats.teacher_top),
+            _contiguous(stats.student_log_sum),
+            _contiguous(stats.teacher_log_sum),
             _contiguous(stats.grad_sum),
             _contiguous(weights),
             out,
@@ -107,9 +120,9 @@ def gradient_(
             _row_stride(out),
             in_scale,
             kappa,
-            spec.logit_scale / spec.temperature,
-            float(spec.beta),
-            float(spec.kl_clip or 0.0),
+            spec.chain,
+            float(spec.divergence.beta),
+            float(spec.divergence.clip or 0.0),
             **_flags(spec, bias, teacher_bias),
             BLOCK_V=config.block_v,
             **config.options,
@@ -124,13 +137,13 @@ def _scales(spec: RowSpec) -> tuple[float, float]:
 
 def _flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> dict[str, int | bool]:
     return {
-        "DIVERGENCE": DIVERGENCES.index(spec.divergence),
+        "DIVERGENCE": DIVERGENCES.index(spec.divergence.kind),
         "HAS_BIAS": bias is not None,
         "HAS_TEACHER_BIAS": teacher_bias is not None,
         "HAS_SOFTCAP": spec.softcap is not None,
-        "HAS_CLIP": spec.kl_clip is not None,
+        "HAS_CLIP": spec.divergence.clip is not None,
         "LINEAR": spec.linear,
-        "NONNEGATIVE": spec.kl_clip is not None and spec.kl_clip_form == "nonnegative",
+        "NONNEGATIVE": spec.divergence.clip is not None and spec.divergence.clip_form == "nonnegative",
     }
 
 
@@ -162,7 +175,7 @@ def statistics_kernel(
     bias_ptr,  # (V,)
     teacher_bias_ptr,  # (V,)
     target_ptr,  # (C,)
-    out_ptr,  # (8, C), in the order of RowStats
+    out_ptr,  # (len(COLUMNS), C)
     V,
     stride_xs,
     stride_xt,
@@ -182,7 +195,7 @@ def statistics_kernel(
     LANES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # A KL needs only E[z_p - z_q] and both lse: one read. The JSD and a clip need both lse for each summand.
+    # A KL needs only E[z_p - z_q] and both log-sums: one read. The JSD and a clip need both for each summand.
     IS_KL: tl.constexpr = DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL  # pyright: ignore
     ONE_PASS: tl.constexpr = IS_KL and not HAS_CLIP  # pyright: ignore
     K: tl.constexpr = BLOCK_V // LANES
@@ -228,12 +241,13 @@ def statistics_kernel(
     rise_s = top_s - m_s
     rise_t = top_t - m_t
     l_s, l_t, a_s, a_t, d = _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS)
-    l_s = tl.sum(l_s, 0)
-    l_t = tl.sum(l_t, 0)
-    log_s = tl.log(l_s)
-    log_t = tl.log(l_t)
-    lse_s = tl.fma(top_s, kappa, log_s)
-    lse_t = tl.fma(top_t, kappa, log_t)
+    # The top lane holds 1 of its own: what is above it would be lost in an fp32 sum where it is below 6e-8.
+    more_s = (tl.sum(l_s.to(tl.float64), 0) - 1.0).to(tl.float32)
+    more_t = (tl.sum(l_t.to(tl.float64), 0) - 1.0).to(tl.float32)
+    log_s = _log1p(more_s)
+    log_t = _log1p(more_t)
+    l_s = 1.0 + more_s
+    l_t = 1.0 + more_t
 
     grad_sum = 0.0
     if ONE_PASS:
@@ -243,10 +257,9 @@ def statistics_kernel(
         else:
             d = kappa * d / l_s
             kl = d - _log1p((l_s - l_t) / l_t)
-            # G with the rounded lse that the gradient will use: ps (ls - lt - G) does not see an error that
-            # is in both ls - lt and G.
-            rounding = (top_s.to(tl.float64) * kappa - lse_s) - (top_t.to(tl.float64) * kappa - lse_t)
-            grad_sum = (d + rounding).to(tl.float32)
+            # G with the rounded log-sums that the gradient will use: ps (ls - lt - G) does not see an error that is
+            # in both ls - lt and G.
+            grad_sum = (d.to(tl.float64) - (log_s.to(tl.float64) - log_t.to(tl.float64))).to(tl.float32)
     else:
         f_sum = tl.zeros([LANES], tl.float32)
         g_sum = tl.zeros([LANES], tl.float32)
@@ -254,29 +267,33 @@ def statistics_kernel(
         for start in range(0, V, BLOCK_V):
             y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
             y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
-            ls = tl.fma(y_s, kappa, -lse_s)
-            lt = tl.fma(y_t, kappa, -lse_t)
+            ls = tl.fma(y_s - top_s, kappa, -log_s)
+            lt = tl.fma(y_t - top_t, kappa, -log_t)
             ps = tl.exp(ls)
             f, g = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
             f_sum += tl.sum(f, 0)
             g_sum += tl.sum(g, 0)
             p_sum += tl.sum(ps, 0)
         kl = tl.sum(f_sum, 0)
-        grad_sum = tl.sum(g_sum, 0) / tl.sum(p_sum, 0)  # p_sum is 1 but for the rounding of lse
+        grad_sum = tl.sum(g_sum, 0) / tl.sum(p_sum, 0)  # p_sum is 1 but for the rounding of the log-sum
 
     out_ptr += row
-    tl.store(out_ptr, kl)
+    tl.store(out_ptr + KL * stride_out, kl)
     if HAS_TARGET:
         target = tl.load(target_ptr + row).to(tl.int64)
         y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, target, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
         y_t = _read(xt_ptr, teacher_bias_ptr, target, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
-        tl.store(out_ptr + 1 * stride_out, kappa * (y_s - top_s) - log_s)
-        tl.store(out_ptr + 2 * stride_out, kappa * (y_t - top_t) - log_t)
-    tl.store(out_ptr + 3 * stride_out, log_s - kappa * tl.sum(a_s, 0) / l_s)
-    tl.store(out_ptr + 4 * stride_out, log_t - kappa * tl.sum(a_t, 0) / l_t)
-    tl.store(out_ptr + 5 * stride_out, lse_s)
-    tl.store(out_ptr + 6 * stride_out, lse_t)
-    tl.store(out_ptr + 7 * stride_out, grad_sum)
+        tl.store(out_ptr + STUDENT_LOGPS * stride_out, kappa * (y_s - top_s) - log_s)
+        tl.store(out_ptr + TEACHER_LOGPS * stride_out, kappa * (y_t - top_t) - log_t)
+    tl.store(out_ptr + STUDENT_ENTROPY * stride_out, log_s - kappa * tl.sum(a_s, 0) / l_s)
+    tl.store(out_ptr + TEACHER_ENTROPY * stride_out, log_t - kappa * tl.sum(a_t, 0) / l_t)
+    tl.store(out_ptr + STUDENT_LSE * stride_out, tl.fma(top_s, kappa, log_s))
+    tl.store(out_ptr + TEACHER_LSE * stride_out, tl.fma(top_t, kappa, log_t))
+    tl.store(out_ptr + STUDENT_TOP * stride_out, top_s)
+    tl.store(out_ptr + TEACHER_TOP * stride_out, top_t)
+    tl.store(out_ptr + STUDENT_LOG_SUM * stride_out, log_s)
+    tl.store(out_ptr + TEACHER_LOG_SUM * stride_out, log_t)
+    tl.store(out_ptr + GRAD_SUM * stride_out, grad_sum)
 
 
 @triton.jit
@@ -285,8 +302,10 @@ def gradient_kernel(
     xt_ptr,  # (C, V)
     bias_ptr,  # (V,)
     teacher_bias_ptr,  # (V,)
-    lse_s_ptr,  # (C,)
-    lse_t_ptr,  # (C,)
+    top_s_ptr,  # (C,)
+    top_t_ptr,  # (C,)
+    log_s_ptr,  # (C,)
+    log_t_ptr,  # (C,)
     grad_sum_ptr,  # (C,)
     weights_ptr,  # (C,)
     out_ptr,  # (C, V), may lie over xs or xt
@@ -312,8 +331,10 @@ def gradient_kernel(
     xs_ptr += row * stride_xs
     xt_ptr += row * stride_xt
     out_ptr += row * stride_out
-    lse_s = tl.load(lse_s_ptr + row)
-    lse_t = tl.load(lse_t_ptr + row)
+    top_s = tl.load(top_s_ptr + row)
+    top_t = tl.load(top_t_ptr + row)
+    log_s = tl.load(log_s_ptr + row)
+    log_t = tl.load(log_t_ptr + row)
     weight = tl.load(weights_ptr + row).to(tl.float32)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
@@ -323,8 +344,8 @@ def gradient_kernel(
         # written at [2 B k, 2 B (k + 1)), which lies in blocks 0 to k. In ascending order, and with every
         # warp done reading block k before one stores, all loads of those bytes come first.
         tl.debug_barrier()
-        ls = tl.fma(y_s, kappa, -lse_s)
-        lt = tl.fma(y_t, kappa, -lse_t)
+        ls = tl.fma(y_s - top_s, kappa, -log_s)
+        lt = tl.fma(y_t - top_t, kappa, -log_t)
         ps = tl.exp(ls)
         _, dz = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
         if HAS_CLIP or DIVERGENCE != FORWARD_KL:
