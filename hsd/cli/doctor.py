@@ -126,7 +126,7 @@ def matrix_products() -> Facts:
     from hsd_kernels import gemm
 
     bf16, a = torch.bfloat16, torch.zeros(2, 2, dtype=torch.bfloat16)
-    plans = {
+    plans: dict[str, gemm.By] = {
         "logits": gemm.plan("logits", a, a, torch.float32),
         "dH": gemm.plan("dH", a, a, bf16),
         "dW": gemm.plan("dW", a, a, torch.float32),
