@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.small_world.plan import Run, Scale
 from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
-from hsd.hindsight.context import ContextTemplate
 from hsd.tasks import small_world
 from hsd.train.callbacks import load_metrics
 from hsd.train.config import HSDConfig

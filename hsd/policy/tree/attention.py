@@ -110,7 +110,11 @@ def tree_attention(
 
 def _attend(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """(1, H, n, d), (1, H_kv, m, d), (1, H_kv, m, d_value) -> (1, H, n, d_value), as all backends."""
-    backend = choose_backend(tree, query, scores.softcap, scores.sinks) if tree.backend == "auto" else tree.backend
+    backend = tree.backend
+    if backend == "auto":
+        runs = (_lengths(tree.query_starts), _lengths(tree.key_starts))
+        some = (scores.softcap, scores.sinks is not None)
+        backend = choose_backend(query.device.type, query.dtype, *runs, len(tree.key_node), *some)
     if backend == "dense":
         at = ("added", scores.window, query.dtype)
         if at not in tree.cache:
@@ -125,16 +129,27 @@ def _attend(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: S
     raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
-def choose_backend(tree: TreeView, query: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
-    """On CUDA in half precision varlen, FlexAttention for a soft cap, dense for sinks; else gather, dense if small."""
-    device = query.device.type
-    if device == "cuda" and (torch.is_autocast_enabled(device) or query.dtype in (torch.bfloat16, torch.float16)):
-        return "dense" if sinks is not None else "varlen" if softcap is None else "flex"
-    n, m = len(tree.node), len(tree.key_node)
-    rows = [b - a for a, b in pairwise(tree.query_starts)]
-    paths = [b - a for a, b in pairwise(tree.key_starts)]
+def choose_backend(
+    device: str,
+    dtype: torch.dtype,
+    rows: list[int],
+    paths: list[int],
+    keys: int,
+    softcap: float | None,
+    has_sinks: bool,
+) -> str:
+    """On CUDA in half precision varlen, FlexAttention for a soft cap, dense for sinks; else gather, dense if small.
+
+    ``rows`` and ``paths``, (runs,) each, are the queries of a run and the keys on its path, ``keys`` those of the tree.
+    """
+    if device == "cuda" and (torch.is_autocast_enabled(device) or dtype in (torch.bfloat16, torch.float16)):
+        return "dense" if has_sinks else "varlen" if softcap is None else "flex"
     gathered = sum(r * p for r, p in zip(rows, paths, strict=True))
-    return "dense" if n * m <= gathered + SMALL * len(rows) else "gather"
+    return "dense" if sum(rows) * keys <= gathered + SMALL * len(rows) else "gather"
+
+
+def _lengths(starts: list[int]) -> list[int]:
+    return [b - a for a, b in pairwise(starts)]
 
 
 def visible(tree: TreeView, window: int | None) -> Tensor:
@@ -146,7 +161,7 @@ def visible(tree: TreeView, window: int | None) -> Tensor:
 
 def gather_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Run by run: the keys on its path, gathered in order of depth, then plain causal attention at the path's end."""
-    rows = [b - a for a, b in pairwise(tree.query_starts)]
+    rows = _lengths(tree.query_starts)
     paths = [b - a for a, b in pairwise(tree.key_starts)]
     sizes = [min(BLOCK, r - a) for r in rows for a in range(0, r, BLOCK)]
     queries = iter(query.split(sizes, 2))

@@ -1,7 +1,6 @@
 """The backends for CUDA: their index bookkeeping on a CPU, the kernels themselves where there is a GPU."""
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,14 +77,12 @@ def test_gather_in_blocks(monkeypatch):
 
 
 def test_which_backend_auto_takes(monkeypatch):
-    view = random_view(4)
-
-    def chosen(device, dtype, softcap=None, sinks=None):
-        return choose_backend(view, SimpleNamespace(device=torch.device(device), dtype=dtype), softcap, sinks)
+    def chosen(device, dtype, softcap=None, sinks=False):  # a run of 6 queries and two of 2, of 10 keys in all
+        return choose_backend(device, dtype, [6, 2, 2], [6, 8, 8], 10, softcap, sinks)
 
     assert chosen("cuda", torch.bfloat16) == "varlen"
     assert chosen("cuda", torch.bfloat16, softcap=30.0) == "flex"
-    assert chosen("cuda", torch.bfloat16, sinks=torch.zeros(4)) == "dense"
+    assert chosen("cuda", torch.bfloat16, sinks=True) == "dense"
     assert chosen("cuda", torch.float32) == chosen("cpu", torch.float32) == "dense"  # a small tree
     monkeypatch.setattr("hsd.policy.tree.attention.SMALL", 0)
     assert chosen("cuda", torch.float32) == chosen("cpu", torch.bfloat16) == "gather"
