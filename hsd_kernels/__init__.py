@@ -7,6 +7,7 @@ from hsd_kernels.memory import release_memory
 from hsd_kernels.module import FusedHSDKL
 from hsd_kernels.row_stats import RowStats
 from hsd_kernels.sharded import gathered
+from hsd_kernels.token_loss import TokenLossOutput, fused_token_logps, fused_token_loss
 
 __all__ = [
     "Divergence",
@@ -14,7 +15,10 @@ __all__ = [
     "HSDKLOutput",
     "Head",
     "RowStats",
+    "TokenLossOutput",
     "fused_hsd_kl",
+    "fused_token_logps",
+    "fused_token_loss",
     "gathered",
     "release_memory",
 ]

@@ -13,6 +13,7 @@ from hsd_kernels.checks import check_head_shape, check_hidden_shape, check_no_ta
 from hsd_kernels.divergence import DIVERGENCES, Divergence
 from hsd_kernels.driver import TokenWeightFn
 from hsd_kernels.head import Head, as_head
+from hsd_kernels.op_support import autocast_to
 from hsd_kernels.ops import Options, Tensors, call, lend_hook
 from hsd_kernels.row_stats import RowStats
 from hsd_kernels.rows import IMPLS
@@ -66,7 +67,10 @@ def fused_hsd_kl(
     intermediate is ``memory_bytes``; ``reference_coef * KL(student || reference)`` can be added per token in the same
     pass. The logits compared are ``softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`` on both sides.
 
-    @ERROR@
+    Error of the gradient in fp32, given the logits: a probability is formed from its logit's distance to the row's
+    largest and is off by about 6e-8 of that distance, whatever is common to the row. A row whose probable token has
+    1 - p left loses about 6e-8 / (1 - p) of its gradient, as any difference of two fp32 probabilities does. The logits
+    themselves are rounded at 6e-8 of their size by the product that makes them.
 
     Args:
         student_hidden: (..., D), fp32, bf16, fp16 or fp64. Gets a gradient.
@@ -117,19 +121,21 @@ def fused_hsd_kl(
     teacher_head = None if teacher_head is None else as_head("teacher_head", teacher_head, head)
     reference_head = None if reference_head is None else as_head("reference_head", reference_head, head)
     divergence = _divergence(divergence)
-    tensors = _autocast(
-        Tensors(
-            student_hidden=student_hidden,
-            teacher_hidden=teacher_hidden,
-            reference_hidden=reference_hidden,
-            weight=head.weight,
-            bias=head.bias,
-            teacher_weight=None if teacher_head is None else teacher_head.weight,
-            teacher_bias=None if teacher_head is None else teacher_head.bias,
-            reference_weight=None if reference_head is None else reference_head.weight,
-            reference_bias=None if reference_head is None else reference_head.bias,
-            target_ids=None,
-            token_weights=None,
+    tensors = Tensors(
+        *autocast_to(
+            *Tensors(
+                student_hidden=student_hidden,
+                teacher_hidden=teacher_hidden,
+                reference_hidden=reference_hidden,
+                weight=head.weight,
+                bias=head.bias,
+                teacher_weight=None if teacher_head is None else teacher_head.weight,
+                teacher_bias=None if teacher_head is None else teacher_head.bias,
+                reference_weight=None if reference_head is None else reference_head.weight,
+                reference_bias=None if reference_head is None else reference_head.bias,
+                target_ids=None,
+                token_weights=None,
+            )
         )
     )
     _check_tensors(tensors, sharded=process_group is not None)
@@ -215,17 +221,6 @@ def _filter_eps(given: Any) -> float | None:
     if not (0.0 < float(given) < math.inf):
         raise ValueError(f"filter_eps: expected a finite number > 0, got {given}")
     return float(given)
-
-
-def _autocast(tensors: Tensors) -> Tensors:
-    """Under autocast a linear layer runs in the autocast dtype; so does the head here."""
-    first = tensors.student_hidden
-    # The meta device has no autocast. Dynamo of torch 2.8 cannot trace torch.amp.is_autocast_available.
-    if not isinstance(first, Tensor) or (kind := first.device.type) == "meta" or not torch.is_autocast_enabled(kind):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    low = (torch.float32, torch.bfloat16, torch.float16)
-    return Tensors(*(t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in tensors))
 
 
 def _check_tensors(t: Tensors, sharded: bool) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -21,7 +20,7 @@ from hsd_kernels import gemm, memory
 from hsd_kernels import rows as row_backends
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.head import Head
-from hsd_kernels.op_support import Gradients, Wanted, wide_dtype
+from hsd_kernels.op_support import Gradients, Wanted, wide_dtype, without_autocast
 from hsd_kernels.row_stats import COLUMNS, RowStats
 from hsd_kernels.vocab_filter import active_columns, take_columns_
 from hsd_kernels.vocab_parallel import Shards
@@ -92,15 +91,8 @@ def run(
     ``weights`` is (R,); ``factor``, a hook or the (T,) values that one returned earlier, multiplies the divergence from
     the teacher and not the reference term. Rows left out are never read: a NaN there reaches nothing.
     """
-    with _without_autocast(problem.student_hidden.device):
+    with without_autocast(problem.student_hidden.device):
         return _run(problem, rows, weights, factor, wanted)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Operands are in the right dtype here: autocast would run the GEMMs of upcast operands in bf16 (CPU)."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 @dataclass(frozen=True)

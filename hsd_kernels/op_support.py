@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,23 @@ def times_upstream(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
         return g * upstream  # a CPU takes a scalar in fp32, and so is five times as fast as below in bf16
     upstream = upstream.reshape(-1, *(1,) * (g.dim() - 1))
     return torch.mul(g, upstream, out=torch.empty_like(g, dtype=dtype))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Operands are in the right dtype here: autocast would run the GEMMs of upcast operands in bf16 (CPU)."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def autocast_to(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Under autocast a linear layer runs in the autocast dtype; so does the head here."""
+    # The meta device has no autocast. Dynamo of torch 2.8 cannot trace torch.amp.is_autocast_available.
+    if not isinstance(first, Tensor) or (kind := first.device.type) == "meta" or not torch.is_autocast_enabled(kind):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return first, *others
+    dtype = torch.get_autocast_dtype(kind)
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in (first, *others))
 
 
 def first_order_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -107,8 +107,8 @@ _library = torch.library.Library("hsd_kernels", "DEF")
 _library.define(f"fused_hsd_kl({_arguments}) -> ({tensor_arguments(Outputs)})")
 _library.define(f"fused_hsd_kl_backward({_arguments}) -> ({tensor_arguments(Gradients).replace('?', '')})")
 
-# fp16 holds 6e-5 to 65,504 with all its bits, and most of dz is smaller than 6e-5: a power of two moves it up before the
-# products and leaves room for token weights, and 1 / temperature, that multiply to 1,000.
+# fp16 holds 6e-5 to 65,504 with all its bits, and most of dz is smaller than 6e-5: a power of two moves it up before
+# the products and leaves room for token weights, and 1 / temperature, that multiply to 1,000.
 _FP16_ROOM = 64.0
 
 # A schema has no type for a Python function: a hook is lent under a number for the length of one call.

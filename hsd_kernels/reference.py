@@ -84,6 +84,54 @@ def hsd_kl(
     return per_token.sum() / items
 
 
+def token_logps(hidden: Tensor, head: Tensor | Head, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target_ids), shape (...)."""
+    return logits(hidden, head, temperature).log_softmax(-1).gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def token_loss(
+    hidden: Tensor,
+    head: Tensor | Head,
+    target_ids: Tensor,
+    *,
+    advantages: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    dual_clip: float | None = None,
+    reference_logps: Tensor | None = None,
+    reference_coef: float = 0.0,
+    token_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_items: float | None = None,
+) -> Tensor:
+    """The loss of `hsd_kernels.fused_token_loss`, by definition."""
+    kept = torch.ones_like(target_ids, dtype=hidden.dtype) if token_weights is None else token_weights
+    logps = token_logps(hidden, head, target_ids.where(kept != 0, 0), temperature)
+    per_token = torch.zeros_like(logps)
+    if advantages is not None:
+        ratio = _bounded_exp(logps - (logps.detach() if old_logps is None else old_logps))
+        clipped = ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high)
+        gain = torch.minimum(ratio * advantages, clipped * advantages)
+        if dual_clip is not None:
+            gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+        per_token = per_token - gain
+    if reference_logps is not None:
+        gap = reference_logps - logps
+        per_token = per_token + reference_coef * (_bounded_exp(gap) - gap - 1.0)
+    per_token = torch.where(kept != 0, per_token * kept, 0.0)
+    if reduction == "none":
+        return per_token
+    items = (kept != 0).sum().clamp(min=1) if num_items is None else num_items
+    return per_token.sum() / (1 if reduction == "sum" else items)
+
+
+def _bounded_exp(x: Tensor) -> Tensor:
+    """exp(x); from 20 on its tangent there."""
+    return x.clamp_max(20.0).exp() * (1.0 + (x - 20.0).clamp_min(0.0))
+
+
 def _kl_terms(log_p: Tensor, log_q: Tensor, d: Divergence) -> Tensor:
     p = log_p.exp()
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))

@@ -32,7 +32,7 @@ def statistics(
     divergence, kappa = spec.divergence, spec.scales[1]
     for at in _blocks(x_student):
         y_s, y_t = _pair(x_student[at], x_teacher[at], spec, bias, teacher_bias)
-        student, teacher = _normalizer(y_s, kappa), _normalizer(y_t, kappa)
+        student, teacher = normalizer(y_s, kappa), normalizer(y_t, kappa)
         ls, lt = student.log_probs(y_s, kappa), teacher.log_probs(y_t, kappa)
         ps, pt = ls.exp(), lt.exp()
         f, g = _summands(spec, ls, lt, ps, pt)
@@ -105,7 +105,7 @@ def summand_sums(
     return sums
 
 
-class _Normalizer(NamedTuple):
+class Normalizer(NamedTuple):
     """Of rows y: log p = kappa (y - top) - log_sum. The difference is exact where p is large; kappa top + log_sum as
     one number would be rounded at its own size."""
 
@@ -116,19 +116,19 @@ class _Normalizer(NamedTuple):
         return (y - self.top.unsqueeze(-1)).mul_(kappa) - self.log_sum.unsqueeze(-1)
 
 
-def _normalizer(y: Tensor, kappa: float) -> _Normalizer:
+def normalizer(y: Tensor, kappa: float) -> Normalizer:
     highest = y.max(-1, keepdim=True)
     top = highest.values.clamp_min(LOWEST)
     e = (y - top).mul_(kappa).exp_()
     # 1, 0 in a row without mass, NaN in a row with one. Apart from the rest: 1 + 1e-8 is 1 in fp32.
     of_top = e.gather(-1, highest.indices)
     rest = e.scatter_(-1, highest.indices, 0.0).sum(-1, keepdim=True)
-    return _Normalizer(top.squeeze(-1), torch.log1p(rest + (of_top - 1.0)).squeeze(-1))
+    return Normalizer(top.squeeze(-1), torch.log1p(rest + (of_top - 1.0)).squeeze(-1))
 
 
-def _normalizers(stats: RowStats, at: slice) -> tuple[_Normalizer, _Normalizer]:
-    student = _Normalizer(stats.student_top[at], stats.student_log_sum[at])
-    return student, _Normalizer(stats.teacher_top[at], stats.teacher_log_sum[at])
+def _normalizers(stats: RowStats, at: slice) -> tuple[Normalizer, Normalizer]:
+    student = Normalizer(stats.student_top[at], stats.student_log_sum[at])
+    return student, Normalizer(stats.teacher_top[at], stats.teacher_log_sum[at])
 
 
 def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,10 +174,10 @@ def _pair(
     """y of both sides (`RowSpec.scales`)."""
     x_t = x_teacher.to(_wide(x_teacher))
     x_s = x_student.to(x_t.dtype)
-    return _formed(x_s + x_t if spec.linear else x_s, bias, spec), _formed(x_t, teacher_bias, spec)
+    return formed(x_s + x_t if spec.linear else x_s, bias, spec), formed(x_t, teacher_bias, spec)
 
 
-def _formed(x: Tensor, bias: Tensor | None, spec: RowSpec) -> Tensor:
+def formed(x: Tensor, bias: Tensor | None, spec: RowSpec) -> Tensor:
     in_scale = spec.scales[0]
     x = x if bias is None else x + bias
     x = x if in_scale == 1.0 else x * in_scale

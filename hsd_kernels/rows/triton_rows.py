@@ -215,7 +215,8 @@ def statistics_kernel(
 
     m_s = tl.full([LANES], LOWEST, tl.float32)  # running maximum of y
     m_t = tl.full([LANES], LOWEST, tl.float32)
-    l_s = tl.zeros([LANES], tl.float32)  # sum of e = exp(kappa (y - m))
+    # Sum of e = exp(kappa (y - m)) but for the 1 of the maximum: beside it all below 6e-8 would be lost.
+    l_s = tl.zeros([LANES], tl.float32)
     l_t = tl.zeros([LANES], tl.float32)
     a_s = tl.zeros([LANES], tl.float32)  # sum of e (y - m), for the entropy
     a_t = tl.zeros([LANES], tl.float32)
@@ -227,15 +228,19 @@ def statistics_kernel(
         top_t = tl.maximum(m_t, tl.max(y_t, 0))
         rise_s = top_s - m_s
         rise_t = top_t - m_t
-        l_s, l_t, a_s, a_t, d = _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS)
+        all_s = l_s + _one(m_s > LOWEST)
+        all_t = l_t + _one(m_t > LOWEST)
+        w_s, w_t, a_s, a_t, d = _rescaled(rise_s, rise_t, all_s, all_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS)
+        l_s = tl.where(rise_s > 0.0, w_s * all_s, l_s)
+        l_t = tl.where(rise_t > 0.0, w_t * all_t, l_t)
         m_s = top_s
         m_t = top_t
         u_s = y_s - m_s[None, :]
         u_t = y_t - m_t[None, :]
         e_s = tl.exp(kappa * u_s)
         e_t = tl.exp(kappa * u_t)
-        l_s += tl.sum(e_s, 0)
-        l_t += tl.sum(e_t, 0)
+        l_s += tl.sum(e_s, 0) - _one(rise_s > 0.0)
+        l_t += tl.sum(e_t, 0) - _one(rise_t > 0.0)
         a_s += tl.sum(_times(e_s, u_s), 0)
         a_t += tl.sum(_times(e_t, u_t), 0)
         if ONE_PASS:
@@ -248,10 +253,13 @@ def statistics_kernel(
     top_t = tl.max(m_t, 0)
     rise_s = top_s - m_s
     rise_t = top_t - m_t
-    l_s, l_t, a_s, a_t, d = _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS)
-    # The top lane holds 1 of its own: what is above it would be lost in an fp32 sum where it is below 6e-8.
-    more_s = (tl.sum(l_s.to(tl.float64), 0) - 1.0).to(tl.float32)
-    more_t = (tl.sum(l_t.to(tl.float64), 0) - 1.0).to(tl.float32)
+    one_s = _one(m_s > LOWEST)
+    one_t = _one(m_t > LOWEST)
+    w_s, w_t, a_s, a_t, d = _rescaled(
+        rise_s, rise_t, l_s + one_s, l_t + one_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS
+    )
+    more_s = (tl.sum(w_s * (l_s.to(tl.float64) + one_s), 0) - 1.0).to(tl.float32)
+    more_t = (tl.sum(w_t * (l_t.to(tl.float64) + one_t), 0) - 1.0).to(tl.float32)
     log_s = _log1p(more_s)
     log_t = _log1p(more_t)
     l_s = 1.0 + more_s
@@ -407,8 +415,13 @@ def _formed(x, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP:
 
 
 @triton.jit
+def _one(where):
+    return tl.where(where, 1.0, 0.0)
+
+
+@triton.jit
 def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE: tl.constexpr, ONE_PASS: tl.constexpr):
-    """The running sums of `statistics_kernel` after their maxima rose."""
+    """exp(-kappa rise) of both sides, and the sums of `statistics_kernel` after their maxima rose; ``l`` with the 1."""
     w_s = tl.exp(-kappa * rise_s)
     w_t = tl.exp(-kappa * rise_t)
     if ONE_PASS:
@@ -419,7 +432,7 @@ def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE: tl.const
             d = _times(w_s, d + (rise_t - rise_s) * l_s)
     a_s = w_s * (a_s - rise_s * l_s)
     a_t = w_t * (a_t - rise_t * l_t)
-    return w_s * l_s, w_t * l_t, a_s, a_t, d
+    return w_s, w_t, a_s, a_t, d
 
 
 @triton.jit
