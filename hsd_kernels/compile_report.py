@@ -61,6 +61,7 @@ class Line:
     spill_bytes: int
     shared_bytes: int
     widest_load: int  # bytes of one load of the logits
+    instructions: float  # in all, divided by the columns of a thread: a pair's, where there is no loop (one_read)
 
     @property
     def ok(self) -> bool:
@@ -69,10 +70,13 @@ class Line:
     def __str__(self) -> str:
         config = f"{self.config.block_v:>5} {self.config.num_warps:>5}"
         usage = f"{self.registers:>9} {self.spill_bytes:>6} {self.shared_bytes:>6} {self.widest_load:>4}"
+        usage += f" {self.instructions:>7.1f}"
         return f"{self.variant.kernel:<10} {self.variant!s:<30} sm_{self.arch:<4} {config} {usage}"
 
 
-HEADER = f"{'kernel':<10} {'variant':<30} {'arch':<7} {'block':>5} {'warps':>5} registers spills shared load"
+VOCABULARY = 151_936  # Qwen3's
+
+HEADER = f"{'kernel':<10} {'variant':<30} {'arch':<7} {'block':>5} {'warps':>5} registers spills shared load  a pair"
 
 
 def compile_report(
@@ -89,10 +93,12 @@ def _compile(variant: Variant, arch: int) -> Line:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from hsd_kernels.rows import one_read
     from hsd_kernels.rows import triton_rows as rows
 
     config = row_config(variant.kernel, arch)
-    kernel = getattr(rows, f"{variant.kernel}_kernel")
+    kernel = one_read.one_read_kernel if variant.kernel == "one_read" else getattr(rows, f"{variant.kernel}_kernel")
+    parts, slots = one_read.slices(VOCABULARY, config.block_v)
     constants: dict[str, Any] = {
         "DIVERGENCE": rows.DIVERGENCES.index(variant.divergence),
         "HAS_BIAS": variant.bias,
@@ -102,11 +108,17 @@ def _compile(variant: Variant, arch: int) -> Line:
         "HAS_CLIP": variant.clip,
         "LINEAR": variant.logits == "bf16",
         "NONNEGATIVE": variant.clip and variant.bias,  # in one variant of each kernel that clips
+        "HAS_ONLY": False,
+        "HAS_SCALE": variant.softcap,
+        "WAITS": True,
+        "PARTS": parts,
+        "SLOTS": slots,
         "LANES": config.lanes(2 if variant.logits == "bf16" else 4),
         "BLOCK_V": config.block_v,
     }
     if not variant.bias:
         constants |= {"bias_ptr": None, "teacher_bias_ptr": None}
+    constants["only_ptr"] = None
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: _argument_type(name, variant) for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -131,6 +143,7 @@ def _compile(variant: Variant, arch: int) -> Line:
         spill_bytes=usage["LOCAL"] + usage["STACK"],
         shared_bytes=compiled.metadata.shared,
         widest_load=max(int(count or 1) * int(bits) // 8 for count, bits in loads),
+        instructions=_instructions(compiled.asm["cubin"]) * 32 * config.num_warps / config.block_v,
     )
 
 
@@ -139,23 +152,33 @@ def _argument_type(name: str, variant: Variant) -> str:
         return f"*{variant.logits}"
     if name == "target_ptr":
         return "*i64"
-    if name == "out_ptr" and variant.kernel == "gradient":
+    if name == "dz_ptr" or (name == "out_ptr" and variant.kernel == "gradient"):
         return "*bf16"
+    if name == "sync_ptr":
+        return "*i32"
     if name.endswith("_ptr"):
         return "*fp32"
-    return "i32" if name == "V" or name.startswith("stride_") else "fp32"
+    return "i32" if name in ("V", "C") or name.startswith("stride_") else "fp32"
+
+
+def _instructions(cubin: bytes) -> int:
+    """SASS instructions but for padding."""
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", _cuobjdump(cubin, "-sass"), re.M))
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
+    found = re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", _cuobjdump(cubin, "--dump-resource-usage"))
+    return {name: int(value) for name, value in found}
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,9 +35,9 @@ PINNED = {
     ("gradient", 80): RowConfig(block_v=2048, num_warps=8, num_stages=1),
     ("gradient", 90): RowConfig(block_v=2048, num_warps=8, num_stages=1),
     ("gradient", 100): RowConfig(block_v=2048, num_warps=8, num_stages=1),
-    ("one_read", 80): RowConfig(block_v=4096, num_warps=4, num_stages=1),
-    ("one_read", 90): RowConfig(block_v=4096, num_warps=4, num_stages=1),
-    ("one_read", 100): RowConfig(block_v=4096, num_warps=4, num_stages=1),
+    ("one_read", 80): RowConfig(block_v=2048, num_warps=2, num_stages=1),
+    ("one_read", 90): RowConfig(block_v=2048, num_warps=2, num_stages=1),
+    ("one_read", 100): RowConfig(block_v=2048, num_warps=2, num_stages=1),
 }
 
 

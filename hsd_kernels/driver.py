@@ -102,6 +102,19 @@ class _Workspace:
     reference_dz: Tensor  # (chunk, V), (0, V) without a gradient of a reference term
 
 
+@dataclass(frozen=True)
+class _Buffer:
+    """B token rows whose dz is in memory at the same time."""
+
+    at: slice | Tensor  # their positions
+    rows: Tensor  # (B,), the same as numbers
+    hidden: list[Tensor]  # (B, D) of each side
+    weights: Tensor  # (B,)
+    silent: list[Tensor]  # (B,) bool, of the teacher and of the reference
+    target_ids: Tensor | None  # (B,), within the vocabulary
+    strange: Tensor | None  # (B,) bool, where that is not what was given
+
+
 def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tensor | None, wanted: Wanted) -> Result:
     sides = [Side(p.student_hidden, p.head, p.teacher.spec), p.teacher, *([p.reference] if p.reference else [])]
     size = _sizes(p, len(sides), rows.numel(), wanted)
@@ -113,25 +126,24 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
     gradient_rows = (size.buffer, size.chunk if p.reference else 0) if any(wanted) else (0, 0)
     logits_size = len(sides) * size.chunk * size.stride * p.logits_dtype.itemsize
     dz_dtype = gemm.gradient_dtype(p.student_hidden, p.wide)
-    with memory.borrowed(
-        logits_size + sum(gradient_rows) * size.stride * dz_dtype.itemsize, p.student_hidden.device
-    ) as block:
-        vocab = p.head.weight.shape[0]
+    dz_size = sum(gradient_rows) * size.stride * dz_dtype.itemsize
+    vocab = p.head.weight.shape[0]
+    with memory.borrowed(logits_size + dz_size, p.student_hidden.device) as block:
         logits = block[:logits_size].view(p.logits_dtype).view(-1, size.stride)[:, :vocab]
         dz, reference_dz = block[logits_size:].view(dz_dtype).view(-1, size.stride)[:, :vocab].split(gradient_rows)
         space = _Workspace(logits, dz, reference_dz)
         for start in range(0, rows.numel(), size.buffer):
-            at = rows[start : start + size.buffer]
-            w = weights[start : start + size.buffer].to(p.wide)
-            magnitudes = torch.zeros_like(w)
-            for first in range(0, at.numel(), size.chunk):
-                here = slice(first, min(first + size.chunk, at.numel()))
-                magnitudes[here] = _chunk(p, sides, at[here], w[here], factor, out, space, here)
+            buffer = _buffer(p, sides, rows, weights, slice(start, start + size.buffer))
+            magnitudes = [
+                _chunk(p, sides, buffer, factor, out, space, slice(first, first + size.chunk))
+                for first in range(0, buffer.rows.numel(), size.chunk)
+            ]
             if any(wanted):
-                h_s = p.student_hidden[at]
+                largest = torch.cat(magnitudes)
+                h_s = buffer.hidden[0]
                 if factor is not None:  # dW = dz^T h: 0 times the NaN of a row that the hook dropped would be NaN
-                    h_s = h_s.masked_fill((magnitudes == 0).unsqueeze(-1), 0.0)
-                _backward_gemms(p, dz[: at.numel()], h_s, at, out, magnitudes, first=start == 0, spare=logits)
+                    h_s = h_s.masked_fill((largest == 0).unsqueeze(-1), 0.0)
+                _backward_gemms(p, dz[: len(largest)], h_s, buffer.at, out, largest, first=start == 0, spare=logits)
     if p.shards is not None:
         p.shards.sum_(out.filtered)
         if out.grad_hidden is not None:
@@ -139,40 +151,58 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
     return out
 
 
+def _buffer(p: Problem, sides: list[Side], rows: Tensor, weights: Tensor, here: slice) -> _Buffer:
+    at = here if rows.numel() == p.student_hidden.shape[0] else rows[here]  # all tokens: views instead of copies
+    hidden = [side.hidden[at] for side in sides]
+    silent = [_silent(p, side, hidden[0], h) for side, h in zip(sides[1:], hidden[1:], strict=True)]
+    target_ids = strange = None
+    if p.target_ids is not None:
+        given = p.target_ids[at] if p.shards is None else p.target_ids[at] - p.shards.start
+        target_ids = given.clamp(0, p.head.weight.shape[0] - 1)
+        strange = given != target_ids
+    return _Buffer(at, rows[here], hidden, weights[here].to(p.wide), silent, target_ids, strange)
+
+
 def _chunk(
     p: Problem,
     sides: list[Side],
-    at: Tensor,
-    weights: Tensor,
+    b: _Buffer,
     factor: TokenWeightFn | Tensor | None,
     out: Result,
     space: _Workspace,
     here: slice,
 ) -> Tensor:
-    """Statistics of the tokens ``at`` (n,), and their dz in rows ``here`` of the buffer if there is one. Returns the
-    largest magnitude of their weights in any term, (n,): where it is 0, dz is."""
-    hidden = [side.hidden[at] for side in sides]
+    """Statistics of the rows ``here`` (n,) of a buffer, and their dz if there is a gradient. Returns the largest
+    magnitude of their weights in any term, (n,): where it is 0, dz is."""
+    hidden = [h[here] for h in b.hidden]
     student = hidden[0] - hidden[1] if p.teacher.spec.linear else hidden[0]
     x = _logits(sides, [student, *hidden[1:]], space.logits)
-    silent = [_silent(p, side, hidden[0], h) for side, h in zip(sides[1:], hidden[1:], strict=True)]
-    dz = space.dz[here] if space.dz.numel() else None
+    dz = space.dz[here][: len(student)] if space.dz.numel() else None
+    at = (
+        slice(b.at.start + here.start, b.at.start + here.start + len(student))
+        if isinstance(b.at, slice)
+        else b.at[here]
+    )
 
-    if isinstance(factor, Tensor):
-        out.factor[at] = factor[at]
-    ready = None if callable(factor) else (weights * out.factor[at]).masked_fill(silent[0], 0.0)
-    stats = _statistics(p, p.teacher, x[0], x[1], at, silent[0], ready, dz)
-    out.stats[:, at] = stats.stack()
-    if ready is None:
-        assert callable(factor)
+    weights = b.weights[here]
+    if callable(factor):
+        stats = _statistics(p, p.teacher, b, here, x[0], x[1], b.silent[0], None, None)
         out.factor[at] = _hook_weights(factor, stats)
-        ready = (weights * out.factor[at]).masked_fill(silent[0], 0.0)
+        ready = (weights * out.factor[at]).masked_fill(b.silent[0][here], 0.0)
         if dz is not None:
             p.rows_impl.gradient_(x[0], x[1], p.teacher.spec, p.head.bias, p.teacher.head.bias, stats, ready, dz)
+    else:
+        if factor is not None:
+            out.factor[at] = factor[at]
+            weights = weights * factor[at]
+        ready = weights.masked_fill(b.silent[0][here], 0.0)
+        stats = _statistics(p, p.teacher, b, here, x[0], x[1], b.silent[0], ready, dz)
+    out.stats[:, at] = stats.stack()
     largest = ready.abs()
     if p.reference is not None:
-        ready = (weights * p.reference_coef).masked_fill(silent[1], 0.0)
-        part = None if dz is None else space.reference_dz[: at.numel()]
-        stats = _statistics(p, p.reference, x[0], x[2], at, silent[1], ready, part)
+        ready = (b.weights[here] * p.reference_coef).masked_fill(b.silent[1][here], 0.0)
+        part = None if dz is None else space.reference_dz[: len(student)]
+        stats = _statistics(p, p.reference, b, here, x[0], x[2], b.silent[1], ready, part)
         assert out.reference_stats is not None
         out.reference_stats[:, at] = stats.stack()
         largest = torch.maximum(largest, ready.abs())
@@ -212,9 +242,10 @@ def _logits(sides: list[Side], hidden: list[Tensor], workspace: Tensor) -> list[
 def _statistics(
     p: Problem,
     side: Side,
+    b: _Buffer,
+    here: slice,
     x_s: Tensor,
     x_side: Tensor,
-    at: Tensor,
     silent: Tensor,
     weights: Tensor | None,
     dz: Tensor | None,
@@ -222,18 +253,16 @@ def _statistics(
     """Row statistics between the student and ``side``. With ``weights`` and ``dz``, also ``weights`` times the
     gradient, into ``dz``: in one read of the logits where the backend has one."""
     biases = (p.head.bias, side.head.bias)
-    targets = valid = None
-    if p.target_ids is not None:
-        targets = p.target_ids[at] if p.shards is None else p.target_ids[at] - p.shards.start
-        valid = targets.clamp(0, x_s.shape[1] - 1)
-    both = row_backends.both_in_one_read(p.rows_impl, x_s) if p.shards is None else None
-    if both is not None and weights is not None and dz is not None:
-        stats = both(x_s, x_side, side.spec, *biases, valid, at, weights, dz)
+    given = (x_s, x_side, side.spec, *biases)
+    target_ids = None if b.target_ids is None else b.target_ids[here]
+    gradient = weights is not None and dz is not None
+    both = row_backends.both_in_one_read(p.rows_impl, x_s) if gradient and p.shards is None else None
+    if both is not None:
+        stats = both(*given, target_ids, b.rows[here], weights, dz)
     else:
-        both = None
-        stats = p.rows_impl.statistics(x_s, x_side, side.spec, *biases, valid, at)
-    if targets is not None:
-        strange = targets != valid
+        stats = p.rows_impl.statistics(*given, target_ids, b.rows[here])
+    if b.strange is not None:
+        strange = b.strange[here]
         student_logps, teacher_logps = stats.student_logps, stats.teacher_logps
         if p.shards is not None:  # a part without mass has no log-probs of its own; in the whole row they are -inf
             student_logps = student_logps.masked_fill(stats.student_lse == -torch.inf, -torch.inf)
@@ -246,19 +275,19 @@ def _statistics(
         stats = p.shards.merge(stats, side.spec, x_s, x_side, *biases)
     if side.spec.divergence.is_nonnegative:
         stats = stats._replace(kl=stats.kl.clamp_min(0.0))  # rounding; a NaN stays
-    stats = stats._replace(kl=stats.kl.masked_fill(silent, 0.0))
-    if both is None and weights is not None and dz is not None:
-        p.rows_impl.gradient_(x_s, x_side, side.spec, *biases, stats, weights, dz)
+    stats = stats._replace(kl=stats.kl.masked_fill(silent[here], 0.0))
+    if gradient and both is None:
+        p.rows_impl.gradient_(*given, stats, weights, dz)
     return stats
 
 
 def _backward_gemms(
-    p: Problem, dz: Tensor, h_s: Tensor, at: Tensor, out: Result, magnitudes: Tensor, first: bool, spare: Tensor
+    p: Problem, dz: Tensor, h_s: Tensor, at: slice | Tensor, out: Result, largest: Tensor, first: bool, spare: Tensor
 ) -> None:
     """``spare`` may be overwritten, as dz may."""
     weight, columns = p.head.weight, None
     if p.filter_eps is not None:
-        active = active_columns(dz, p.filter_eps, magnitudes.amax(), p.student_hidden.dtype)
+        active = active_columns(dz, p.filter_eps, largest.amax(), p.student_hidden.dtype)
         out.filtered += torch.stack([active.dropped, active.total]).to(out.filtered)
         columns = active.columns
     if columns is None:
@@ -314,7 +343,7 @@ def _empty_result(p: Problem, wanted: Wanted, one_buffer: bool) -> Result:
 
 def _sizes(p: Problem, sides: int, rows: int, wanted: Wanted) -> memory.Sizes:
     own = p.head.weight.shape[0]
-    size = memory.sizes(
+    return memory.sizes(
         rows,
         own if p.shards is None else p.shards.largest,  # ranks must take the same chunks
         p.student_hidden.device.type,
@@ -324,7 +353,6 @@ def _sizes(p: Problem, sides: int, rows: int, wanted: Wanted) -> memory.Sizes:
         # A filter keeps the columns that any row of a buffer needs.
         one_level=p.filter_eps is not None,
     )
-    return size
 
 
 def _hook_weights(token_weight_fn: TokenWeightFn, stats: RowStats) -> Tensor:

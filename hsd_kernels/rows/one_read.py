@@ -55,12 +55,13 @@ LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
 # Stands for a logit beyond V: finite, since 0 times it must be 0.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
-SUMS: tl.constexpr = tl.constexpr(10)  # of a slice: seven of the first exchange, three of the second
+SUMS = 10  # of a slice: seven of the first exchange, three of the second
 
 
 def fits(x: Tensor) -> bool:
     """Whether the device holds all slices of a row at a time: it runs a program or more per multiprocessor."""
-    return not x.is_cuda or _slices(x)[0] <= _multiprocessors(x.device)
+    block = configs.row_config("one_read", triton_rows.capability(x.device)).block_v
+    return not x.is_cuda or slices(x.shape[1], block)[0] <= _multiprocessors(x.device)
 
 
 def statistics_and_gradient_(
@@ -76,82 +77,62 @@ def statistics_and_gradient_(
 ) -> RowStats:
     """`triton_rows.statistics`, and `triton_rows.gradient_` of the same rows into ``out``, which lies apart from the
     logits."""
-    n = x_student.shape[0]
+    n, vocab = x_student.shape
     table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
+    stats = RowStats.unstack(table, rows, with_targets=target_ids is not None)
     if n == 0:
-        return RowStats.unstack(table, rows, with_targets=target_ids is not None)
-    given = (x_student, x_teacher, spec, bias, teacher_bias)
+        return stats
+    config = configs.row_config("one_read", triton_rows.capability(x_student.device))
+    parts, slots = slices(vocab, config.block_v)
+    partial = torch.empty(n, SUMS, slots, dtype=torch.float32, device=x_student.device)
+    in_scale, kappa = spec.scales
+    # An interpreter runs programs one after the other: there nothing may wait, and each of three launches reads what
+    # the one before it has published.
+    waits = x_student.is_cuda
     with torch.cuda.device_of(x_student):
-        # An interpreter runs programs one after the other: there nothing may wait, and each launch reads what the one
-        # before it has merged.
-        waits = x_student.is_cuda
-        for dz in (out,) if waits else (None, None, out):
-            strange = _launch(*given, target_ids, weights, table, dz, waits)
-        stats = RowStats.unstack(table, rows, with_targets=target_ids is not None)
+        for _ in range(1 if waits else 3):
+            sync = torch.zeros(1 + 3 * n, dtype=torch.int32, device=x_student.device)
+            kernel: Any = one_read_kernel[(n * parts,)]
+            kernel(
+                x_student,
+                x_teacher,
+                triton_rows.contiguous(bias),
+                triton_rows.contiguous(teacher_bias),
+                triton_rows.contiguous(target_ids),
+                triton_rows.contiguous(weights),
+                partial,
+                sync,
+                table,
+                out,
+                n,
+                vocab,
+                triton_rows.row_stride(x_student),
+                triton_rows.row_stride(x_teacher),
+                triton_rows.row_stride(out),
+                table.stride(0),
+                float(in_scale),
+                kappa / math.log(2.0),
+                spec.chain,
+                float(spec.divergence.beta),
+                float(spec.divergence.clip or 0.0),
+                **triton_rows.flags(spec, bias, teacher_bias),
+                HAS_TARGET=target_ids is not None,
+                HAS_SCALE=in_scale != 1.0,
+                WAITS=waits,
+                PARTS=parts,
+                SLOTS=slots,
+                BLOCK_V=config.block_v,
+                **config.options,
+            )
+        strange, given = sync[1 + 2 * n :], (x_student, x_teacher, spec, bias, teacher_bias)
         triton_rows.statistics(*given, target_ids, rows, table, strange)
         triton_rows.gradient_(*given, stats, weights, out, strange)
     return stats
 
 
-def _launch(
-    x_student: Tensor,
-    x_teacher: Tensor,
-    spec: RowSpec,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    target_ids: Tensor | None,
-    weights: Tensor,
-    table: Tensor,
-    out: Tensor | None,
-    waits: bool,
-) -> Tensor:
-    """Fills ``table`` and ``out``; returns (n,) int32, not 0 where a row must be made again."""
-    n, vocab = x_student.shape
-    config = configs.row_config("one_read", triton_rows.capability(x_student.device))
-    parts, slots = _slices(x_student)
-    partial = torch.empty(n, SUMS.value, slots, dtype=torch.float32, device=x_student.device)
-    sync = torch.zeros(1 + 5 * n, dtype=torch.int32, device=x_student.device)
-    in_scale, kappa = spec.scales
-    kernel: Any = one_read_kernel[(n * parts,)]
-    kernel(
-        x_student,
-        x_teacher,
-        triton_rows.contiguous(bias),
-        triton_rows.contiguous(teacher_bias),
-        triton_rows.contiguous(target_ids),
-        triton_rows.contiguous(weights),
-        partial,
-        sync,
-        table,
-        out,
-        n,
-        vocab,
-        triton_rows.row_stride(x_student),
-        triton_rows.row_stride(x_teacher),
-        0 if out is None else triton_rows.row_stride(out),
-        table.stride(0),
-        float(in_scale),
-        kappa / math.log(2.0),
-        spec.chain,
-        float(spec.divergence.beta),
-        float(spec.divergence.clip or 0.0),
-        **triton_rows.flags(spec, bias, teacher_bias),
-        HAS_TARGET=target_ids is not None,
-        HAS_SCALE=in_scale != 1.0,
-        GRADIENT=out is not None,
-        WAITS=waits,
-        PARTS=parts,
-        SLOTS=slots,
-        BLOCK_V=config.block_v,
-        **config.options,
-    )
-    return sync[1 + 4 * n :]
-
-
-def _slices(x: Tensor) -> tuple[int, int]:
+def slices(vocab: int, block: int) -> tuple[int, int]:
     """Number of slices of a row, and the power of two that holds it."""
-    block = configs.row_config("one_read", triton_rows.capability(x.device)).block_v
-    parts = -(-x.shape[1] // block)
+    parts = -(-vocab // block)
     return parts, max(2, triton.next_power_of_2(parts))
 
 
@@ -168,8 +149,8 @@ def one_read_kernel(
     teacher_bias_ptr,  # (V,)
     target_ptr,  # (C,)
     weights_ptr,  # (C,)
-    partial_ptr,  # (C, SUMS, SLOTS)
-    sync_ptr,  # (1 + 5 C,) zeros: the ticket; of each row the arrivals at both exchanges, their ends, and the mark
+    partial_ptr,  # (C, 10, SLOTS)
+    sync_ptr,  # (1 + 3 C,) zeros: the ticket; of each row the arrivals at both exchanges, and the mark
     table_ptr,  # (len(COLUMNS), C)
     dz_ptr,  # (C, V)
     C,
@@ -192,7 +173,6 @@ def one_read_kernel(
     HAS_CLIP: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
-    GRADIENT: tl.constexpr,
     WAITS: tl.constexpr,
     PARTS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -209,7 +189,7 @@ def one_read_kernel(
     row64 = row.to(tl.int64)
     xs_ptr += row64 * stride_xs
     xt_ptr += row64 * stride_xt
-    partial_ptr += row64 * (SUMS * SLOTS)
+    partial_ptr += row64 * (10 * SLOTS)
     table_ptr += row
     sync_ptr += 1 + row
     cols = part * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -263,9 +243,71 @@ def one_read_kernel(
         tl.store(slot + 6 * SLOTS, tl.sum(e_s * (u_s - u_t), 0))
     else:
         tl.store(slot + 6 * SLOTS, tl.sum(e_t * (u_t - u_s), 0))
-    if _arrive(sync_ptr) == PARTS - 1:
-        strange = _merge(partial_ptr, table_ptr, stride_table, k, DIVERGENCE, PARTS, SLOTS)
-        tl.store(sync_ptr + 4 * C, strange)
+    _exchange(sync_ptr, PARTS, WAITS)
+    row_top_s, row_top_t, r_s, r_t, l_s, l_t, d = _merged(partial_ptr, k, DIVERGENCE, PARTS, SLOTS)
+    # By a division: 2 ** -log2(sum) would lose the last bits of a row with one likely token.
+    shift_s = (top_s - row_top_s) * k
+    shift_t = (top_t - row_top_t) * k
+    p_s = e_s * tl.div_rn(tl.exp2(shift_s), l_s)
+    p_t = e_t * tl.div_rn(tl.exp2(shift_t), l_t)
+    log_s = _log1p(l_s - 1.0)
+    log_t = _log1p(l_t - 1.0)
+    shift_s -= log_s * LOG2E
+    shift_t -= log_t * LOG2E
+    grad_sum = 0.0
+    if DIVERGENCE == REVERSE_KL:
+        # With the logarithms as in `shift`: p_s (log p_s - log p_t - G) does not see what is in both.
+        grad_sum = (d / l_s - (log_s * LOG2E - log_t * LOG2E)) * LN2
+    if DIVERGENCE == FORWARD_KL and not HAS_CLIP:
+        dz = p_s - p_t
+    else:
+        f, dz = _summands(
+            (u_s + shift_s) * LN2, (u_t + shift_t) * LN2, p_s, p_t, beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE
+        )
+        if not ONE_EXCHANGE:
+            tl.store(slot + 7 * SLOTS, tl.sum(f, 0))
+            tl.store(slot + 8 * SLOTS, tl.sum(dz, 0))
+            tl.store(slot + 9 * SLOTS, tl.sum(p_s, 0))
+            _exchange(sync_ptr + C, PARTS, WAITS)
+            grad_sum = tl.sum(_slots(partial_ptr, 8, 0.0, PARTS, SLOTS), 0)
+            grad_sum /= tl.sum(_slots(partial_ptr, 9, 0.0, PARTS, SLOTS), 0)  # 1 but for rounding
+        dz -= p_s * grad_sum
+    weight = tl.load(weights_ptr + row).to(tl.float32)
+    dz *= weight * chain
+    if HAS_SOFTCAP:
+        dz *= 1.0 - y_s * y_s
+    if weight == 0.0:
+        dz = tl.zeros_like(dz)
+    tl.store(dz_ptr + row64 * stride_dz + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
+
+    if part == PARTS - 1:  # the last to start
+        a_s = tl.exp2(r_s) * (
+            _slots(partial_ptr, 4, 0.0, PARTS, SLOTS) + r_s * _slots(partial_ptr, 2, 0.0, PARTS, SLOTS)
+        )
+        a_t = tl.exp2(r_t) * (
+            _slots(partial_ptr, 5, 0.0, PARTS, SLOTS) + r_t * _slots(partial_ptr, 3, 0.0, PARTS, SLOTS)
+        )
+        entropy_s = log_s - tl.sum(a_s, 0) / l_s * LN2
+        entropy_t = log_t - tl.sum(a_t, 0) / l_t * LN2
+        if DIVERGENCE == REVERSE_KL:
+            kl = d / l_s * LN2 - _log1p((l_s - l_t) / l_t)
+        else:
+            kl = d / l_t * LN2 - _log1p((l_t - l_s) / l_s)
+        total = kl + entropy_s + entropy_t
+        if not ONE_EXCHANGE:
+            kl = tl.sum(_slots(partial_ptr, 7, 0.0, PARTS, SLOTS), 0)
+        tl.store(table_ptr + KL * stride_table, kl)
+        tl.store(table_ptr + STUDENT_ENTROPY * stride_table, entropy_s)
+        tl.store(table_ptr + TEACHER_ENTROPY * stride_table, entropy_t)
+        tl.store(table_ptr + STUDENT_LSE * stride_table, tl.fma(row_top_s, k * LN2, log_s))
+        tl.store(table_ptr + TEACHER_LSE * stride_table, tl.fma(row_top_t, k * LN2, log_t))
+        tl.store(table_ptr + STUDENT_TOP * stride_table, row_top_s)
+        tl.store(table_ptr + TEACHER_TOP * stride_table, row_top_t)
+        tl.store(table_ptr + STUDENT_LOG_SUM * stride_table, log_s)
+        tl.store(table_ptr + TEACHER_LOG_SUM * stride_table, log_t)
+        tl.store(table_ptr + GRAD_SUM * stride_table, grad_sum)
+        if total != total:
+            tl.store(sync_ptr + 2 * C, 1)
         if HAS_TARGET:
             target = tl.load(target_ptr + row).to(tl.int64)
             y_s1, y_t1 = _pair(
@@ -283,44 +325,8 @@ def one_read_kernel(
                 LINEAR,
                 True,
             )
-            tl.debug_barrier()
-            row_top_s, row_top_t, log_s, log_t = _normalizers(table_ptr, stride_table)
-            tl.store(table_ptr + STUDENT_LOGPS * stride_table, ((y_s1 - row_top_s) * k - log_s) * LN2)
-            tl.store(table_ptr + TEACHER_LOGPS * stride_table, ((y_t1 - row_top_t) * k - log_t) * LN2)
-        _arrive(sync_ptr + C)
-    if GRADIENT or not ONE_EXCHANGE:
-        if WAITS:
-            _wait(sync_ptr + C)
-        row_top_s, row_top_t, log_s, log_t = _normalizers(table_ptr, stride_table)
-        shift_s = (top_s - row_top_s) * k - log_s
-        shift_t = (top_t - row_top_t) * k - log_t
-        p_s = e_s * tl.exp2(shift_s)
-        p_t = e_t * tl.exp2(shift_t)
-        if DIVERGENCE == FORWARD_KL and not HAS_CLIP:
-            dz = p_s - p_t
-        else:
-            f, dz = _summands(
-                (u_s + shift_s) * LN2, (u_t + shift_t) * LN2, p_s, p_t, beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE
-            )
-            if not ONE_EXCHANGE:
-                tl.store(slot + 7 * SLOTS, tl.sum(f, 0))
-                tl.store(slot + 8 * SLOTS, tl.sum(dz, 0))
-                tl.store(slot + 9 * SLOTS, tl.sum(p_s, 0))
-                if _arrive(sync_ptr + 2 * C) == PARTS - 1:
-                    _merge_summands(partial_ptr, table_ptr, stride_table, PARTS, SLOTS)
-                    _arrive(sync_ptr + 3 * C)
-                if GRADIENT and WAITS:
-                    _wait(sync_ptr + 3 * C)
-            dz -= p_s * tl.load(table_ptr + GRAD_SUM * stride_table, cache_modifier=".cg")
-        if GRADIENT:
-            weight = tl.load(weights_ptr + row).to(tl.float32)
-            dz *= weight * chain
-            if HAS_SOFTCAP:
-                dz *= 1.0 - y_s * y_s
-            if weight == 0.0:
-                dz = tl.zeros_like(dz)
-            dz_ptr += row64 * stride_dz + cols
-            tl.store(dz_ptr, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
+            tl.store(table_ptr + STUDENT_LOGPS * stride_table, (y_s1 - row_top_s) * k * LN2 - log_s)
+            tl.store(table_ptr + TEACHER_LOGPS * stride_table, (y_t1 - row_top_t) * k * LN2 - log_t)
 
 
 @triton.jit
@@ -381,32 +387,29 @@ def _formed(
 
 
 @triton.jit
-def _arrive(counter_ptr):
-    """Publishes what the whole program has stored; returns how many came before."""
+def _exchange(counter_ptr, PARTS: tl.constexpr, WAITS: tl.constexpr):
+    """What the row's programs have stored before it, each of them reads after it."""
     tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
-
-
-@triton.jit
-def _wait(flag_ptr):
-    while tl.atomic_add(flag_ptr, 0, sem="acquire") == 0:
-        pass
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel") + 1
+    if WAITS:
+        while arrived < PARTS:
+            arrived = tl.atomic_add(counter_ptr, 0, sem="acquire")
 
 
 @triton.jit
 def _slots(partial_ptr, n, other, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    """The n-th sum of all slices."""
     i = tl.arange(0, SLOTS)
     return tl.load(partial_ptr + n * SLOTS + i, mask=i < PARTS, other=other, cache_modifier=".cg")
 
 
 @triton.jit
-def _merge(partial_ptr, table_ptr, stride_table, k, DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+def _merged(partial_ptr, k, DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    """Of the row: both maxima; how far below them each slice's lie; both sums and that of the divergence."""
     y_s = _slots(partial_ptr, 0, LOWEST, PARTS, SLOTS)
     y_t = _slots(partial_ptr, 1, LOWEST, PARTS, SLOTS)
     l_s = _slots(partial_ptr, 2, 0.0, PARTS, SLOTS)
     l_t = _slots(partial_ptr, 3, 0.0, PARTS, SLOTS)
-    a_s = _slots(partial_ptr, 4, 0.0, PARTS, SLOTS)
-    a_t = _slots(partial_ptr, 5, 0.0, PARTS, SLOTS)
     d = _slots(partial_ptr, 6, 0.0, PARTS, SLOTS)
     top_s = tl.max(y_s, 0)
     top_t = tl.max(y_t, 0)
@@ -418,48 +421,4 @@ def _merge(partial_ptr, table_ptr, stride_table, k, DIVERGENCE: tl.constexpr, PA
         d = w_s * (d + (r_s - r_t) * l_s)
     else:
         d = w_t * (d + (r_t - r_s) * l_t)
-    a_s = tl.sum(w_s * (a_s + r_s * l_s), 0)
-    a_t = tl.sum(w_t * (a_t + r_t * l_t), 0)
-    d = tl.sum(d, 0)
-    l_s = tl.sum(w_s * l_s, 0)
-    l_t = tl.sum(w_t * l_t, 0)
-    log_s = tl.log(l_s)
-    log_t = tl.log(l_t)
-    if DIVERGENCE == REVERSE_KL:
-        kl = d / l_s * LN2 - _log1p((l_s - l_t) / l_t)
-        # With the logarithms as `_normalizers` rounds them: p_s (log p_s - log p_t - G) does not see what is in both.
-        grad_sum = (d / l_s - (log_s * LOG2E - log_t * LOG2E)) * LN2
-    else:
-        kl = d / l_t * LN2 - _log1p((l_t - l_s) / l_s)
-        grad_sum = 0.0
-    entropy_s = log_s - a_s / l_s * LN2
-    entropy_t = log_t - a_t / l_t * LN2
-    tl.store(table_ptr + KL * stride_table, kl)
-    tl.store(table_ptr + STUDENT_ENTROPY * stride_table, entropy_s)
-    tl.store(table_ptr + TEACHER_ENTROPY * stride_table, entropy_t)
-    tl.store(table_ptr + STUDENT_LSE * stride_table, tl.fma(top_s, k * LN2, log_s))
-    tl.store(table_ptr + TEACHER_LSE * stride_table, tl.fma(top_t, k * LN2, log_t))
-    tl.store(table_ptr + STUDENT_TOP * stride_table, top_s)
-    tl.store(table_ptr + TEACHER_TOP * stride_table, top_t)
-    tl.store(table_ptr + STUDENT_LOG_SUM * stride_table, log_s)
-    tl.store(table_ptr + TEACHER_LOG_SUM * stride_table, log_t)
-    tl.store(table_ptr + GRAD_SUM * stride_table, grad_sum)
-    total = kl + entropy_s + entropy_t
-    return tl.where(total == total, 0, 1)
-
-
-@triton.jit
-def _normalizers(table_ptr, stride_table):
-    top_s = tl.load(table_ptr + STUDENT_TOP * stride_table, cache_modifier=".cg")
-    top_t = tl.load(table_ptr + TEACHER_TOP * stride_table, cache_modifier=".cg")
-    log_s = tl.load(table_ptr + STUDENT_LOG_SUM * stride_table, cache_modifier=".cg")
-    log_t = tl.load(table_ptr + TEACHER_LOG_SUM * stride_table, cache_modifier=".cg")
-    return top_s, top_t, log_s * LOG2E, log_t * LOG2E
-
-
-@triton.jit
-def _merge_summands(partial_ptr, table_ptr, stride_table, PARTS: tl.constexpr, SLOTS: tl.constexpr):
-    g = tl.sum(_slots(partial_ptr, 8, 0.0, PARTS, SLOTS), 0)
-    p = tl.sum(_slots(partial_ptr, 9, 0.0, PARTS, SLOTS), 0)  # 1 but for rounding
-    tl.store(table_ptr + KL * stride_table, tl.sum(_slots(partial_ptr, 7, 0.0, PARTS, SLOTS), 0))
-    tl.store(table_ptr + GRAD_SUM * stride_table, g / p)
+    return top_s, top_t, r_s, r_t, tl.sum(w_s * l_s, 0), tl.sum(w_t * l_t, 0), tl.sum(d, 0)
