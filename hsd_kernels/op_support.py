@@ -87,9 +87,10 @@ def checked_targets(ids: Tensor, rows: Tensor, vocab: int | None) -> Tensor:
     """As int64. On CUDA a check would synchronize: there the log-probs of an id out of range are NaN. So they are
     where the vocabulary is divided over ranks, ``vocab`` None."""
     live = ids[rows]
-    checked = not ids.is_cuda and vocab is not None and live.numel()
-    if checked and not (0 <= int(live.min()) and int(live.max()) < vocab):
-        raise ValueError(f"target_ids: expected values in [0, {vocab}), got {int(live.min())} to {int(live.max())}")
+    if vocab is not None and not ids.is_cuda and live.numel():
+        low, high = int(live.min()), int(live.max())
+        if low < 0 or high >= vocab:
+            raise ValueError(f"target_ids: expected values in [0, {vocab}), got {low} to {high}")
     return ids.long()
 
 
