@@ -7,10 +7,10 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo demo-smollm2 test lint clean-test release-check gpu-dry-run docs
 demo: $(VENV)/.train
-	$(BIN)/python -m hsd.demo small $(if $(STEPS),--steps $(STEPS)) $(if $(ARGS),$(ARGS))
+	$(BIN)/hsd demo small $(if $(STEPS),--max_steps $(STEPS)) $(if $(ARGS),$(ARGS))
 
 demo-smollm2: $(VENV)/.train
-	$(BIN)/python -m hsd.demo smollm2 $(if $(STEPS),--steps $(STEPS)) $(if $(ARGS),$(ARGS))
+	$(BIN)/hsd demo smollm2 $(if $(STEPS),--max_steps $(STEPS)) $(if $(ARGS),$(ARGS))
 
 test: lint
 	$(BIN)/python -m pytest

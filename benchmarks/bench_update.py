@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hsd.policy.body_and_head import hidden_states, split_model
+from hsd.policy.body_and_head import body_and_head, hidden_states
+from hsd.policy.forward import FrozenStates
 from hsd.policy.tree.attention import enable_tree
-from hsd.policy.tree.forward import make_pack, tree_hidden_states
-from hsd.train.update import Objective, Side, hsd_loss
+from hsd.policy.tree.forward import make_tree_batch, tree_hidden_states
+from hsd.train.update import Objective, hsd_loss
 
 CONTENDERS = ("unshared", "prompt", "tree", "grpo")
 SHAPES = {
@@ -83,20 +84,20 @@ def make_group(shape: tuple[int, ...], vocabulary: int) -> tuple[list[list[int]]
 
 def read(model: Any, prompts: list[list[int]], rollouts: list[list[int]]) -> Tensor:
     """(G, o, D) as the trainer reads without sharing; all sequences are of one length, so nothing is padding."""
-    split = split_model(model)
-    ids = torch.tensor([p + o for p, o in zip(prompts, rollouts, strict=True)], device=split.weight.device)
-    return hidden_states(split.body, ids, torch.ones_like(ids))[:, -(len(rollouts[0]) + 1) : -1]
+    parts = body_and_head(model)
+    ids = torch.tensor([p + o for p, o in zip(prompts, rollouts, strict=True)], device=parts.linear.weight.device)
+    return hidden_states(parts.body, ids, torch.ones_like(ids))[:, -(len(rollouts[0]) + 1) : -1]
 
 
 def update(contender: str, model: Any, group: tuple[list[list[int]], ...]) -> Tensor:
     """One update's loss; its gradients are in the parameters."""
     prompts, rollouts, teacher_prompts = group
-    split = split_model(model)
-    targets = torch.tensor(rollouts, device=split.weight.device)
+    parts = body_and_head(model)
+    targets = torch.tensor(rollouts, device=parts.linear.weight.device)
     if contender == "grpo":
         from trl.trainer.utils import selective_log_softmax
 
-        logits = split.head(read(model, prompts, rollouts))
+        logits = parts.linear(read(model, prompts, rollouts))
         loss = -selective_log_softmax(logits, targets).mean()
     else:
         if contender == "unshared":
@@ -106,7 +107,7 @@ def update(contender: str, model: Any, group: tuple[list[list[int]], ...]) -> Te
         else:
             sides = tree_hidden_states(model, prompts, rollouts, teacher_prompts, sharing=contender)
             student, teacher = (pad_sequence(side, batch_first=True) for side in sides)
-        loss = hsd_loss(student, split, Side(teacher), targets, torch.ones_like(targets), Objective()).loss
+        loss = hsd_loss(student, parts.head, FrozenStates(teacher), targets, torch.ones_like(targets), Objective()).loss
     loss.backward()
     return loss.detach()
 
@@ -151,7 +152,7 @@ def count(contender: str, model_name: str, shape: tuple[int, ...]) -> tuple[int,
 
         student, teacher = plain(prompts), plain(teacher_prompts)
     else:
-        pack = make_pack(prompts, rollouts, teacher_prompts, sharing=contender)
+        pack = make_tree_batch(prompts, rollouts, teacher_prompts, sharing=contender)
         student, teacher = ((pack.trie.pos[nodes] + 1).tolist() for nodes in (pack.student_nodes, pack.teacher_only))
     if contender == "grpo":
         teacher = []

@@ -32,6 +32,10 @@ def roomy(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     return fused(student, teacher, weight, chunk_bytes=2 << 30)
 
 
+def torch_rows(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    return fused(student, teacher, weight, impl="torch")
+
+
 def filtered(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     return fused(student, teacher, weight, filter_eps="auto")
 
@@ -115,6 +119,7 @@ def cut_cross_entropy(student: Tensor, teacher: Tensor, weight: Tensor) -> Tenso
 
 CONTENDERS: dict[str, Loss] = {
     "hsd_kernels": exact,
+    "hsd_kernels, torch rows": torch_rows,
     "hsd_kernels, 2 GiB chunks": roomy,
     "hsd_kernels, filter auto": filtered,
     "hsd_kernels, filter 1e-5": filtered_at_1e_5,

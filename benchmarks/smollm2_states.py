@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-from hsd.demo import worlds
-from hsd.demo.__main__ import parse, say
 from hsd.hindsight.context import build_context, tokenize_prompt
 from hsd.hindsight.peers import choose_peers, peer_rng
-from hsd.policy.body_and_head import split_model
-from hsd.train.update import read_rollouts
+from hsd.policy.body_and_head import body_and_head
+from hsd.policy.forward import forward_rollouts
+from hsd.progress import say
+from hsd.tasks import registered
+from hsd.tasks.task import load_policy
 from hsd.viewer.make import sample_groups
 
 
@@ -32,29 +33,34 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, help="tokens of the head to keep, all of them without it")
     args = parser.parse_args()
-    world = worlds.smollm2(parse(["smollm2"]), say)
-    world.model.eval()
-    split = split_model(world.model)
+    task = registered("smollm2", seed=0)
+    policy = load_policy(task.model())
+    policy.model.eval()
+    parts = body_and_head(policy.model)
     student, teacher = [], []
-    for i, question in enumerate(world.held_out + world.train):
-        group = sample_groups(world.subject, [question], seed=i)[0]
+    for i, question in enumerate([*task.held_out, *task.questions]):
+        group = sample_groups(task, policy, [question], seed=i)[0]
         for place, peer in enumerate(choose_peers(group, "uniform", rng=peer_rng(0, 0, i))):
             if peer is None or place in group.successes:
                 continue
             rollout, shown = group.rollouts[place].token_ids, group.rollouts[peer].token_ids
-            context = build_context(world.tokenizer, group.prompt, group.answer, shown, world.template)
+            context = build_context(policy.tokenizer, group.prompt, group.answer, shown, task.template)
             for prompt, states in (
-                (tokenize_prompt(world.tokenizer, group.prompt), student),
+                (tokenize_prompt(policy.tokenizer, group.prompt), student),
                 (context.prompt_ids, teacher),
             ):
                 ids = torch.tensor([[*prompt, *rollout]])
-                states.append(read_rollouts(split, ids, torch.ones_like(ids), len(rollout))[0])
+                states.append(forward_rollouts(parts, ids, torch.ones_like(ids), len(rollout))[0])
         found = sum(len(s) for s in student)
         say(f"{found} of {args.tokens} tokens")
         if found >= args.tokens:
             break
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    states = {"student": torch.cat(student), "teacher": torch.cat(teacher), "weight": split.weight.detach().clone()}
+    states = {
+        "student": torch.cat(student),
+        "teacher": torch.cat(teacher),
+        "weight": parts.linear.weight.detach().clone(),
+    }
     dtype = torch.float32
     if args.vocabulary is not None:
         states = {name: t[: args.tokens] if name != "weight" else t for name, t in states.items()}

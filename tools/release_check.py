@@ -40,8 +40,8 @@ STEPS = re.compile(r"\bmax_steps=\d+")
 
 PURE = """
 import torch, hsd_kernels
-from hsd_kernels.rows import cpp
-assert cpp.find() is None, cpp.find()
+from hsd_kernels import native
+assert native.find() is None, native.find()
 h = torch.randn(4, 8)
 assert hsd_kernels.fused_hsd_kl(h, h + 1, torch.randn(32, 8)) > 0
 try:
@@ -54,11 +54,11 @@ else:
 
 PLATFORM = """
 import torch, hsd_kernels
-from hsd_kernels.rows import cpp
+from hsd_kernels import native
 h, weight = torch.randn(64, 32), torch.randn(999, 32)
 loss = {impl: hsd_kernels.fused_hsd_kl(h, h + 1, weight, impl=impl) for impl in ("cpp", "torch")}
 torch.testing.assert_close(loss["cpp"], loss["torch"])
-print(f'impl="cpp" runs: {cpp.VARIANTS[cpp.variant()]}, {cpp.find().name}')
+print(f'impl="cpp" runs: {native.VARIANTS[native.variant()]}, {native.find().name}')
 """
 
 

@@ -7,18 +7,13 @@
 #pragma once
 
 #include "elementary.h"
-#include "hsd_cpu.h"
-#include "variants.h"
+#include "passes.h"
 
 namespace {
 
-enum Divergence { FORWARD_KL, REVERSE_KL, JSD };
-
 constexpr int64_t BLOCK = 2048;
-constexpr int64_t TERMS = 128;
-// Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page:
-// forward KL of (256, 151936) fp32 on one core, statistics 0.155 -> 0.104, gradient 0.130 -> 0.094, narrow 0.178 ->
-// 0.095 s per 1024 rows, which is what a plain sum and an in-place addition over the same memory take.
+constexpr int64_t TERMS = 128;  // 512 in a lane cost 4 eps of the log-sum
+// Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page.
 constexpr float INF = __builtin_inff();
 // Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
 constexpr float LOWEST = -3.0e38f;
@@ -43,7 +38,7 @@ HSD_INLINE void store_some(T* p, F a, int64_t n) {
 // Reading: y of a block of columns.
 
 template <class X, class B>
-static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const hsd_rows& p, float* y) {
+static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const Rows& p, float* y) {
     const F in_scale = all(p.in_scale);
     const auto formed = [&](F a) __attribute__((always_inline)) {
         a = a * in_scale;
@@ -70,7 +65,7 @@ static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const h
 // where that is what y is, `buffer` else. `plus` is another side to add, or null.
 template <class X>
 static const float* read_of(
-    const hsd_rows& p, const hsd_side& side, const hsd_side* plus, int64_t row, int64_t start, int64_t n, float* buffer
+    const Rows& p, const Logits& side, const Logits* plus, int64_t row, int64_t start, int64_t n, float* buffer
 ) {
     const X* x = (const X*)side.x + row * side.stride + start;
     const X* other = plus ? (const X*)plus->x + row * plus->stride + start : nullptr;
@@ -86,13 +81,13 @@ static const float* read_of(
     return buffer;
 }
 
-static const float* read_student(const hsd_rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
-    const hsd_side* plus = p.is_linear ? &p.teacher : nullptr;
+static const float* read_student(const Rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
+    const Logits* plus = p.is_linear ? &p.teacher : nullptr;
     return p.is_bf16 ? read_of<bf16>(p, p.student, plus, row, start, n, buffer)
                      : read_of<float>(p, p.student, plus, row, start, n, buffer);
 }
 
-static const float* read_teacher(const hsd_rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
+static const float* read_teacher(const Rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
     return p.is_bf16 ? read_of<bf16>(p, p.teacher, nullptr, row, start, n, buffer)
                      : read_of<float>(p, p.teacher, nullptr, row, start, n, buffer);
 }
@@ -114,7 +109,7 @@ struct Block {
 };
 
 template <class Each>
-HSD_INLINE void for_blocks(const hsd_rows& p, int64_t row, const Each& each) {
+HSD_INLINE void for_blocks(const Rows& p, int64_t row, const Each& each) {
     alignas(64) float buffer_s[BLOCK], buffer_t[BLOCK];
     const int64_t itemsize = p.is_bf16 ? sizeof(bf16) : sizeof(float);
     const char* x_s = (const char*)p.student.x + row * p.student.stride * itemsize;
@@ -133,7 +128,7 @@ HSD_INLINE F times(F p, F log_ratio) { return keep(not_zero(p), p * log_ratio); 
 
 // (f, g) of the table in divergence.py.
 template <Divergence D, bool CLIP>
-HSD_INLINE void summands(F ls, F lt, F ps, F pt, const hsd_rows& p, F* f, F* g) {
+HSD_INLINE void summands(F ls, F lt, F ps, F pt, const Rows& p, F* f, F* g) {
     F clipped_g = all(0.0f);
     if (D == FORWARD_KL) {
         *f = CLIP ? times(pt, lt - ls) : all(0.0f);  // without a clip only g is asked for
@@ -216,7 +211,7 @@ static double with_tops(float rounded, float rest) {
 // One read: maxima, sums of exponentials, entropies and, with ONE_PASS, the KL, which needs only E[z_p - z_q] and both
 // log-sum-exps.
 template <bool ONE_PASS, Divergence D>
-static Sums first_pass(const hsd_rows& p, int64_t row) {
+static Sums first_pass(const Rows& p, int64_t row) {
     Sums sums;
     const F kappa = all(p.kappa);
     for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
@@ -264,7 +259,7 @@ struct Normalizer {
 
 struct LogProbs {
     F kappa, top, minus_log_sum;
-    LogProbs(const hsd_rows& p, Normalizer n) : kappa(all(p.kappa)), top(all(n.top)), minus_log_sum(all(-n.log_sum)) {}
+    LogProbs(const Rows& p, Normalizer n) : kappa(all(p.kappa)), top(all(n.top)), minus_log_sum(all(-n.log_sum)) {}
     inline __attribute__((always_inline)) F operator()(F y) const { return fma(y - top, kappa, minus_log_sum); }
 };
 
@@ -276,7 +271,7 @@ struct Summed {
 
 // The second read of the JSD and of a clip, whose summands need both normalizers.
 template <Divergence D, bool CLIP>
-static Summed second_pass(const hsd_rows& p, int64_t row, Normalizer student, Normalizer teacher) {
+static Summed second_pass(const Rows& p, int64_t row, Normalizer student, Normalizer teacher) {
     Summed sums;
     const LogProbs log_s(p, student), log_t(p, teacher);
     for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
@@ -298,7 +293,7 @@ static Summed second_pass(const hsd_rows& p, int64_t row, Normalizer student, No
     return sums;
 }
 
-static void statistics_row(const hsd_rows& p, const hsd_statistics& s, int64_t row) {
+static void statistics_row(const Rows& p, const Statistics& s, int64_t row) {
     const bool one_pass = p.divergence != JSD && !p.has_clip;
     const Sums sums = !one_pass                       ? first_pass<false, FORWARD_KL>(p, row)
                       : p.divergence == FORWARD_KL ? first_pass<true, FORWARD_KL>(p, row)
@@ -348,7 +343,7 @@ static void statistics_row(const hsd_rows& p, const hsd_statistics& s, int64_t r
 // Gradient.
 
 template <Divergence D, bool CLIP, bool SOFTCAP, class OUT>
-static void gradient_row_as(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
+static void gradient_row_as(const Rows& p, const Gradient& g, int64_t row) {
     const LogProbs log_s(p, {g.student_top[row], g.student_log_sum[row]});
     const LogProbs log_t(p, {g.teacher_top[row], g.teacher_log_sum[row]});
     const F grad_sum = all(g.grad_sum[row]), scale = all((float)(g.weights[row] * g.chain));
@@ -373,7 +368,7 @@ static void gradient_row_as(const hsd_rows& p, const hsd_gradient& g, int64_t ro
 }
 
 template <Divergence D, bool CLIP>
-static void gradient_row_of(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
+static void gradient_row_of(const Rows& p, const Gradient& g, int64_t row) {
     if (p.has_softcap) {
         g.out_is_bf16 ? gradient_row_as<D, CLIP, true, bf16>(p, g, row)
                       : gradient_row_as<D, CLIP, true, float>(p, g, row);
@@ -383,7 +378,7 @@ static void gradient_row_of(const hsd_rows& p, const hsd_gradient& g, int64_t ro
     }
 }
 
-static void gradient_row(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
+static void gradient_row(const Rows& p, const Gradient& g, int64_t row) {
     if (g.weights[row] == 0.0f) {  // also where 0 times the gradient would be NaN
         const int64_t itemsize = g.out_is_bf16 ? sizeof(bf16) : sizeof(float);
         memset((char*)g.out + row * g.stride * itemsize, 0, p.vocab * itemsize);
@@ -398,7 +393,7 @@ static void gradient_row(const hsd_rows& p, const hsd_gradient& g, int64_t row) 
     }
 }
 
-static void elementary(int function, const float* x, float* out, int64_t n) {
+static void elementary(int64_t function, const float* x, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         const int64_t some = n - i < LANES ? n - i : LANES;
         const F a = load_some(x + i, some);

@@ -24,6 +24,8 @@ from types import ModuleType
 
 import torch
 
+from hsd_kernels import native
+
 MODULES = {"torch": "eager", "triton": "triton_rows", "cpp": "cpp"}  # by the name that ``impl`` has for them
 IMPLS = ("auto", *MODULES)
 
@@ -44,13 +46,11 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
         if dtype == torch.float64:
             raise TypeError("impl='triton': expected float32, bfloat16 or float16 inputs, got float64")
     elif impl == "cpp":
-        from hsd_kernels.rows import cpp
-
         if device.type != "cpu":
             raise ValueError(f"impl='cpp': expected CPU tensors, got {device}")
-        if dtype not in cpp.DTYPES:
+        if dtype not in native.DTYPES:
             raise TypeError(f"impl='cpp': expected float32 or bfloat16 inputs, got {dtype}")
-        cpp.library()
+        native.facts()
     return importlib.import_module(f"hsd_kernels.rows.{MODULES[impl]}")
 
 
@@ -58,12 +58,10 @@ def _best(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         fits = dtype != torch.float64 and importlib.util.find_spec("triton")
         return "triton" if fits and torch.cuda.get_device_capability(device) >= (8, 0) else "torch"
-    from hsd_kernels.rows import cpp
-
-    if device.type != "cpu" or dtype not in cpp.DTYPES or cpp.find() is None:
+    if device.type != "cpu" or dtype not in native.DTYPES or native.find() is None:
         return "torch"
     try:
-        cpp.library()
+        native.facts()
     except RuntimeError as error:
         _warn_once(f"impl='auto' takes the torch rows: {error}")
         return "torch"

@@ -5,7 +5,6 @@ They fail where the library is not built: `make test` builds it, or `python setu
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsd_kernels import Head, fused_hsd_kl, reference
+from hsd_kernels import Head, fused_hsd_kl, native, reference
 from hsd_kernels.divergence import DIVERGENCES, RowSpec
 from hsd_kernels.row_stats import RowStats
 from hsd_kernels.rows import cpp
@@ -27,12 +26,12 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
-@pytest.fixture(autouse=True, params=range(len(cpp.VARIANTS)), ids=cpp.VARIANTS)
+@pytest.fixture(autouse=True, params=range(len(native.VARIANTS)), ids=native.VARIANTS)
 def variant(request, monkeypatch):
-    best = cpp.library().hsd_cpu_best()
+    best = native.facts().fastest
     if request.param > best:
-        pytest.skip(f"this machine runs up to {cpp.VARIANTS[best]}")
-    monkeypatch.setattr(cpp, "variant", lambda: request.param)
+        pytest.skip(f"this machine runs up to {native.VARIANTS[best]}")
+    monkeypatch.setattr(native, "variant", lambda: request.param)
     return request.param
 
 
@@ -352,8 +351,7 @@ def test_repeatable_whatever_the_number_of_threads(divergence):
 
 def elementary(function: int, x: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, out))
-    assert cpp.library().hsd_cpu_elementary(cpp.variant(), function, *pointers, ctypes.c_int64(x.numel())) == 0
+    torch.ops.hsd_cpu.elementary(out, x, function=function, variant=native.variant())
     return out
 
 
@@ -387,28 +385,40 @@ def test_elementary_functions_at_the_ends():
 
 
 @pytest.mark.parametrize(
-    "change, error, message",
+    "change, message",
     [
-        ({"x_student": torch.zeros(3, 300, dtype=F64)}, TypeError, "x_student in float32 or bfloat16, got torch.f"),
-        ({"x_teacher": torch.zeros(3, 300, dtype=torch.float16)}, TypeError, "x_teacher in float32 or bfloat16"),
-        ({"x_teacher": torch.zeros(3, 300, dtype=BF16)}, TypeError, "x_teacher in the dtype of x_student"),
-        ({"x_teacher": torch.zeros(3, 299)}, ValueError, r"x_teacher of shape \(3, 300\), got \(3, 299\)"),
-        ({"x_student": torch.zeros(300, 3).t()}, ValueError, "x_student with columns side by side"),
-        ({"bias": torch.zeros(300, dtype=F64)}, TypeError, "bias in float32 or bfloat16"),
-        ({"bias": torch.zeros(299)}, ValueError, r"bias of shape \(300,\), got \(299,\)"),
-        ({"teacher_bias": torch.zeros(300, dtype=F64)}, TypeError, "teacher_bias in float32 or bfloat16"),
+        ({"x_student": torch.zeros(3, 300, dtype=F64)}, "x_student: expected float32 or bfloat16"),
+        ({"x_teacher": torch.zeros(3, 300, dtype=torch.float16)}, "x_teacher: expected float32 or bfloat16"),
+        ({"x_teacher": torch.zeros(3, 300, dtype=BF16)}, "x_teacher: expected the dtype of x_student"),
+        ({"x_teacher": torch.zeros(3, 299)}, r"x_teacher: expected shape \(3, 300\), got \(3, 299\)"),
+        ({"x_student": torch.zeros(300, 3).t()}, "x_student: expected columns side by side"),
+        ({"x_student": torch.zeros(3, 300, 1)}, "x_student: expected a matrix"),
+        ({"bias": torch.zeros(300, dtype=F64)}, "bias: expected float32 or bfloat16"),
+        ({"bias": torch.zeros(299)}, "bias: expected 300 contiguous"),
+        ({"teacher_bias": torch.zeros(300, dtype=F64)}, "teacher_bias: expected float32 or bfloat16"),
+        ({"target_ids": torch.zeros(2, dtype=torch.long)}, "target_ids: expected 3 contiguous"),
     ],
 )
-def test_what_the_rows_do_not_take(change, error, message):
-    with pytest.raises(error, match=f"^impl='cpp': expected {message}"):
-        run(cpp, make_inputs()._replace(**change), row_spec())
-    with pytest.raises(TypeError, match=r"^impl='cpp': expected out in float32 or bfloat16"):
-        run(cpp, make_inputs(), row_spec(), torch.zeros(3, 300, dtype=F64))
+def test_what_the_rows_do_not_take(change, message):
+    inputs = make_inputs()._replace(**change)
+    with pytest.raises(RuntimeError, match=message):
+        cpp.statistics(*inputs[:2], row_spec(), *inputs[2:5], torch.arange(3))
 
 
-def test_a_variant_that_the_machine_lacks_is_an_error(monkeypatch):
-    monkeypatch.setattr(cpp, "variant", lambda: len(cpp.VARIANTS))
-    with pytest.raises(RuntimeError, match="expected a variant that this machine runs"):
+def test_what_the_gradient_does_not_take():
+    inputs = make_inputs()
+    with pytest.raises(RuntimeError, match="out: expected float32 or bfloat16"):
+        run(cpp, inputs, row_spec(), torch.zeros(3, 300, dtype=F64))
+    with pytest.raises(RuntimeError, match=r"out: expected shape \(3, 300\), got \(3, 301\)"):
+        run(cpp, inputs, row_spec(), torch.zeros(3, 301))
+    with pytest.raises(RuntimeError, match="weights: expected 3 contiguous"):
+        run(cpp, inputs._replace(weights=torch.ones(2)), row_spec())
+
+
+@pytest.mark.parametrize("number", [-1, len(native.VARIANTS)])
+def test_a_variant_that_the_machine_lacks_is_an_error(number, monkeypatch):
+    monkeypatch.setattr(native, "variant", lambda: number)
+    with pytest.raises(RuntimeError, match="variant: expected at most"):
         run(cpp, make_inputs(), row_spec())
 
 

@@ -1,7 +1,4 @@
-"""Tree attention for CUDA.
-
-The index bookkeeping of `varlen_attention` is tested on a CPU with plain attention in place of the kernel.
-"""
+"""Tree attention for CUDA; the index bookkeeping is tested on a CPU, with plain attention in place of the kernel."""
 
 from __future__ import annotations
 
@@ -12,24 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd.policy.tree.attention import View
+from hsd.policy.tree.view import Scores, TreeView
 
 
-def varlen_attention(
-    tree: View,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def varlen_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """One variable-length call: each run of queries with the keys on its path, causal from the bottom right.
 
     Uses `torch.nn.attention.varlen` (torch >= 2.10) or flash-attn. Half precision only, as both kernels are.
     Raises ValueError for a soft cap or sinks, ImportError when neither kernel is there.
     """
+    scaling, window, softcap, sinks = scores
     if softcap is not None or sinks is not None:
         raise ValueError("backend: expected 'flex' (soft cap) or 'dense' (sinks) for this layer, got 'varlen'")
     if "varlen" not in tree.cache:
@@ -80,20 +69,12 @@ def varlen_kernel() -> Any:
     return native
 
 
-def flex_attention(
-    tree: View,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def flex_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """FlexAttention on the visibility rule itself; the block mask is built once a forward and window.
 
     Raises ValueError for sinks. FlexAttention has no backward on a CPU.
     """
+    scaling, window, softcap, sinks = scores
     if sinks is not None:
         raise ValueError("backend: expected 'dense' for a layer with attention sinks, got 'flex'")
     from torch.nn.attention.flex_attention import create_block_mask
@@ -120,7 +101,7 @@ def capped(softcap: float) -> Any:
     return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
 
 
-def mask_mod(tree: View, window: int | None) -> Any:
+def mask_mod(tree: TreeView, window: int | None) -> Any:
     node, pos, key_node, key_pos, key_end = tree.node, tree.pos, tree.key_node, tree.key_pos, tree.key_end
 
     def see(b, h, q, k):

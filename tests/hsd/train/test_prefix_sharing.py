@@ -1,6 +1,7 @@
 """HSDTrainer with the tree on takes the step it takes without, keeps groups together, and resumes exactly."""
 
 import copy
+import dataclasses
 import random
 from collections import Counter
 
@@ -10,23 +11,44 @@ from datasets import Dataset
 from tiny_runs import ACCUMULATED, CHECKPOINTED, LORA, STEP, TOKENIZER, half, qwen3, start_adapters
 from transformers import Qwen3ForCausalLM
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.groups import Group, Rollout
 from hsd.hindsight.peers import choose_peers
-from hsd.policy.tree.batch import pack_batch, pays, shuffle_groups, token_lists
+from hsd.policy.forward import Prompts
+from hsd.policy.tree.batch import pays, token_lists, tree_of
+from hsd.tasks import small_world
+from hsd.train.batch import shuffle_groups, unpack
 from hsd.train.config import HSDConfig
+from hsd.train.micro_batch import MicroBatchLoss
 from hsd.train.trainer import HSDTrainer
 
 QUESTIONS = small_world.make_questions(6, seed=0)
 
 
+class Counting(MicroBatchLoss):
+    """Counts which way each micro-batch went."""
+
+    def _one_by_one(self, *args):
+        vars(self)["ways"]["unshared"] += 1
+        return super()._one_by_one(*args)
+
+    def _through(self, *args):
+        vars(self)["ways"]["shared"] += 1
+        return super()._through(*args)
+
+    def _in_chunks(self, *args):
+        vars(self)["ways"]["chunks"] += 1
+        return super()._in_chunks(*args)
+
+
 class Recorder(HSDTrainer):
-    """Keeps generated batches, micro-batches, and which way each was read."""
+    """Keeps generated batches, micro-batches, and which way each went."""
 
     def __init__(self, *args, **kwargs):
         self.batches, self.micro, self.ways = [], [], Counter()
         super().__init__(*args, **kwargs)
+        self.micro_batch_loss = Counting(**vars(self.micro_batch_loss))
+        vars(self.micro_batch_loss)["ways"] = self.ways
 
     def _generate_and_score_completions(self, inputs):
         self.batches.append(super()._generate_and_score_completions(inputs))
@@ -35,18 +57,6 @@ class Recorder(HSDTrainer):
     def _hsd_loss(self, policy, batch):
         self.micro.append(batch)
         return super()._hsd_loss(policy, batch)
-
-    def _read_unshared(self, *args):
-        self.ways["unshared"] += 1
-        return super()._read_unshared(*args)
-
-    def _read_shared(self, *args):
-        self.ways["shared"] += 1
-        return super()._read_shared(*args)
-
-    def _loss_in_chunks(self, *args):
-        self.ways["chunks"] += 1
-        return super()._loss_in_chunks(*args)
 
 
 def make(tmp_path, model=None, peft_config=None, **kwargs):
@@ -124,10 +134,11 @@ def test_auto_shares_where_it_pays_and_draws_paired_peers(tmp_path):
         for g in range(0, 8, 4):  # one or two peers, and the fallback without one
             assert len({tuple(c) for c in contexts[g : g + 4]}) <= 2 + (not batch["success"][g : g + 4].all())
     batch = trainer.batches[0]
-    pack = pack_batch(batch, "tree")
-    assert pays(pack, batch, live_teacher=True)
-    alone = {k: v[:1] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim}
-    assert not pays(pack_batch(alone, "prompt"), {k: v[:, :0] if "prompt" in k else v for k, v in alone.items()}, True)
+    inputs = unpack(batch).inputs
+    assert pays(tree_of(inputs, "tree"), inputs, live_teacher=True)
+    alone = inputs.rows([0])
+    bare = {who: Prompts(p.ids[:, :0], p.mask[:, :0]) for who, p in alone.prompts.items()}
+    assert not pays(tree_of(alone, "prompt"), dataclasses.replace(alone, prompts=bare), live_teacher=True)
     assert make(tmp_path, prefix_sharing="none").peer_rule == "uniform"
     assert make(tmp_path, peer_rule="uniform").peer_rule == "uniform"
 
@@ -241,7 +252,7 @@ def test_masked_rollouts_and_a_batch_of_nothing_but_them(tmp_path):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
     batch = copy.copy(trainer.batches[0])
     batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
-    assert trainer._pack(batch) is None
+    assert trainer.micro_batch_loss.tree(unpack(batch)) is None
 
 
 def test_the_paired_draw_keeps_the_marginals_and_needs_two_contexts():

@@ -1,4 +1,4 @@
-"""The demo's report: success before and after, coverage, and where the credit lands. Text, JSON and pictures."""
+"""The report of a run: success before and after, coverage, and where the credit lands. Text, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hsd.evaluate import Success
-from hsd.train.callbacks import read_metrics
+from hsd.files import replacing
+from hsd.tasks.task import Task
+from hsd.train.callbacks import load_metrics
 from hsd.viewer import summary
 from hsd.viewer.plots import plot_training
-
-if TYPE_CHECKING:
-    from hsd.demo.worlds import World
 
 CURVES = {
     "loss": "loss (nats)",
@@ -28,30 +27,24 @@ CURVES = {
 }
 
 
-def write(
-    folder: Path,
-    world: World,
-    command: str,
-    settings: dict[str, Any],
-    before: Success,
-    after: Success,
-    seconds: float,
-) -> str:
+def write(folder: Path, task: Task, command: str, settings: dict[str, Any], before: Success, after: Success) -> str:
     """Write report.json, report.md and the pictures; return the text of report.md."""
     credit = json.loads((folder / "credit.json").read_text())
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = load_metrics(folder / "metrics.jsonl")
     alarms = {name: f"step {r['step']}: {text}" for r in rows for name, text in r.get("alarms", {}).items()}
     settings = settings | {"steps": len(rows)}
+    seconds = sum(row.get("step_time") or 0.0 for row in rows)
     credit_lines = summary.lines(credit)
     pictures = summary.draw(folder, credit) + training_picture(folder, rows)
     text = "\n".join(
         [
-            f"# {world.title}",
+            f"# {task.title}",
             "",
-            f"`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, {seconds:.0f} s.",
+            f"`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+            f"{seconds:.0f} s in training steps.",
             "Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + ".",
             "",
-            *_success_table(before, after, world),
+            *_success_table(before, after, task),
             "",
             *_alarm_lines(alarms),
             "",
@@ -64,15 +57,16 @@ def write(
             "",
         ]
     )
-    (folder / "report.md").write_text(text)
     facts = {"settings": settings, "before": asdict(before), "after": asdict(after), "alarms": alarms}
-    (folder / "report.json").write_text(json.dumps({**facts, "seconds": seconds, "credit": credit}, indent=1))
+    facts |= {"seconds": seconds, "credit": credit}
+    for name, written in (("report.md", text), ("report.json", json.dumps(facts, indent=1))):
+        with replacing(folder / name) as part:
+            part.write_text(written, encoding="utf-8")
     return text
 
 
-def _success_table(before: Success, after: Success, world: World) -> list[str]:
-    same = world.train == world.held_out
-    where = "training questions (too few to hold any out)" if same else "held-out questions"
+def _success_table(before: Success, after: Success, task: Task) -> list[str]:
+    where = "held-out questions" if task.held_out else "training questions (none is held out)"
     return [
         f"| {before.questions} {where} x {before.samples} | before | after |",
         "|---|---|---|",

@@ -5,7 +5,7 @@ import torch
 from tiny_runs import QUESTIONS, TOKENIZER, Recorder, make, qwen3
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.groups import Group, Rollout, members
 
 
 def run(tmp_path, reward, model=None, **options):
@@ -42,8 +42,8 @@ def test_a_blank_or_missing_answer_is_not_shown(tmp_path):
     trainer = run(tmp_path, every_other(0.0, 0.0), questions=rows, max_steps=3)
     for batch in trainer.batches:
         asked, taught = (TOKENIZER.batch_decode(batch[f"{k}prompt_ids"], True) for k in ("", "teacher_"))
-        assert [a != t for a, t in zip(asked, taught, strict=True)] == batch["shown"].tolist()
-    assert {s for batch in trainer.batches for s in batch["shown"].tolist()} == {True, False}
+        assert [a != t for a, t in zip(asked, taught, strict=True)] == batch["has_context"].tolist()
+    assert {s for batch in trainer.batches for s in batch["has_context"].tolist()} == {True, False}
 
 
 def test_feedback_is_one_text_a_completion(tmp_path):
@@ -53,7 +53,7 @@ def test_feedback_is_one_text_a_completion(tmp_path):
 
 def test_the_perplexity_of_a_truncated_rollout_counts_its_tokens(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("hsd.train.trainer.make_lessons", _spy(seen))
+    monkeypatch.setattr("hsd.train.trainer.members", _spy(seen))
     for masked in (False, True):
         run(
             tmp_path,
@@ -67,11 +67,9 @@ def test_the_perplexity_of_a_truncated_rollout_counts_its_tokens(tmp_path, monke
 
 
 def _spy(seen):
-    from hsd.hindsight.lessons import make_lessons
-
-    def spy(spec, rows, rollouts, **kwargs):
+    def spy(rows, rollouts, **kwargs):
         seen.append(rollouts)
-        return make_lessons(spec, rows, rollouts, **kwargs)
+        return members(rows, rollouts, **kwargs)
 
     return spy
 
@@ -93,9 +91,16 @@ def test_the_first_update_after_sampling_has_ratio_one_for_absolute_positions_to
     ratios = []
 
     class Watch(Recorder):
-        def _log_loss(self, mode, out, batch, mask):
-            ratios.append(((out.stats.student_logps - batch["old_per_token_logps"]) * mask).abs().max().item())
-            return super()._log_loss(mode, out, batch, mask)
+        def _hsd_loss(self, policy, inputs):
+            def spied(policy, batch, objective, whole=self.micro_batch_loss):
+                out = whole(policy, batch, objective)
+                gap = (out.stats.student_logps - batch.old_logps) * batch.loss_mask
+                ratios.append(gap.abs().max().item())
+                return out
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(self, "micro_batch_loss", spied)
+                return super()._hsd_loss(policy, inputs)
 
     rows = [{**q, "prompt": q["prompt"] if i % 2 else "1+1="} for i, q in enumerate(QUESTIONS)]
     dropout = {f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")}

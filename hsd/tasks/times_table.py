@@ -1,13 +1,9 @@
-"""The times table, the world of SmolLM2-135M-Instruct: "What is a * b?", scored by the last number."""
+"""The times table: "What is a * b?"."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
-
-from hsd.verify import number_reward
-
-reward = number_reward
 
 
 def make_questions() -> list[dict[str, Any]]:

@@ -13,14 +13,21 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from hsd.evaluate import Sampling
+from hsd.hindsight.context import ContextTemplate
+from hsd.progress import Progress, counter, say
+from hsd.tasks.task import Task
 
 PAD, EOS = "<pad>", "$"
 VOCABULARY = (PAD, EOS, *"0123456789+=;#[|]")
@@ -29,6 +36,7 @@ EOS_ID = VOCABULARY.index(EOS)
 # Privileged contexts, appended to the question: the teacher reads [q ; c ; o].
 WITH_PEER = "[{answer}|{demonstration}]"
 ANSWER_ONLY = "[{answer}]"
+TEMPLATE = ContextTemplate(WITH_PEER, ANSWER_ONLY)
 
 MAX_COMPLETION = 40  # tokens; a solution has 37 at most
 SLIP_RATE = 0.3  # of the steps, without a solution in context
@@ -36,6 +44,47 @@ PREFIX_SLIP_RATE = 0.3  # of the steps in the sequences with one, which are not 
 PLAIN_SHARE, ANSWER_SHARE = 0.4, 0.2  # of the warm-start examples; the rest has a solution in context
 TERMS = 4
 SHORT_PROMPT = 20  # characters; the question and an answer have 17 at most, a solution in context 45 or more
+CACHE = Path(".cache")
+
+
+def task(seed: int) -> Task:
+    """Chains of additions for a Qwen3 of 0.86 M parameters that is made, and warm-started, here."""
+    return Task(
+        title="small world: chains of additions, Qwen3 with 0.86 M parameters",
+        model=partial(warm_started, seed),
+        questions=make_questions(2048, seed=seed),
+        held_out=make_questions(512, seed=seed, held_out=True),
+        rewards=[reward],
+        template=TEMPLATE,
+        sampling=Sampling(max_new_tokens=MAX_COMPLETION, batch_size=256),
+        train={
+            "max_steps": 150,
+            "save_steps": 25,
+            "save_total_limit": 2,
+            "learning_rate": 1e-4,
+            "per_device_train_batch_size": 128,  # 16 questions x 8 rollouts
+            "teacher": "fixed",  # at this learning rate a live teacher runs away (docs/teachers.md)
+            "reference_coef": 0.0,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "report_to": "none",
+        },
+    )
+
+
+def warm_started(seed: int, cache: Path | None = None) -> str:
+    """The folder of the warm-started policy of ``seed``, below ``cache`` (.cache); trained there if it is missing."""
+    folder = (cache or CACHE) / f"small_world-seed{seed}"
+    if not (folder / "config.json").exists():
+        say("warm start: teaching a fresh Qwen3 to add, with slips")
+        model, tokenizer = build_model(seed), build_tokenizer()
+        warm_start(model, tokenizer, seed=seed, progress=counter("warm start"))
+        part = folder.with_suffix(".part")
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(folder)
+    return str(folder)
 
 
 @dataclass(frozen=True)
@@ -132,12 +181,12 @@ def warm_start(
     steps: int = 2600,
     batch_size: int = 16,
     learning_rate: float = 4e-3,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Supervised training on `draw_example`, in place; repeats exactly for one seed, device and thread count.
 
     AdamW (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
-    cosine decay to 0. `progress(step, loss)` is called after each step. Returns the losses, cross-entropy in
+    cosine decay to 0. `progress(done, steps)` is called after each step. Returns the losses, cross-entropy in
     nats per character of the solutions.
     """
     if steps < 1 or batch_size < 1:
@@ -173,7 +222,7 @@ def warm_start(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss_sum)
         if progress is not None:
-            progress(step, loss_sum)
+            progress(step + 1, steps)
     model.train(was_training)
     return losses
 

@@ -1,6 +1,7 @@
 import pytest
 
-from hsd.demo import times_table
+from hsd.tasks import times_table
+from hsd.verify import number_reward
 
 
 def factors(question):
@@ -34,4 +35,4 @@ def test_split_rejects_an_impossible_size():
 
 def test_reward_takes_chat_completions():
     completions = [[{"role": "assistant", "content": text}] for text in ("3 * 4 is 12.", "3 * 4 = 34")]
-    assert times_table.reward(completions, ["12", "12"]) == [1.0, 0.0]
+    assert number_reward(completions, ["12", "12"]) == [1.0, 0.0]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hsd.demo import small_world
-from hsd.demo.small_world import ANSWER_ONLY, EOS_ID, VOCABULARY, WITH_PEER, Example
+from hsd.tasks import small_world
+from hsd.tasks.small_world import ANSWER_ONLY, EOS_ID, VOCABULARY, WITH_PEER, Example
 
 QUESTION, SOLUTION = "47+38+25+61=", "47+38=85;85+25=110;110+61=171;#171"
 
@@ -149,10 +149,10 @@ def test_a_few_steps_lower_the_loss_and_repeat(tokenizer):
             seed=0,
             steps=10,
             batch_size=4,
-            progress=lambda step, loss: seen.append((step, loss)),
+            progress=lambda done, steps: seen.append((done, steps)),
         )
         runs.append(losses)
-    assert runs[0] == runs[1] and seen == 2 * list(enumerate(runs[0]))
+    assert runs[0] == runs[1] and seen == 2 * [(done, 10) for done in range(1, 11)]
     assert runs[0][-1] < runs[0][0] - 0.3
     with pytest.raises(ValueError, match="expected positive integers, got 0 and 4"):
         small_world.warm_start(small_world.build_model(0), tokenizer, seed=0, steps=0, batch_size=4)
