@@ -88,9 +88,9 @@ def checked_targets(ids: Tensor, rows: Tensor, vocab: int | None) -> Tensor:
     where the vocabulary is divided over ranks, ``vocab`` None."""
     live = ids[rows]
     if vocab is not None and not ids.is_cuda and live.numel():
-        least, largest = int(live.min()), int(live.max())
-        if least < 0 or largest >= vocab:
-            raise ValueError(f"target_ids: expected values in [0, {vocab}), got {least} to {largest}")
+        low, high = int(live.min()), int(live.max())
+        if low < 0 or high >= vocab:
+            raise ValueError(f"target_ids: expected values in [0, {vocab}), got {low} to {high}")
     return ids.long()
 
 

@@ -96,8 +96,7 @@ def merge_parts(parts: RowStats, spec: RowSpec) -> RowStats:
         teacher_log_sum=teacher.log_sum,
         grad_sum=grad_sum,
     )
-    with_targets = parts.student_logps is not None
-    return RowStats.unstack(found.stack().to(parts.kl.dtype), parts.rows, with_targets)
+    return RowStats.unstack(found.stack().to(parts.kl.dtype), parts.rows, parts.student_logps is not None)
 
 
 class _Merged(NamedTuple):
