@@ -51,8 +51,7 @@ def make_lessons(
     for i, row in enumerate(rows):
         g, place = divmod(first + i, group_size)
         members = tuple(rollouts[g * group_size : (g + 1) * group_size])
-        answer = "" if row["answer"] is None else str(row["answer"])
-        group = Group(row["prompt"], answer, members, success_reward)
+        group = Group(row["prompt"], shown_answer(row["answer"]), members, success_reward)
         success, has_peer = place in group.successes, bool(group.success_peers(place))
         if method.trl_loss:
             lessons.append(Lesson(success, has_peer, None, None))
@@ -79,3 +78,9 @@ def make_lessons(
             tau = divergence_position(members[place].token_ids, members[peer].token_ids)
         lessons.append(Lesson(success, has_peer, context, tau))
     return lessons
+
+
+def shown_answer(answer: Any) -> str:
+    """What a teacher reads of a data set's ``answer``: the text, the first of several accepted ones, "" for None."""
+    first = answer[0] if isinstance(answer, list) else answer
+    return "" if first is None else str(first)

@@ -32,6 +32,7 @@ from hsd.policy.tree.batch import pack_batch, pad_states, pays, shuffle_groups
 from hsd.policy.tree.check import try_tree, warn_unshared
 from hsd.policy.tree.forward import Pack, read_frozen, read_live_teacher, read_student, rows_of
 from hsd.policy.tree.two_phase import two_phase_loss
+from hsd.policy.vocabulary import check_vocabulary
 from hsd.sampled import sampled_logps
 from hsd.train.alarms import repeated_tail
 from hsd.train.callbacks import RunFiles, steps_of_a_generation
@@ -82,6 +83,7 @@ class HSDTrainer(GRPOTrainer):
         self.args: HSDConfig
         if self._is_vlm:
             raise ValueError("model: expected a text model, got a vision-language one")
+        check_vocabulary(self.accelerator.unwrap_model(self.model), self._tokenizer)
         if feedback_fn is not None and not args.spec.feedback:
             raise ValueError(f"feedback_fn: expected None with method={args.method!r}, which shows no feedback")
         self.context_template = context_template

@@ -10,6 +10,7 @@ from typing import Any
 from hsd.evaluate import RewardFn, Sampling, sample, score
 from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.lessons import shown_answer
 from hsd.viewer.measure import draw_peers, measure_credit, read_tokens
 from hsd.viewer.page import write_page
 from hsd.viewer.summary import summarise
@@ -34,10 +35,12 @@ def sample_groups(subject: Subject, questions: list[dict], seed: int, size: int 
     prompts = [q["prompt"] for q in repeated]
     rollouts = sample(subject.model, subject.tokenizer, prompts, subject.sampling, seed=seed + 1, progress=_counter)
     rewards = score(subject.tokenizer, repeated, rollouts, subject.reward)
-    scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
-    groups = [tuple(scored[g * size : (g + 1) * size]) for g in range(len(questions))]
     least = subject.success_reward
-    return [Group(q["prompt"], q["answer"], group, least) for q, group in zip(questions, groups, strict=True)]
+    unjudged = least - 1.0  # a rollout without a verdict is no success
+    scored = [Rollout(tuple(ids), unjudged if r is None else r) for ids, r in zip(rollouts, rewards, strict=True)]
+    groups = [tuple(scored[g * size : (g + 1) * size]) for g in range(len(questions))]
+    answers = [shown_answer(q["answer"]) for q in questions]
+    return [Group(q["prompt"], a, g, least) for q, a, g in zip(questions, answers, groups, strict=True)]
 
 
 def make_credit(
