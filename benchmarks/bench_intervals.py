@@ -2,8 +2,8 @@
 
     python benchmarks/bench_intervals.py --json benchmarks/results/intervals.json
 
-Questions have rates from a Beta distribution with the given mean and correlation of two samples of one question; each is
-sampled `samples` times. The report is written beside the JSON, as .md. About 6 minutes on one core.
+The rates of questions come from a Beta distribution with the given mean and correlation of two samples of a question,
+and each is sampled `samples` times. The report is written beside the JSON, as .md. About 6 minutes on one core.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any], command: str) -> s
     lines = [
         "# Coverage of 95 % intervals of a success rate",
         "",
-        f"`{command}`, commit {facts['commit']}. Coverage is the share of simulated evaluations whose interval holds the true"
-        f" rate; the mean width is in brackets. Ours: {rows[0]['ours']['runs']:,} evaluations a row, `hsd.evaluate.interval`."
-        f" SciPy's bootstraps over questions: {rows[0]['BCa']['runs']:,} evaluations, 1,000 resamples each.",
+        f"`{command}`, commit {facts['commit']}. Coverage is the share of simulated evaluations whose interval holds the "
+        "true rate. The mean width is in brackets. Ours is `hsd.evaluate.interval`, "
+        f"{rows[0]['ours']['runs']:,} evaluations a row. The others are `scipy.stats.bootstrap` over questions, "
+        f"{rows[0]['BCa']['runs']:,} evaluations a row with 1,000 resamples each.",
         "",
         "| questions | samples | correlation | rate | " + " | ".join(CONTENDERS) + " |",
         "|---" * (4 + len(CONTENDERS)) + "|",
