@@ -72,7 +72,8 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any], command: str) -> s
     lines = [
         "# Coverage of 95 % intervals of a success rate",
         "",
-        f"`{command}`, commit {facts['commit']}. Coverage is the share of simulated evaluations whose interval holds the "
+        f"`{command}`, commit {facts['commit']}. "
+        "Coverage is the share of simulated evaluations whose interval holds the "
         "true rate. The mean width is in brackets. Ours is `hsd.evaluate.interval`, "
         f"{rows[0]['ours']['runs']:,} evaluations a row. The others are `scipy.stats.bootstrap` over questions, "
         f"{rows[0]['BCa']['runs']:,} evaluations a row with 1,000 resamples each.",

@@ -33,6 +33,7 @@ from hsd.policy.tree.check import try_tree, warn_unshared
 from hsd.policy.tree.forward import Pack, read_frozen, read_live_teacher, read_student, rows_of
 from hsd.policy.tree.two_phase import two_phase_loss
 from hsd.policy.vocabulary import check_vocabulary
+from hsd.process import settle
 from hsd.sampled import sampled_logps
 from hsd.train.alarms import repeated_tail
 from hsd.train.callbacks import RunFiles, steps_of_a_generation
@@ -72,6 +73,7 @@ class HSDTrainer(GRPOTrainer):
         feedback_fn: FeedbackFn | None = None,
         **kwargs: Any,
     ):
+        settle()  # reward functions have children
         _check_columns("train_dataset", train_dataset, args)
         _check_columns("eval_dataset", kwargs.get("eval_dataset"), args)
         for name in ("environment_factory", "rollout_func"):  # they may change the question after the data set
