@@ -59,7 +59,9 @@ def verify_code(text: str, tests: Mapping[str, Any] | str, *, limits: Limits = D
         return Result(Status.TOO_LONG, f"a program of {len(code)} characters")
     if isinstance(suite, Script):
         return _verify_script(code, suite, limits)
-    return _result(run_tests(suite.program(code), suite.setup, suite.source, suite.names, limits))
+    return _result(
+        run_tests(suite.program(code), {"setup": suite.setup, "source": suite.source, "names": suite.names}, limits)
+    )
 
 
 def extract_code(text: str) -> str:

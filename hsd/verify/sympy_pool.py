@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hsd.verify.status import default_workers
+from hsd.verify.syscalls import filter_program
 
 SERVER = Path(__file__).parent / "child" / "sympy_server.py"
 START_TIMEOUT = 120.0  # importing SymPy takes a second, more on a busy machine
@@ -27,7 +28,7 @@ class _Server:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(SERVER), str(MEMORY)],
+            [sys.executable, "-I", "-B", str(SERVER), str(MEMORY), filter_program().hex()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

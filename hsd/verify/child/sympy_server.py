@@ -1,4 +1,4 @@
-"""Compares answers with math-verify: `python -I -B sympy_server.py MEMORY`, a JSON line in, a JSON line out.
+"""Compares answers with math-verify: `python -I -B sympy_server.py MEMORY FILTER`, a JSON line in, a JSON line out.
 
 math-verify's own time limits use SIGALRM and a handler, which C code and `except` clauses can hold up. Here they are
 off: this process has SymPy imported and reads no answer itself. A fork of it does, until one takes too long or ends it.
@@ -34,7 +34,7 @@ def main() -> None:
     confine.lower_limits(cpu=1e6, memory=int(sys.argv[1]), file_size=0)
     for gold, answer in WARM_UP:
         compare(gold, answer)
-    confine.shut_files(["landlock"])
+    confine.shut_files(["landlock"], [p for p in sys.path if p])
     gc.freeze()
     os.write(out, b'{"ready": true}\n')
     fork = None
@@ -100,7 +100,7 @@ class Fork:
 
 def answer_all(asks: int, replies: int) -> None:
     confine.die_with_parent()
-    confine.shut_calls(["seccomp"], [])
+    confine.shut_calls(["seccomp"], bytes.fromhex(sys.argv[2]))
     with os.fdopen(asks) as lines:
         for line in lines:
             ask = json.loads(line)
