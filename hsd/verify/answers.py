@@ -84,7 +84,9 @@ def extract_answer(text: str) -> str | None:
 def final_part(text: str) -> str | None:
     """What follows the last closed thought, or stands in the last ``<answer>``; None if that is cut off."""
     ends = list(_THOUGHT_ENDS.finditer(text))
-    part = _SPECIAL.sub("", (text[ends[-1].end() :] if ends else text).rstrip())
+    part = text[ends[-1].end() :] if ends else text
+    if special := _SPECIAL.search(part.rstrip()):
+        part = part[: special.start()]
     if _THOUGHT_STARTS.search(part):
         return None
     lower = part.lower()

@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,8 @@ from hsd.verify.syscalls import filter_program
 HARNESS = Path(__file__).parent / "child" / "harness.py"
 LAYERS = ("bubblewrap", "user", "landlock", "seccomp")  # child/confine.py says what the last three are
 REPORT = 64 << 10  # bytes of the verdict and of stderr that are read
-SLEEPY = 2  # wall clock over CPU time that a program may take, not counted where it waits for a core,
+SAMPLE = 0.2  # seconds between two looks at it
+SLEEPY = 2  # wall clock over CPU time that a program may take, less the time that it waits for a core,
 WIDE = 20  # and counted: a program that sleeps is ended, a machine that is busy is waited for
 STOPS = {  # what each layer alone is enough for
     "reading and writing files": ("bubblewrap", "landlock"),
@@ -50,7 +51,7 @@ class Limits:
     timeout: float = 10.0  # seconds of CPU time for one process; on an idle machine twice that of wall clock
     memory: int = 1 << 30  # bytes of address space
     output: int = 16 << 20  # bytes of stdout
-    total: float = 120.0  # seconds of wall clock for all tests of a script
+    total: float = 120.0  # seconds for all tests of a script, as `Outcome.seconds` counts them
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Outcome:
     detail: str = ""
     stdout: bytes = b""
     layers: tuple[str, ...] = ()
+    seconds: float = 0.0  # of CPU time, or of wall clock less the time that it waited for a core
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,9 @@ def _run(
             pass_fds=inherited if again is None else [*inherited, again],
             start_new_session=True,
         )
-        ended = _wait_and_kill(child, limits.timeout)
-        return _outcome(files, nonce, ended, child.returncode, limits)
+        ended, own = _wait_and_kill(child, limits.timeout)
+        outcome = _outcome(files, nonce, ended, child.returncode, limits)
+        return replace(outcome, seconds=max(own, outcome.seconds))
 
 
 def _folder(layers: tuple[str, ...]) -> contextlib.AbstractContextManager[str]:
@@ -266,20 +269,19 @@ def _fill(file: IO[bytes], text: str) -> None:
     file.seek(0)
 
 
-def _wait_and_kill(child: subprocess.Popen, timeout: float) -> str:
-    """ "ended" in time, else "late", or "starved" if it had no core all the while. Afterwards nothing of its process
-    group runs."""
-    start, allowed = time.monotonic(), SLEEPY * timeout
+def _wait_and_kill(child: subprocess.Popen, timeout: float) -> tuple[str, float]:
+    """ "ended" in time, else "late", or "starved" if it had no core all the while; and its seconds of wall clock, less
+    those that it waited for a core. Afterwards nothing of its process group runs."""
+    start, own = time.monotonic(), 0.0
     try:
-        while not _ended(child, start + allowed - time.monotonic()):
-            waited = _waited(child.pid)
+        while not _ended(child, SAMPLE):
             elapsed = time.monotonic() - start
-            if elapsed - waited >= SLEEPY * timeout:
-                return "late"
+            own = elapsed - _waited(child.pid)
+            if own >= SLEEPY * timeout:
+                return "late", own
             if elapsed >= WIDE * timeout:
-                return "starved"
-            allowed = min(SLEEPY * timeout + waited, WIDE * timeout)
-        return "ended"
+                return "starved", own
+        return "ended", own
     finally:
         try:
             os.killpg(child.pid, signal.SIGKILL)  # before the child is reaped: until then its number is its own
@@ -344,7 +346,7 @@ def _outcome(files: list[IO[bytes]], nonce: str, ended: str, code: int, limits: 
         return Outcome("too_long", f"stdout reached {limits.output} bytes", layers=layers)
     if last["status"] == "crashed" and errors:
         detail = f"{errors[-1500:]}\n{detail}".strip()
-    return Outcome(last["status"], detail, stdout, layers)
+    return Outcome(last["status"], detail, stdout, layers, last.get("cpu", 0.0))
 
 
 def _contents(file: IO[bytes], size: int) -> bytes:

@@ -54,9 +54,9 @@ def main() -> None:
         _finish(verdict_fd, verdict | {"status": "verifier_failed", "detail": detail})
     _append(verdict_fd, verdict | {"status": "started"})
     sys.set_int_max_str_digits(0)
-    outcome = _run_tests(secret, here) if job["mode"] == "tests" else {"status": "finished"}
-    if outcome["status"] in ("finished", "crashed"):  # how the program ended says more
-        outcome |= _ended(pid, job["timeout"], wait=outcome["status"] == "finished")
+    outcome = _run_tests(secret, here) if job["mode"] == "tests" else {"gone": True, "wait": True}
+    if outcome.pop("gone", False):  # how the program ended says more
+        outcome |= _ended(pid, job["timeout"], outcome.pop("wait", False))
     _finish(verdict_fd, verdict | outcome)
 
 
@@ -95,7 +95,7 @@ def _die_first() -> None:
 
 
 def _ended(pid: int, limit: float, wait: bool) -> dict[str, Any]:
-    """How the program ended; nothing where it still runs."""
+    """How the program ended, and its CPU time; nothing where it still runs."""
     for _ in range(1 if wait else 50):
         done, status, used = os.wait4(pid, 0 if wait else os.WNOHANG)
         if done:
@@ -103,16 +103,26 @@ def _ended(pid: int, limit: float, wait: bool) -> dict[str, Any]:
         time.sleep(0.02)  # it closed its channel, and may be on its way out
     else:
         return {}
-    code = os.waitstatus_to_exitcode(status)
-    if code == -signal.SIGXCPU or (code == -signal.SIGKILL and used.ru_utime + used.ru_stime >= limit):
+    code, cpu = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+    if code == -signal.SIGXCPU or (code == -signal.SIGKILL and cpu >= limit):
         return {"status": "timeout", "detail": f"{limit:g} s of CPU time"}
     if code == -signal.SIGKILL:  # it cannot do that itself
         return {"status": "verifier_failed", "detail": "the program was killed from outside: out of memory?"}
+    if not wait:
+        return {}
     if code == 0:
-        return {"status": "finished"} if wait else {}
-    return {"status": "crashed"} | (
-        {"detail": f"exit code {code}" if code > 0 else f"killed by signal {-code}"} if wait else {}
-    )
+        return {"status": "finished", "cpu": cpu}
+    return {"status": "crashed", "detail": f"exit code {code}" if code > 0 else f"killed by signal {-code}"}
+
+
+# What LiveCodeBench's harness has imported when a program starts, and its recursion depth.
+_MODULES = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
+    *("itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing"),
+)
+OFFICIAL = "\n".join(
+    [*(f"from {m} import *" for m in _MODULES), f"import {', '.join(_MODULES)}", "sys.setrecursionlimit(50_000)"]
+)
 
 
 # -- the program's side -----------------------------------------------------------------------------------------------
@@ -134,6 +144,9 @@ def _program(job: dict[str, Any], channel: socket.socket, grants: int, separated
         module = types.ModuleType("program" if tests else "__main__")
         module.__dict__["__builtins__"] = builtins
         sys.modules[module.__name__] = module
+        sys.set_int_max_str_digits(0)
+        if job["official"]:
+            exec(OFFICIAL, module.__dict__)
         if tests:
             _serve(socket.socket(fileno=rpc), module, job["program"])
         code = _run(module, job["program"])
@@ -151,7 +164,7 @@ def _run(module: types.ModuleType, source: str) -> int:
 
     code = 0
     try:
-        exec(compile(source, "program.py", "exec"), module.__dict__)
+        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 1
     except BaseException:
@@ -180,7 +193,7 @@ def _serve(channel: socket.socket, module: types.ModuleType, source: str) -> Non
     def answer(ask: list[Any]) -> Any:
         what, *rest = ask
         if what == "load":
-            exec(compile(source, "program.py", "exec"), module.__dict__)
+            exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
             return [name for name in vars(module) if isinstance(name, str)]
         if what == "get":
             return getattr(module, rest[0])
@@ -221,7 +234,11 @@ class Remote:
         self._program, self._number = program, number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        encoded = [wire.encode(x, _number_of) for x in (list(args), kwargs)]
+        try:
+            encoded = [wire.encode(x, _number_of) for x in (list(args), kwargs)]
+        except (Unsupported, RecursionError) as error:
+            self._program.unsupported = str(error)
+            raise Unsupported(str(error)) from None
         return self._program.ask("call", self._number, *encoded)
 
     def __getattr__(self, name: str) -> Any:
@@ -232,11 +249,18 @@ class Remote:
     def __next__(self) -> Any:
         return self._program.ask("next", self._number)
 
+    def __bool__(self) -> bool:  # and no __contains__: `assert x in f()` is answered here, item by item
+        raise TypeError("expected plain data from the program, got an object, whose truth is its own")
+
+
+class Unsupported(BaseException):
+    """The tests pass what cannot cross. Not an Exception: a test's ``except`` lets it pass."""
+
 
 def _number_of(value: Any) -> int:
     if isinstance(value, Remote):
         return value._number
-    raise TypeError(f"expected plain arguments for the program, got {type(value).__name__}")
+    raise Unsupported(f"the tests pass the program a {type(value).__name__}; only plain data can cross")
 
 
 def _forward(name: str) -> Any:
@@ -250,15 +274,16 @@ def _forward(name: str) -> Any:
     return method
 
 
-for _name in ("__iter__", "__len__", "__getitem__", "__contains__", "__str__", "__repr__"):
+for _name in ("__iter__", "__len__", "__getitem__", "__str__", "__repr__"):
     setattr(Remote, _name, _forward(_name))
 
 
 class _Program:
     def __init__(self, channel: socket.socket):
-        self.channel, self.gone = channel, ""
+        self.channel, self.gone, self.unsupported, self.asked = channel, "", "", 0
 
     def ask(self, *message: Any) -> Any:
+        self.asked += message[0] not in ("load", "get")
         try:
             wire.send(self.channel, message)
             kind, *rest = wire.receive(self.channel)
@@ -286,21 +311,27 @@ class _Program:
 
 def _run_tests(secret: dict[str, Any], channel: socket.socket) -> dict[str, Any]:
     try:
-        setup = compile(secret["setup"], "setup.py", "exec")
-        source = compile(secret["source"], "tests.py", "exec")
+        setup = compile(secret["setup"], "setup.py", "exec", dont_inherit=True)
+        source = compile(secret["source"], "tests.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         return {"status": "verifier_failed", "detail": f"tests: {type(error).__name__}: {error}"}
     linecache.cache["tests.py"] = (0, None, secret["source"].splitlines(True), "tests.py")
     program = _Program(channel)
     outcome = _verdict(program, secret, setup, source)
     if program.gone:  # whatever the tests made of it
-        outcome = {"status": "crashed", "detail": program.gone}
+        return {"status": "crashed", "detail": program.gone, "gone": True}
+    if program.unsupported:
+        return {"status": "verifier_failed", "detail": program.unsupported}
+    if outcome["status"] == "correct" and not program.asked:
+        return {"status": "verifier_failed", "detail": "the tests ask nothing of the program"}
     return outcome
 
 
 def _verdict(program: _Program, secret: dict[str, Any], setup: Any, source: Any) -> dict[str, Any]:
     try:
         space: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
+        if secret.get("cases") is not None:
+            space["CASES"] = wire.decode(secret["cases"], list().__getitem__)
         exec(setup, space)
     except BaseException as error:
         return {"status": "verifier_failed", "detail": f"setup: {_describe(error)}"}
