@@ -174,7 +174,7 @@ def _wordy(text: str) -> bool:
     """Whether there are words in it that are no names of mathematics."""
     if re.search("[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]", text):
         return True
-    plain = re.sub(r"\\(?:text|mathrm|textbf|mbox|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text)
+    plain = re.sub(r"\\(?:text|mathrm|textbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text)
     words = re.findall(r"[A-Za-z]{2,}", plain)
     return any(w.lower() not in _MATH_WORDS and (len(w) > 3 or w.lower() in _SMALL_WORDS) for w in words)
 
