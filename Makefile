@@ -5,12 +5,12 @@ BIN    := $(VENV)/bin
 STEPS  ?=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-smollm2 test lint clean-test release-check docs
+.PHONY: demo demo-smollm2 test lint clean-test release-check gpu-dry-run docs
 demo: $(VENV)/.train
-	$(BIN)/python -m hsd.demo small $(if $(STEPS),--steps $(STEPS)) $(if $(ARGS),$(ARGS))
+	$(BIN)/hsd demo small $(if $(STEPS),--max_steps $(STEPS)) $(if $(ARGS),$(ARGS))
 
 demo-smollm2: $(VENV)/.train
-	$(BIN)/python -m hsd.demo smollm2 $(if $(STEPS),--steps $(STEPS)) $(if $(ARGS),$(ARGS))
+	$(BIN)/hsd demo smollm2 $(if $(STEPS),--max_steps $(STEPS)) $(if $(ARGS),$(ARGS))
 
 test: lint
 	$(BIN)/python -m pytest
@@ -26,6 +26,10 @@ clean-test:
 # Builds what a release ships, from a clone of HEAD, and installs and runs it in new environments (docs/releasing.md).
 release-check: $(VENV)/.release
 	$(BIN)/python tools/release_check.py
+
+# All parts of the GPU suite on a CPU at toy size, without what a plain CUDA image lacks.
+gpu-dry-run: $(VENV)/.dev
+	SUITE_DEVICE=cpu bash benchmarks/gpu_suite.sh abc runs/gpu_dry_run $(BIN)/python
 
 docs: $(VENV)/.release
 	$(BIN)/python tools/api_docs.py build/docs

@@ -2,8 +2,9 @@
 
     python setup.py build_ext --inplace
 
-`pip install` builds it if it can: a machine without a compiler gets the package without it, and `impl="auto"` then uses
-the torch rows. `python -m build` leaves it out and makes a pure wheel. HSD_BUILD_CPU=1 builds it in both, and a failed
+`pip install` builds it if it can: without a compiler, or without torch's headers in the build's environment (pip's
+isolated builds have none: --no-build-isolation), it installs the package without it, and `impl="auto"` then uses the
+torch rows. `python -m build` leaves it out and makes a pure wheel. HSD_BUILD_CPU=1 builds it in both, and a failed
 build is an error; HSD_BUILD_CPU=0 does not try.
 """
 
@@ -12,9 +13,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 WANTED = os.environ.get("HSD_BUILD_CPU", "")
 if WANTED not in ("", "0", "1"):
@@ -23,27 +27,32 @@ if WANTED not in ("", "0", "1"):
 INSTALLING = "PIP_BUILD_TRACKER" in os.environ
 PURE = WANTED == "0" or (WANTED == "" and "bdist_wheel" in sys.argv and not INSTALLING)
 
-# No contraction: see csrc/cpu/simd.h. Without exceptions nothing of a C++ runtime is linked.
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-exceptions", "-fvisibility=hidden"]
-FLAGS += ["-Wall", "-Wextra"]
-# Only these files may use these instructions; csrc/cpu/dispatch.cpp asks the machine first.
+# No contraction: see csrc/cpu/simd.h.
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Only these files may use these instructions; csrc/cpu/operators.cpp asks the machine first.
 X86_FLAGS = {"avx2.cpp": ["-mavx2", "-mfma"], "avx512.cpp": ["-mavx512f"]}
 X86_FLAGS["avx512_bf16.cpp"] = ["-mavx512bw", "-mavx512bf16"]
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("baseline", "avx2", "avx512", "avx512_bf16", "dispatch")]
-HEADERS = [f"csrc/cpu/{name}.h" for name in ("hsd_cpu", "variants", "simd", "elementary", "rows", "columns")]
+TORCH_2_9 = "-DTORCH_TARGET_VERSION=0x0209000000000000"  # the stable ABI of torch 2.9 and of every later one
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("baseline", "avx2", "avx512", "avx512_bf16", "operators")]
+HEADERS = [f"csrc/cpu/{name}.h" for name in ("passes", "simd", "elementary", "rows", "columns")]
 
 
 class PerFileFlags(build_ext):
-    """A plain shared library, found by path and loaded with ctypes: it has no PyInit."""
+    """A plain shared library, found by path and loaded with torch.ops.load_library: it has no PyInit."""
 
     def build_extension(self, ext: Extension) -> None:
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        spec = find_spec("torch")
+        if spec is None or spec.origin is None:
+            raise CompileError("csrc/cpu: expected torch in the build's environment (--no-build-isolation), got none")
+        torch = Path(spec.origin).parent
+        own = dict(X86_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else {}
+        own["operators.cpp"] = [TORCH_2_9, "-isystem", str(torch / "include")]
         objects = []
         for source in ext.sources:
-            own = X86_FLAGS.get(os.path.basename(source), []) if x86 else []
-            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=[*FLAGS, *own])
-        path = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(objects, path, extra_postargs=["-fopenmp", "-lm"])
+            flags = [*FLAGS, *own.get(os.path.basename(source), [])]
+            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        path, libraries = self.get_ext_fullpath(ext.name), [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        self.compiler.link_shared_object(objects, path, extra_postargs=[*libraries, "-fopenmp"], target_lang="c++")
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []

@@ -32,7 +32,7 @@ from timing import environment, header, save
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hsd.demo import small_world
+from hsd.tasks import small_world
 
 SHAPES = ["32000,256"]
 GATE_SHAPE = (1009, 24)

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 import workloads
-from contenders import CONTENDERS, contenders, step
+from contenders import CONTENDERS, Loss, contenders, step
 from timing import environment, header, save
 
 
-def quartile_errors(name: str, tensors: workloads.Workload) -> list[tuple[float, float]]:
+def quartile_errors(loss: Loss, tensors: workloads.Workload) -> list[tuple[float, float]]:
     """(relative error of the KL, relative L1 error of dH) per quartile of the tokens."""
     from hsd_kernels.reference import hsd_kl
 
     found = []
     for part in by_kl(tensors):
         exact = step(hsd_kl, *(t.double() for t in part))
-        got = step(CONTENDERS[name], *part)
+        got = step(loss, *part)
         pairs = zip(got[:2], exact[:2], strict=True)
         kl, dh = (((a.double() - b).abs().sum() / b.abs().sum()).item() for a, b in pairs)
         found.append((kl, dh))
@@ -69,7 +69,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, reason in contenders("cpu", "bfloat16").items():
         try:
-            found = {"failed": reason} if reason else {"quartiles": quartile_errors(name, tensors)}
+            found = {"failed": reason} if reason else {"quartiles": quartile_errors(CONTENDERS[name], tensors)}
         except Exception as error:  # a peer that cannot run is a row that says why
             found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
         rows.append({"contender": name} | found)

@@ -19,8 +19,7 @@ from unittest.mock import patch
 import torch
 from timing import environment, header, save
 
-from hsd_kernels import gemm, vocab_filter
-from hsd_kernels.rows import cpp
+from hsd_kernels import gemm, native, vocab_filter
 
 BF16 = torch.bfloat16
 N, D, V = 512, 512, 16384
@@ -52,10 +51,11 @@ def products() -> list[dict[str, Any]]:
             "dH": lambda: gemm._mkl_gemm(dz, weight, dh),
             "dW": lambda: gemm._mkl_gemm(dz, hidden, dw, trans_a=True),
         }
-    if gemm._own_library() is not None:
-        calls["ours, fp32 result"] = {
-            "logits": lambda: gemm._own_product("hsd_cpu_project_out", hidden, weight, logits, weight.shape),
-            "dW": lambda: gemm._own_product("hsd_cpu_accumulate", dz, hidden, dw, dw.shape),
+    if gemm.machine().own:
+        own = torch.ops.hsd_cpu
+        calls["C++, fp32 result"] = {
+            "logits": lambda: own.project_out(logits, hidden, weight, threads=1),
+            "dW": lambda: own.accumulate(dw, dz, hidden, adds=False, threads=1),
         }
     wide = [t.float() for t in (hidden, weight, dz)]
     calls["torch, fp32 operands"] = {"logits": lambda: torch.mm(wide[0], wide[1].t(), out=logits)}
@@ -68,10 +68,8 @@ def passes() -> list[dict[str, Any]]:
     columns = torch.randperm(VOCABULARY)[:KEPT].sort().values
     for dtype in (torch.float32, BF16):
         dz = torch.randn(TOKENS, VOCABULARY).to(dtype)
-        for by, library in (("torch", None), ("C++", cpp.found())):
-            if by == "C++" and library is None:
-                continue
-            with patch.object(cpp, "found", return_value=library):
+        for by in ("torch", "C++") if native.available() else ("torch",):
+            with patch.object(native, "available", return_value=by == "C++"):
                 norms = best(partial(vocab_filter.column_norms, dz))
                 take = best(partial(vocab_filter.take_columns_, dz, columns))
             rows.append({"by": f"{by}, {dtype}", "column norms": 1e3 * norms, "taking columns": 1e3 * take})

@@ -101,10 +101,11 @@ def main() -> None:
         job = {"contender": name, "dtype": args.dtype, "device": args.device}
         job |= {"workload": "gaussian", "repeats": args.repeats}
         rows += in_processes(KERNEL, [job | {"axis": axis, "shape": shape} for axis, shape in plan])
-    rows.sort(key=lambda r: plan.index((r["axis"], r["shape"])))
+        rows.sort(key=lambda r: plan.index((r["axis"], r["shape"])))
+        if args.json:  # after each contender: a run that is cut off leaves what it has
+            save(args.json, facts, rows, table(rows))
     print(table(rows))
     if args.json:
-        save(args.json, facts, rows, table(rows))
         plot(rows, args.json.with_suffix(".png"))
 
 

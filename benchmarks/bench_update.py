@@ -24,12 +24,12 @@ from timing import environment, header, peak_bytes, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from trl.trainer.utils import selective_log_softmax
 
-from hsd.policy.body_and_head import hidden_states, split_model
+from hsd.policy.body_and_head import body_and_head, hidden_states
+from hsd.policy.forward import FrozenStates
 from hsd.policy.tree.attention import enable_tree
-from hsd.policy.tree.forward import make_pack, tree_hidden_states
-from hsd.train.update import Objective, Side, hsd_loss
+from hsd.policy.tree.forward import make_tree_batch, tree_hidden_states
+from hsd.train.update import Objective, hsd_loss
 
 CONTENDERS = ("unshared", "prompt", "tree", "grpo")
 SHAPES = {
@@ -84,18 +84,20 @@ def make_group(shape: tuple[int, ...], vocabulary: int) -> tuple[list[list[int]]
 
 def read(model: Any, prompts: list[list[int]], rollouts: list[list[int]]) -> Tensor:
     """(G, o, D) as the trainer reads without sharing; all sequences are of one length, so nothing is padding."""
-    split = split_model(model)
-    ids = torch.tensor([p + o for p, o in zip(prompts, rollouts, strict=True)], device=split.weight.device)
-    return hidden_states(split.body, ids, torch.ones_like(ids))[:, -(len(rollouts[0]) + 1) : -1]
+    parts = body_and_head(model)
+    ids = torch.tensor([p + o for p, o in zip(prompts, rollouts, strict=True)], device=parts.linear.weight.device)
+    return hidden_states(parts.body, ids, torch.ones_like(ids))[:, -(len(rollouts[0]) + 1) : -1]
 
 
 def update(contender: str, model: Any, group: tuple[list[list[int]], ...]) -> Tensor:
     """One update's loss; its gradients are in the parameters."""
     prompts, rollouts, teacher_prompts = group
-    split = split_model(model)
-    targets = torch.tensor(rollouts, device=split.weight.device)
+    parts = body_and_head(model)
+    targets = torch.tensor(rollouts, device=parts.linear.weight.device)
     if contender == "grpo":
-        logits = split.head(read(model, prompts, rollouts))
+        from trl.trainer.utils import selective_log_softmax
+
+        logits = parts.linear(read(model, prompts, rollouts))
         loss = -selective_log_softmax(logits, targets).mean()
     else:
         if contender == "unshared":
@@ -105,7 +107,7 @@ def update(contender: str, model: Any, group: tuple[list[list[int]], ...]) -> Te
         else:
             sides = tree_hidden_states(model, prompts, rollouts, teacher_prompts, sharing=contender)
             student, teacher = (pad_sequence(side, batch_first=True) for side in sides)
-        loss = hsd_loss(student, split, Side(teacher), targets, torch.ones_like(targets), Objective()).loss
+        loss = hsd_loss(student, parts.head, FrozenStates(teacher), targets, torch.ones_like(targets), Objective()).loss
     loss.backward()
     return loss.detach()
 
@@ -150,7 +152,7 @@ def count(contender: str, model_name: str, shape: tuple[int, ...]) -> tuple[int,
 
         student, teacher = plain(prompts), plain(teacher_prompts)
     else:
-        pack = make_pack(prompts, rollouts, teacher_prompts, sharing=contender)
+        pack = make_tree_batch(prompts, rollouts, teacher_prompts, sharing=contender)
         student, teacher = ((pack.trie.pos[nodes] + 1).tolist() for nodes in (pack.student_nodes, pack.teacher_only))
     if contender == "grpo":
         teacher = []
@@ -186,6 +188,31 @@ def times(model_name: str, shape: tuple[int, ...], contenders: list[str], device
             if i:  # the first is the warm-up
                 seconds[contender].append(time.perf_counter() - start)
     return {c: {"failed": failed[c]} if c in failed else {"seconds": sorted(seconds[c])} for c in contenders}
+
+
+def one_update(
+    contender: str, model: Any, model_name: str, shape: tuple[int, ...], device: str, repeats: int
+) -> dict[str, Any]:
+    """A row of one contender in this process: time and, of CUDA's allocator, peak memory beyond model and gradients."""
+    group = make_group(shape, MODELS[model_name][-1])
+    tokens, flops = count(contender, model_name, shape)
+    seconds, peak = [], 0
+    for i in range(repeats + 1):
+        model.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        base, start = peak_bytes(device), time.perf_counter()
+        update(contender, model, group)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i:  # the first is the warm-up
+            seconds.append(time.perf_counter() - start)
+            peak = peak_bytes(device) - base
+    model.zero_grad()
+    seconds.sort()
+    row = {"tokens": tokens, "flops": flops, "median": statistics.median(seconds), "peak_bytes": peak}
+    return row | {"p20": seconds[len(seconds) // 5], "p80": seconds[len(seconds) * 4 // 5]}
 
 
 def memory(model_name: str, shape: tuple[int, ...], contender: str, device: str) -> dict[str, Any]:
@@ -269,9 +296,9 @@ def main() -> None:
             shape = tuple(map(int, text.split(",")))
             rows += measure(model, shape, args.contenders, args.device, args.repeats)
             print(f"  {model} {text} done", file=sys.stderr)
+            if args.json:  # after each shape: a run that is cut off leaves what it has
+                save(args.json, facts, rows, table(rows))
     print(table(rows))
-    if args.json:
-        save(args.json, facts, rows, table(rows))
 
 
 if __name__ == "__main__":

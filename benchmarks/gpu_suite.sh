@@ -1,58 +1,68 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 8 minutes:
+# Everything that needs a GPU, in three parts of under 8 minutes each:
 #
-#     bash benchmarks/gpu_suite.sh OUT [PYTHON]
+#     bash benchmarks/gpu_suite.sh PART OUT [PYTHON]
 #
-# Runs from the repository root with what is installed there (no build, no network): the CUDA tests, the kernel tables,
-# the scaling plot and the whole update. Peers that are not installed are rows that say so. OUT gets a log per part,
-# JSON and Markdown tables; a part that fails or is cut off does not stop the next one, and the exit status says so.
-# SUITE_DEVICE=cpu is a dry run of the same parts on toy shapes.
+# PART: a, correctness, the products that decide the design and the row kernels against fp64; b, the kernel table with
+# peers and floor and the sweep of pinned configurations; c, the whole update, sizes, small problems, error on real
+# states. "abc" runs them in turn. Runs from the repository root with what is installed there: no build, no network.
+# Peers that are not installed are rows that say so.
+#
+# OUT gets rows.jsonl, a line as each row is made, and suite.tgz: rows, tables and logs. A row that hangs or breaks the
+# device ends its process; the next one goes on after it.
+#
+# SUITE_DEVICE=cpu is a dry run at toy size, in which nothing finds the packages that a plain CUDA image lacks
+# (SUITE_HIDE); SUITE_WHEELS a folder of wheels for the path; SUITE_SECONDS a part's limit; SUITE_ONLY names of tables,
+# to make only those; SUITE_STATES a file of smollm2_states.py. The exit status is 1 if a row failed for another reason
+# than a package, a file or a GPU that is not there.
 set -u
-out=${1:?usage: gpu_suite.sh OUT [PYTHON]}
-python=${2:-python3}
-device=${SUITE_DEVICE:-cuda}
+parts=${1:?usage: gpu_suite.sh PART OUT [PYTHON]}
+out=${2:?usage: gpu_suite.sh PART OUT [PYTHON]}
+python=${3:-python3}
+limit=${SUITE_SECONDS:-420}
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+: >"$out/rows.jsonl"
+ln -sf "$(cd "$out" && pwd)/rows.jsonl" "$work/rows.jsonl"
+if [ "${SUITE_DEVICE:-cuda}" = cpu ]; then
+    export SUITE_HIDE=${SUITE_HIDE-datasets trl liger_kernel fla math_verify} OMP_NUM_THREADS=1
+fi
+if [ -n "${SUITE_HIDE:-}" ]; then # as if these were not installed, in every process
+    mkdir "$work/hide"
+    cat >"$work/hide/sitecustomize.py" <<'EOF'
+import os, sys
+from importlib.machinery import PathFinder
+
+HIDDEN = set(os.environ["SUITE_HIDE"].split())
+
+class Rest(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Rest if finder is PathFinder else finder for finder in sys.meta_path]
+EOF
+    here_path=$work/hide:$here
+fi
+export PYTHONPATH=${here_path:-$here}${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 failed=0
 
-part() { # name, seconds, command ...
-    local name=$1 limit=$2
-    shift 2
-    local start=$SECONDS
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1
-    local status=$?
-    echo "$name: exit $status, $((SECONDS - start)) s"
-    tail -n "${TAIL:-15}" "$out/$name.log"
+for part in $(grep -o . <<<"$parts"); do
+    start=$SECONDS
+    export SUITE_DEADLINE=$(($(date +%s) + limit - 40))
+    for attempt in 1 2 3 4 5 6; do
+        timeout $((limit - SECONDS + start)) "$python" "$here/benchmarks/gpu_suite.py" "$part" "$work" 2>"$work/$part$attempt.log"
+        status=$?
+        [ $status -eq 0 ] && break
+        echo "part $part, attempt $attempt: exit $status"
+        tail -n 4 "$work/$part$attempt.log" | cut -c -300
+        [ $status -eq 75 ] || [ $status -gt 128 ] || break # else the process did not end in a row
+        [ $((SECONDS - start)) -lt $((limit - 15)) ] || break
+    done
+    echo "part $part: exit $status, $((SECONDS - start)) s"
     [ $status -eq 0 ] || failed=1
-}
-
-"$python" - <<'EOF' | tee "$out/environment.txt"
-import sys
-sys.path.insert(0, "benchmarks")
-import torch
-from timing import environment, header
-print(header(environment("cuda" if torch.cuda.is_available() else "cpu")))
-EOF
-
-kernel="$python benchmarks/bench_kernel.py --device $device"
-if [ "$device" = cuda ]; then
-    part tests 100 "$python" -m pytest -m cuda tests/hsd_kernels tests/hsd/policy/tree -q
-    part triton_rows 90 "$python" -m pytest tests/hsd_kernels/test_rows_triton.py -q
-    part kernel_main 130 $kernel --dtypes bfloat16 --repeats 5 --shapes 8192,4096,151936 1024,2048,151936 \
-        --json "$out/kernel_main.json"
-    part kernel_peaked 40 $kernel --dtypes bfloat16 --workload peaked --only hsd_kernels --shapes 8192,4096,151936 \
-        --json "$out/kernel_peaked.json"
-    part kernel_large 80 $kernel --dtypes bfloat16 --repeats 3 --only hsd_kernels TRL naive \
-        --shapes 32768,4096,151936 4096,5120,151936 8192,2560,256000 --json "$out/kernel_large.json"
-    part update 90 "$python" benchmarks/bench_update.py --device cuda --repeats 3 --models qwen3-0.6b \
-        --json "$out/update.json"
-    part scaling 60 "$python" benchmarks/bench_scaling.py --device cuda --repeats 2 --json "$out/scaling.json"
-else
-    part kernel_main 200 $kernel --repeats 1 --shapes 64,64,4096 --json "$out/kernel_main.json"
-    part kernel_peaked 60 $kernel --repeats 1 --workload peaked --only hsd_kernels --shapes 64,64,4096 \
-        --json "$out/kernel_peaked.json"
-    part update 100 "$python" benchmarks/bench_update.py --repeats 1 --models toy --shapes 100,40,40,4 \
-        --json "$out/update.json"
-    part scaling 200 "$python" benchmarks/bench_scaling.py --device cpu --plan toy --repeats 1 --json "$out/scaling.json"
-fi
+    tar -C "$work" -chzf "$out/suite.tgz" .
+done
 exit $failed

@@ -18,15 +18,14 @@ from accelerate.utils import set_seed
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hsd.adapters.transformers import hsd_loss_from_ids
-from hsd.demo import small_world
-from hsd.hindsight.context import ContextTemplate, build_context, tokenize_prompt
+from hsd.hindsight.context import build_context, tokenize_prompt
 from hsd.hindsight.groups import Group, Rollout
 from hsd.hindsight.peers import choose_peers, peer_rng
+from hsd.tasks import small_world
 
 GROUP_SIZE = 8  # G, rollouts of one question
 QUESTIONS = 4  # a step, on each process
 MAX_TOKENS = 12
-TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
 
 
 def verify(token_ids: list[int]) -> float:
@@ -91,7 +90,7 @@ def main() -> None:
             peers = choose_peers(group, rng=peer_rng(0, step, number))
             for rollout, peer in zip(rollouts, peers, strict=True):
                 shown = None if peer is None else rollouts[peer].token_ids
-                context = build_context(tokenizer, question["prompt"], question["answer"], shown, TEMPLATE)
+                context = build_context(tokenizer, question["prompt"], question["answer"], shown, small_world.TEMPLATE)
                 student_ids.append([*prompt_ids, *rollout.token_ids])
                 teacher_ids.append([*context.prompt_ids, *rollout.token_ids])
                 lengths.append(len(rollout.token_ids))

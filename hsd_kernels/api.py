@@ -2,58 +2,52 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hsd_kernels.checks import check_logits_dtype, check_options, check_per_token, check_tensors
-from hsd_kernels.driver import STATS, TokenWeightFn
-from hsd_kernels.ops import lend_hook
+from hsd_kernels.checks import check_head_shape, check_hidden_shape, check_no_tangent, check_operand, check_per_token
+from hsd_kernels.divergence import DIVERGENCES, Divergence
+from hsd_kernels.driver import TokenWeightFn
+from hsd_kernels.head import Head, as_head
+from hsd_kernels.op_support import autocast_to
+from hsd_kernels.ops import Options, Tensors, call, lend_hook
+from hsd_kernels.row_stats import RowStats
+from hsd_kernels.rows import IMPLS
+from hsd_kernels.values import check_choice, check_not_negative, check_positive
 from hsd_kernels.vocab_filter import FILTER_AUTO
+
+REDUCTIONS = ("none", "sum", "mean")
 
 
 class HSDKLOutput(NamedTuple):
-    """Everything the pass knows per token. Shapes are the leading shape of ``student_hidden``; nats; fp32 (fp64 for
-    fp64 inputs); only ``loss`` carries a gradient. Tokens of weight 0 are never computed and hold 0."""
+    """Everything the pass knows per token. Only ``loss`` carries a gradient. The columns of the two tables have the
+    leading shape of ``student_hidden``. Tokens of weight 0 are never computed and hold 0."""
 
     loss: Tensor
-    per_token_kl: Tensor
-    student_logps: Tensor | None  # log-prob of target_ids, None without them
-    teacher_logps: Tensor | None
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    student_lse: Tensor
-    teacher_lse: Tensor
-    reference_kl: Tensor | None  # KL(student || reference) per token, None without a reference
-    reference_logps: Tensor | None
+    stats: RowStats  # of student and teacher
+    reference: RowStats | None  # of student and reference policy (its "teacher"), None without one
     filtered_share: Tensor | None  # scalar: L1 share of the logit gradient that filter_eps left out, None without it
 
 
 def fused_hsd_kl(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    lm_head_weight: Tensor,
-    bias: Tensor | None = None,
+    head: Tensor | Head,
     *,
-    teacher_weight: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    divergence: str | Divergence = "forward_kl",
+    teacher_head: Tensor | Head | None = None,
     reference_hidden: Tensor | None = None,
-    reference_weight: Tensor | None = None,
-    reference_bias: Tensor | None = None,
+    reference_head: Tensor | Head | None = None,
     reference_coef: float = 0.0,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    kl_clip: float | None = None,
-    kl_clip_form: str = "opsd",
     target_ids: Tensor | None = None,
     token_weights: Tensor | None = None,
     token_weight_fn: TokenWeightFn | None = None,
     reduction: str = "mean",
     num_items: float | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     filter_eps: float | str | None = None,
     chunk_bytes: int | None = None,
@@ -65,35 +59,32 @@ def fused_hsd_kl(
 
     Equivalent, for the defaults, to::
 
-        student = F.log_softmax(F.linear(student_hidden, lm_head_weight, bias).float(), -1)
-        teacher = F.log_softmax(F.linear(teacher_hidden, lm_head_weight, bias).float(), -1).detach()
+        student = F.log_softmax(F.linear(student_hidden, head).float(), -1)
+        teacher = F.log_softmax(F.linear(teacher_hidden, head).float(), -1).detach()
         loss = (teacher.exp() * (teacher - student)).sum(-1).mean()
 
     but both projections are one GEMM, the gradient is made while the logits of a chunk are at hand, and the largest
     intermediate is ``chunk_bytes``; ``reference_coef * KL(student || reference)`` can be added per token in the same
-    pass. The logits compared are ``softcap * tanh(logit_scale * (h W^T + b) / softcap) /
-    temperature`` on both sides; there is no silent temperature^2 factor. In fp32 they and their log-sum-exp are rounded
-    at 6e-8 of their size, so the relative error of the gradient is about 1e-7 times the largest of them: 3e-5 at 300,
-    0.3 % at 30,000.
+    pass. The logits compared are ``softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`` on both sides.
+
+    Error of the gradient in fp32, given the logits: a probability is formed from its logit's distance to the row's
+    largest and is off by about 6e-8 of that distance, whatever is common to the row. A row whose probable token has
+    1 - p left loses about 6e-8 / (1 - p) of its gradient, as any difference of two fp32 probabilities does. The logits
+    themselves are rounded at 6e-8 of their size by the product that makes them.
 
     Args:
         student_hidden: (..., D), fp32, bf16, fp16 or fp64. Gets a gradient.
-        teacher_hidden: (..., D) with the same leading shape, or (..., D') if ``teacher_weight`` is (V, D'). Never a
+        teacher_hidden: (..., D) with the same leading shape, or (..., D') if ``teacher_head`` is (V, D'). Never a
             gradient: it must not require one.
-        lm_head_weight: (V, D), the head shared by both sides. Gets a gradient if it requires one, accumulated in fp32.
-        bias: (V,), optional, likewise.
-        teacher_weight, teacher_bias: a head of the teacher's own, (V, D') and (V,); no gradient.
-        reference_hidden, reference_weight, reference_bias: a reference policy's hidden states (..., D) and, if it is
-            not the student's, its head; no gradient. Given with ``reference_coef`` > 0 and only then.
+        head: the head of both sides, a `Head` or its weight (V, D). Weight and bias get a gradient if they require
+            one, accumulated in fp32.
+        divergence: a `Divergence`, or the ``kind`` of one with every other field at its default.
+        teacher_head: a head of the teacher's own, a `Head` or a weight (V, D'), without gradient. It has the scale and
+            the cap of ``head``; a plain weight takes them.
+        reference_hidden, reference_head: a reference policy's hidden states (..., D) and, if it is not the student's,
+            its head; no gradient. Given with ``reference_coef`` > 0 and only then.
         reference_coef: adds ``reference_coef * KL(student || reference)`` to every token, over the full vocabulary and
             at temperature 1: a third block of the stacked GEMM, 5U in all.
-        divergence: "forward_kl" = KL(teacher || student), HSD's objective; "reverse_kl" = KL(student || teacher);
-            "jsd" = beta KL(teacher || m) + (1 - beta) KL(student || m), m = (1 - beta) student + beta teacher.
-        beta: the teacher's share of the mixture, in [0, 1]; 0 is the forward and 1 the reverse KL. Only for "jsd".
-        temperature: divides the logits of both sides, > 0.
-        kl_clip: pointwise clip: every vocabulary summand is replaced by min(., kl_clip) before the sum.
-        kl_clip_form: "opsd" clips the summands p log(p / q), so that the per-token value may be negative;
-            "nonnegative" clips p log(p / q) - p + q, which have the same sum and none below 0.
         target_ids: (...), integers in [0, V) wherever the weight is not 0: the tokens whose log-probs the statistics
             report. Out of range is an error on a CPU and a log-prob of NaN on CUDA, where a check would synchronize.
         token_weights: (...), finite, without gradient; multiplies each token's divergence. Tokens of weight 0 are
@@ -115,104 +106,165 @@ def fused_hsd_kl(
             the next call on a CPU).
         impl: "auto" (Triton on CUDA, C++ on a CPU in fp32 and bf16, torch elsewhere), "torch", "triton" or "cpp". An
             explicit choice never falls back.
-        process_group: the vocabulary is divided over its ranks. ``lm_head_weight``, ``bias`` and the heads of the
-            other sides hold this rank's rows, in rank order, possibly of different numbers; everything else is the
-            same on every rank, ``target_ids`` counted over the whole vocabulary. Every rank gets the whole loss,
-            statistics and gradient of ``student_hidden``.
+        process_group: the vocabulary is divided over its ranks. All heads hold this rank's rows, in rank order,
+            possibly of different numbers; everything else is the same on every rank, ``target_ids`` counted over the
+            whole vocabulary. Every rank gets the whole loss, statistics and gradient of ``student_hidden``.
         return_stats: return `HSDKLOutput` instead of the loss.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: for ``create_graph=True`` in a backward, and for tensors with a forward-mode tangent.
 
-    Source: the loss of Hindsight Self-Distillation, arXiv 2606.15576; JSD and clip as in OPSD, arXiv 2601.18734.
+    Source: the loss of Hindsight Self-Distillation, arXiv 2606.15576.
     """
-    given = {
-        "student_hidden": student_hidden,
-        "teacher_hidden": teacher_hidden,
-        "reference_hidden": reference_hidden,
-        "lm_head_weight": lm_head_weight,
-        "bias": bias,
-        "teacher_weight": teacher_weight,
-        "teacher_bias": teacher_bias,
-        "reference_weight": reference_weight,
-        "reference_bias": reference_bias,
-    }
-    given = _autocast(given)
-    check_tensors(given, sharded=process_group is not None)
-    numeric = {
-        "beta": beta,
-        "temperature": temperature,
-        "logit_scale": logit_scale,
-        "reference_coef": reference_coef,
-        "kl_clip": kl_clip,
-        "num_items": num_items,
-        "softcap": softcap,
-        "chunk_bytes": chunk_bytes,
-    }
-    check_options(
-        divergence=divergence,
-        kl_clip_form=kl_clip_form,
-        reduction=reduction,
-        filter_eps=filter_eps,
-        impl=impl,
-        **numeric,
+    head = as_head("head", head)
+    teacher_head = None if teacher_head is None else as_head("teacher_head", teacher_head, head)
+    reference_head = None if reference_head is None else as_head("reference_head", reference_head, head)
+    divergence = _divergence(divergence)
+    tensors = Tensors(
+        *autocast_to(
+            *Tensors(
+                student_hidden=student_hidden,
+                teacher_hidden=teacher_hidden,
+                reference_hidden=reference_hidden,
+                weight=head.weight,
+                bias=head.bias,
+                teacher_weight=None if teacher_head is None else teacher_head.weight,
+                teacher_bias=None if teacher_head is None else teacher_head.bias,
+                reference_weight=None if reference_head is None else reference_head.weight,
+                reference_bias=None if reference_head is None else reference_head.bias,
+                target_ids=None,
+                token_weights=None,
+            )
+        )
     )
-    needed = True if reference_coef > 0 else False
-    if needed == (reference_hidden is None):
+    _check_tensors(tensors, sharded=process_group is not None)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("impl", impl, IMPLS)
+    check_positive("num_items", num_items, optional=True)
+    check_positive("chunk_bytes", chunk_bytes, optional=True, integer=True)
+    check_not_negative("reference_coef", reference_coef)
+    if reference_coef > 0.0 if reference_hidden is None else reference_coef == 0.0:
         expected = "a tensor with reference_coef > 0, None without"
         got = "None" if reference_hidden is None else "a tensor"
         raise ValueError(f"reference_hidden: expected {expected}, got {got} and reference_coef={reference_coef}")
-    check_logits_dtype(logits_dtype, given)
+    _check_logits_dtype(logits_dtype, tensors)
     if token_weight_fn is not None and not callable(token_weight_fn):
         raise TypeError(f"token_weight_fn: expected a callable or None, got {type(token_weight_fn).__name__}")
-    student = given["student_hidden"]
-    check_per_token("target_ids", target_ids, student)
-    check_per_token("token_weights", token_weights, student)
+    student = tensors.student_hidden
+    check_per_token("target_ids", target_ids, student, "student_hidden", integers=True)
+    check_per_token("token_weights", token_weights, student, "student_hidden")
+    check_no_tangent("fused_hsd_kl", *tensors, token_weights)
 
     shape, tokens = student.shape[:-1], student.shape[:-1].numel()
-    flat = [t.reshape(tokens, t.shape[-1]) if t is not None and "hidden" in name else t for name, t in given.items()]
-    per_token = [None if t is None else t.detach().reshape(tokens) for t in (target_ids, token_weights)]
-    trained = (flat[0], flat[3], flat[4])
+
+    def flat(hidden: Tensor) -> Tensor:
+        return hidden.reshape(tokens, hidden.shape[-1])
+
+    def wanted(t: Tensor | None) -> bool:
+        return torch.is_grad_enabled() and t is not None and t.requires_grad
+
+    tensors = tensors._replace(
+        student_hidden=flat(student),
+        teacher_hidden=flat(tensors.teacher_hidden),
+        reference_hidden=None if tensors.reference_hidden is None else flat(tensors.reference_hidden),
+        target_ids=None if target_ids is None else target_ids.detach().reshape(tokens),
+        token_weights=None if token_weights is None else token_weights.detach().reshape(tokens),
+    )
     with lend_hook(token_weight_fn) as hook:
-        loss, stats, _, filtered, *_ = torch.ops.hsd_kernels.fused_hsd_kl(
-            *flat,
-            *per_token,
-            divergence,
-            float(beta),
-            float(temperature),
-            None if kl_clip is None else float(kl_clip),
-            kl_clip_form,
-            float(logit_scale),
-            None if softcap is None else float(softcap),
-            logits_dtype == torch.bfloat16,
-            float(reference_coef),
-            None if filter_eps is None else FILTER_AUTO if filter_eps == "auto" else float(filter_eps),
-            None if chunk_bytes is None else int(chunk_bytes),
-            impl,
-            None if process_group is None else process_group.group_name,
-            reduction,
-            None if num_items is None else float(num_items),
-            hook,
-            [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained],
+        options = Options(
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            linear=logits_dtype == torch.bfloat16,
+            reference_coef=reference_coef,
+            filter_eps=_filter_eps(filter_eps),
+            chunk_bytes=chunk_bytes,
+            impl=impl,
+            group_name=None if process_group is None else process_group.group_name,
+            reduction=reduction,
+            num_items=num_items,
+            hook=hook,
+            train_hidden=wanted(tensors.student_hidden),
+            train_weight=wanted(tensors.weight),
+            train_bias=wanted(tensors.bias),
         )
-    loss = loss.reshape(shape) if reduction == "none" else loss
+        out = call(tensors, divergence, options)
+    loss = out.loss.reshape(shape) if reduction == "none" else out.loss
     if not return_stats:
         return loss
-    columns = dict(zip(STATS, (s.reshape(shape) for s in stats.unbind(0)), strict=True))
-    del columns["grad_sum"]
-    for name in columns:
-        absent = (target_ids is None and name.endswith("logps")) or (reference_hidden is None and "reference" in name)
-        columns[name] = None if absent else columns[name]
-    share = None if filter_eps is None else filtered[0] / filtered[1].clamp_min(torch.finfo(filtered.dtype).tiny)
-    return HSDKLOutput(loss, columns.pop("kl"), **columns, filtered_share=share)
+    rows = torch.arange(tokens, device=student.device).reshape(shape)
+
+    def table(stacked: Tensor) -> RowStats:
+        return RowStats.unstack(stacked.reshape(stacked.shape[0], *shape), rows, with_targets=target_ids is not None)
+
+    share = None
+    if filter_eps is not None:
+        dropped, total = out.filtered.unbind(0)
+        share = dropped / total.clamp_min(torch.finfo(total.dtype).tiny)
+    reference = None if reference_hidden is None else table(out.reference_stats)
+    return HSDKLOutput(loss, table(out.stats), reference, share)
 
 
-def _autocast(given: dict[str, Any]) -> dict[str, Any]:
-    """Under autocast a linear layer runs in the autocast dtype; so does the head here."""
-    first = given["student_hidden"]
-    # The meta device has no autocast. Dynamo of torch 2.8 cannot trace torch.amp.is_autocast_available.
-    if not isinstance(first, Tensor) or (kind := first.device.type) == "meta" or not torch.is_autocast_enabled(kind):
-        return given
-    dtype = torch.get_autocast_dtype(kind)
-    low = (torch.float32, torch.bfloat16, torch.float16)
-    return {n: t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for n, t in given.items()}
+def _divergence(given: Any) -> Divergence:
+    if isinstance(given, str):
+        return Divergence(given)
+    if not isinstance(given, Divergence):
+        raise TypeError(f"divergence: expected a Divergence or one of {DIVERGENCES}, got {type(given).__name__}")
+    return given
+
+
+def _filter_eps(given: Any) -> float | None:
+    if given is None or given == "auto":
+        return None if given is None else FILTER_AUTO
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise TypeError(f"filter_eps: expected None, 'auto' or a number, got {given!r}")
+    if not (0.0 < float(given) < math.inf):
+        raise ValueError(f"filter_eps: expected a finite number > 0, got {given}")
+    return float(given)
+
+
+def _check_tensors(t: Tensors, sharded: bool) -> None:
+    """``sharded``: the heads are parts of a vocabulary."""
+    student = t.student_hidden
+    check_operand("student_hidden", student, student, "student_hidden", trained=True)
+    given = {
+        "teacher_hidden": t.teacher_hidden,
+        "reference_hidden": t.reference_hidden,
+        "head.weight": t.weight,
+        "head.bias": t.bias,
+        "teacher_head.weight": t.teacher_weight,
+        "teacher_head.bias": t.teacher_bias,
+        "reference_head.weight": t.reference_weight,
+        "reference_head.bias": t.reference_bias,
+    }
+    for name, operand in given.items():
+        if operand is not None or name == "teacher_hidden":
+            check_operand(name, operand, student, "student_hidden", trained=name.startswith("head"))
+    check_head_shape("head", t.weight, t.bias)
+    vocab, dim = t.weight.shape
+    if vocab == 0 and not sharded:
+        raise ValueError(f"head.weight: expected shape (V, D) with V > 0, got {tuple(t.weight.shape)}")
+    check_hidden_shape("student_hidden", student, dim)
+    for side, hidden, weight, bias in (
+        ("teacher", t.teacher_hidden, t.teacher_weight, t.teacher_bias),
+        ("reference", t.reference_hidden, t.reference_weight, t.reference_bias),
+    ):
+        if weight is not None:
+            check_head_shape(f"{side}_head", weight, bias, vocab)
+        if hidden is not None:
+            check_hidden_shape(f"{side}_hidden", hidden, dim if weight is None else weight.shape[1], student.shape[:-1])
+        elif weight is not None:
+            raise ValueError(f"{side}_head: expected None without {side}_hidden, got a head")
+
+
+def _check_logits_dtype(logits_dtype: Any, t: Tensors) -> None:
+    student = t.student_hidden
+    if logits_dtype is None or logits_dtype == (torch.float64 if student.dtype == torch.float64 else torch.float32):
+        return
+    if logits_dtype != torch.bfloat16:
+        raise ValueError(f"logits_dtype: expected None, torch.float32 or torch.bfloat16, got {logits_dtype}")
+    if student.dtype != torch.bfloat16:
+        raise ValueError(f"logits_dtype: expected torch.bfloat16 for bf16 inputs only, got it for {student.dtype}")
+    for name, other in (("teacher_head", t.teacher_weight), ("reference_hidden", t.reference_hidden)):
+        if other is not None:
+            raise ValueError(f"{name}: expected None with logits_dtype=torch.bfloat16, got one")

@@ -18,7 +18,7 @@ log-probs are far below the range of exp, the mixture is taken relative to the l
 lt - lm = d + (ls - lm) with ls - lm = -log1p(beta expm1(d)) for d <= 0, and ls - lm = -d + (lt - lm) with
 lt - lm = -log1p((1 - beta) expm1(-d)) for d > 0: never inf - inf where one side alone is -inf.
 
-A pointwise clip replaces f_v by min(f_v, kl_clip) before the sum. In OPSD's form f_v is the summand above: some are
+A pointwise clip replaces f_v by min(f_v, clip) before the sum. In OPSD's form f_v is the summand above: some are
 negative and are not clipped, so the sum may be negative. In the non-negative form the two masses, equal in sum, are put
 back into each summand, f_v = p (log p - log q) - p + q >= 0, so the clipped sum stays non-negative; its g_v is 0 where
 clipped. The JSD's summands have that form already. Every row backend implements this table; the eager reference does
@@ -27,63 +27,84 @@ not use it and so checks it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from hsd_kernels.head import Head
+from hsd_kernels.values import check_choice, check_positive, check_share
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 CLIP_FORMS = ("opsd", "nonnegative")
 
 
 @dataclass(frozen=True)
-class RowSpec:
-    """What to compute for each row. ``jsd`` here always has 0 < beta < 1: `resolve` maps the end points."""
+class Divergence:
+    """Which divergence between the teacher and the student, per token and over the whole vocabulary, in nats.
 
-    divergence: str = "forward_kl"
+    Args:
+        kind: "forward_kl" = KL(teacher || student), HSD's objective; "reverse_kl" = KL(student || teacher);
+            "jsd" = beta KL(teacher || m) + (1 - beta) KL(student || m), m = (1 - beta) student + beta teacher.
+        beta: the teacher's share of the mixture, in [0, 1]; 0 is the forward and 1 the reverse KL. Only for "jsd".
+        temperature: divides the logits of both sides, > 0. There is no factor temperature^2.
+        clip: pointwise clip: every vocabulary summand is replaced by min(., clip) before the sum. None for none.
+        clip_form: "opsd" clips the summands p log(p / q), so that the per-token value may be negative;
+            "nonnegative" clips p log(p / q) - p + q, which have the same sum and none below 0.
+
+    Raises:
+        ValueError, TypeError: naming the field.
+
+    Source: the loss of Hindsight Self-Distillation, arXiv 2606.15576; JSD and clip as in OPSD, arXiv 2601.18734.
+    """
+
+    kind: str = "forward_kl"
     beta: float = 0.5
     temperature: float = 1.0
-    kl_clip: float | None = None
-    kl_clip_form: str = "opsd"
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    linear: bool = False  # the student's block of logits holds x_student - x_teacher, by linearity of the head
+    clip: float | None = None
+    clip_form: str = "opsd"
+
+    def __post_init__(self) -> None:
+        check_choice("divergence.kind", self.kind, DIVERGENCES)
+        check_share("divergence.beta", self.beta)
+        check_positive("divergence.temperature", self.temperature)
+        check_positive("divergence.clip", self.clip, optional=True)
+        check_choice("divergence.clip_form", self.clip_form, CLIP_FORMS)
 
     @property
     def is_nonnegative(self) -> bool:
         """Whether the sum of the f_v is at least 0."""
-        return self.kl_clip is None or self.kl_clip_form == "nonnegative" or self.divergence == "jsd"
+        return self.clip is None or self.clip_form == "nonnegative" or self.kind == "jsd"
+
+    def resolved(self) -> Divergence:
+        """beta = 0 is the forward KL and beta = 1 the reverse KL, as in GKD: the raw formula would vanish there."""
+        if self.kind != "jsd" or 0.0 < self.beta < 1.0:
+            return self
+        return replace(self, kind="forward_kl" if self.beta == 0.0 else "reverse_kl")
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What a row pass computes: a divergence, and how a head's raw outputs become logits. A "jsd" here always has
+    0 < beta < 1 (`of` maps the end points)."""
+
+    divergence: Divergence = field(default_factory=Divergence)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    linear: bool = False  # the student's block of logits holds x_student - x_teacher, by linearity of the head
+
+    @staticmethod
+    def of(divergence: Divergence, head: Head, linear: bool = False) -> RowSpec:
+        return RowSpec(divergence.resolved(), head.logit_scale, head.softcap, linear)
 
     @property
     def scales(self) -> tuple[float, float]:
         """(in_scale, kappa > 0): z = kappa * y with y = in_scale * x, or its tanh under a softcap."""
+        temperature = self.divergence.temperature
         if self.softcap is not None:
-            return self.logit_scale / self.softcap, self.softcap / self.temperature
+            return self.logit_scale / self.softcap, self.softcap / temperature
         if self.logit_scale > 0.0:
-            return 1.0, self.logit_scale / self.temperature
-        return self.logit_scale, 1.0 / self.temperature
+            return 1.0, self.logit_scale / temperature
+        return self.logit_scale, 1.0 / temperature
 
-    @staticmethod
-    def resolve(divergence: str, beta: float, **rest: Any) -> RowSpec:
-        """beta = 0 is the forward KL and beta = 1 the reverse KL, as in GKD: the raw formula would vanish there."""
-        if divergence == "jsd" and beta in (0.0, 1.0):
-            divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
-        return RowSpec(divergence=divergence, beta=beta, **rest)
-
-
-class RowStats(NamedTuple):
-    """Per-row statistics, each (C,), fp32 (fp64 for fp64 inputs), in nats, without gradient.
-
-    ``rows`` are the positions of these rows in the flattened (T,) input, so that a weight function can look up
-    what it knows about a token. The two log-probs are None when no ``target_ids`` were given.
-    """
-
-    rows: Tensor
-    kl: Tensor
-    student_logps: Tensor | None
-    teacher_logps: Tensor | None
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    student_lse: Tensor
-    teacher_lse: Tensor
-    grad_sum: Tensor  # G in the table above
+    @property
+    def chain(self) -> float:
+        """d z / d x but for the softcap."""
+        return self.logit_scale / self.divergence.temperature

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from hsd_kernels import gemm
-from hsd_kernels.divergence import RowSpec, RowStats
+from hsd_kernels.divergence import RowSpec
+from hsd_kernels.head import Head
+from hsd_kernels.op_support import Gradients, Wanted, wide_dtype, without_autocast
+from hsd_kernels.row_stats import COLUMNS, RowStats
 from hsd_kernels.vocab_filter import active_columns, take_columns_
 from hsd_kernels.vocab_parallel import Shards
 
@@ -33,14 +36,6 @@ DEFAULT_CHUNK_BYTES = 512 << 20
 _spare: list[Tensor] = []
 
 TokenWeightFn = Callable[[RowStats], Tensor]
-# Rows of `Result.stats`: those of RowStats without ``rows``, then the reference policy's two.
-STATS = (*RowStats._fields[1:], "reference_kl", "reference_logps")
-
-
-@dataclass(frozen=True)
-class Head:
-    weight: Tensor  # (V, D)
-    bias: Tensor | None = None  # (V,)
 
 
 @dataclass(frozen=True)
@@ -69,22 +64,11 @@ class Problem:
 
     @property
     def wide(self) -> torch.dtype:
-        return torch.float64 if self.student_hidden.dtype == torch.float64 else torch.float32
+        return wide_dtype(self.student_hidden)
 
     @property
     def logits_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.teacher.spec.linear else self.wide
-
-
-@dataclass(frozen=True)
-class Wanted:
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    @property
-    def any(self) -> bool:
-        return self.hidden or self.weight or self.bias
 
 
 @dataclass
@@ -92,12 +76,17 @@ class Result:
     """Sums over rows of weight * (factor * divergence + coef * reference KL) and its gradients; gradients not wanted
     are None. ``filtered`` (2,) is the L1 mass of dz that the filter left out, and all of it."""
 
-    stats: Tensor  # (len(STATS), T), zero in rows that were dropped
+    stats: Tensor  # (len(COLUMNS), T), zero in rows that were dropped
+    reference_stats: Tensor | None  # the same, with the reference policy for the teacher
     factor: Tensor  # (T,) what the hook returned, 1 without one
     grad_hidden: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
     filtered: Tensor
+
+    @property
+    def gradients(self) -> Gradients:
+        return Gradients(self.grad_hidden, self.grad_weight, self.grad_bias)
 
 
 def run(
@@ -112,15 +101,8 @@ def run(
     ``weights`` is (R,); ``factor``, a hook or the (T,) values that one returned earlier, multiplies the divergence from
     the teacher and not the reference term. Rows left out are never read: a NaN there reaches nothing.
     """
-    with _without_autocast(problem.student_hidden.device):
+    with without_autocast(problem.student_hidden.device):
         return _run(problem, rows, weights, factor, wanted)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Operands are in the right dtype here: autocast would run the GEMMs of upcast operands in bf16 (CPU)."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tensor | None, wanted: Wanted) -> Result:
@@ -160,7 +142,7 @@ def _chunks(
         x = _logits(sides, [student, *hidden[1:]], workspace)
 
         stats, silent = _statistics(p, p.teacher, x[0], x[1], hidden[0], hidden[1], at)
-        out.stats[: len(stats) - 1, at] = _stacked(stats)
+        out.stats[:, at] = stats.stack()
         if callable(factor):
             out.factor[at] = _hook_weights(factor, stats)
         elif factor is not None:
@@ -168,11 +150,10 @@ def _chunks(
         parts = [(p.teacher, x[1], stats, (w * out.factor[at]).masked_fill(silent, 0.0))]
         if p.reference is not None:
             ref, silent = _statistics(p, p.reference, x[0], x[2], hidden[0], hidden[2], at)
-            out.stats[-2, at] = ref.kl
-            if ref.teacher_logps is not None:
-                out.stats[-1, at] = ref.teacher_logps
+            assert out.reference_stats is not None
+            out.reference_stats[:, at] = ref.stack()
             parts.append((p.reference, x[2], ref, (w * p.reference_coef).masked_fill(silent, 0.0)))
-        if not wanted.any:
+        if not any(wanted):
             continue
 
         dz = _logit_gradient(p, x[0], parts)
@@ -239,7 +220,7 @@ def _statistics(
         )
     if p.shards is not None:
         stats = p.shards.merge(stats, side.spec, x_s, x_side, *biases)
-    if side.spec.is_nonnegative:
+    if side.spec.divergence.is_nonnegative:
         stats = stats._replace(kl=stats.kl.clamp_min(0.0))  # rounding; a NaN stays
     silent = torch.zeros_like(at, dtype=torch.bool)
     if side.head is p.head:
@@ -313,7 +294,8 @@ def _empty_result(p: Problem, wanted: Wanted, one_chunk: bool) -> Result:
     narrow = p.wide if wide else p.student_hidden.dtype
     head = p.student_hidden.dtype if one_chunk and gemm.torch_leads(p.student_hidden) else p.wide
     return Result(
-        stats=zeros(len(STATS), tokens),
+        stats=zeros(len(COLUMNS), tokens),
+        reference_stats=None if p.reference is None else zeros(len(COLUMNS), tokens),
         factor=zeros(tokens) + 1.0,
         grad_hidden=p.student_hidden.new_zeros(p.student_hidden.shape, dtype=narrow) if wanted.hidden else None,
         grad_weight=p.student_hidden.new_empty(weight.shape, dtype=head) if wanted.weight else None,
@@ -328,11 +310,6 @@ def _chunk_rows(p: Problem, sides: int, rows: int) -> int:
     most = max(1, budget // (sides * vocab * p.logits_dtype.itemsize))
     chunks = max(1, -(-rows // most))
     return -(-rows // chunks)  # of one size: a small last one would waste its GEMMs
-
-
-def _stacked(stats: RowStats) -> Tensor:
-    zero = torch.zeros_like(stats.kl)
-    return torch.stack([zero if s is None else s for s in stats[1:]])
 
 
 def _hook_weights(token_weight_fn: TokenWeightFn, stats: RowStats) -> Tensor:

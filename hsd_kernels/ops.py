@@ -11,42 +11,110 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hsd_kernels import rows as row_backends
-from hsd_kernels.divergence import RowSpec
-from hsd_kernels.driver import STATS, Head, Problem, Result, Side, TokenWeightFn, Wanted, run
+from hsd_kernels.divergence import Divergence, RowSpec
+from hsd_kernels.driver import Problem, Side, TokenWeightFn, run
+from hsd_kernels.head import Head
+from hsd_kernels.op_support import (
+    NOTHING,
+    Gradients,
+    Wanted,
+    checked_targets,
+    finished,
+    first_order_only,
+    live_rows,
+    stored,
+    stored_fake,
+    times,
+    times_upstream,
+    wide_dtype,
+)
+from hsd_kernels.row_stats import COLUMNS
+from hsd_kernels.schema import Packer, option_arguments, tensor_arguments
 from hsd_kernels.vocab_parallel import Shards
+
+
+class Tensors(NamedTuple):
+    """The operators' positional arguments: flat hidden states (T, D), heads (V, D) and (V,), per-token tensors."""
+
+    student_hidden: Tensor
+    teacher_hidden: Tensor
+    reference_hidden: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    reference_weight: Tensor | None
+    reference_bias: Tensor | None
+    target_ids: Tensor | None  # (T,); None in the backward
+    token_weights: Tensor | None  # (T,); in the backward (2, T), of the divergence and of the reference term
+
+
+@dataclass(frozen=True)
+class Options:
+    """Beside the fields of `Divergence`, the operators' keyword-only arguments."""
+
+    logit_scale: float
+    softcap: float | None
+    linear: bool
+    reference_coef: float
+    filter_eps: float | None
+    chunk_bytes: int | None
+    impl: str
+    group_name: str | None
+    reduction: str
+    num_items: float | None
+    hook: int  # `lend_hook`
+    train_hidden: bool
+    train_weight: bool
+    train_bias: bool
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.train_hidden, self.train_weight, self.train_bias)
+
+    @property
+    def reruns(self) -> bool:
+        """Whether the backward makes the gradients, by running the chunks again."""
+        return self.reduction == "none" and (self.train_weight or self.train_bias)
+
+    @property
+    def made(self) -> Wanted:
+        """What the forward makes."""
+        return NOTHING if self.reruns else self.wanted
+
+
+class Outputs(NamedTuple):
+    loss: Tensor  # () or (T,)
+    stats: Tensor  # (len(COLUMNS), T), of student and teacher
+    reference_stats: Tensor  # the same of student and reference policy; (0,) without one
+    effective: Tensor  # (2, T), weights of the divergence and of the reference term
+    filtered: Tensor  # (2,), L1 mass of dz left out by the filter, and all of it
+    grad_hidden: Tensor  # (T, D), (0,) where not made
+    grad_weight: Tensor  # (V, D)
+    grad_bias: Tensor  # (V,)
+
+
+_DIVERGENCE, _OPTIONS = Packer(Divergence), Packer(Options)
+_arguments = f"{tensor_arguments(Tensors)}, *, {option_arguments(Divergence, Options)}"
+_library = torch.library.Library("hsd_kernels", "DEF")
+_library.define(f"fused_hsd_kl({_arguments}) -> ({tensor_arguments(Outputs)})")
+_library.define(f"fused_hsd_kl_backward({_arguments}) -> ({tensor_arguments(Gradients).replace('?', '')})")
 
 # A schema has no type for a Python function: a hook is lent under a number for the length of one call.
 _hooks: dict[int, TokenWeightFn] = {}
 _hook_numbers = itertools.count(1)  # drawn in one step, so that threads never share one
-_OPTIONS = (
-    "str divergence, float beta, float temperature, float? kl_clip, str kl_clip_form, float logit_scale, "
-    "float? softcap, bool linear, float reference_coef, float? filter_eps, int? chunk_bytes, str impl, str? group_name"
-)
-_TENSORS = (
-    "Tensor student_hidden, Tensor teacher_hidden, Tensor? reference_hidden, Tensor weight, Tensor? bias, "
-    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? reference_weight, Tensor? reference_bias"
-)
-_library = torch.library.Library("hsd_kernels", "DEF")
-_library.define(
-    f"fused_hsd_kl({_TENSORS}, Tensor? target_ids, Tensor? token_weights, {_OPTIONS}, str reduction, "
-    "float? num_items, int hook, bool[] wanted) -> "
-    # loss () or (T,); statistics (len(STATS), T); effective weights (2, T) of the divergence and of the reference
-    # term; L1 mass of dz left out by the filter, and all of it (2,); dH (T, D); dW (V, D); db (V,)
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"fused_hsd_kl_backward({_TENSORS}, Tensor upstream, Tensor weights, {_OPTIONS}, bool[] wanted) -> "
-    "(Tensor, Tensor, Tensor)"
-)
-_NUM_TENSORS = _TENSORS.count("Tensor")
-_NUM_OPTIONS = _OPTIONS.count(",") + 1
+
+
+def call(tensors: Tensors, divergence: Divergence, options: Options) -> Outputs:
+    given = _DIVERGENCE.pack(divergence) | _OPTIONS.pack(options)
+    return Outputs(*torch.ops.hsd_kernels.fused_hsd_kl(*tensors, **given))
 
 
 @contextmanager
@@ -65,74 +133,68 @@ def lend_hook(hook: TokenWeightFn | None) -> Iterator[int]:
         del _hooks[number]
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
-    tensors, (target_ids, token_weights), options, rest = _parts(args)
-    reduction, num_items, hook, wanted = rest
-    student = tensors[0]
-    tokens = student.shape[0]
-    rows, weights = _live_rows(token_weights, tokens, student)
-    if target_ids is not None:
-        target_ids = _checked_targets(target_ids, rows, tensors[3], options[-1])
-    problem = _problem(tensors, options, target_ids, rows.numel())
-    made = Wanted(*wanted) if not _reruns(reduction, wanted) else Wanted(False, False, False)
+def _forward(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    t, o = Tensors(*tensors), _OPTIONS.unpack(given)
+    rows, weights = live_rows(t.token_weights, t.student_hidden)
+    target_ids = None
+    if t.target_ids is not None:
+        target_ids = checked_targets(t.target_ids, rows, t.weight.shape[0] if o.group_name is None else None)
+    problem = _problem(t, _DIVERGENCE.unpack(given), o, target_ids, rows.numel())
     scale = 1.0
-    if reduction == "mean":
-        scale = 1.0 / (max(rows.numel(), 1) if num_items is None else num_items)
+    if o.reduction == "mean":
+        scale = 1.0 / (max(rows.numel(), 1) if o.num_items is None else o.num_items)
     # Scaled before the GEMMs rather than in a pass over dW after them; fp16 has no room for so small a dz.
-    before = 1.0 if student.dtype == torch.float16 else scale
-    result = run(problem, rows, weights * before, _hooks.get(hook), made)
+    before = 1.0 if t.student_hidden.dtype == torch.float16 else scale
+    result = run(problem, rows, weights * before, _hooks.get(o.hook), o.made)
 
     full = torch.zeros_like(result.factor)
     full[rows] = weights
     effective = torch.stack([full * result.factor, full * problem.reference_coef])
-    kl, reference_kl = (result.stats[STATS.index(name)] for name in ("kl", "reference_kl"))
-    terms = _times(effective[0], kl)
-    if problem.reference is not None:
-        terms = terms + _times(effective[1], reference_kl)
-    loss = terms if reduction == "none" else terms.sum() * scale
-    grads = _stored(result, tensors, scale / before, wanted)
-    return loss, result.stats, effective, result.filtered, *grads
+    of_teacher, of_reference = effective.unbind(0)
+    terms = times(of_teacher, _kl(result.stats))
+    reference_stats = result.stats.new_empty(0)
+    if result.reference_stats is not None:
+        reference_stats = result.reference_stats
+        terms = terms + times(of_reference, _kl(reference_stats))
+    loss = terms if o.reduction == "none" else terms.sum() * scale
+    made = stored(result.gradients, t.student_hidden, scale / before)
+    return (loss, result.stats, reference_stats, effective, result.filtered, *made)
 
 
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    tensors, (upstream, weights), options, (wanted,) = _parts(args)
-    # A NaN upstream of a dropped row, also one that the hook dropped, reaches nothing.
-    weights = weights * upstream.masked_fill((weights == 0).all(0), 0.0)
-    rows = (weights != 0).any(0).nonzero().squeeze(-1)
-    reference_coef = options[_option("reference_coef")]
-    token_weights, factor = weights[0, rows], None
-    if reference_coef:
-        token_weights = weights[1, rows] / reference_coef
-        factor = torch.where(weights[1] == 0, 0.0, weights[0] / weights[1] * reference_coef)
-    problem = _problem(tensors, options, None, rows.numel())
-    return _stored(run(problem, rows, token_weights, factor, Wanted(*wanted)), tensors, 1.0, wanted)
+def _backward(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    t, o = Tensors(*tensors), _OPTIONS.unpack(given)
+    assert t.token_weights is not None
+    rows = (t.token_weights != 0).any(0).nonzero().squeeze(-1)
+    of_teacher, of_reference = t.token_weights.unbind(0)
+    weights, factor = of_teacher[rows], None
+    if o.reference_coef:
+        weights = of_reference[rows] / o.reference_coef
+        factor = torch.where(of_reference == 0, 0.0, of_teacher / of_reference * o.reference_coef)
+    problem = _problem(t, _DIVERGENCE.unpack(given), o, None, rows.numel())
+    return stored(run(problem, rows, weights, factor, o.wanted).gradients, t.student_hidden, 1.0)
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    tensors, _, _, (reduction, _, _, wanted) = _parts(args)
-    student = tensors[0]
-    tokens = student.shape[0]
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+def _forward_fake(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    t, o = Tensors(*tensors), _OPTIONS.unpack(given)
+    tokens = t.student_hidden.shape[0]
 
     def empty(*shape: Any) -> Tensor:
-        return student.new_empty(shape, dtype=wide)
+        return t.student_hidden.new_empty(shape, dtype=wide_dtype(t.student_hidden))
 
-    loss = empty(tokens) if reduction == "none" else empty()
-    made = (False, False, False) if _reruns(reduction, wanted) else wanted
-    return loss, empty(len(STATS), tokens), empty(2, tokens), empty(2), *_grads_fake(tensors, made)
-
-
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    tensors, _, _, (wanted,) = _parts(args)
-    return _grads_fake(tensors, wanted)
-
-
-def _grads_fake(tensors: Any, made: Any) -> tuple[Tensor, ...]:
-    kinds = (tensors[0], tensors[3], tensors[4])
-    return tuple(
-        like.new_empty(like.shape, dtype=_storage_dtype(like)) if make else tensors[0].new_empty(0)
-        for like, make in zip(kinds, made, strict=True)
+    table = (len(COLUMNS), tokens)
+    return (
+        empty(tokens) if o.reduction == "none" else empty(),
+        empty(*table),
+        empty(0) if t.reference_hidden is None else empty(*table),
+        empty(2, tokens),
+        empty(2),
+        *stored_fake(Gradients(t.student_hidden, t.weight, t.bias), o.made),
     )
+
+
+def _backward_fake(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    t = Tensors(*tensors)
+    return stored_fake(Gradients(t.student_hidden, t.weight, t.bias), _OPTIONS.unpack(given).wanted)
 
 
 _library.impl("fused_hsd_kl", _forward, "CompositeExplicitAutograd")
@@ -141,143 +203,88 @@ torch.library.register_fake("hsd_kernels::fused_hsd_kl", _forward_fake, lib=_lib
 torch.library.register_fake("hsd_kernels::fused_hsd_kl_backward", _backward_fake, lib=_library)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, _, options, (reduction, _, _, wanted) = _parts(inputs)
-    _, stats, effective, filtered, *grads = output
-    ctx.mark_non_differentiable(stats, effective, filtered, *grads)
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    t, out, o = Tensors(*inputs), Outputs(*output), _OPTIONS.unpack(keyword_only_inputs)
+    ctx.mark_non_differentiable(*out._replace(loss=out.stats))
     ctx.set_materialize_grads(False)
-    ctx.rerun, ctx.per_token, ctx.wanted = _reruns(reduction, wanted), reduction == "none", wanted
-    ctx.options, ctx.dtype = options, tensors[0].dtype
+    ctx.given, ctx.options, ctx.dtype = keyword_only_inputs, o, t.student_hidden.dtype
     # Through autograd, so that an in-place change before the backward is an error, not a wrong gradient.
-    saved = tensors if ctx.rerun else grads
-    ctx.save_for_backward(*saved, effective if ctx.per_token else None)
+    if o.reruns:
+        ctx.save_for_backward(*t._replace(target_ids=None, token_weights=out.effective))
+    else:
+        effective = out.effective if o.reduction == "none" else None
+        ctx.save_for_backward(out.grad_hidden, out.grad_weight, out.grad_bias, effective)
 
 
-@once_differentiable
+@first_order_only("fused_hsd_kl")
 def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    found: tuple[Any, ...] = (None, None, None)
-    *saved, effective = ctx.saved_tensors
-    if upstream is not None and ctx.rerun:
+    found = Gradients(None, None, None)
+    if upstream is not None and ctx.options.reruns:
+        t = Tensors(*ctx.saved_tensors)
+        weights = t.token_weights * _of_counted(upstream, t.token_weights)
         op = torch.ops.hsd_kernels.fused_hsd_kl_backward
-        found = op(*saved, upstream, effective, *ctx.options, ctx.wanted)
-        found = tuple(g.to(ctx.dtype) if want else None for g, want in zip(found, ctx.wanted, strict=True))
+        made = Gradients(*op(*t._replace(token_weights=weights), **ctx.given))
+        found = finished(made, ctx.options.wanted, lambda g: g.to(ctx.dtype))
     elif upstream is not None:
-        if ctx.per_token:
-            upstream = upstream.masked_fill((effective == 0).all(0), 0.0)
-        found = tuple(
-            _times_upstream(g, upstream, ctx.dtype) if want else None for g, want in zip(saved, ctx.wanted, strict=True)
-        )
-    hidden, weight, bias = found
-    grads = [None] * (_NUM_TENSORS + 2 + _NUM_OPTIONS + 4)
-    grads[0], grads[3], grads[4] = hidden, weight, bias
-    return tuple(grads)
+        *made, effective = ctx.saved_tensors
+        upstream = upstream if effective is None else _of_counted(upstream, effective)
+        found = finished(Gradients(*made), ctx.options.wanted, lambda g: times_upstream(g, upstream, ctx.dtype))
+    grads: dict[str, Any] = dict.fromkeys(Tensors._fields)
+    grads |= {"student_hidden": found.hidden, "weight": found.weight, "bias": found.bias}
+    return tuple(grads.values())
 
 
 torch.library.register_autograd("hsd_kernels::fused_hsd_kl", _autograd, setup_context=_setup_context, lib=_library)
 
 
-def _parts(args: tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
-    """(tensors, the two per-token tensors, options, the rest) of an operator's arguments."""
-    options = _NUM_TENSORS + 2
-    rest = options + _NUM_OPTIONS
-    return args[:_NUM_TENSORS], args[_NUM_TENSORS:options], args[options:rest], args[rest:]
+def _of_counted(upstream: Tensor, weights: Tensor) -> Tensor:
+    """A NaN upstream of a dropped row, also one that the hook dropped, reaches nothing."""
+    return upstream.masked_fill((weights == 0).all(0), 0.0)
 
 
-def _option(name: str) -> int:
-    return [o.split()[-1] for o in _OPTIONS.split(",")].index(name)
+def _problem(t: Tensors, divergence: Divergence, o: Options, target_ids: Tensor | None, live: int) -> Problem:
+    def head(weight: Tensor, bias: Tensor | None) -> Head:
+        return Head(weight, bias, o.logit_scale, o.softcap)
 
-
-def _reruns(reduction: str, wanted: list[bool]) -> bool:
-    return reduction == "none" and (wanted[1] or wanted[2])
-
-
-def _problem(tensors: Any, options: Any, target_ids: Tensor | None, live: int) -> Problem:
-    student, teacher, reference, weight, bias, teacher_weight, teacher_bias, ref_weight, ref_bias = tensors
-    divergence, beta, temperature, kl_clip, kl_clip_form, logit_scale, softcap, linear, *rest = options
-    reference_coef, filter_eps, chunk_bytes, impl, group = rest
-    head = Head(weight, bias)
-    form = {"logit_scale": logit_scale, "softcap": softcap}
-    clip = {"kl_clip": kl_clip, "kl_clip_form": kl_clip_form}
-    spec = RowSpec.resolve(divergence, beta, temperature=temperature, linear=linear, **clip, **form)
-    teacher_head = head if teacher_weight is None else _head(teacher_weight, teacher_bias, head)
-    ref_head = head if ref_weight is None else _head(ref_weight, ref_bias, head, teacher_head)
+    own = head(t.weight, t.bias)
+    teacher_head = own if t.teacher_weight is None else _known(head(t.teacher_weight, t.teacher_bias), own)
+    reference = None
+    if t.reference_hidden is not None:
+        reference_head = own
+        if t.reference_weight is not None:
+            reference_head = _known(head(t.reference_weight, t.reference_bias), own, teacher_head)
+        reference = Side(t.reference_hidden, reference_head, RowSpec.of(Divergence("reverse_kl"), reference_head))
     shards = None
-    if group is not None:
-        shards = Shards.meet(torch.distributed.distributed_c10d._resolve_process_group(group), weight, live)  # pyright: ignore[reportPrivateImportUsage]
+    if o.group_name is not None:
+        group = torch.distributed.distributed_c10d._resolve_process_group(o.group_name)  # pyright: ignore[reportPrivateImportUsage]
+        shards = Shards.meet(group, t.weight, live)
     return Problem(
-        student_hidden=student,
-        head=head,
-        teacher=Side(teacher, teacher_head, spec),
-        reference=None if reference is None else Side(reference, ref_head, RowSpec("reverse_kl", **form)),
-        reference_coef=reference_coef,
-        rows_impl=row_backends.resolve(impl, student.device, student.dtype),
+        student_hidden=t.student_hidden,
+        head=own,
+        teacher=Side(t.teacher_hidden, teacher_head, RowSpec.of(divergence, own, o.linear)),
+        reference=reference,
+        reference_coef=o.reference_coef,
+        rows_impl=row_backends.resolve(o.impl, t.student_hidden.device, t.student_hidden.dtype),
         target_ids=target_ids,
-        filter_eps=filter_eps,
-        chunk_bytes=chunk_bytes,
+        filter_eps=o.filter_eps,
+        chunk_bytes=o.chunk_bytes,
         shards=shards,
     )
 
 
-def _head(weight: Tensor, bias: Tensor | None, *known: Head) -> Head:
+def _known(head: Head, *known: Head) -> Head:
     """One of ``known`` if it lies in the same memory: sides with one head share one GEMM."""
 
     def place(t: Tensor | None) -> Any:
         return None if t is None else (t.data_ptr(), t.shape, t.stride())
 
-    for head in known:
-        if (place(head.weight), place(head.bias)) == (place(weight), place(bias)):
-            return head
-    return Head(weight, bias)
+    for other in known:
+        if (place(other.weight), place(other.bias)) == (place(head.weight), place(head.bias)):
+            return other
+    return head
 
 
-def _times(weights: Tensor, kl: Tensor) -> Tensor:
-    """A token that the hook gave weight 0 counts 0, also where its divergence is infinite or NaN."""
-    return torch.where(weights == 0, 0.0, weights * kl)
-
-
-def _live_rows(token_weights: Tensor | None, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions and weights of the tokens that count. One host synchronization if weights are given."""
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if token_weights is None:
-        return torch.arange(tokens, device=like.device), torch.ones(tokens, device=like.device, dtype=wide)
-    w = token_weights.to(wide)
-    live, bad = torch.stack([w.count_nonzero(), (~w.isfinite()).count_nonzero()]).tolist()
-    if bad:
-        raise ValueError(f"token_weights: expected finite numbers, got {bad} that are NaN or infinite")
-    rows = torch.nonzero_static(w, size=live).squeeze(-1)
-    return rows, w[rows]
-
-
-def _checked_targets(ids: Tensor, rows: Tensor, weight: Tensor, group: str | None) -> Tensor:
-    live = ids[rows]
-    vocab = weight.shape[0]
-    # On CUDA this would synchronize: there the log-probs of an id out of range are NaN. So they are over a group.
-    checked = not ids.is_cuda and group is None and live.numel()
-    if checked and not (0 <= int(live.min()) and int(live.max()) < vocab):
-        raise ValueError(f"target_ids: expected values in [0, {vocab}), got {int(live.min())} to {int(live.max())}")
-    return ids.long()
-
-
-def _stored(result: Result, tensors: Any, scale: float, wanted: list[bool]) -> tuple[Tensor, ...]:
-    """The gradients times ``scale`` in their storage dtype, empty where not made."""
-    found = (result.grad_hidden, result.grad_weight, result.grad_bias)
-    kinds = (tensors[0], tensors[3], tensors[4])
-    return tuple(
-        tensors[0].new_empty(0) if g is None else (g if scale == 1.0 else g.mul_(scale)).to(_storage_dtype(like))
-        for g, like in zip(found, kinds, strict=True)
-    )
-
-
-def _storage_dtype(like: Tensor) -> torch.dtype:
-    """fp16 gradients wait for the upstream gradient, often a loss scale of 65,536, in fp32."""
-    return torch.float32 if like.dtype == torch.float16 else like.dtype
-
-
-def _times_upstream(g: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """g (R, ...) times a scalar or (R,) in the precision of ``grad``, rounded once: an upstream gradient rounded to
-    bf16 would be off by up to 0.2 % in every entry alike."""
-    # Also by 1: the saved tensor itself would become a leaf's .grad, and the next accumulation would change it.
-    if grad.dim() == 0 and g.dtype == dtype and not g.is_cuda:
-        return g * grad  # a CPU takes a scalar in fp32: 0.05 s for dW at D = 512, V = 151,936 in bf16, 0.26 s as below
-    grad = grad.reshape(-1, *(1,) * (g.dim() - 1))
-    return torch.mul(g, grad, out=torch.empty_like(g, dtype=dtype))
+def _kl(table: Tensor) -> Tensor:
+    return table[COLUMNS.index("kl")]

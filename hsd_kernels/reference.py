@@ -6,96 +6,73 @@ Nothing optimized imports this module and it imports nothing optimized. It mater
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from hsd_kernels.divergence import Divergence
+from hsd_kernels.head import Head
 
-def logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
+
+def logits(hidden: Tensor, head: Tensor | Head, temperature: float = 1.0) -> Tensor:
     """``softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature``, shape (..., V)."""
-    x = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
+    head = head if isinstance(head, Head) else Head(head)
+    x = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
+    if head.softcap is not None:
+        x = head.softcap * torch.tanh(x / head.softcap)
     return x / temperature
 
 
 def per_token_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    kl_clip: float | None = None,
-    kl_clip_form: str = "opsd",
+    student_logits: Tensor, teacher_logits: Tensor, divergence: str | Divergence = "forward_kl"
 ) -> Tensor:
-    """Divergence per token in nats, shape (...,), differentiable in the student's logits only.
-
-    forward_kl = KL(teacher || student), reverse_kl = KL(student || teacher),
-    jsd = beta KL(teacher || m) + (1 - beta) KL(student || m) with m = (1 - beta) student + beta teacher.
-    """
+    """Divergence per token in nats, shape (...,), of logits that the temperature has divided; differentiable in the
+    student's only. The equations are `Divergence`'s."""
+    d = Divergence(divergence) if isinstance(divergence, str) else divergence
     ls = torch.log_softmax(student_logits, -1)
     lt = torch.log_softmax(teacher_logits.detach(), -1)
-    if divergence == "jsd" and beta in (0.0, 1.0):
-        divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
-    if divergence == "forward_kl":
-        terms = _kl_terms(lt, ls, kl_clip, kl_clip_form)
-    elif divergence == "reverse_kl":
-        terms = _kl_terms(ls, lt, kl_clip, kl_clip_form)
-    elif divergence == "jsd":
-        lm = torch.logaddexp(ls + math.log1p(-beta), lt + math.log(beta))
-        terms = beta * _kl_terms(lt, lm) + (1.0 - beta) * _kl_terms(ls, lm)
+    if d.kind == "forward_kl" or (d.kind == "jsd" and d.beta == 0.0):
+        terms = _kl_terms(lt, ls, d)
+    elif d.kind == "reverse_kl" or (d.kind == "jsd" and d.beta == 1.0):
+        terms = _kl_terms(ls, lt, d)
     else:
-        raise ValueError(f"divergence: expected forward_kl, reverse_kl or jsd, got {divergence!r}")
-    if kl_clip is not None:
-        terms = terms.clamp_max(kl_clip)
+        lm = torch.logaddexp(ls + math.log1p(-d.beta), lt + math.log(d.beta))
+        plain = Divergence()
+        terms = d.beta * _kl_terms(lt, lm, plain) + (1.0 - d.beta) * _kl_terms(ls, lm, plain)
+    if d.clip is not None:
+        terms = terms.clamp_max(d.clip)
     return terms.sum(-1)
 
 
 def hsd_kl(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    lm_head_weight: Tensor,
-    bias: Tensor | None = None,
+    head: Tensor | Head,
     *,
-    teacher_weight: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    divergence: str | Divergence = "forward_kl",
+    teacher_head: Tensor | Head | None = None,
     reference_hidden: Tensor | None = None,
-    reference_weight: Tensor | None = None,
-    reference_bias: Tensor | None = None,
+    reference_head: Tensor | Head | None = None,
     reference_coef: float = 0.0,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    kl_clip: float | None = None,
-    kl_clip_form: str = "opsd",
     token_weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
 ) -> Tensor:
     """The scalar (or, for reduction "none", per-token) loss of `hsd_kernels.fused_hsd_kl`, by definition."""
-    raw = partial(logits, logit_scale=logit_scale, softcap=softcap)
-    student = raw(student_hidden, lm_head_weight, bias, temperature=temperature)
-    reference = None
+    d = Divergence(divergence) if isinstance(divergence, str) else divergence
+    own = head if isinstance(head, Head) else Head(head)
+
+    def other(given: Tensor | Head | None) -> Head:
+        return own if given is None else own.with_tensors(given, None) if isinstance(given, Tensor) else given
+
+    student = logits(student_hidden, own, d.temperature)
     with torch.no_grad():
-        own_head = teacher_weight is not None
-        head = (teacher_weight, teacher_bias) if own_head else (lm_head_weight, bias)
-        teacher = raw(teacher_hidden, *head, temperature=temperature)
-        if reference_hidden is not None:
-            head = (lm_head_weight, bias) if reference_weight is None else (reference_weight, reference_bias)
-            reference = raw(reference_hidden, *head)
-    per_token = per_token_divergence(student, teacher, divergence, beta, kl_clip, kl_clip_form)
+        teacher = logits(teacher_hidden, other(teacher_head), d.temperature)
+        reference = None if reference_hidden is None else logits(reference_hidden, other(reference_head))
+    per_token = per_token_divergence(student, teacher, d)
     if reference is not None:  # the policy itself, so without the temperature
-        per_token = per_token + reference_coef * per_token_divergence(student * temperature, reference, "reverse_kl")
+        towards = per_token_divergence(student * d.temperature, reference, "reverse_kl")
+        per_token = per_token + reference_coef * towards
     kept = torch.ones_like(per_token) if token_weights is None else token_weights
     # A row of weight 0 does not exist: NaN in it must not reach the sum.
     per_token = torch.where(kept != 0, per_token * kept, 0.0)
@@ -107,9 +84,57 @@ def hsd_kl(
     return per_token.sum() / items
 
 
-def _kl_terms(log_p: Tensor, log_q: Tensor, clip: float | None = None, clip_form: str = "opsd") -> Tensor:
+def token_logps(hidden: Tensor, head: Tensor | Head, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target_ids), shape (...)."""
+    return logits(hidden, head, temperature).log_softmax(-1).gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def token_loss(
+    hidden: Tensor,
+    head: Tensor | Head,
+    target_ids: Tensor,
+    *,
+    advantages: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    dual_clip: float | None = None,
+    reference_logps: Tensor | None = None,
+    reference_coef: float = 0.0,
+    token_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_items: float | None = None,
+) -> Tensor:
+    """The loss of `hsd_kernels.fused_token_loss`, by definition."""
+    kept = torch.ones_like(target_ids, dtype=hidden.dtype) if token_weights is None else token_weights
+    logps = token_logps(hidden, head, target_ids.where(kept != 0, 0), temperature)
+    per_token = torch.zeros_like(logps)
+    if advantages is not None:
+        ratio = _bounded_exp(logps - (logps.detach() if old_logps is None else old_logps))
+        clipped = ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high)
+        gain = torch.minimum(ratio * advantages, clipped * advantages)
+        if dual_clip is not None:
+            gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+        per_token = per_token - gain
+    if reference_logps is not None:
+        gap = reference_logps - logps
+        per_token = per_token + reference_coef * (_bounded_exp(gap) - gap - 1.0)
+    per_token = torch.where(kept != 0, per_token * kept, 0.0)
+    if reduction == "none":
+        return per_token
+    items = (kept != 0).sum().clamp(min=1) if num_items is None else num_items
+    return per_token.sum() / (1 if reduction == "sum" else items)
+
+
+def _bounded_exp(x: Tensor) -> Tensor:
+    """exp(x); from 20 on its tangent there."""
+    return x.clamp_max(20.0).exp() * (1.0 + (x - 20.0).clamp_min(0.0))
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor, d: Divergence) -> Tensor:
     p = log_p.exp()
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
-    if clip is not None and clip_form == "nonnegative":
+    if d.clip is not None and d.clip_form == "nonnegative":
         terms = terms - p + log_q.exp()
     return terms

@@ -4,10 +4,14 @@ problems it is judged on."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hsd_kernels.divergence import Divergence, RowSpec
+from hsd_kernels.head import Head
 
 
 def assert_within_budget(
@@ -77,13 +81,34 @@ def grads(
     weight: Tensor,
     bias: Tensor | None = None,
     upstream: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     **options: Any,
 ) -> list[Tensor]:
-    """[loss, d student, d weight, d bias] from fresh leaves."""
-    leaves = [t.detach().clone().requires_grad_() for t in (student, weight, bias) if t is not None]
-    loss = loss_fn(leaves[0], teacher, *leaves[1:], **options)
+    """[loss, d student, d weight, d bias] from fresh leaves. `flat` options."""
+    student, weight = (t.detach().clone().requires_grad_() for t in (student, weight))
+    bias = None if bias is None else bias.detach().clone().requires_grad_()
+    loss = loss_fn(student, teacher, Head(weight, bias, logit_scale, softcap), **flat(**options))
     loss.backward(upstream)
-    return [loss.detach(), *(t.grad for t in leaves if t.grad is not None)]
+    return [loss.detach(), *(t.grad for t in (student, weight, bias) if t is not None and t.grad is not None)]
+
+
+def flat(divergence: str = "forward_kl", **options: Any) -> dict[str, Any]:
+    """Options of `fused_hsd_kl` in which the fields of `Divergence` stand under their own names."""
+    given = {f.name: options.pop(f.name) for f in fields(Divergence) if f.name in options}
+    return {"divergence": Divergence(divergence, **given), **options}
+
+
+def row_spec(
+    kind: str = "forward_kl",
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    linear: bool = False,
+    **divergence: Any,
+) -> RowSpec:
+    return RowSpec(Divergence(kind, **divergence), logit_scale, softcap, linear)
 
 
 def rows_of_bytes(rows: int, vocab: int, itemsize: int = 4) -> int:

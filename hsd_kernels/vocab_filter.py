@@ -6,22 +6,21 @@ survives rounding. Leaving them out costs a gather of the active rows of W and s
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hsd_kernels.rows import cpp
+from hsd_kernels import native
 
 # The value of ``filter_eps`` that stands for "auto" below the public function: an operator's schema has no union type.
 FILTER_AUTO = 0.0
 # Rounding to nearest loses eps / 4 of a number's binade on average, E[1 / mantissa] = 1 / (2 ln 2) for mantissas of
-# uniform logarithm: a share of 0.18 eps of the L1 mass. For bf16 that is 0.14 %, as measured on SmolLM2.
+# uniform logarithm: a share of 0.18 eps of the L1 mass. For bf16 that is 0.14 %, which is what the filter leaves out in
+# benchmarks/results/filter_smollm2.md.
 ROUNDING_SHARE = 0.18
 BLOCK_ROWS = 32
-# With more active columns than this share of the vocabulary the gathers may cost what the GEMMs save. On one CPU core
-# without AMX they do from 0.91 (fp32) and 0.86 (bf16) on, (1,024, 576, 49,152); faster GEMMs have less to save.
+# With more active columns than this share of the vocabulary the gathers may cost what the GEMMs save.
 WORTHWHILE = 0.75
 
 
@@ -52,15 +51,12 @@ def active_columns(dz: Tensor, filter_eps: float, largest_weight: Tensor, dtype:
 
 
 def column_norms(dz: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 norm, fp64, and largest magnitude, fp32 or fp64, of each column: (n, V) -> (V,), (V,). 22 ms in C++ for
-    (1,024, 49,152) in fp32 and 10 in bf16 on one CPU core, 43 and 45 in torch."""
+    """L1 norm, fp64, and largest magnitude, fp32 or fp64, of each column: (n, V) -> (V,), (V,). Speed:
+    benchmarks/results/products_cpu.md."""
     wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
     mass, largest = dz.new_zeros(dz.shape[1], dtype=torch.float64), dz.new_zeros(dz.shape[1], dtype=wide)
-    library = _library(dz)
-    if library is not None:
-        out = (ctypes.c_void_p(t.data_ptr()) for t in (mass, largest))
-        status = library.hsd_cpu_column_norms(cpp.variant(), torch.get_num_threads(), _matrix(dz), *out)
-        assert status == 0  # `cpp.variant` is one that the machine runs
+    if native.takes(dz):
+        torch.ops.hsd_cpu.column_norms(mass, largest, dz, **native.run())
         return mass, largest
     # A CPU takes BLOCK_ROWS at a time, whose magnitudes stay in its cache.
     for block in dz.split(BLOCK_ROWS) if dz.device.type == "cpu" else (dz,):
@@ -72,24 +68,8 @@ def column_norms(dz: Tensor) -> tuple[Tensor, Tensor]:
 
 def take_columns_(dz: Tensor, columns: Tensor) -> Tensor:
     """dz[:, columns], ``columns`` ascending. In C++ at the head of dz's own rows, since fresh pages cost more than the
-    gather: 27 ms for 23,000 columns of (1,024, 49,152) in fp32 and 20 in bf16 on one CPU core, 79 and 74 in torch."""
-    library = _library(dz)
-    if library is None:
+    gather (benchmarks/results/products_cpu.md)."""
+    if not native.takes(dz):
         return dz.index_select(1, columns) if dz.dtype == torch.float32 else dz[:, columns]
-    columns = columns.contiguous()
-    pointer, count = ctypes.c_void_p(columns.data_ptr()), ctypes.c_int64(columns.numel())
-    library.hsd_cpu_take_columns(torch.get_num_threads(), _matrix(dz), pointer, count)
+    torch.ops.hsd_cpu.take_columns(dz, columns.contiguous(), threads=torch.get_num_threads())
     return dz[:, : columns.numel()]
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (("x", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("stride", "rows", "columns", "is_bf16")))
-
-
-def _matrix(x: Tensor):
-    return ctypes.byref(_Matrix(x.data_ptr(), x.stride(0), *x.shape, x.dtype == torch.bfloat16))
-
-
-def _library(dz: Tensor) -> ctypes.CDLL | None:
-    """The C++ library where it takes dz."""
-    return cpp.found() if dz.device.type == "cpu" and dz.dtype in cpp.DTYPES and dz.stride(1) == 1 else None

@@ -5,8 +5,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
+from hsd.tasks import small_world
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 

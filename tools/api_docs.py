@@ -22,6 +22,7 @@ MODULES = (
     "hsd.hindsight.peers",
     "hsd.hindsight.context",
     "hsd.hindsight.credit",
+    "hsd.policy.forward",
     "hsd.train.update",
     "hsd.methods",
 )

@@ -7,6 +7,7 @@
 3. Installs the pure wheel in a new environment and runs the Python blocks of README.md there, first without and then
    with the extra `train`.
 4. Installs the platform wheel in another and runs the C++ rows.
+5. Runs the GPU suite on a CPU at toy size (`make gpu-dry-run`).
 
 Everything is installed under constraints.txt. What passed is left in dist/. Needs `build` and what the tests need.
 """
@@ -39,8 +40,8 @@ STEPS = re.compile(r"\bmax_steps=\d+")
 
 PURE = """
 import torch, hsd_kernels
-from hsd_kernels.rows import cpp
-assert cpp.find() is None, cpp.find()
+from hsd_kernels import native
+assert native.find() is None, native.find()
 h = torch.randn(4, 8)
 assert hsd_kernels.fused_hsd_kl(h, h + 1, torch.randn(32, 8)) > 0
 try:
@@ -53,11 +54,11 @@ else:
 
 PLATFORM = """
 import torch, hsd_kernels
-from hsd_kernels.rows import cpp
+from hsd_kernels import native
 h, weight = torch.randn(64, 32), torch.randn(999, 32)
 loss = {impl: hsd_kernels.fused_hsd_kl(h, h + 1, weight, impl=impl) for impl in ("cpp", "torch")}
 torch.testing.assert_close(loss["cpp"], loss["torch"])
-print(f'impl="cpp" runs: {cpp.VARIANTS[cpp.variant()]}, {cpp.find().name}')
+print(f'impl="cpp" runs: {native.VARIANTS[native.variant()]}, {native.find().name}')
 """
 
 
@@ -213,6 +214,10 @@ def main() -> None:
         python = environment(Path(scratch) / "platform")
         install(python, str(platform))
         print(f"platform   {sh(python, '-c', PLATFORM, cwd=work['run']).strip()}", flush=True)
+
+        dry_run = ("benchmarks/gpu_suite.sh", "abc", work["run"] / "gpu_suite", sys.executable)
+        ran = sh("bash", *dry_run, cwd=clone, SUITE_DEVICE="cpu")
+        print(f"GPU suite  {', '.join(line for line in ran.splitlines() if line.startswith('part '))}", flush=True)
 
         (ROOT / "dist").mkdir(exist_ok=True)
         for path in (sdist, pure, platform):

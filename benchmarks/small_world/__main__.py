@@ -24,6 +24,7 @@ from benchmarks.small_world import before, report
 from benchmarks.small_world import run as work
 from benchmarks.small_world.plan import FULL, QUICK, Run, Scale, queue
 from benchmarks.small_world.queue import Job, drain
+from hsd.progress import say
 
 HERE = Path(__file__).parent
 
@@ -66,10 +67,6 @@ def jobs(out: Path, scale: Scale, runs: Sequence[Run]) -> list[Job]:
         train = partial(work.train, run, scale, folder, out / "scratch" / run.key)
         todo[run.key] = Job(run.key, {"run": asdict(run), "scale": scale.identity}, train, needs=run.warm)
     return list(todo.values())
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ import torch
 
 from benchmarks.small_world.plan import GROUP_SIZE, Scale
 from benchmarks.small_world.run import SAMPLING, TEMPLATE, evaluate, questions, rounded
-from hsd.demo import small_world
 from hsd.evaluate import sample, score
 from hsd.hindsight.credit import coverage, divergence_position
-from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.groups import Group
 from hsd.hindsight.peers import choose_peers
-from hsd.viewer.measure import WINDOWS, measure_credit
+from hsd.tasks import small_world
+from hsd.tasks.task import Policy
+from hsd.viewer.make import sample_groups
+from hsd.viewer.measure import WINDOWS, draw_peers, failing_with_peer, gather, measure
 
 GREEDY = replace(SAMPLING, temperature=1e-3)
 
@@ -39,7 +41,8 @@ def warm_start(folder: Path, seed: int, steps: int, scale: Scale) -> dict[str, A
         shutil.rmtree(folder)  # a killed run's, whose JSON is missing
     part.replace(folder)
     validation, final = questions(seed, scale)
-    groups = sample_groups(model, tokenizer, final[: scale.credit_questions], seed)
+    task = replace(small_world.task(seed), sampling=SAMPLING)
+    groups = sample_groups(task, Policy(model, tokenizer), final[: scale.credit_questions], seed, GROUP_SIZE)
     return {
         "validation": asdict(evaluate(model, tokenizer, validation, seed)),
         "final": asdict(evaluate(model, tokenizer, final, seed)),
@@ -52,15 +55,6 @@ def warm_start(folder: Path, seed: int, steps: int, scale: Scale) -> dict[str, A
     }
 
 
-def sample_groups(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int) -> list[Group]:
-    size = GROUP_SIZE
-    repeated = [q for q in asked for _ in range(size)]
-    rollouts = sample(model, tokenizer, [q["prompt"] for q in repeated], SAMPLING, seed=seed + 1)
-    rewards = score(tokenizer, repeated, rollouts, small_world.reward)
-    scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
-    return [Group(q["prompt"], q["answer"], tuple(scored[g * size : (g + 1) * size])) for g, q in enumerate(asked)]
-
-
 def credit_facts(model: Any, tokenizer: Any, groups: Sequence[Group], seed: int) -> dict[str, Any]:
     """Credit on the failing rollouts with a peer, under the peer teacher and the answer-only teacher."""
     rates = [len(g.successes) / GROUP_SIZE for g in groups]
@@ -70,17 +64,19 @@ def credit_facts(model: Any, tokenizer: Any, groups: Sequence[Group], seed: int)
         "coverage": sum(len(g.failures) for g in groups if g.successes) / (GROUP_SIZE * len(groups)),
         "formula": coverage(p, GROUP_SIZE),
     }
-    measured = measure_credit(model, tokenizer, groups, TEMPLATE, seed=seed)
+    peers = draw_peers(tokenizer, groups, seed)
+    read = measure(Policy(model, tokenizer), groups, peers, TEMPLATE, failing_with_peer(groups, peers))
+    measured = gather(groups, read)
     if measured is None or not (measured.tau >= 0).any():
         return facts
-    tau = measured.tau[measured.tau >= 0]
+    tau, tables = measured.tau[measured.tau >= 0], measured.teachers
     return facts | {
         "failing_with_peer": len(measured.rollout),
         "median_tau": tau.float().median().item(),
         "windows": list(WINDOWS),
-        "mass": {n: [rounded(m) for m in measured.mass(n)] for n in ("with_peer", "answer_only")},
-        "mean_abs": {n: rounded(measured.mean_abs(n)) for n in ("with_peer", "answer_only")},
-        "at_tau": {n: rounded(measured.profile(n, 0, 0)[1][0]) for n in ("with_peer", "answer_only")},
+        "mass": {n: [rounded(m) for m in table.mass()] for n, table in tables.items()},
+        "mean_abs": {n: rounded(table.mean_abs()) for n, table in tables.items()},
+        "at_tau": {n: rounded(table.profile(0, 0)[1][0]) for n, table in tables.items()},
     }
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hsd.files import replacing
+
 
 @dataclass(frozen=True)
 class Job:
@@ -84,9 +86,8 @@ def _child(folder: Path, job: Job, parent: int) -> None:
         os.dup2(log.fileno(), 2)
         try:
             found = {"asked": job.asked, **job.work()}
-            part = folder / f"{job.key}.part"
-            part.write_text(json.dumps(found))
-            part.replace(folder / f"{job.key}.json")
+            with replacing(folder / f"{job.key}.json") as part:
+                part.write_text(json.dumps(found))
         except BaseException:
             traceback.print_exc(file=log)
             log.flush()

@@ -18,14 +18,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.small_world.plan import Run, Scale
-from hsd.demo import small_world
 from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
-from hsd.hindsight.context import ContextTemplate
-from hsd.train.callbacks import read_metrics
+from hsd.tasks import small_world
+from hsd.train.callbacks import load_metrics
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 
-TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
+TEMPLATE = small_world.TEMPLATE
 SAMPLING = Sampling(max_new_tokens=small_world.MAX_COMPLETION, batch_size=128)
 # Of each step's metrics, what the report reads.
 KEPT = (
@@ -71,7 +70,7 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
     training = time.process_time()
     trainer.train()
     training = time.process_time() - training - curve.cpu_seconds
-    rows = read_metrics(scratch / "metrics.jsonl")
+    rows = load_metrics(scratch / "metrics.jsonl")
     result = {
         "curve": curve.points,
         "final": asdict(evaluate(model, tokenizer, final if run.part != "pilot" else validation, run.seed)),

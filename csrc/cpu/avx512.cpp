@@ -4,5 +4,5 @@
 #endif
 #include "columns.h"
 
-const Variant hsd_avx512 = {statistics_row, gradient_row, elementary, norms_of_block};
+const Variant hsd_avx512 = {statistics_row, gradient_row, norms_of_block, elementary};
 #endif

@@ -1,13 +1,14 @@
-// Products of bf16 into fp32 by vdpbf16ps, for processors that have it and no AMX: MKL's run at its fp32 speed there.
+// Products of bf16 into fp32 by vdpbf16ps, for processors that have it and no AMX: MKL's run at its fp32 speed there
+// (benchmarks/results/products_cpu.md).
 //
 // Logits a w^T: a thread takes a block of V, packs it so that 32 columns of out read two vectors per pair of k, and
 // passes all rows of a over it. dW += a^T w: a thread takes a block of V again, which are rows of out here, and packs
 // pairs of rows of both sides.
 //
 // An element is summed in fp32 in ascending order of k, each block of k from 0, whatever the position and the threads.
-// Blocks of k are 256 long for accuracy: relative error of the logits 1.14e-7 (rms, D = 512; 1.64e-7 in one block of
-// 512, MKL 0.94e-7). Several blocks are added before anything is written: with a read and write of out for each, rows
-// 192 KiB apart (V = 49,152) met in a few sets of the caches, and D = 576 took 0.43 s instead of 0.29.
+// Blocks of k are 256 long for accuracy: one long fp32 sum rounds more often at its full size. Several blocks are added
+// before anything is written: with a read and write of out for each, rows 192 KiB apart (V = 49,152) meet in a few sets
+// of the caches.
 // vdpbf16ps takes operands, products and sums below 2^-126 in magnitude as 0, whatever MXCSR says.
 #ifdef __x86_64__
 #if !defined(__AVX512BW__) || !defined(__AVX512BF16__)
@@ -20,7 +21,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "variants.h"
+#include "passes.h"
 
 namespace {
 
@@ -63,7 +64,7 @@ inline void transpose(__m512i r[16], uint32_t* to) {
 }
 
 // `rows` rows of w from (v, k) on, at most COLUMNS, `depth` numbers of each; 0 past either end, up to 16 pairs.
-void pack_rows(const hsd_product& p, int64_t v, int64_t k, int64_t rows, int64_t depth, Pairs* to) {
+void pack_rows(const Product& p, int64_t v, int64_t k, int64_t rows, int64_t depth, Pairs* to) {
     const uint16_t* from = (const uint16_t*)p.w + v * p.w_stride + k;
     for (int64_t i = 0; i < COLUMNS; i += 16) {
         for (int64_t j = 0; j < depth; j += 32) {
@@ -150,7 +151,7 @@ inline Tile tile_of(int64_t rows) {
 
 const int64_t hsd_project_out_block = TILES * COLUMNS;
 
-void hsd_project_out_block_of(const hsd_product& p, int64_t block) {
+void hsd_project_out_block_of(const Product& p, int64_t block) {
     constexpr int64_t DEPTH = 4 * PAIRS;  // pairs of k at a time: 256 KiB of w, in L2; 24 KiB of a, in L1
     constexpr int64_t ROW = DEPTH + 16;   // rows of a on lines of different sets
     alignas(64) Pairs w[TILES][DEPTH];
@@ -180,7 +181,7 @@ constexpr int64_t BANDS = 16;  // of ROWS rows of out
 
 const int64_t hsd_accumulate_block = BANDS * ROWS;
 
-void hsd_accumulate_block_of(const hsd_product& p, int64_t block) {
+void hsd_accumulate_block_of(const Product& p, int64_t block) {
     constexpr int64_t DEPTH = 2 * PAIRS;        // pairs of k at a time: 192 KiB of a and 128 KiB of w, in L2
     constexpr int64_t BAND = DEPTH * ROWS + 4;  // 16 numbers are stored where 12 count
     alignas(64) Pairs w[TILES][DEPTH];

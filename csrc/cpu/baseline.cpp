@@ -1,3 +1,3 @@
 #include "columns.h"
 
-const Variant hsd_baseline = {statistics_row, gradient_row, elementary, norms_of_block};
+const Variant hsd_baseline = {statistics_row, gradient_row, norms_of_block, elementary};

@@ -5,10 +5,10 @@
 
 namespace {
 
-// Of dz[:, start : start + n], n <= hsd_norms_block. Sums are fp32 over 32 rows and double from there. Asking for the
-// next row while one is read is worth 29 -> 23 ms in fp32 and 16 -> 10 in bf16, (1,024, 49,152) on one core.
+// Of dz[:, start : start + n], n <= hsd_norms_block. Sums are fp32 over 32 rows and double from there. The next row is
+// asked for while one is read: the hardware does not foresee a step of a whole row.
 template <class T>
-static void norms_as(const hsd_matrix& dz, int64_t start, int64_t n, double* mass, float* largest) {
+static void norms_as(const Matrix& dz, int64_t start, int64_t n, double* mass, float* largest) {
     alignas(64) float sum[hsd_norms_block], top[hsd_norms_block] = {};
     memset(mass, 0, n * sizeof(double));
     for (int64_t first = 0; first < dz.rows; first += 32) {
@@ -32,7 +32,7 @@ static void norms_as(const hsd_matrix& dz, int64_t start, int64_t n, double* mas
     for (int64_t i = 0; i < n; i++) largest[i] = mass[i] == mass[i] ? top[i] : __builtin_nanf("");
 }
 
-static void norms_of_block(const hsd_matrix& dz, int64_t block, double* mass, float* largest) {
+static void norms_of_block(const Matrix& dz, int64_t block, double* mass, float* largest) {
     const int64_t start = block * hsd_norms_block, left = dz.columns - start;
     const int64_t n = left < hsd_norms_block ? left : hsd_norms_block;
     dz.is_bf16 ? norms_as<bf16>(dz, start, n, mass + start, largest + start)

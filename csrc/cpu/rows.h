@@ -2,21 +2,18 @@
 //
 // A row is read in blocks of columns that stay in the first-level cache. A logit becomes y with z = kappa * y: y minus
 // its maximum is exact for large probabilities, and the temperature multiplies that difference, not a large logit.
-// Sums over the vocabulary are fp32 within a block and a lane (at most 512 terms) and double from there.
+// Sums over the vocabulary are fp32 within a lane, of at most TERMS terms where a log-sum comes from them, and double
+// from there.
 #pragma once
 
 #include "elementary.h"
-#include "hsd_cpu.h"
-#include "variants.h"
+#include "passes.h"
 
 namespace {
 
-enum Divergence { FORWARD_KL, REVERSE_KL, JSD };
-
 constexpr int64_t BLOCK = 2048;
-// Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page:
-// forward KL of (256, 151936) fp32 on one core, statistics 0.155 -> 0.104, gradient 0.130 -> 0.094, narrow 0.178 ->
-// 0.095 s per 1024 rows, which is what a plain sum and an in-place addition over the same memory take.
+constexpr int64_t TERMS = 128;  // 512 in a lane cost 4 eps of the log-sum
+// Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page.
 constexpr float INF = __builtin_inff();
 // Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
 constexpr float LOWEST = -3.0e38f;
@@ -41,7 +38,7 @@ HSD_INLINE void store_some(T* p, F a, int64_t n) {
 // Reading: y of a block of columns.
 
 template <class X, class B>
-static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const hsd_rows& p, float* y) {
+static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const Rows& p, float* y) {
     const F in_scale = all(p.in_scale);
     const auto formed = [&](F a) __attribute__((always_inline)) {
         a = a * in_scale;
@@ -68,7 +65,7 @@ static void read_as(const X* x, const X* plus, const B* bias, int64_t n, const h
 // where that is what y is, `buffer` else. `plus` is another side to add, or null.
 template <class X>
 static const float* read_of(
-    const hsd_rows& p, const hsd_side& side, const hsd_side* plus, int64_t row, int64_t start, int64_t n, float* buffer
+    const Rows& p, const Logits& side, const Logits* plus, int64_t row, int64_t start, int64_t n, float* buffer
 ) {
     const X* x = (const X*)side.x + row * side.stride + start;
     const X* other = plus ? (const X*)plus->x + row * plus->stride + start : nullptr;
@@ -84,13 +81,13 @@ static const float* read_of(
     return buffer;
 }
 
-static const float* read_student(const hsd_rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
-    const hsd_side* plus = p.is_linear ? &p.teacher : nullptr;
+static const float* read_student(const Rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
+    const Logits* plus = p.is_linear ? &p.teacher : nullptr;
     return p.is_bf16 ? read_of<bf16>(p, p.student, plus, row, start, n, buffer)
                      : read_of<float>(p, p.student, plus, row, start, n, buffer);
 }
 
-static const float* read_teacher(const hsd_rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
+static const float* read_teacher(const Rows& p, int64_t row, int64_t start, int64_t n, float* buffer) {
     return p.is_bf16 ? read_of<bf16>(p, p.teacher, nullptr, row, start, n, buffer)
                      : read_of<float>(p, p.teacher, nullptr, row, start, n, buffer);
 }
@@ -112,7 +109,7 @@ struct Block {
 };
 
 template <class Each>
-HSD_INLINE void for_blocks(const hsd_rows& p, int64_t row, const Each& each) {
+HSD_INLINE void for_blocks(const Rows& p, int64_t row, const Each& each) {
     alignas(64) float buffer_s[BLOCK], buffer_t[BLOCK];
     const int64_t itemsize = p.is_bf16 ? sizeof(bf16) : sizeof(float);
     const char* x_s = (const char*)p.student.x + row * p.student.stride * itemsize;
@@ -131,7 +128,7 @@ HSD_INLINE F times(F p, F log_ratio) { return keep(not_zero(p), p * log_ratio); 
 
 // (f, g) of the table in divergence.py.
 template <Divergence D, bool CLIP>
-HSD_INLINE void summands(F ls, F lt, F ps, F pt, const hsd_rows& p, F* f, F* g) {
+HSD_INLINE void summands(F ls, F lt, F ps, F pt, const Rows& p, F* f, F* g) {
     F clipped_g = all(0.0f);
     if (D == FORWARD_KL) {
         *f = CLIP ? times(pt, lt - ls) : all(0.0f);  // without a clip only g is asked for
@@ -206,37 +203,65 @@ static void raise_maxima(Sums& sums, float top_s, float top_t, double kappa) {
     sums.t = {top_t, w_t * sums.t.l, w_t * (sums.t.a - rise_t * sums.t.l)};
 }
 
+// The sum of all from a rounded one and that of all but the maxima, which add 1 each.
+static double with_tops(float rounded, float rest) {
+    return __builtin_nearbyint((double)rounded - (double)rest) + (double)rest;
+}
+
 // One read: maxima, sums of exponentials, entropies and, with ONE_PASS, the KL, which needs only E[z_p - z_q] and both
 // log-sum-exps.
 template <bool ONE_PASS, Divergence D>
-static Sums first_pass(const hsd_rows& p, int64_t row) {
+static Sums first_pass(const Rows& p, int64_t row) {
     Sums sums;
     const F kappa = all(p.kappa);
     for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
         const int64_t n = round_up(b.n);
-        raise_maxima<ONE_PASS, D>(sums, block_max(b.y_s, n), block_max(b.y_t, n), p.kappa);
+        const float highest_s = block_max(b.y_s, n), highest_t = block_max(b.y_t, n);
+        raise_maxima<ONE_PASS, D>(sums, highest_s, highest_t, p.kappa);
+        // The maximum adds 1. In one lane with it, all that is below 6e-8 would be lost: its block is summed apart.
+        const bool has_top = highest_s == sums.s.m || highest_t == sums.t.m;
         const F m_s = all(sums.s.m), m_t = all(sums.t.m);
-        F l_s = all(0.0f), l_t = l_s, a_s = l_s, a_t = l_s, d = l_s;
-        for (int64_t i = 0; i < n; i += LANES) {
-            b.prefetch(i);
-            const F u_s = load(b.y_s + i) - m_s, u_t = load(b.y_t + i) - m_t;
-            M some_s, some_t;
-            const F e_s = exp(kappa * u_s, &some_s), e_t = exp(kappa * u_t, &some_t);
-            l_s = l_s + e_s;
-            l_t = l_t + e_t;
-            a_s = add_product_where(some_s, e_s, u_s, a_s);
-            a_t = add_product_where(some_t, e_t, u_t, a_t);
-            if (ONE_PASS && D == FORWARD_KL) d = add_product_where(some_t, e_t, u_t - u_s, d);
-            if (ONE_PASS && D == REVERSE_KL) d = add_product_where(some_s, e_s, u_s - u_t, d);
+        for (int64_t start = 0; start < n; start += TERMS * LANES) {
+            const int64_t stop = n - start < TERMS * LANES ? n : start + TERMS * LANES;
+            F l_s = all(0.0f), l_t = l_s, a_s = l_s, a_t = l_s, d = l_s, rest_s = l_s, rest_t = l_s;
+            for (int64_t i = start; i < stop; i += LANES) {
+                b.prefetch(i);
+                const F u_s = load(b.y_s + i) - m_s, u_t = load(b.y_t + i) - m_t;
+                M some_s, some_t;
+                const F e_s = exp(kappa * u_s, &some_s), e_t = exp(kappa * u_t, &some_t);
+                l_s = l_s + e_s;
+                l_t = l_t + e_t;
+                if (has_top) {
+                    rest_s = rest_s + keep(not_zero(u_s), e_s);
+                    rest_t = rest_t + keep(not_zero(u_t), e_t);
+                }
+                a_s = add_product_where(some_s, e_s, u_s, a_s);
+                a_t = add_product_where(some_t, e_t, u_t, a_t);
+                if (ONE_PASS && D == FORWARD_KL) d = add_product_where(some_t, e_t, u_t - u_s, d);
+                if (ONE_PASS && D == REVERSE_KL) d = add_product_where(some_s, e_s, u_s - u_t, d);
+            }
+            sums.s.l += has_top ? with_tops(sum(l_s), sum(rest_s)) : sum(l_s);
+            sums.t.l += has_top ? with_tops(sum(l_t), sum(rest_t)) : sum(l_t);
+            sums.s.a += sum(a_s);
+            sums.t.a += sum(a_t);
+            if (ONE_PASS) sums.d += sum(d);
         }
-        sums.s.l += sum(l_s);
-        sums.t.l += sum(l_t);
-        sums.s.a += sum(a_s);
-        sums.t.a += sum(a_t);
-        if (ONE_PASS) sums.d += sum(d);
     });
     return sums;
 }
+
+// log p = kappa (y - top) - log_sum. The difference is exact where p is large; kappa top + log_sum as one number would
+// be rounded at its own size.
+struct Normalizer {
+    float top;
+    float log_sum;
+};
+
+struct LogProbs {
+    F kappa, top, minus_log_sum;
+    LogProbs(const Rows& p, Normalizer n) : kappa(all(p.kappa)), top(all(n.top)), minus_log_sum(all(-n.log_sum)) {}
+    inline __attribute__((always_inline)) F operator()(F y) const { return fma(y - top, kappa, minus_log_sum); }
+};
 
 struct Summed {
     double f = 0.0;
@@ -244,16 +269,16 @@ struct Summed {
     double ps = 0.0;
 };
 
-// The second read of the JSD and of a clip, whose summands need both log-sum-exps.
+// The second read of the JSD and of a clip, whose summands need both normalizers.
 template <Divergence D, bool CLIP>
-static Summed second_pass(const hsd_rows& p, int64_t row, float lse_s, float lse_t) {
+static Summed second_pass(const Rows& p, int64_t row, Normalizer student, Normalizer teacher) {
     Summed sums;
-    const F kappa = all(p.kappa), minus_lse_s = all(-lse_s), minus_lse_t = all(-lse_t);
+    const LogProbs log_s(p, student), log_t(p, teacher);
     for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
         F f_sum = all(0.0f), g_sum = f_sum, ps_sum = f_sum;
         for (int64_t i = 0; i < b.n; i += LANES) {
             b.prefetch(i);
-            const F ls = fma(load(b.y_s + i), kappa, minus_lse_s), lt = fma(load(b.y_t + i), kappa, minus_lse_t);
+            const F ls = log_s(load(b.y_s + i)), lt = log_t(load(b.y_t + i));
             const F ps = exp(ls);
             F f, g;
             summands<D, CLIP>(ls, lt, ps, exp(lt), p, &f, &g);
@@ -268,64 +293,66 @@ static Summed second_pass(const hsd_rows& p, int64_t row, float lse_s, float lse
     return sums;
 }
 
-static void statistics_row(const hsd_rows& p, const hsd_statistics& s, int64_t row) {
+static void statistics_row(const Rows& p, const Statistics& s, int64_t row) {
     const bool one_pass = p.divergence != JSD && !p.has_clip;
     const Sums sums = !one_pass                       ? first_pass<false, FORWARD_KL>(p, row)
                       : p.divergence == FORWARD_KL ? first_pass<true, FORWARD_KL>(p, row)
                                                    : first_pass<true, REVERSE_KL>(p, row);
     const double kappa = p.kappa;
     const double l_s = sums.s.l, l_t = sums.t.l, log_s = __builtin_log(l_s), log_t = __builtin_log(l_t);
-    const double exact_s = kappa * sums.s.m + log_s, exact_t = kappa * sums.t.m + log_t;
-    const float lse_s = (float)exact_s, lse_t = (float)exact_t;
+    const Normalizer student{sums.s.m, (float)log_s}, teacher{sums.t.m, (float)log_t};
 
     double kl, grad_sum = 0.0;
     if (one_pass && p.divergence == FORWARD_KL) {
         kl = kappa * sums.d / l_t - __builtin_log1p((l_t - l_s) / l_s);
     } else if (one_pass) {
         kl = kappa * sums.d / l_s - __builtin_log1p((l_s - l_t) / l_t);
-        // G with the rounded lse that the gradient will use: ps (ls - lt - G) does not see an error that is in both
-        // ls - lt and G.
-        grad_sum = kappa * sums.d / l_s + ((kappa * sums.s.m - lse_s) - (kappa * sums.t.m - lse_t));
+        // G with the rounded log-sums that the gradient will use: ps (ls - lt - G) does not see an error that is in
+        // both ls - lt and G.
+        grad_sum = kappa * sums.d / l_s - ((double)student.log_sum - teacher.log_sum);
     } else {
-        const Summed summed = p.divergence == FORWARD_KL   ? second_pass<FORWARD_KL, true>(p, row, lse_s, lse_t)
-                              : p.divergence == REVERSE_KL ? second_pass<REVERSE_KL, true>(p, row, lse_s, lse_t)
-                              : p.has_clip                 ? second_pass<JSD, true>(p, row, lse_s, lse_t)
-                                                           : second_pass<JSD, false>(p, row, lse_s, lse_t);
+        const Summed summed = p.divergence == FORWARD_KL   ? second_pass<FORWARD_KL, true>(p, row, student, teacher)
+                              : p.divergence == REVERSE_KL ? second_pass<REVERSE_KL, true>(p, row, student, teacher)
+                              : p.has_clip                 ? second_pass<JSD, true>(p, row, student, teacher)
+                                                           : second_pass<JSD, false>(p, row, student, teacher);
         kl = summed.f;
-        grad_sum = summed.g / summed.ps;  // ps sums to 1 but for the rounding of lse
+        grad_sum = summed.g / summed.ps;  // ps sums to 1 but for the rounding of the log-sum
     }
 
-    float* out = s.out + row;
-    const int64_t next = p.rows;
-    out[0] = (float)kl;
+    s.kl[row] = (float)kl;
     if (s.targets) {
         const int64_t target = s.targets[row];
         const bool inside = 0 <= target && target < p.vocab;
         float buffer[LANES];
         const float y_s = inside ? read_student(p, row, target, 1, buffer)[0] : __builtin_nanf("");
         const float y_t = inside ? read_teacher(p, row, target, 1, buffer)[0] : __builtin_nanf("");
-        out[1 * next] = (float)(kappa * ((double)y_s - sums.s.m) - log_s);
-        out[2 * next] = (float)(kappa * ((double)y_t - sums.t.m) - log_t);
+        s.student_logps[row] = (float)(kappa * ((double)y_s - sums.s.m) - log_s);
+        s.teacher_logps[row] = (float)(kappa * ((double)y_t - sums.t.m) - log_t);
     }
-    out[3 * next] = (float)(log_s - kappa * sums.s.a / l_s);
-    out[4 * next] = (float)(log_t - kappa * sums.t.a / l_t);
-    out[5 * next] = lse_s;
-    out[6 * next] = lse_t;
-    out[7 * next] = (float)grad_sum;
+    s.student_entropy[row] = (float)(log_s - kappa * sums.s.a / l_s);
+    s.teacher_entropy[row] = (float)(log_t - kappa * sums.t.a / l_t);
+    s.student_lse[row] = (float)(kappa * sums.s.m + log_s);
+    s.teacher_lse[row] = (float)(kappa * sums.t.m + log_t);
+    s.student_top[row] = student.top;
+    s.teacher_top[row] = teacher.top;
+    s.student_log_sum[row] = student.log_sum;
+    s.teacher_log_sum[row] = teacher.log_sum;
+    s.grad_sum[row] = (float)grad_sum;
 }
 
 // Gradient.
 
 template <Divergence D, bool CLIP, bool SOFTCAP, class OUT>
-static void gradient_row_as(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
-    const F kappa = all(p.kappa), minus_lse_s = all(-g.student_lse[row]), minus_lse_t = all(-g.teacher_lse[row]);
+static void gradient_row_as(const Rows& p, const Gradient& g, int64_t row) {
+    const LogProbs log_s(p, {g.student_top[row], g.student_log_sum[row]});
+    const LogProbs log_t(p, {g.teacher_top[row], g.teacher_log_sum[row]});
     const F grad_sum = all(g.grad_sum[row]), scale = all((float)(g.weights[row] * g.chain));
     OUT* out = (OUT*)g.out + row * g.stride;
     for_blocks(p, row, [&](const Block& b) __attribute__((always_inline)) {
         const auto gradient = [&](int64_t i) __attribute__((always_inline)) {
             b.prefetch(i);
             const F y_s = load(b.y_s + i);
-            const F ls = fma(y_s, kappa, minus_lse_s), lt = fma(load(b.y_t + i), kappa, minus_lse_t);
+            const F ls = log_s(y_s), lt = log_t(load(b.y_t + i));
             const F ps = exp(ls);
             F f, dz;
             summands<D, CLIP>(ls, lt, ps, exp(lt), p, &f, &dz);
@@ -341,7 +368,7 @@ static void gradient_row_as(const hsd_rows& p, const hsd_gradient& g, int64_t ro
 }
 
 template <Divergence D, bool CLIP>
-static void gradient_row_of(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
+static void gradient_row_of(const Rows& p, const Gradient& g, int64_t row) {
     if (p.has_softcap) {
         g.out_is_bf16 ? gradient_row_as<D, CLIP, true, bf16>(p, g, row)
                       : gradient_row_as<D, CLIP, true, float>(p, g, row);
@@ -351,7 +378,7 @@ static void gradient_row_of(const hsd_rows& p, const hsd_gradient& g, int64_t ro
     }
 }
 
-static void gradient_row(const hsd_rows& p, const hsd_gradient& g, int64_t row) {
+static void gradient_row(const Rows& p, const Gradient& g, int64_t row) {
     if (g.weights[row] == 0.0f) {  // also where 0 times the gradient would be NaN
         const int64_t itemsize = g.out_is_bf16 ? sizeof(bf16) : sizeof(float);
         memset((char*)g.out + row * g.stride * itemsize, 0, p.vocab * itemsize);
@@ -366,7 +393,7 @@ static void gradient_row(const hsd_rows& p, const hsd_gradient& g, int64_t row) 
     }
 }
 
-static void elementary(int function, const float* x, float* out, int64_t n) {
+static void elementary(int64_t function, const float* x, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         const int64_t some = n - i < LANES ? n - i : LANES;
         const F a = load_some(x + i, some);

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd_kernels import fused_hsd_kl
+from hsd_kernels import Head, fused_hsd_kl
 
 
 def linear_divergence(
@@ -38,7 +38,7 @@ def linear_divergence(
         targets: (..., T); tokens whose target is ``ignore_index`` do not count. None counts all.
         shift: as in CCE: e[..., t, :] is compared where targets[..., t + shift] counts; the last ``shift`` positions
             do not.
-        options: of `hsd_kernels.fused_hsd_kl`, such as ``divergence``, ``temperature`` or ``teacher_weight``.
+        options: of `hsd_kernels.fused_hsd_kl`, such as ``divergence`` or ``teacher_head``.
 
     Returns a scalar, or (..., T - shift) with ``reduction="none"``.
 
@@ -54,9 +54,7 @@ def linear_divergence(
     loss = fused_hsd_kl(
         e[..., : length - shift, :],
         teacher_e[..., : length - shift, :],
-        c,
-        bias,
-        softcap=softcap,
+        Head(c, bias, softcap=softcap),
         reduction=reduction,
         token_weights=counted,
         **options,

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hsd.policy.body_and_head import Split, check_split, split_model
-from hsd.train.update import Side
-from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl, gathered
+from hsd.policy.body_and_head import BodyAndHead, body_and_head, check_body_and_head
+from hsd.policy.forward import FrozenStates
+from hsd_kernels import Head, HSDKLOutput, RowStats, fused_hsd_kl, gathered
 
 T = TypeVar("T")
 
@@ -42,16 +42,6 @@ def check_version(package: str, first: str, last: str) -> None:
 def _release(version: str) -> tuple[int, ...]:
     parts = version.split("+")[0].split(".")
     return tuple(int(p) for p in parts if p.isdigit())
-
-
-@dataclass(frozen=True)
-class Head:
-    """What `divergence` needs of a `Split`, for code that holds the head's tensors only."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,66 +71,62 @@ class ImportanceRatio:
         return ratio
 
 
-def take_apart(model: nn.Module) -> Split:
+def take_apart(model: nn.Module) -> BodyAndHead:
     """Body and head of ``model``; at first sight also proof that they give its logits (not if it is sharded).
 
-    Raises ValueError naming the model class, as `split_model` and `check_split` of `hsd.policy.body_and_head` do.
+    Raises ValueError naming the model class, as `hsd.policy.body_and_head` does.
     """
-    split = split_model(model)
+    parts = body_and_head(model)
     if model not in _checked:
         if not any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()):
-            check_split(model, split)
+            check_body_and_head(model, parts)
         _checked.add(model)
-    return split
+    return parts
 
 
-def read(split: Split, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def forward(parts: BodyAndHead, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden states (B, S, D) behind the logits of ``model(input_ids=..., attention_mask=...)``.
 
     Without position ids, as the codebases adapted here call their models: positions then count the padding too, which
     changes the distance from a right-padded prompt to its completion (`hidden_states` would skip it).
     """
-    return split.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return parts.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
-def side_of(head: Split | Head, hidden: Tensor) -> Side:
-    """A policy's reading together with its head as it is now, for a teacher that does not share the student's head.
+def with_whole_head(head: Head, hidden: Tensor) -> FrozenStates:
+    """A policy's states together with its head as it is now, for a teacher that does not share the student's head.
 
     A head in pieces is copied whole, (V, D); a plain one is not copied.
     """
 
-    def whole(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
+    def whole(t: Tensor) -> Tensor:
         with gathered(t) as found:
             return found.clone() if hasattr(t, "ds_id") else found.detach()
 
-    return Side(hidden.detach(), whole(head.weight), whole(head.bias))
+    bias = None if head.bias is None else whole(head.bias)
+    return FrozenStates(hidden.detach(), Head(whole(head.weight), bias, head.logit_scale, head.softcap))
 
 
-def divergence(student: Split | Head, hidden: Tensor, teacher: Side, **options: Any) -> HSDKLOutput:
-    """`fused_hsd_kl` with ``student``'s head, logit scale and softcap, statistics included.
+def divergence(student: Head, hidden: Tensor, teacher: FrozenStates, **options: Any) -> HSDKLOutput:
+    """`fused_hsd_kl` with the ``student``'s head, logit scale and softcap, statistics included.
 
-    A teacher without a weight of its own shares the student's head. Sides of different dtypes meet in the wider one.
+    A teacher without a head of its own shares the student's. States of different dtypes meet in the wider one.
     """
     dtype = torch.promote_types(hidden.dtype, teacher.hidden.dtype)
 
-    def cast(t: Tensor | None) -> Any:
-        return None if t is None else t.to(dtype)
+    def head(weight: Tensor, bias: Tensor | None) -> Head:
+        bias = None if bias is None else bias.to(dtype)
+        return Head(weight.to(dtype), bias, student.logit_scale, student.softcap)
 
     with ExitStack() as stack:
         weight = stack.enter_context(gathered(student.weight))
         bias = None if student.bias is None else stack.enter_context(gathered(student.bias))
         out = fused_hsd_kl(
-            cast(hidden),
-            cast(teacher.hidden),
-            cast(weight),
-            cast(bias),
-            teacher_weight=cast(teacher.weight),
-            teacher_bias=cast(teacher.bias),
-            logit_scale=student.logit_scale,
-            softcap=student.softcap,
+            hidden.to(dtype),
+            teacher.hidden.to(dtype),
+            head(weight, bias),
+            teacher_head=None if teacher.head is None else head(teacher.head.weight, teacher.head.bias),
             return_stats=True,
             **options,
         )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hsd.adapters.common import check_version
-from hsd_kernels import fused_hsd_kl
+from hsd_kernels import Divergence, Head, fused_hsd_kl
 
 TESTED = ("0.8.5", "0.8.5")
 
@@ -179,13 +179,9 @@ def _jsd(
     loss = fused_hsd_kl(
         hidden,
         teacher_hidden.detach(),
-        weight,
-        bias,
-        teacher_weight=teacher_weight.detach(),
-        teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
-        divergence="jsd",
-        beta=beta,
-        temperature=temperature,
+        Head(weight, bias),
+        divergence=Divergence("jsd", beta=beta, temperature=temperature),
+        teacher_head=Head(teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()),
         token_weights=None if labels is None else (labels != ignore_index).to(torch.float32),
     )
     assert isinstance(loss, Tensor)

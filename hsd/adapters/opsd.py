@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsd.adapters.common import check_version, divergence, inside_forward, read, side_of, take_apart
-from hsd.train.update import Side
+from hsd.adapters.common import check_version, divergence, forward, inside_forward, take_apart, with_whole_head
+from hsd.policy.forward import FrozenStates
+from hsd_kernels import Divergence
 
 # Theirs pins trl 0.26.0 and transformers 4.57.1: there the adapter was compared with their own class (docs/adapters).
 TESTED = {"trl": ("0.26", "1.16"), "transformers": ("4.57", "5.23")}
@@ -48,10 +49,10 @@ class FusedOPSD:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         policy = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():  # the prepared model's own forward is in it
-            split = take_apart(policy)
+            parts = take_apart(policy)
 
         def states(side: str) -> Tensor:
-            hidden = read(split, inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"])
+            hidden = forward(parts, inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"])
             return hidden[:, inputs[f"{side}_prompt_length"] - 1 : -1]
 
         def loss() -> Tensor:
@@ -59,16 +60,13 @@ class FusedOPSD:
             with torch.no_grad(), teacher_weights(self, model, policy):
                 seen = states("teacher")
                 # Averaged weights may include the head; they leave the model again when the context ends.
-                teacher = side_of(split, seen) if self.use_ema_teacher else Side(seen)
+                teacher = with_whole_head(parts.head, seen) if self.use_ema_teacher else FrozenStates(seen)
             counted = inputs["labels"][:, inputs["student_prompt_length"] :] != -100
             return divergence(
-                split,
+                parts.head,
                 hidden,
                 teacher,
-                divergence="jsd",
-                beta=self.beta,
-                temperature=self.temperature,
-                kl_clip=getattr(self, "jsd_token_clip", None),
+                divergence=Divergence("jsd", self.beta, self.temperature, getattr(self, "jsd_token_clip", None)),
                 token_weights=counted.float(),
             ).loss
 

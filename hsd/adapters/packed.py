@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hsd.adapters.common import ImportanceRatio
-from hsd_kernels import HSDKLOutput, fused_hsd_kl
+from hsd_kernels import Divergence, Head, HSDKLOutput, fused_hsd_kl
 
 
 class PackedOutput(NamedTuple):
@@ -20,7 +20,7 @@ class PackedOutput(NamedTuple):
 
     loss: Tensor
     per_token_loss: Tensor  # divergence times all weights, before the aggregation
-    per_token_kl: Tensor  # the divergence alone, nats
+    kl: Tensor  # the divergence alone, nats
     student_logps: Tensor  # of target_ids, at the temperature
     teacher_logps: Tensor
     student_entropy: Tensor
@@ -30,13 +30,11 @@ class PackedOutput(NamedTuple):
 def packed_loss(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    lm_head_weight: Tensor,
-    bias: Tensor | None = None,
+    head: Tensor | Head,
     *,
     target_ids: Tensor,
     loss_mask: Tensor,
-    teacher_weight: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_head: Tensor | Head | None = None,
     alpha: float = 1.0,
     temperature: float = 1.0,
     is_clip: float | None = None,
@@ -45,8 +43,6 @@ def packed_loss(
     aggregation: str = "token-mean",
     cu_seqlens: Tensor | None = None,
     normalizer: float | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     impl: str = "auto",
 ) -> PackedOutput:
     """Their ``compute_self_distillation_loss`` with ``full_logit_distillation`` and no top-k::
@@ -90,29 +86,25 @@ def packed_loss(
     out = fused_hsd_kl(
         student_hidden,
         teacher_hidden,
-        lm_head_weight,
-        bias,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
-        divergence="jsd",
-        beta=alpha,
-        temperature=temperature,
+        head,
+        divergence=Divergence("jsd", alpha, temperature),
+        teacher_head=teacher_head,
         target_ids=target_ids,
         token_weights=weights,
         token_weight_fn=ratio,
         reduction="sum",
-        logit_scale=logit_scale,
-        softcap=softcap,
         impl=impl,
         return_stats=True,
     )
-    assert isinstance(out, HSDKLOutput) and out.student_logps is not None and out.teacher_logps is not None
+    assert isinstance(out, HSDKLOutput)
+    stats = out.stats
+    assert stats.student_logps is not None and stats.teacher_logps is not None
     ratios = (weights != 0).float() if ratio is None else ratio.values
-    per_token = out.per_token_kl * ratios
+    per_token = stats.kl * ratios
     if rollout_is_weights is not None:
         per_token = per_token * rollout_is_weights
     return PackedOutput(
-        out.loss, per_token, out.per_token_kl, out.student_logps, out.teacher_logps, out.student_entropy, ratios
+        out.loss, per_token, stats.kl, stats.student_logps, stats.teacher_logps, stats.student_entropy, ratios
     )
 
 

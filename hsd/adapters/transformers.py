@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hsd.adapters.common import check_version, divergence, inside_forward, side_of, take_apart
+from hsd.adapters.common import check_version, divergence, inside_forward, take_apart, with_whole_head
 from hsd.hindsight.context import check_alignment
-from hsd.policy.body_and_head import Split, hidden_states
+from hsd.policy.body_and_head import BodyAndHead, hidden_states
+from hsd.policy.forward import FrozenStates
 from hsd.policy.frozen import in_eval_mode
-from hsd.train.update import LossOutput, Objective, Side
-from hsd_kernels import HSDKLOutput
+from hsd.train.update import LossOutput, Objective
+from hsd_kernels import RowStats
 
 TESTED = ("5.23", "5.23")
-USED = ("divergence", "beta", "temperature", "kl_clip", "kl_clip_form", "chunk_bytes", "impl")  # of an `Objective`
+USED = ("divergence", "chunk_bytes", "impl")  # of an `Objective`
 
 
 def hsd_loss_from_ids(
@@ -70,33 +71,29 @@ def hsd_loss_from_ids(
             raise ValueError(f"objective: expected {field.name}={field.default}, got {value}; only {USED} count here")
     _check_lists(student_ids, teacher_ids, lengths)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    split = take_apart(inner)
-    other = split if teacher is None else take_apart(teacher)
-    if (split.logit_scale, split.softcap) != (other.logit_scale, other.softcap):
+    parts = take_apart(inner)
+    other = parts if teacher is None else take_apart(teacher)
+    if (parts.logit_scale, parts.softcap) != (other.logit_scale, other.softcap):
         raise ValueError(
-            f"teacher: expected logit scale {split.logit_scale} and softcap {split.softcap}, the model's, got "
+            f"teacher: expected logit scale {parts.logit_scale} and softcap {parts.softcap}, the model's, got "
             f"{other.logit_scale} and {other.softcap}"
         )
 
-    def teacher_side() -> Side:
+    def teacher_states() -> FrozenStates:
         with torch.no_grad(), in_eval_mode(inner) if teacher is None else nullcontext():
             hidden = _states(other, teacher_ids, lengths)
-        return Side(hidden) if teacher is None else side_of(other, hidden)
+        return FrozenStates(hidden) if teacher is None else with_whole_head(other.head, hidden)
 
-    def loss() -> tuple[Tensor, HSDKLOutput]:
+    def loss() -> tuple[Tensor, RowStats]:
         # The teacher first: its activations are gone before the student's are kept.
-        side = teacher_side() if teacher is None else inside_forward(teacher, teacher, teacher_side)
-        hidden = _states(split, student_ids, lengths)
+        frozen = teacher_states() if teacher is None else inside_forward(teacher, teacher, teacher_states)
+        hidden = _states(parts, student_ids, lengths)
         counts = torch.tensor(lengths, device=hidden.device)
         out = divergence(
-            split,
+            parts.head,
             hidden,
-            side,
+            frozen,
             divergence=objective.divergence,
-            beta=objective.beta,
-            temperature=objective.temperature,
-            kl_clip=objective.kl_clip,
-            kl_clip_form=objective.kl_clip_form,
             target_ids=torch.cat([torch.tensor(x[len(x) - n :]) for x, n in zip(student_ids, lengths, strict=True)]).to(
                 hidden.device
             ),
@@ -105,12 +102,12 @@ def hsd_loss_from_ids(
             chunk_bytes=objective.chunk_bytes,
             impl=objective.impl,
         )
-        return out.loss, out  # tuples: FSDP looks for the tensors it must hook in these, not in dataclasses
+        return out.loss, out.stats  # tuples: FSDP looks for the tensors it must hook in these, not in dataclasses
 
     return LossOutput(*inside_forward(model, inner, loss))
 
 
-def _states(split: Split, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+def _states(parts: BodyAndHead, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
     """(sum(lengths), D), the states that predict the last ``lengths[i]`` tokens. The last token is not read."""
     width = max(len(x) for x in sequences) - 1
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -118,8 +115,8 @@ def _states(split: Split, sequences: Sequence[Sequence[int]], lengths: Sequence[
     for row, x in enumerate(sequences):
         ids[row, : len(x) - 1] = torch.tensor(x[:-1])
         mask[row, : len(x) - 1] = 1
-    device = split.weight.device
-    hidden = hidden_states(split.body, ids.to(device), mask.to(device))
+    device = parts.linear.weight.device
+    hidden = hidden_states(parts.body, ids.to(device), mask.to(device))
     ends = [len(x) - 1 for x in sequences]
     return torch.cat([hidden[i, end - n : end] for i, (end, n) in enumerate(zip(ends, lengths, strict=True))])
 

@@ -27,17 +27,18 @@ import torch
 from torch import Tensor, nn
 
 from hsd.adapters.common import (
-    Head,
     ImportanceRatio,
     check_version,
     divergence,
+    forward,
     inside_forward,
-    read,
-    side_of,
     take_apart,
+    with_whole_head,
 )
-from hsd.policy.body_and_head import Split
-from hsd.train.update import Side, rollout_weights
+from hsd.policy.body_and_head import BodyAndHead
+from hsd.policy.forward import FrozenStates
+from hsd.train.update import rollout_weights
+from hsd_kernels import Divergence, Head
 
 TESTED = ("1.16", "1.16")
 
@@ -91,21 +92,19 @@ def _distillation(theirs: Any) -> Any:
             _leave("_chunked_divergence_loss", "the teacher's logit scale or softcap is not the student's")
             return theirs(*args, **kwargs)
         student = Head(given["student_lm_head_weight"], given["student_lm_head_bias"], scale, cap)
-        teacher = Head(given["teacher_lm_head_weight"], given["teacher_lm_head_bias"])
+        teacher = Head(given["teacher_lm_head_weight"], given["teacher_lm_head_bias"], scale, cap)
         mask = given["completion_mask"] != 0
         out = divergence(
             student,
             given["student_hidden_states"],
-            side_of(teacher, given["teacher_hidden_states"]),
-            divergence="jsd",
-            beta=given["beta"],
-            temperature=given["temperature"],
+            with_whole_head(teacher, given["teacher_hidden_states"]),
+            divergence=Divergence("jsd", given["beta"], given["temperature"]),
             token_weights=mask.float(),
             reduction="sum",
         )
         tokens = mask.sum()
         items = tokens.clamp(min=1) if given["num_items_in_batch"] is None else given["num_items_in_batch"]
-        return out.loss / items, out.student_entropy.sum(), tokens
+        return out.loss / items, out.stats.student_entropy.sum(), tokens
 
     return chunked_divergence_loss
 
@@ -137,20 +136,20 @@ def _gkd(theirs: Any) -> Any:
         self.teacher_model.eval()
         labels = inputs["labels"][:, 1:]
 
-        def states(split: Split) -> Tensor:
-            return read(split, inputs["input_ids"], inputs["attention_mask"])[:, :-1]
+        def states(parts: BodyAndHead) -> Tensor:
+            return forward(parts, inputs["input_ids"], inputs["attention_mask"])[:, :-1]
 
-        def teacher_side() -> Side:
-            return side_of(teacher, states(teacher))
+        def teacher_states() -> FrozenStates:
+            return with_whole_head(teacher.head, states(teacher))
 
         def loss() -> Tensor:
             hidden = states(student)
             with torch.no_grad():
-                side = inside_forward(self.teacher_model, teacher_model, teacher_side)
+                seen = inside_forward(self.teacher_model, teacher_model, teacher_states)
             mask = (labels != -100).float()
             # Temperature 1, whatever self.temperature is: TRL's GKD samples with it and does not pass it to its loss.
-            options = {"divergence": "jsd", "beta": self.beta, "reduction": "sum"}
-            total = divergence(student, hidden, side, token_weights=mask, **options).loss
+            options = {"divergence": Divergence("jsd", self.beta), "reduction": "sum"}
+            total = divergence(student.head, hidden, seen, token_weights=mask, **options).loss
             return total / (mask.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
 
         with self.accelerator.autocast():
@@ -200,34 +199,32 @@ def _self_distillation(theirs: Any) -> Any:
         targets, mask = inputs["completion_ids"], sides.loss_mask.float()
         length = targets.shape[1]
 
-        def teacher_side() -> Side:
+        def teacher_states() -> FrozenStates:
             ids, seen = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
-            hidden = read(teacher, ids, seen)[:, -(length + 1) : -1]
-            return Side(hidden) if teacher.head is student.head else side_of(teacher, hidden)
+            hidden = forward(teacher, ids, seen)[:, -(length + 1) : -1]
+            return FrozenStates(hidden) if teacher.linear is student.linear else with_whole_head(teacher.head, hidden)
 
         def loss() -> tuple[Tensor, Tensor]:
             ids = torch.cat([inputs["prompt_ids"], targets], 1)
             seen = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-            hidden = read(student, ids, seen)[:, -(length + 1) : -1]
+            hidden = forward(student, ids, seen)[:, -(length + 1) : -1]
             with torch.no_grad(), self._get_teacher_context_for_self_distillation():
                 if teacher_model is student_model:
-                    side = teacher_side()
+                    frozen = teacher_states()
                 else:
-                    side = inside_forward(sides.teacher_model, teacher_model, teacher_side)
+                    frozen = inside_forward(sides.teacher_model, teacher_model, teacher_states)
             ratio = ImportanceRatio.of(inputs.get("old_per_token_logps"), self.args.distillation_is_clip)
             out = divergence(
-                student,
+                student.head,
                 hidden,
-                side,
-                divergence="jsd",
-                beta=self.args.distillation_alpha,
-                temperature=self.temperature,
+                frozen,
+                divergence=Divergence("jsd", self.args.distillation_alpha, self.temperature),
                 target_ids=targets,
                 token_weights=rollout_weights(mask),
                 token_weight_fn=ratio,
                 reduction="sum",
             )
-            per_token = out.per_token_kl if ratio is None else out.per_token_kl * ratio.values.view_as(mask)
+            per_token = out.stats.kl if ratio is None else out.stats.kl * ratio.values.view_as(mask)
             return out.loss, (per_token * mask).sum() / mask.sum().clamp(min=1.0)
 
         with self.accelerator.autocast():

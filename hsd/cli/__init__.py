@@ -1,1 +1,1 @@
-"""The command line: ``hsd train``, ``hsd eval``, ``hsd credit``, ``hsd compare``, ``hsd data``, ``hsd doctor``."""
+"""The command line: ``hsd train``, ``eval``, ``credit``, ``compare``, ``data``, ``doctor`` and ``demo``."""

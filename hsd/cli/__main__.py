@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-COMMANDS = ("train", "eval", "credit", "compare", "data", "doctor")
+COMMANDS = ("train", "eval", "credit", "compare", "data", "doctor", "demo")
 
 
 class Parser(argparse.ArgumentParser):

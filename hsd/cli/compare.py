@@ -1,6 +1,6 @@
 """`hsd compare RUN RUN ...`: a table of runs, what their settings differ in, and a picture of their learning curves.
 
-Reads each folder's metrics.jsonl, and, where they are there, config.yaml (`hsd train`) and report.json (the demo's).
+Reads each folder's metrics.jsonl and config.yaml, and report.json where `hsd demo` wrote one.
 Success is that of the training rollouts, as a mean over ``--window`` steps; success on held-out questions stands beside
 it, with its interval, where report.json has it.
 """
@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from hsd.viewer.plots import plot_runs
+
     if args.window < 1:
         raise ValueError(f"--window: expected a positive number of steps, got {args.window}")
     if args.png.suffix.lower() not in FORMATS:
@@ -54,17 +56,23 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(table(runs, args.window)))
     if differences := differing(runs):
         print("\n" + "\n".join(differences))
-    plot(args.png, runs, args.window)
+    curves = {title: learning_curves(runs, key, args.window) for key, title in CURVES.items()}
+    curves = {title: lines for title, lines in curves.items() if lines}
+    if not curves:
+        raise ValueError(f"RUN: expected a run that logged one of {', '.join(CURVES)}, got none")
+    args.png.parent.mkdir(parents=True, exist_ok=True)
+    plot_runs(args.png, curves, xlabel="step" if args.window == 1 else f"step (means of {args.window})")
     print(f"\nlearning curves: {args.png}")
     return 0
 
 
 def read_run(folder: Path, name: str) -> Run:
     from hsd.data.rows import read_json
-    from hsd.train.callbacks import read_metrics
+    from hsd.evaluate import Success
+    from hsd.train.callbacks import load_metrics
 
     path = folder / "metrics.jsonl"
-    rows = read_metrics(path)
+    rows = load_metrics(path)
     if not rows:
         evaluation = folder.suffix == ".json" or any((folder / f"{n}.json").exists() for n in ("results", "result"))
         instead = ", which `hsd eval` wrote: its table is results.md" if evaluation else ""
@@ -81,13 +89,11 @@ def read_run(folder: Path, name: str) -> Run:
     if (path := folder / "config.yaml").exists():
         settings = flat(_mapping(_yaml(path), path))
     if (path := folder / "report.json").exists():
-        report = read_json(path)
-        settings = settings or flat(_mapping(report.get("settings", {}), f"{path}: settings"))
-        after = _mapping(report.get("after") or {}, f"{path}: after")
-        if {"mean", "low", "high"} <= after.keys():
-            if any(type(after[key]) not in (int, float) for key in ("mean", "low", "high")):
-                raise ValueError(f"{path}: after: expected numbers, got {after!r:.200}")
-            evaluated = f"{after['mean']:.3f} [{after['low']:.3f}, {after['high']:.3f}]"
+        after = _mapping(read_json(path).get("after") or {}, f"{path}: after")
+        try:
+            evaluated = str(Success(**after)) if after else ""
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: after: expected a success with its interval, got {after!r:.200}") from None
     return Run(name, rows, settings, evaluated)
 
 
@@ -130,18 +136,11 @@ def table(runs: Sequence[Run], window: int) -> list[str]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """A line for each setting that is not the same in all runs that have settings.
-
-    A run of the demo records fewer of them than `hsd train`: between the two, those that both have count.
-    """
+    """A line for each setting that is not the same in all runs that have settings."""
     known = [r for r in runs if r.settings]
-    settings, keys = [r.settings for r in known], {key for r in known for key in r.settings}
-    if len({any(key.startswith("train.") for key in r.settings) for r in known}) > 1:
-        settings = [{key.removeprefix("train."): value for key, value in s.items()} for s in settings]
-        keys = set.intersection(*map(set, settings))
     lines = []
-    for key in sorted(keys - {"train.output_dir"}):
-        values = [s.get(key, "(not set)") for s in settings]
+    for key in sorted({key for r in known for key in r.settings} - {"train.output_dir"}, key=str):
+        values = [r.settings.get(key, "(not set)") for r in known]
         if any(v != values[0] for v in values):
             lines.append(f"{key}: " + ", ".join(f"{r.name} {v}" for r, v in zip(known, values, strict=True)))
     return lines
@@ -157,28 +156,11 @@ def moving_mean(rows: Sequence[dict[str, Any]], key: str, window: int) -> list[f
     return means
 
 
-def plot(path: Path, runs: Sequence[Run], window: int) -> None:
-    """Learning curves, a panel for each metric that a run has and a line for each run."""
-    from matplotlib.figure import Figure
-
-    curves = {k: title for k, title in CURVES.items() if any(row.get(k) is not None for r in runs for row in r.rows)}
-    if not curves:
-        raise ValueError(f"RUN: expected a run that logged one of {', '.join(CURVES)}, got none")
-    figure = Figure(figsize=(9.0, 3.2 * math.ceil(len(curves) / 2) + 0.3), layout="constrained")
-    panels = list(figure.subplots(math.ceil(len(curves) / 2), 2, squeeze=False).flat)
-    for axes, (key, title) in zip(panels, curves.items(), strict=False):
-        for i, r in enumerate(runs):
-            style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "linewidth": 1.6}
-            axes.plot([row["step"] for row in r.rows], moving_mean(r.rows, key, window), label=r.name, **style)
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("step" if window == 1 else f"step (means of {window})", fontsize=9)
-        axes.grid(True, color="#E5E5E5", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[len(curves) :]:
-        axes.set_visible(False)
-    panels[0].legend(fontsize=8, framealpha=0.9, edgecolor="none")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def learning_curves(runs: Sequence[Run], key: str, window: int) -> dict[str, tuple[list[float], list[float]]]:
+    """{run: (steps, means)} of the runs, empty where none has logged ``key``."""
+    if not any(row.get(key) is not None for r in runs for row in r.rows):
+        return {}
+    return {r.name: ([row["step"] for row in r.rows], moving_mean(r.rows, key, window)) for r in runs}
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -11,20 +11,19 @@ and once with the answer alone, and writes credit.html, credit.json and the figu
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hsd.viewer.make import Subject
+    from hsd.tasks.task import Task
 
 HELP = "figures of where the credit lands, and a page of rollouts token by token"
+LEAST = {"questions": 1, "rollouts": 2, "shown": 1, "max_new_tokens": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", type=Path, help="run folder of hsd train or of the demo")
+    parser.add_argument("run", nargs="?", type=Path, help="run folder of hsd train or hsd demo")
     parser.add_argument("--model", help="hub id or path, instead of the run's newest model")
     parser.add_argument("--data", type=Path, help="JSONL with question and answer; a run brings its own")
     parser.add_argument("--out", type=Path, help="folder to write into (RUN/credit, or ./credit)")
@@ -37,139 +36,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError where a model or questions are missing."""
-    from hsd.demo import report
-    from hsd.train.callbacks import read_metrics
-    from hsd.viewer import summary
+    import torch
+
+    from hsd.cli.run import newest_model
+    from hsd.tasks.task import load_policy
+    from hsd.train.callbacks import load_metrics
+    from hsd.viewer import report, summary
     from hsd.viewer.make import make_credit, sample_groups
 
-    for name, least in (("questions", 1), ("rollouts", 2), ("shown", 1), ("max_new_tokens", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"{name}: expected at least {least}, got {getattr(args, name)}")
-    model = args.model or newest_model(args.run)
-    subject, questions = load(args, str(model))
-    questions = questions[: args.questions]
+    for name, least in LEAST.items():
+        if (value := vars(args)[name]) is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if args.model is None and args.run is None:
+        raise ValueError("run: expected a run folder, or --model with --data, got neither")
+    model = args.model or str(newest_model(args.run))
+    task = find_task(args.run, model, args.data, args.max_new_tokens)
+    questions = task.evaluated[: args.questions]
+    policy = load_policy(model, "auto" if torch.cuda.is_available() else "float32").on_accelerator()
+    policy.tokenizer.pad_token = policy.tokenizer.pad_token or policy.tokenizer.eos_token
     out = args.out or (args.run / "credit" if args.run else Path("credit"))
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{subject.title}: {model}, {len(questions)} questions x {args.rollouts} rollouts, twice", flush=True)
-    groups, again = (sample_groups(subject, questions, args.seed + n, args.rollouts) for n in (0, 1))
+    print(f"{task.title}: {model}, {len(questions)} questions x {args.rollouts} rollouts, twice", flush=True)
+    groups, again = (sample_groups(task, policy, questions, args.seed + n, args.rollouts) for n in (0, 1))
     note = f"Model {model}, seed {args.seed}. The teacher has the same weights."
-    credit = make_credit(out, subject, groups, again, seed=args.seed, note=note, shown=args.shown)
+    credit = make_credit(out, task, policy, groups, again, seed=args.seed, note=note, shown=args.shown)
     pictures = summary.draw(out, credit)
-    if args.run and (rows := read_metrics(args.run / "metrics.jsonl")):
+    if args.run and (rows := load_metrics(args.run / "metrics.jsonl")):
         pictures += report.training_picture(out, rows)
     print("\n".join(summary.lines(credit)))
     print("\nWrote " + ", ".join(str(p) for p in (out / "credit.html", out / "credit.json", *pictures)))
     return 0
 
 
-def newest_model(run: Path | None) -> Path:
-    """``RUN/model``, else the last whole checkpoint, else RUN itself where that is a saved model."""
-    from hsd.train.callbacks import last_checkpoint
+def find_task(run: Path | None, model: str, data: Path | None, max_new_tokens: int | None) -> Task:
+    """The task of a run, with ``model`` and, where they are given, the questions of ``data``.
 
-    if run is None:
-        raise ValueError("run: expected a run folder, or --model with --data, got neither")
-    if not run.is_dir():
-        raise ValueError(f"run: expected a folder, got {run}")
-    for folder in (run / "model", last_checkpoint(run), run):
-        if folder is not None and any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-            return folder
-    raise ValueError(f"run: expected a model, a checkpoint or config.json in {run}, got none; give --model")
-
-
-def load(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
-    """The policy with its verifier and context template, and questions: a run's own, else those of --data.
-
-    The demo's questions are held out; those of `hsd train` are the ones it trains on.
+    Without a run, ``data`` is asked as it stands and scored by the last number of the answer.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from hsd.cli.run import prepare
+    from hsd.cli.settings import load, parse
+    from hsd.tasks.files import title
+    from hsd.tasks.settings import Data
 
-    own = next((find for name, find in RUNS.items() if args.run and (args.run / name).exists()), None)
-    if args.data is None and own is None:
-        raise ValueError("data: expected a JSONL file of questions, or a run of `hsd train` or of the demo, got none")
-    cuda = torch.cuda.is_available()
-    policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto" if cuda else torch.float32)
-    policy = policy.to("cuda" if cuda else "cpu")
-    found = _from_file if args.data is not None or own is None else own
-    subject, questions = found(args, model)
-    subject.tokenizer.pad_token = subject.tokenizer.pad_token or subject.tokenizer.eos_token
-    length = args.max_new_tokens or subject.sampling.max_new_tokens
-    return replace(subject, model=policy, sampling=replace(subject.sampling, max_new_tokens=length)), questions
-
-
-def _from_demo(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
-    from hsd.data.rows import read_json
-    from hsd.demo import worlds
-    from hsd.demo.__main__ import parse, say
-
-    given = read_json(args.run / "arguments.json")
-    name = given.pop("world")
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
-    world = getattr(worlds, name)(parse([name, *flags, f"--out={args.run}"]), say)
-    return world.subject, world.held_out
-
-
-def _from_train(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
-    from transformers import AutoTokenizer
-
-    from hsd.cli.pieces import load_rewards, load_rows
-    from hsd.cli.settings import read
-    from hsd.evaluate import Sampling
-    from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
-    from hsd.train.config import HSDConfig
-    from hsd.viewer.make import Subject
-
-    settings, _ = read(args.run / "config.yaml")
-    config = HSDConfig(**settings.train)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    chat = bool(tokenizer.chat_template) if settings.data.chat is None else settings.data.chat
-    template = config.context_template(DEFAULT_CHAT_TEMPLATE if chat else DEFAULT_TEXT_TEMPLATE)
-    rewards = load_rewards(settings.reward)
-    sampling = Sampling(config.max_completion_length or 512, config.temperature, config.top_p, batch_size=64)
-    title = f"{settings.model.path} on {settings.data.path}"
-    weights = config.reward_weights or [1.0] * len(rewards)
-    reward = _weighted(rewards, weights, config.success_reward)
-    subject = Subject(title, None, tokenizer, reward, template, sampling, config.success_reward)
-    return subject, load_rows(settings.data, config.seed, chat)
-
-
-def _weighted(
-    rewards: Sequence[Callable[..., Any]], weights: Sequence[float], success_reward: float
-) -> Callable[..., list[float]]:
-    """The sum that `HSDTrainer` compares with ``success_reward``: verdicts that failed (None, NaN) are left out, and a
-    rollout without any is no success."""
-    unscored = min(0.0, success_reward - 1.0)
-
-    def reward(**columns: Any) -> list[float]:
-        verdicts = [
-            [None if r is None or math.isnan(r) else w * r for r in f(**columns)]
-            for f, w in zip(rewards, weights, strict=True)
-        ]
-        judged = [[r for r in of_one if r is not None] for of_one in zip(*verdicts, strict=True)]
-        return [sum(of_one) if of_one else unscored for of_one in judged]
-
-    return reward
-
-
-def _from_file(args: argparse.Namespace, model: str) -> tuple[Subject, list[dict[str, Any]]]:
-    from transformers import AutoTokenizer
-
-    from hsd.demo.worlds import read_questions
-    from hsd.evaluate import Sampling
-    from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
-    from hsd.verify import number_reward
-    from hsd.viewer.make import Subject
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    questions = read_questions(args.data, args.questions)
-    chat = tokenizer.chat_template is not None
-    if not chat:
-        questions = [{**q, "prompt": q["prompt"][-1]["content"]} for q in questions]
-    template = DEFAULT_CHAT_TEMPLATE if chat else DEFAULT_TEXT_TEMPLATE
-    title = f"{Path(model).name} on {args.data.name}"
-    sampling = Sampling(max_new_tokens=512, top_p=0.95, batch_size=64)
-    return Subject(title, None, tokenizer, number_reward, template, sampling), questions
-
-
-# What a run folder holds -> how to read it.
-RUNS = {"arguments.json": _from_demo, "config.yaml": _from_train}
+    written = run / "config.yaml" if run else None
+    if written and written.exists():
+        settings = load(written)
+        if data is not None:
+            settings = replace(settings, data=Data(str(data), instruction=settings.data.instruction))
+    elif data is not None:
+        asked = {"path": str(data), "instruction": ""}
+        train = {"max_completion_length": 512}
+        settings = parse({"model": {"path": model}, "data": asked, "reward": "number", "train": train})
+    else:
+        raise ValueError("data: expected a JSONL file of questions, or a run of hsd train or hsd demo, got none")
+    own_model = replace(settings, model=replace(settings.model, path=model, lora=None))
+    job = prepare(own_model, "credit", source=str(written or data), check=True)
+    task = job.task()
+    length = max_new_tokens or task.sampling.max_new_tokens
+    return replace(task, title=title(settings, job.base), sampling=replace(task.sampling, max_new_tokens=length))

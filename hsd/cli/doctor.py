@@ -10,7 +10,6 @@ import platform
 import warnings
 from collections.abc import Callable
 from importlib import metadata
-from types import SimpleNamespace
 from typing import Any
 
 HELP = "what is installed, which kernels and attention backends will be used and why, how shut the sandbox is"
@@ -80,8 +79,7 @@ def row_kernels() -> Facts:
     """What ``impl="auto"`` takes, by device and dtype of the logits."""
     import torch
 
-    from hsd_kernels import rows
-    from hsd_kernels.rows import cpp
+    from hsd_kernels import native, rows
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     chosen: Facts = {}
@@ -89,18 +87,19 @@ def row_kernels() -> Facts:
         for dtype in (torch.float32, torch.bfloat16):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # a broken library is a line of its own
-                name = rows.resolve("auto", torch.device(device), dtype).__name__.rpartition(".")[2]
+                module = rows.resolve("auto", torch.device(device), dtype).__name__.rpartition(".")[2]
+            name = next(impl for impl, file in rows.MODULES.items() if file == module)
             chosen[f"{device} {str(dtype).removeprefix('torch.')}"] = {"impl": name, "why": _why_rows(device, name)}
     if "cuda" not in devices:
         chosen["cuda"] = {"impl": None, "why": "no GPU; with one of sm_80 or later: triton, else torch"}
-    if cpp.find() is None:
-        chosen["C++ library"] = {"built": False, "why": f"not built; run `{cpp.BUILD}`"}
-    else:
-        library = {"built": True, "file": str(cpp.find())}
-        try:
-            chosen["C++ library"] = library | {"instructions": cpp.VARIANTS[cpp.variant()]}
-        except RuntimeError as error:
-            chosen["C++ library"] = library | {"broken": str(error)}
+    library: Facts = {"built": native.find() is not None}
+    try:
+        library |= {"instructions": native.VARIANTS[native.facts().fastest], "file": str(native.find())}
+    except ValueError:
+        library["why"] = f"not built; run `{native.BUILD}`"
+    except RuntimeError as error:
+        library["broken"] = str(error)
+    chosen["C++ library"] = library
     return chosen
 
 
@@ -121,30 +120,24 @@ def _why_rows(device: str, name: str) -> str:
 
 
 def matrix_products() -> Facts:
-    """How bf16 operands get an fp32 result, on a CPU and on a GPU."""
+    """Who multiplies bf16 operands on this CPU, by `hsd_kernels.gemm.plan`, and what that follows from."""
     import torch
 
     from hsd_kernels import gemm
 
-    a = torch.zeros(2, 2, dtype=torch.bfloat16)
-    mkl, own = (takes(a, a, torch.zeros(2, 2)) for takes in (gemm.mkl_takes, gemm.vdpbf16ps_takes))
-    return {
-        "cpu float32": {"impl": "torch.mm", "why": "operands and result are fp32"},
-        "cpu bfloat16": {
-            "impl": "MKL bf16 x bf16 -> fp32" if mkl else "upcast to fp32, then torch.mm",
-            "why": "torch's CPU library exports cblas_gemm_bf16bf16f32"
-            if mkl
-            else "torch's CPU library does not export cblas_gemm_bf16bf16f32",
-        },
-        "cpu bfloat16, logits/dW": {
-            "impl": "vdpbf16ps of the C++ library" if own else "as cpu bfloat16",
-            "why": "avx512_bf16 without AMX, where MKL is slow" if own else "AMX, no avx512_bf16, or no C++ library",
-        },
-        "cpu bfloat16, dH": {
-            "impl": "torch.mm, bf16 result" if gemm.torch_leads(a) else "as cpu bfloat16",
-            "why": "MKL is slow without AMX, and dH is rounded next" if gemm.torch_leads(a) else "as cpu bfloat16",
-        },
-        "cuda bfloat16": {"impl": "cuBLAS, out_dtype=float32", "why": "always"},
+    bf16, a = torch.bfloat16, torch.zeros(2, 2, dtype=torch.bfloat16)
+    plans: dict[str, gemm.By] = {
+        "logits": gemm.plan("logits", a, a, torch.float32),
+        "dH": gemm.plan("dH", a, a, bf16),
+        "dW": gemm.plan("dW", a, a, torch.float32),
+    }
+    found: Facts = {f"cpu bfloat16, {name}": {"impl": by, "why": gemm.BY[by]} for name, by in plans.items()}
+    here = gemm.machine()
+    return found | {
+        "bf16 instructions": here.bf16,
+        "C++ products": here.own,
+        "MKL's product": here.mkl,
+        "cuda bfloat16": "cuBLAS, out_dtype=float32",
     }
 
 
@@ -157,13 +150,11 @@ def tree_attention() -> Facts:
     except ImportError as error:
         return {"all": {"backend": None, "why": f"{error}: the trainer's extras are not installed"}}
 
-    def chosen(device: str, dtype: torch.dtype, runs: int, softcap: float | None = None, sinks: Any = None) -> str:
-        starts = [500 * i for i in range(runs + 1)]
-        tree: Any = SimpleNamespace(
-            node=range(starts[-1]), key_node=range(starts[-1]), query_starts=starts, key_starts=starts
-        )
-        query: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
-        return choose_backend(tree, query, softcap, sinks)
+    def chosen(
+        device: str, dtype: torch.dtype, runs: int, softcap: float | None = None, has_sinks: bool = False
+    ) -> str:
+        rows = [500] * runs
+        return choose_backend(device, dtype, rows, rows, sum(rows), softcap, has_sinks)
 
     half, wide = torch.bfloat16, torch.float32
     found: Facts = {
@@ -175,7 +166,10 @@ def tree_attention() -> Facts:
         "cuda float32": {"backend": chosen("cuda", wide, 16), "why": "the kernels for CUDA take half precision only"},
         "cuda bfloat16": {"backend": chosen("cuda", half, 16), "why": "half precision"},
         "cuda bfloat16, soft cap": {"backend": chosen("cuda", half, 16, softcap=30.0), "why": "varlen has no soft cap"},
-        "cuda bfloat16, sinks": {"backend": chosen("cuda", half, 16, sinks=1), "why": "neither kernel has sinks"},
+        "cuda bfloat16, sinks": {
+            "backend": chosen("cuda", half, 16, has_sinks=True),
+            "why": "neither kernel has sinks",
+        },
     }
     if not torch.cuda.is_available():
         found["note"] = "no GPU here: the lines for cuda say what one would use"

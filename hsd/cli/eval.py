@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from hsd.evaluate.engines import choose, load_engine
     from hsd.evaluate.sampling import Sampling
     from hsd.evaluate.table import markdown
+    from hsd.files import replacing
+    from hsd.progress import counter
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.batch_size)
     check_request(sampling, args.samples, args.seed)
@@ -87,11 +88,12 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             chat_template_kwargs=args.chat_template_kwargs,
             judge_again=args.judge_again,
-            progress=_progress(),
+            progress=counter("sampled"),
         )
         results.append(result)
         write_json(args.out / "results.json", results)
-        (args.out / "results.md").write_text(markdown(results), encoding="utf-8")
+        with replacing(args.out / "results.md") as part:
+            part.write_text(markdown(results), encoding="utf-8")
     print(markdown(results))
     return 0
 
@@ -118,15 +120,3 @@ def verifiers(choice: str) -> Mapping[str, Any]:
 def slug(name: str) -> str:
     """A folder's name: ``openai/gsm8k main test`` gives ``openai-gsm8k-main-test``."""
     return re.sub(r"[^\w.+]+", "-", re.sub(r"\.jsonl(\.gz)?$", "", name)).strip("-")
-
-
-def _progress() -> Any:
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        print(f"  {done} of {total} samples, {now - last:.0f} s", flush=True)
-        last = now
-
-    return show

@@ -1,191 +1,118 @@
-"""What a training run is told: YAML sections and command-line overrides, checked by name, type and line.
+"""A run's settings from a YAML file and ``--key value`` pairs. Errors name the file or the option, and the nearest key.
 
-model: {path: Qwen/Qwen3-1.7B, dtype: bfloat16, lora: {r: 16}}
-data:  {path: train.jsonl}
-reward: math
-train: {learning_rate: 1e-6, ...}            # the fields of HSDConfig
+Sections and their types are in `hsd.tasks.settings`, the keys of ``train`` are the fields of `hsd.HSDConfig`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict, is_typeddict
 
-from hsd.cli.convert import WrongType, convert, options
-
-
-@dataclass(frozen=True)
-class Lora:
-    """As in `peft.LoraConfig`."""
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
+from hsd.tasks.settings import Settings
 
 
-@dataclass(frozen=True)
-class Model:
-    """``path``: hub id or folder, or "small_world" for the demo's, which is made here."""
-
-    path: str
-    dtype: str = "float32"  # of the weights; train.bf16 computes in bf16
-    attention: str | None = None  # transformers' attn_implementation
-    lora: Lora | None = None
-
-
-@dataclass(frozen=True)
-class Data:
-    """``path``: a JSONL file or a name that `hsd.data.load` knows, or "small_world"."""
-
-    path: str
-    split: str | None = None
-    limit: int | None = None  # the first so many questions
-    instruction: str | None = None  # below every question, instead of hsd.data's; "" is none
-    chat: bool | None = None  # messages or plain texts; None: messages where the tokenizer has a chat template
+def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """The settings in a YAML file with ``--key value`` pairs on top."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: expected YAML in UTF-8, got {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected sections {', '.join(f.name for f in fields(Settings))}, got {raw!r:.80}")
+    return parse(raw, overrides, str(path))
 
 
-@dataclass(frozen=True)
-class Settings:
-    model: Model
-    data: Data
-    reward: str | list[str]  # number, math, code or module:function
-    train: dict[str, Any]  # fields of HSDConfig
+def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "settings") -> Settings:
+    """``raw`` as checked settings, with ``--key value`` pairs on top. ``source`` names ``raw`` in errors."""
+    merged: dict[str, Any] = {key: dict(v) if isinstance(v, Mapping) else v for key, v in raw.items()}
+    came_from: dict[str, str] = {}
+    for word, text in _pairs(overrides):
+        key = _full_name(word)
+        _put(merged, key.split("."), _value(text, known_keys()[key]))
+        came_from[key] = f"--{word}"
+    for section in ("model", "data", "train"):
+        if merged.get(section) is None:  # absent, or without a key
+            merged[section] = {}
+    try:
+        merged["train"] = _adapter(_train()).validate_python(merged["train"])
+        return _adapter(Settings).validate_python(merged)
+    except ValidationError as error:
+        prefix = "" if error.title == "Settings" else "train."
+        raise ValueError(_explain(error, prefix, came_from, source)) from None
 
 
-class Section(dict):
-    """A YAML mapping that knows the line, or the option, that each key came from."""
+@cache
+def known_keys() -> dict[str, Any]:
+    """Every key, in dotted form, with its type."""
 
-    def __init__(self) -> None:
-        self.origin: dict[str, str] = {}
+    def walk(cls: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, hint in _hints(cls).items():
+            yield prefix + name, hint
+            inner = _train_config() if (cls, name) == (Settings, "train") else None
+            inner = inner or next((option for option in (hint, *get_args(hint)) if is_dataclass(option)), None)
+            if inner is not None:
+                yield from walk(inner, f"{prefix}{name}.")
+
+    return dict(walk(Settings, ""))
 
 
-class Loader(yaml.SafeLoader):
-    source = ""
+def _train_config() -> type:
+    from hsd.train.config import HSDConfig
+
+    return HSDConfig
 
 
-def _mapping(loader: Loader, node: yaml.MappingNode) -> Section:
-    section = Section()
-    for key_node, value_node in node.value:
-        key, line = str(loader.construct_object(key_node, deep=True)), key_node.start_mark.line + 1
-        if key in section:
-            raise ValueError(f"{loader.source}, line {line}: {key}: expected once, got it again")
-        try:
-            section[key] = loader.construct_object(value_node, deep=True)
-        except ValueError as error:
-            if not isinstance(value_node, yaml.ScalarNode):
-                raise
-            got = value_node.value  # reads like a day, 2024-13-01, and is none
-            raise ValueError(f"{loader.source}, line {line}: {key}: {error}, got {got!r}") from error
-        section.origin[key] = f"{loader.source}, line {line}: " if loader.source else ""
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls) if f.init}
+
+
+@cache
+def _train() -> Any:
+    """The fields of HSDConfig as a TypedDict: what is given, and no defaults."""
+    section: Any = TypedDict("Train", _hints(_train_config()), total=False)  # type: ignore[operator]
+    section.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     return section
 
 
-Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    has_its_own = is_dataclass(hint) or is_typeddict(hint)
+    of_any_type: Any = hint
+    return TypeAdapter(of_any_type, config=None if has_its_own else ConfigDict(arbitrary_types_allowed=True))
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> tuple[Settings, dict[str, str]]:
-    """Settings of a file with ``--key value`` pairs on top, and where each of the train section's keys came from."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from error
-    try:
-        loader = Loader(text)
-        loader.source = str(path)
-        raw = loader.get_single_data()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: expected YAML, got {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(raw, Section):
-        raise ValueError(f"{path}: expected sections model, data, reward and train, got {raw!r}")
-    for key, text in _pairs(overrides):
-        _override(raw, key, text)
-    settings = _build(Settings, raw, str(path))
-    train = raw.get("train")
-    return settings, dict(train.origin) if isinstance(train, Section) else {}
+def _explain(error: ValidationError, prefix: str, came_from: Mapping[str, str], source: str) -> str:
+    """One line about the first key that is wrong."""
+    problems = error.errors()
+    place = [str(part) for part in problems[0]["loc"]]
+    unknown = problems[0]["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+    # Behind a key stand the place in a list and the member of a union that was tried.
+    lengths = range(len(place), 0, -1)
+    length = next((n for n in lengths if unknown or prefix + ".".join(place[:n]) in known_keys()), 0)
+    key = (prefix + ".".join(place[:length])).rstrip(".")
+    where = came_from.get(key, source)
+    if unknown:
+        return f"{where}: {key}: unknown key{nearest(key)}"
+    about = [p for p in problems if [str(part) for part in p["loc"][:length]] == place[:length]]
+    expected = " or ".join(dict.fromkeys(p["msg"].removeprefix("Input should be ") for p in about))
+    return f"{where}: {key}: expected {expected}, got {problems[0]['input']!r:.200}"
 
 
-def names() -> list[str]:
-    """Every key, in dotted form."""
-    return list(_walk(Settings, ""))
-
-
-def _walk(cls: Any, prefix: str) -> Iterator[str]:
-    for name, hint in hints(cls).items():
-        yield prefix + name
-        if (inner := _inner(cls, name, hint)) is not None:
-            yield from _walk(inner, f"{prefix}{name}.")
-
-
-def hints(cls: type) -> dict[str, Any]:
-    known = get_type_hints(cls)
-    return {f.name: known[f.name] for f in fields(cls) if f.init}
-
-
-def _inner(cls: type, name: str, hint: Any) -> type | None:
-    """The dataclass behind a section, if the key is one."""
-    if cls is Settings and name == "train":
-        from hsd.train.config import HSDConfig
-
-        return HSDConfig
-    own = [o for o in options(hint) if is_dataclass(o) and o.__module__ == __name__]
-    return own[0] if own else None  # type: ignore[return-value]
-
-
-def _build(cls: Any, raw: Any, source: str, prefix: str = "") -> Any:
-    """A section's dataclass (HSDConfig: a dict of its fields) from what the file and the command line say."""
-    if not isinstance(raw, Section):
-        raise ValueError(f"{source}: {prefix.rstrip('.')}: expected keys of its own, got {raw!r}")
-    known = hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        at = raw.origin[key]
-        if key not in known:
-            raise ValueError(f"{at}{prefix}{key}: unknown key{_nearest(key, prefix)}")
-        inner = _inner(cls, key, known[key])
-        if inner is not None and isinstance(value, Section | None) and (value is not None or _required(cls, key)):
-            values[key] = _build(inner, Section() if value is None else value, source, f"{prefix}{key}.")
-            continue
-        try:
-            values[key] = convert(_plain(value), known[key])
-        except WrongType as error:
-            raise ValueError(f"{at}{prefix}{key}: {error}") from None
-    for key in known:
-        if key not in values and _required(cls, key):
-            if (inner := _inner(cls, key, known[key])) is None:
-                raise ValueError(f"{source}: {prefix}{key}: expected a value, got none")
-            values[key] = _build(inner, Section(), source, f"{prefix}{key}.")
-    return values if cls.__name__ == "HSDConfig" else cls(**values)
-
-
-def _required(cls: Any, key: str) -> bool:
-    if cls.__name__ == "HSDConfig":
-        return False
-    field = next(f for f in fields(cls) if f.name == key)
-    return field.default is MISSING and field.default_factory is MISSING
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Section):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else value
-
-
-def _nearest(key: str, prefix: str) -> str:
-    """ ", the nearest is ..." or nothing: the same word in another section first, then a similar one in this."""
-    every = names()
-    found = [n for n in every if n.rpartition(".")[2] == key]
-    if not found:
-        here = [n for n in every if n.startswith(prefix)]
-        last = {n.rpartition(".")[2]: n for n in (*every, *here)}
-        found = [last[word] for word in difflib.get_close_matches(key, last, n=1)]
+def nearest(key: str) -> str:
+    """ ", the nearest is ..." or nothing: the same word in another section first, then a similar one."""
+    last = {name.rpartition(".")[2]: name for name in known_keys()}
+    word = key.rpartition(".")[2]
+    same = [name for name in known_keys() if name.rpartition(".")[2] == word]
+    found = same or [last[w] for w in difflib.get_close_matches(word, last, n=1)]
     return f", the nearest is {' or '.join(found)}" if found else ""
 
 
@@ -194,7 +121,7 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ValueError(f"arguments: expected --key value after the configuration, got {word!r}")
+            raise ValueError(f"arguments: expected --key value, got {word!r}")
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
@@ -203,36 +130,34 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield key.replace("-", "_"), text
 
 
-def _override(raw: Section, key: str, text: str) -> None:
-    """Set ``key``, dotted or the last word alone where only one key ends so."""
-    every = names()
-    found = [key] if key in every else [n for n in every if n.rpartition(".")[2] == key]
+def _full_name(word: str) -> str:
+    """The dotted key of an option: itself, or the only key that ends in it."""
+    found = [word] if word in known_keys() else [n for n in known_keys() if n.rpartition(".")[2] == word]
     if not found:
-        raise ValueError(f"--{key}: unknown key{_nearest(key.rpartition('.')[2], '')}")
+        raise ValueError(f"--{word}: unknown key{nearest(word)}")
     if len(found) > 1:
-        raise ValueError(f"--{key}: expected one of {', '.join('--' + n for n in found)}, got the short {key!r}")
-    *path, last = found[0].split(".")
-    cls: Any = Settings
-    for name in path:
-        cls = _inner(cls, name, hints(cls)[name])
-        if not isinstance(raw.get(name), Section):  # absent, or none
-            raw[name] = Section()
-            raw.origin[name] = f"--{key}: "
-        raw = raw[name]
-    hint = hints(cls)[last]
-    try:
-        value = yaml.load(text, Loader)
-    except yaml.YAMLError:
-        value = text
-    if not isinstance(value, str | Section) and not _fits(value, hint) and str in options(hint):
-        value = text  # --run_name 12
-    raw[last] = value
-    raw.origin[last] = f"--{key}: "
+        raise ValueError(f"--{word}: expected one of {', '.join('--' + n for n in found)}, got the short {word!r}")
+    return found[0]
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _value(text: str, hint: Any) -> Any:
+    """The first reading of an option's text that its type allows: YAML's, the text itself, none."""
     try:
-        convert(_plain(value), hint)
-    except WrongType:
-        return False
-    return True
+        as_yaml = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        as_yaml = text
+    for value in (as_yaml, text, *([None] if text.lower() == "none" else [])):
+        try:
+            _adapter(hint).validate_python(value)
+            return value
+        except ValidationError:
+            continue
+    return as_yaml
+
+
+def _put(section: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for name in path[:-1]:
+        if not isinstance(section.get(name), dict):
+            section[name] = {}
+        section = section[name]
+    section[path[-1]] = value

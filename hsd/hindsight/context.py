@@ -92,6 +92,15 @@ DEFAULT_TEXT_TEMPLATE = ContextTemplate(
 
 
 @dataclass(frozen=True)
+class ContextParts:
+    """What a privileged context is made of; None is not shown. A demonstration is a text, or a peer's token ids."""
+
+    answer: str | None = None
+    demonstration: Sequence[int] | str | None = None
+    feedback: str | None = None
+
+
+@dataclass(frozen=True)
 class PrivilegedContext:
     """A teacher prompt ``[q ; c_i]``, ready for the rollout's tokens to be appended.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +42,6 @@ class Rollout:
         _check_finite("reward", self.reward)
         if self.mean_logp is not None:
             _check_finite("mean_logp", self.mean_logp)
-
-    @property
-    def perplexity(self) -> float:
-        """``exp(-mean_logp)``. Raises ValueError when ``mean_logp`` is None."""
-        if self.mean_logp is None:
-            raise ValueError("mean_logp: expected a number to compute the perplexity from, got None")
-        return math.exp(-self.mean_logp)
 
 
 @dataclass(frozen=True)
@@ -111,6 +105,48 @@ class Group:
         if not 0 <= i < len(self.rollouts):
             raise ValueError(f"i: expected a rollout index in [0, {len(self.rollouts)}), got {i}")
         return [j for j in self.successes if j != i]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rollout as ``group.rollouts[index]``; ``number`` counts the groups of the whole step, over all ranks."""
+
+    group: Group
+    index: int
+    number: int
+
+    @property
+    def success(self) -> bool:
+        return self.index in self.group.successes
+
+    @property
+    def has_peer(self) -> bool:
+        """Whether another rollout of its group succeeds: what coverage counts."""
+        return bool(self.group.success_peers(self.index))
+
+
+def members(
+    rows: Sequence[Mapping[str, Any]],
+    rollouts: Sequence[Rollout],
+    *,
+    first: int,
+    group_size: int,
+    success_reward: float,
+) -> list[Member]:
+    """The rollouts of this process in their groups.
+
+    Args:
+        rows: Data-set rows of this process's rollouts, with "prompt" and "answer" (None is no answer).
+        rollouts: Those of all processes: a group may be split between ranks, and all of them see it whole.
+        first: The position of this process's first rollout among them.
+    """
+    found = []
+    for i, row in enumerate(rows):
+        number, index = divmod(first + i, group_size)
+        whole = tuple(rollouts[number * group_size : (number + 1) * group_size])
+        answer = "" if row["answer"] is None else str(row["answer"])
+        found.append(Member(Group(row["prompt"], answer, whole, success_reward), index, number))
+    return found
 
 
 def _check_finite(name: str, value: object) -> None:

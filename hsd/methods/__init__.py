@@ -1,22 +1,10 @@
-"""The self-distillation family, one word each: objective, source and defaults are in each file."""
+"""The self-distillation family, one file a method: equation, source, what the teacher is shown, defaults, own code."""
 
-from hsd.methods import grpo, hindsight, opsd, rlsd, sdft, sdpo
-from hsd.methods.method import HSD_DEFAULTS, Method, Shown, shown_to_teacher
+from hsd.methods import dapo, dr_grpo, grpo, grpo_opsd, gspo, hsd, opsd, rlsd, sdft, sdpo
+from hsd.methods.method import Method
 
-METHODS = {
-    m.name: m
-    for m in (
-        hindsight.METHOD,
-        opsd.OPSD,
-        sdpo.METHOD,
-        sdft.METHOD,
-        rlsd.METHOD,
-        opsd.GRPO_OPSD,
-        grpo.GRPO,
-        grpo.DR_GRPO,
-        grpo.GSPO,
-        grpo.DAPO,
-    )
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD for module in (hsd, opsd, sdpo, sdft, rlsd, grpo_opsd, grpo, dr_grpo, gspo, dapo)
 }
 
-__all__ = ["HSD_DEFAULTS", "METHODS", "Method", "Shown", "shown_to_teacher"]
+__all__ = ["METHODS", "Method"]

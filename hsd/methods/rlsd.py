@@ -6,24 +6,27 @@ With ``D_t = log q(o_t) - log p(o_t)`` (stop-gradient) and the sequence advantag
     A_t = A ((1 - l) + l clip(w_t, 0.8, 1.2))        # l from 0.5 to 0 over 50 steps: advantage_mix
     L   = GRPO's clipped surrogate with A_t
 
-The paper's last equation differs; this is the form that public ports use. Where A = 0 nothing happens.
+The teacher is shown what OPSD's is. The paper's last equation differs; this is the form that public ports use. Where
+A = 0 nothing happens.
 """
 
 from torch import Tensor
 
+from hsd.methods import opsd
 from hsd.methods.method import Method
 
 CLIP = 0.2
 
 
 def token_advantages(advantages: Tensor, d: Tensor, mix: float) -> Tensor:
+    """Advantages and D, both (B, T) -> (B, T)."""
     weight = (advantages.sign() * d).exp().clamp(1.0 - CLIP, 1.0 + CLIP)
     return advantages * ((1.0 - mix) + mix * weight)
 
 
 METHOD = Method(
     "rlsd",
-    demonstration="solution",
+    opsd.context_of,
     token_advantages=token_advantages,
     defaults={
         "divergence_coef": 0.0,

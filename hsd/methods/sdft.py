@@ -1,4 +1,4 @@
-"""Self-Distillation Fine-Tuning (SDFT, arXiv 2601.19897): the teacher reads a demonstration from the data set.
+"""Self-Distillation Fine-Tuning (SDFT, arXiv 2601.19897): the teacher is shown a demonstration of the data set.
 
     L = 1/|tokens| sum_{i,t} JSD_0.5(p, q)
 
@@ -6,11 +6,18 @@ Published descriptions disagree on the teacher's weights and on the divergence; 
 SDFTTrainer (initial policy, JSD with 0.5) over the full vocabulary. The data set needs a ``demonstration`` column.
 """
 
-from hsd.methods.method import Method
+from hsd.hindsight.context import ContextParts
+from hsd.hindsight.teacher_prompts import RolloutView
+from hsd.methods.method import Method, demonstrate
+
+
+def context_of(view: RolloutView) -> ContextParts | None:
+    return demonstrate(view, view.row.get("demonstration"))
+
 
 METHOD = Method(
     "sdft",
-    demonstration="demonstration",
+    context_of,
     needs=("demonstration",),
     defaults={
         "teacher": "fixed",

@@ -1,6 +1,6 @@
 """Self-Distillation Policy Optimization (SDPO, arXiv 2601.20802), with the full vocabulary for its top 100 and tail.
 
-The teacher reads the group's first other success, without the answer, else the environment's feedback on this very
+The teacher is shown the group's first other success, without the answer, else the environment's feedback on this very
 rollout; a rollout with neither is left out. An EMA of the student teaches::
 
     L = 1/|tokens| sum_{i,t} min(pi / pi_old, 2) JSD_0.5(p, q)
@@ -9,12 +9,20 @@ pi / pi_old is 1 with one update per generated batch. The EMA moves by 0.05 an o
 is ``teacher="trust_region"``. Its correction for a rollout engine that differs from the model is not here.
 """
 
-from hsd.methods.method import Method
+from hsd.hindsight.context import ContextParts
+from hsd.hindsight.teacher_prompts import RolloutView
+from hsd.methods.method import Method, demonstrate
+
+
+def context_of(view: RolloutView) -> ContextParts | None:
+    return demonstrate(view, view.peer_ids, view.feedback)
+
 
 METHOD = Method(
     "sdpo",
-    demonstration="peer",
-    feedback=True,
+    context_of,
+    draws_peers=True,
+    uses_feedback=True,
     defaults={
         "teacher": "ema",
         "teacher_ema_rate": 0.05,

@@ -1,9 +1,9 @@
-"""A causal language model taken apart: a body that returns hidden states, and the head that would make logits.
+"""A causal language model as its body, which returns hidden states, and its head, which would make logits of them.
 
 The fused loss needs ``h`` and ``W``, never ``W h``. Most heads are a plain Linear; some model families scale or cap
-the logits afterwards (Gemma 2: soft cap, Cohere: scale, Granite: division). Those are read from the config, and
-`check_split` proves on the model itself that nothing else happens between the body and the logits. Sharded weights
-cannot be read for that proof: what `split_model` reads or refuses is then all there is.
+the logits afterwards (Gemma 2: soft cap, Cohere: scale, Granite: division). `body_and_head` takes those from the
+config, and `check_body_and_head` proves on the model itself that nothing else happens between the body and the logits.
+Sharded weights rule that proof out: what `body_and_head` finds or refuses is then all there is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hsd.policy.frozen import in_eval_mode
+from hsd_kernels import Head
 
 # What the models of transformers 5.23 do to their logits, by the names in their configurations.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
@@ -25,30 +26,27 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  
 
 
 @dataclass(frozen=True)
-class Split:
+class BodyAndHead:
     """``logits = cap(logit_scale * (body(x) @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)``."""
 
     body: nn.Module
-    head: nn.Linear
+    linear: nn.Linear
     logit_scale: float = 1.0
     softcap: float | None = None
 
     @property
-    def weight(self) -> Tensor:
-        return self.head.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.head.bias
+    def head(self) -> Head:
+        """The head's tensors as they are now: sharding wrappers replace them between forward passes."""
+        return Head(self.linear.weight, self.linear.bias, self.logit_scale, self.softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) in fp32, of a few tokens: the loss never makes them."""
-        z = nn.functional.linear(hidden, self.weight, self.bias).float() * self.logit_scale
+        """(..., D) -> (..., V) in fp32, of a few tokens: the loss never makes them."""
+        z = nn.functional.linear(hidden, self.linear.weight, self.linear.bias).float() * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-def split_model(model: Any) -> Split:
-    """Body and head of a transformers causal LM, or of a PEFT model around one (its adapters stay active).
+def body_and_head(model: Any) -> BodyAndHead:
+    """Of a transformers causal LM, or of a PEFT model around one (its adapters stay active).
 
     Raises ValueError naming the model class when it has no separable body, its head is not a plain Linear or does not
     make all of its logits, or other weights lie between the two.
@@ -72,7 +70,7 @@ def split_model(model: Any) -> Split:
                 f"model: expected {name} to have no weights but its body's and its head's, got some in {child_name}, "
                 "which would be left out between hidden states and logits"
             )
-    return Split(body, head, *_logit_form(inner.config.get_text_config(), head.out_features, name))
+    return BodyAndHead(body, head, *_logit_form(inner.config.get_text_config(), head.out_features, name))
 
 
 def _logit_form(config: Any, vocabulary: int, name: str) -> tuple[float, float | None]:
@@ -90,21 +88,27 @@ def _logit_form(config: Any, vocabulary: int, name: str) -> tuple[float, float |
 
 
 def hidden_states(body: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (B, T, D) of a padded batch. Positions count from the first real token of each row."""
+    """Last hidden states (B, S, D) of padded ``input_ids`` (B, S). Positions count from each row's first real token."""
     kwargs = {}
     if "position_ids" in inspect.signature(body.forward).parameters:
         kwargs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
     return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).last_hidden_state
 
 
+def probe_ids(parts: BodyAndHead) -> Tensor:
+    """(1, 6) token ids that any vocabulary has, to try a model with."""
+    weight = parts.linear.weight
+    return torch.arange(1, 7, device=weight.device).remainder(weight.shape[0]).reshape(1, -1)
+
+
 @torch.no_grad()
-def check_split(model: nn.Module, split: Split) -> None:
-    """Raise ValueError unless head(body(x)), scaled and capped as ``split`` says, equals the model's own logits."""
+def check_body_and_head(model: nn.Module, parts: BodyAndHead) -> None:
+    """Raise ValueError unless head(body(x)), scaled and capped as ``parts`` says, equals the model's own logits."""
     with in_eval_mode(model):
-        ids = torch.arange(1, 7, device=split.weight.device).remainder(split.weight.shape[0]).reshape(1, -1)
+        ids = probe_ids(parts)
         mask = torch.ones_like(ids)
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        got = split.logits(hidden_states(split.body, ids, mask).to(split.weight.dtype))
+        got = parts.logits(hidden_states(parts.body, ids, mask).to(parts.linear.weight.dtype))
     if got.shape != expected.shape:
         raise ValueError(
             f"model: expected the logits of {type(model).__name__} to have the shape of head(body(x)), "

@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from hsd.files import replacing
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -19,12 +22,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-@torch.no_grad()
 def ema_update_(teacher: nn.Module, student: nn.Module, rate: float) -> None:
-    """teacher <- (1 - rate) teacher + rate student, parameter by parameter."""
-    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
-    for mine, theirs in pairs:
-        mine.lerp_(theirs.detach().to(mine.dtype), rate)
+    """teacher <- (1 - rate) teacher + rate student, parameter by parameter. Both have one architecture and dtype."""
+    get_ema_multi_avg_fn(1.0 - rate)(list(teacher.parameters()), list(student.parameters()), 0)
 
 
 @contextmanager
@@ -48,14 +48,16 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
 
 def save_policy(model: nn.Module, path: Path) -> None:
     """Parameters by name to one file; it appears whole or not at all. Tied parameters are stored once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}, part)
-    part.replace(path)
+    with replacing(path) as part:
+        save_file({name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}, part)
 
 
 @torch.no_grad()
 def load_policy_(model: nn.Module, path: Path) -> None:
+    """Copy the parameters of `save_policy` into ``model``.
+
+    Raises ValueError, before anything is copied, where names or shapes differ.
+    """
     stored = load_file(path)
     own = dict(model.named_parameters())
     shapes, expected = ({name: t.shape for name, t in tensors.items()} for tensors in (stored, own))

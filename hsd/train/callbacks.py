@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from hsd.files import replacing
 from hsd.train.alarms import alarms
 
 STEP_COLUMNS = {
@@ -49,12 +50,10 @@ class RunFiles(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        self.history = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+        self.history = [row for row in load_metrics(self.path) if row["step"] <= state.global_step]
         self.raised = {name: text for row in self.history for name, text in row.get("alarms", {}).items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in self.history))
-        part.replace(self.path)
+        with replacing(self.path) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in self.history))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
@@ -127,7 +126,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
 
-def read_metrics(path: Path) -> list[dict]:
+def load_metrics(path: Path) -> list[dict]:
     """Rows of a metrics file; a half-written last line, from a killed run, is left out.
 
     Raises ValueError with the line's number for any other line that is not an object with a ``step``.

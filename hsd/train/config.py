@@ -1,22 +1,25 @@
-"""`HSDConfig`: GRPO's configuration plus what the self-distillation family adds."""
+"""`HSDConfig`: GRPO's configuration plus what the self-distillation family adds.
+
+A field's choices and interval are declared with it: `_check_fields` enforces them, and `options` lists them for the
+command line and the documentation.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
 from hsd.hindsight.peers import PEER_RULES
-from hsd.methods import HSD_DEFAULTS, METHODS, Method
+from hsd.methods import METHODS, Method
 from hsd.train.callbacks import steps_of_a_generation
 from hsd.train.update import Objective
+from hsd_kernels import Divergence
 from hsd_kernels.rows import IMPLS
 
-SHARING = ("auto", "tree", "prompt", "none")
-TEACHERS = ("live", "ema", "fixed", "trust_region")
 # Options of GRPO's policy-gradient loss: set to anything else, they would silently do nothing.
 UNUSED = (
     "loss_type",
@@ -31,124 +34,114 @@ UNUSED_WITHOUT_POLICY_TERM = ("epsilon", "epsilon_high")
 # Options of GRPO that its variants decide, None until then; a user may also want TRL's own default.
 GRPO_OPTIONS = ("loss_type", "scale_rewards", "importance_sampling_level", "epsilon", "epsilon_high")
 
-# A number, or [start, end, steps]: linear in optimizer steps, then constant.
 Schedule = float | list[float]
+
+BY_METHOD: Any = None  # until `_take_defaults`
+SHARE, AT_LEAST_0, ABOVE_0, AT_LEAST_1, FINITE = "(0, 1]", "[0, inf)", "(0, inf)", "[1, inf)", "(-inf, inf)"
+
+
+def option(default: Any, help: str, interval: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field whose number, where it is not None, is in ``interval``; a `Literal` type declares its own choices."""
+    return field(default=default, metadata={"help": help, "interval": interval, "choices": choices})
 
 
 @dataclass
 class HSDConfig(GRPOConfig):
     """TRL's `GRPOConfig` with what the update needs. The HSD paper's values (arXiv 2606.15576) are the defaults of the
     learning rate, its constant schedule, Adam's beta2, top_p, the group size and temperature; lengths, batch and steps
-    are the user's. Options that are None here are the method's to decide (`hsd.methods`), and hold its choice
-    afterwards.
+    are the user's. Options that `hsd.methods.METHODS["hsd"].defaults` names are the method's to decide where they are
+    not given, and hold its choice afterwards. A `Schedule` is a number, or [start, end, steps]: linear in optimizer
+    steps, then constant."""
 
-    Args:
-        method: "hsd", "opsd", "sdpo", "sdft", "rlsd", "grpo+opsd", or, with TRL's own loss, "grpo", "dr_grpo", "gspo",
-            "dapo". Each is a page in docs/methods.md.
-        divergence_coef, policy_coef: weights of the divergence from the teacher and of GRPO's clipped surrogate over
-            the same rollouts. A number, or [start, end, steps]: linear in optimizer steps, then constant.
-        advantage_mix: for "rlsd": share of the teacher's weights in the advantage, a schedule as above.
-        peer_rule: how a rollout's peer is drawn from the other successes of its group: "uniform", "paired", "first",
-            "shortest", "highest_perplexity" or "lowest_perplexity". "auto" is "paired" where prefixes are shared, which
-            has the same expected gradient and at most two contexts a group, and else "uniform".
-        show_answer: whether the answer stands beside a demonstration. A blank one never does.
-        fallback: what a rollout without a demonstration is shown: "answer", or nothing, and it is left out ("mask").
-        divergence: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), or "jsd".
-        jsd_beta: the teacher's share of the mixture, for "jsd".
-        kl_temperature: divides the logits of both sides in the loss (sampling has its own ``temperature``).
-        kl_clip: OPSD's pointwise clip of the vocabulary summands; 0 is none.
-        kl_clip_form: "opsd" clips p log(p / q), whose sum may then be negative; "nonnegative" clips
-            p log(p / q) - p + q.
-        loss_mean: over the tokens of a rollout, then over rollouts ("rollout"), or over all tokens of the step
-            ("token"). Of the divergence; the policy term is a mean over rollouts.
-        importance_cap: multiplies a token's divergence by min(pi / pi_old, cap) where rollouts are older than the
-            policy; 0 is no such weight.
-        teacher: whose weights read the privileged context: "live", "fixed", "ema" or "trust_region"
-            (`hsd.train.teachers`). "live" is HSD's setting at learning rate 1e-6; at that of the small world it runs
-            away (docs/teachers.md).
-        teacher_ema_rate: share of the student that enters an "ema" teacher at each optimizer step.
-        trust_region_share: share of the live logits in those of a "trust_region" teacher.
-        reference_coef: weight of KL(student || reference policy). GRPO's own ``beta`` must stay 0, except with TRL's
-            losses, where it is the only one.
-        reference_kl: "exact" over the full vocabulary, in the same pass, or "k3" at the sampled token.
-        reference_refresh_steps: every so many steps the reference becomes an average of the policy; None keeps the
-            initial policy.
-        reference_ema_rate: share of the policy that enters that average at each step.
-        success_reward: a rollout whose (weighted) reward reaches this is a success and may be a peer.
-        max_teacher_prompt_length: tokens; a longer teacher prompt has its demonstration's tail cut.
-        with_peer_template, answer_only_template: `str.format` templates of the privileged context, see
-            `hsd.hindsight.context.ContextTemplate`; both or neither.
-        demonstration_only_template, feedback_only_template: likewise, for methods that show these without the answer.
-        prefix_sharing: what several sequences of a micro-batch begin with is computed once: "tree" every shared
-            prefix, of student and teacher, "prompt" the questions only, "none" nothing. "auto" is "tree" for models
-            that pass `hsd.policy.tree.check`, in micro-batches where it saves a fifth of the tokens or more, and says
-            so when a model does not pass. "tree" and "prompt" raise the reason instead.
-        tree_token_budget: a micro-batch whose tree has more tokens is differentiated a few rollouts at a time, with
-            the same gradient (`hsd.policy.tree.two_phase`), so that memory is bounded.
-        kernel_impl, chunk_bytes: passed to `hsd_kernels.fused_hsd_kl`.
-    """
-
-    learning_rate: float = 1e-6
+    learning_rate: float = option(1e-6, "initial learning rate", AT_LEAST_0)
     lr_scheduler_type: str = "constant"
     adam_beta2: float = 0.95
-    top_p: float = 0.95
-    method: str = "hsd"
-    divergence_coef: Schedule | None = None
-    policy_coef: Schedule | None = None
-    advantage_mix: Schedule | None = None
-    peer_rule: str | None = None
-    show_answer: bool | None = None
-    fallback: str | None = None
-    divergence: str | None = None
-    jsd_beta: float | None = None
-    kl_temperature: float | None = None
-    kl_clip: float | None = None
-    kl_clip_form: str = "opsd"
-    loss_mean: str | None = None
-    importance_cap: float | None = None
-    teacher: str | None = None
-    teacher_ema_rate: float | None = None
-    trust_region_share: float = 0.05
-    reference_coef: float | None = None
-    reference_kl: str = "exact"
-    reference_refresh_steps: int | None = None
-    reference_ema_rate: float = 0.01
-    success_reward: float = 1.0
-    max_teacher_prompt_length: int | None = None
-    with_peer_template: str | None = None
-    answer_only_template: str | None = None
-    demonstration_only_template: str | None = None
-    feedback_only_template: str | None = None
-    prefix_sharing: str = "auto"
-    tree_token_budget: int | None = None
-    kernel_impl: str = "auto"
-    chunk_bytes: int | None = None
+    top_p: float = option(0.95, "nucleus of the rollouts' sampling", SHARE)
+    method: str = option("hsd", "member of the family, each a page in docs/methods.md", choices=tuple(METHODS))
+    divergence_coef: Schedule = option(None, "weight of the divergence from the teacher", AT_LEAST_0)
+    policy_coef: Schedule = option(None, "weight of GRPO's clipped surrogate over the same rollouts", AT_LEAST_0)
+    advantage_mix: Schedule = option(None, "rlsd: share of the teacher's weights in the advantage", AT_LEAST_0)
+    # "auto" is "paired" where prefixes are shared, which has the same expected gradient and at most two contexts a
+    # group, and else "uniform".
+    peer_rule: str = option(None, "how a peer is drawn from the group's successes", choices=("auto", *PEER_RULES))
+    show_answer: bool = option(None, "whether an answer that is not blank stands beside a demonstration")
+    fallback: Literal["answer", "mask"] = option(
+        None, "what a rollout without a demonstration is shown: the answer, or nothing, and it is left out (mask)"
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = option(
+        None, "KL(teacher || student), KL(student || teacher), or a mixture's (jsd)"
+    )
+    jsd_beta: float = option(None, "the teacher's share of the mixture", "[0, 1]")
+    kl_temperature: float = option(None, "divides the logits of both sides in the loss, not in sampling", ABOVE_0)
+    kl_clip: float = option(None, "OPSD's pointwise clip of the vocabulary summands; 0 is none", AT_LEAST_0)
+    kl_clip_form: Literal["opsd", "nonnegative"] = option(
+        "opsd", "clips p log(p / q), whose sum may then be negative (opsd), or p log(p / q) - p + q (nonnegative)"
+    )
+    loss_mean: Literal["rollout", "token"] = option(
+        None, "mean of the divergence over a rollout's tokens, then over rollouts, or over all tokens of the step"
+    )
+    importance_cap: float = option(
+        None, "a token's divergence times min(pi / pi_old, cap), where rollouts are older; 0 is none", AT_LEAST_0
+    )
+    teacher: Literal["live", "ema", "fixed", "trust_region"] = option(None, "the teacher's weights: docs/teachers.md")
+    teacher_ema_rate: float = option(None, "share of the student that enters an ema teacher at each step", SHARE)
+    trust_region_share: float = option(0.05, "share of the live logits in those of a trust_region teacher", SHARE)
+    reference_coef: float = option(
+        None, "weight of KL(student || reference); GRPO's own beta is for TRL's losses only", AT_LEAST_0
+    )
+    reference_kl: Literal["exact", "k3"] = option("exact", "full vocabulary (exact), or at the sampled token (k3)")
+    reference_refresh_steps: int | None = option(
+        None, "every so many steps the reference becomes an average of the policy; none: initial policy", AT_LEAST_1
+    )
+    reference_ema_rate: float = option(0.01, "share of the policy that enters that average at each step", SHARE)
+    success_reward: float = option(1.0, "the (weighted) reward from which on a rollout is a success", FINITE)
+    max_teacher_prompt_length: int | None = option(
+        None, "tokens; a longer teacher prompt has its demonstration's tail cut", AT_LEAST_1
+    )
+    # Wordings as in `hsd.hindsight.context.ContextTemplate`; the first two go together.
+    with_peer_template: str | None = option(None, "wording of a demonstration with {answer} and {demonstration}")
+    answer_only_template: str | None = option(None, "wording of the {answer} alone")
+    demonstration_only_template: str | None = option(None, "wording of a {demonstration} alone")
+    feedback_only_template: str | None = option(None, "wording of the environment's {feedback}")
+    # "auto" is "tree" for models that pass `hsd.policy.tree.check`, in micro-batches where it saves a fifth of the
+    # tokens or more; "tree" and "prompt" raise an error where a model does not pass.
+    prefix_sharing: Literal["auto", "tree", "prompt", "none"] = option(
+        "auto", "prefixes that are computed once: all shared ones (tree), the questions (prompt) or none"
+    )
+    tree_token_budget: int | None = option(
+        None, "tokens of a micro-batch's tree above which it is differentiated in parts, same gradient", AT_LEAST_1
+    )
+    kernel_impl: str = option("auto", "impl of hsd_kernels.fused_hsd_kl", choices=IMPLS)
+    chunk_bytes: int | None = option(None, "chunk_bytes of hsd_kernels.fused_hsd_kl", AT_LEAST_1)
     logging_steps: float = 1
     loss_type: str | None = None
     scale_rewards: str | None = None
     importance_sampling_level: str | None = None
-    epsilon: float | None = None
+    epsilon: float = BY_METHOD
     # The loss has no rollout-engine correction; with vLLM it would cost TRL full logits for a ratio nobody reads.
     vllm_importance_sampling_correction: bool = False
 
     def __post_init__(self):
-        _one_of("method", self.method, tuple(METHODS))
+        _check_field(_option("method"), self.method)
         self._take_defaults()
         super().__post_init__()
-        self._check()
+        for declared in options():
+            _check_field(declared, getattr(self, declared.name))
+        self._check_together()
 
     def _take_defaults(self) -> None:
         """Where the user left the choice to the method."""
-        trl_loss, chosen = self.spec.trl_loss, self.spec.defaults
-        own = HSD_DEFAULTS | {name: _grpo_defaults()[name] for name in GRPO_OPTIONS}
-        own |= {"reference_coef": 0.0, **chosen} if trl_loss else chosen
+        method = self.method_spec
+        own = METHODS["hsd"].defaults | {name: _grpo_defaults()[name] for name in GRPO_OPTIONS}
+        own |= method.defaults if method.has_teacher else {"reference_coef": 0.0, **method.defaults}
         for name in own:
             if getattr(self, name) is None:
                 setattr(self, name, own[name])
 
-    def _check(self) -> None:
+    def _check_together(self) -> None:
+        """What one field alone does not show."""
         policy_term = self.policy_coef != 0.0
-        if not self.spec.trl_loss:
+        if self.has_teacher:
             inherited = _grpo_defaults()
             for name in (*UNUSED, *(() if policy_term else UNUSED_WITHOUT_POLICY_TERM)):
                 if name in inherited and getattr(self, name) != inherited[name]:
@@ -156,42 +149,15 @@ class HSDConfig(GRPOConfig):
                         f"{name}: expected {inherited[name]!r}, GRPO's default, because the loss of method="
                         f"{self.method!r} does not use it, got {getattr(self, name)!r}"
                     )
-        for name in ("divergence_coef", "policy_coef", "advantage_mix"):
-            _check_schedule(name, getattr(self, name))
-        _one_of("peer_rule", self.peer_rule, ("auto", *PEER_RULES))
-        _one_of("fallback", self.fallback, ("answer", "mask"))
-        _one_of("loss_mean", self.loss_mean, ("rollout", "token"))
-        _one_of("kl_clip_form", self.kl_clip_form, ("opsd", "nonnegative"))
-        _one_of("reference_kl", self.reference_kl, ("exact", "k3"))
-        _one_of("prefix_sharing", self.prefix_sharing, SHARING)
-        _one_of("kernel_impl", self.kernel_impl, IMPLS)
-        _one_of("divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd"))
-        _one_of("teacher", self.teacher, TEACHERS)
-        for name in ("tree_token_budget", "reference_refresh_steps", "max_teacher_prompt_length", "chunk_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected a positive number or None, got {value}")
-        for name in ("teacher_ema_rate", "reference_ema_rate", "trust_region_share"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: expected a number in (0, 1], got {getattr(self, name)}")
-        for name in ("reference_coef", "kl_clip", "importance_cap"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        if not 0.0 <= self.jsd_beta <= 1.0:  # type: ignore[operator]
-            raise ValueError(f"jsd_beta: expected a number in [0, 1], got {self.jsd_beta}")
-        for name in ("kl_temperature", "temperature"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
-        if not 0.0 <= self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a number >= 0, got {self.learning_rate}")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise ValueError(f"max_steps: expected a positive number, or -1 for num_train_epochs, got {self.max_steps}")
-        if not math.isfinite(self.success_reward):
-            raise ValueError(f"success_reward: expected a finite number, got {self.success_reward}")
+        else:
+            for name, value in (METHODS["hsd"].defaults | {"reference_coef": 0.0}).items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"{name}: expected {value!r} with method={self.method!r}, whose loss is TRL's and has no "
+                        f"teacher (its reference is GRPO's beta), got {getattr(self, name)!r}"
+                    )
         made_early = policy_term or (self.reference_coef and self.reference_kl == "k3") or self.tree_token_budget
-        if self.fp16 and not self.spec.trl_loss and made_early:
+        if self.fp16 and self.has_teacher and made_early:
             raise ValueError(
                 "fp16: expected False (bf16 or fp32) with policy_coef, reference_kl='k3' or tree_token_budget, whose "
                 "gradients are made before the loss scale and would leave fp16's range, got True"
@@ -202,23 +168,15 @@ class HSDConfig(GRPOConfig):
                 f"sampling ({self.temperature}), whose ratio pi / pi_old would be of two policies, got "
                 f"{self.importance_cap}"
             )
-        if self.spec.token_advantages is None and self.advantage_mix:
+        if self.method_spec.token_advantages is None and self.advantage_mix:
             raise ValueError(f"advantage_mix: expected 0 with method={self.method!r}, got {self.advantage_mix}")
-        for name, value in (HSD_DEFAULTS | {"reference_coef": 0.0}).items() if self.spec.trl_loss else ():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name}: expected {value!r} with method={self.method!r}, whose loss is TRL's and has no teacher "
-                    f"(its reference is GRPO's beta), got {getattr(self, name)!r}"
-                )
-        if self.beta != 0.0 and not self.spec.trl_loss:
+        if self.beta != 0.0 and self.has_teacher:
             raise ValueError(
                 f"beta: expected 0 (GRPO's beta loads a second reference and samples its KL), got {self.beta}; "
                 "use reference_coef for KL(student || initial policy), and reference_kl='k3' to sample it"
             )
         if self.reference_refresh_steps is not None and not self.reference_coef:
             raise ValueError("reference_refresh_steps: expected None without reference_coef, which is 0")
-        if not self.num_generations or self.num_generations < 2:
-            raise ValueError(f"num_generations: expected at least 2 rollouts a group, got {self.num_generations}")
         period = steps_of_a_generation(self)
         if self.save_strategy == "steps" and period > 1 and self.save_steps % period:
             raise ValueError(
@@ -236,41 +194,95 @@ class HSDConfig(GRPOConfig):
         return replace(default, **{name: text for name, text in given.items() if text is not None})
 
     @property
-    def spec(self) -> Method:
+    def method_spec(self) -> Method:
         return METHODS[self.method]
 
     @property
-    def reads_old_logps(self) -> bool:
+    def has_teacher(self) -> bool:
+        return self.method_spec.has_teacher
+
+    @property
+    def needs_old_logps(self) -> bool:
         """Whether the loss needs log-probs under the policy that sampled, where a generation serves several steps."""
         return bool(self.importance_cap) or self.policy_coef != 0.0
 
-    @property
-    def has_teacher(self) -> bool:
-        return not self.spec.trl_loss
-
     def objective(self, step: int) -> Objective:
         """The objective at an optimizer step, counted from 0."""
+        reshape, mix = self.method_spec.token_advantages, scheduled(self.advantage_mix, step)
         return Objective(
-            divergence=self.divergence,  # type: ignore[arg-type]
-            beta=self.jsd_beta,  # type: ignore[arg-type]
-            temperature=self.kl_temperature,  # type: ignore[arg-type]
-            kl_clip=self.kl_clip or None,
-            kl_clip_form=self.kl_clip_form,
+            divergence=Divergence(
+                self.divergence, self.jsd_beta, self.kl_temperature, self.kl_clip or None, self.kl_clip_form
+            ),
             divergence_coef=scheduled(self.divergence_coef, step),
             importance_cap=self.importance_cap or None,
-            reference_coef=self.reference_coef,  # type: ignore[arg-type]
+            reference_coef=self.reference_coef,
             reference_kl=self.reference_kl,
             policy_coef=scheduled(self.policy_coef, step),
-            advantage_mix=scheduled(self.advantage_mix, step),
-            epsilon_low=self.epsilon,  # type: ignore[arg-type]
-            epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,  # type: ignore[arg-type]
+            token_advantages=None if reshape is None else lambda a, d: reshape(a, d, mix),
+            epsilon_low=self.epsilon,
+            epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
             sampling_temperature=self.temperature,
             chunk_bytes=self.chunk_bytes,
             impl=self.kernel_impl,
         )
 
 
-def scheduled(value: Any, step: int) -> float:
+@dataclass(frozen=True)
+class Option:
+    """A field of `HSDConfig` as declared. ``default`` None: the method's, where ``by_method``, else none."""
+
+    name: str
+    type: Any
+    default: Any
+    choices: tuple[str, ...]
+    interval: str | None  # of a number, or of each number of a schedule, as in "(0, 1]"
+    by_method: bool
+    help: str
+
+
+@cache
+def options() -> tuple[Option, ...]:
+    """All fields that HSD adds to `GRPOConfig`, or whose values it restricts, in order."""
+    hints, found = get_type_hints(HSDConfig), []
+    for f in fields(HSDConfig):
+        if "interval" in f.metadata:
+            hint = hints[f.name]
+            choices = get_args(hint) if get_origin(hint) is Literal else f.metadata["choices"]
+            by_method = f.name in METHODS["hsd"].defaults
+            found.append(
+                Option(f.name, hint, f.default, choices, f.metadata["interval"], by_method, f.metadata["help"])
+            )
+    return tuple(found)
+
+
+def _option(name: str) -> Option:
+    return next(o for o in options() if o.name == name)
+
+
+def _check_field(declared: Option, value: Any) -> None:
+    name, interval = declared.name, declared.interval
+    if declared.choices and value not in declared.choices:
+        raise ValueError(f"{name}: expected one of {declared.choices}, got {value!r}")
+    if interval is None or value is None:
+        return
+    if declared.type == Schedule:
+        numbers = list(value) if isinstance(value, list | tuple) else [value, value, 1]
+        if len(numbers) != 3 or not all(_inside(x, interval) for x in numbers) or numbers[2] < 1:
+            raise ValueError(f"{name}: expected a number in {interval} or [start, end, steps], got {value!r}")
+    elif not _inside(value, interval):
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+
+
+def _inside(value: Any, interval: str) -> bool:
+    """Whether ``value`` is a number in an interval that is written as "(0, 1]"."""
+    if not isinstance(value, int | float):
+        return False
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def scheduled(value: Schedule, step: int) -> float:
     """``value`` itself, or, for [start, end, steps], the straight line from start to end at ``step``."""
     if not isinstance(value, list | tuple):
         return float(value)
@@ -278,16 +290,5 @@ def scheduled(value: Any, step: int) -> float:
     return start + (end - start) * min(step / steps, 1.0)
 
 
-def _check_schedule(name: str, value: Any) -> None:
-    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value, 1]
-    if len(numbers) != 3 or not all(isinstance(x, int | float) and x >= 0.0 for x in numbers) or numbers[2] < 1:
-        raise ValueError(f"{name}: expected a number >= 0 or [start, end, steps], got {value!r}")
-
-
 def _grpo_defaults() -> dict[str, Any]:
     return {f.name: f.default for f in fields(GRPOConfig)}
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")

@@ -1,6 +1,6 @@
-"""Which weights read for the teacher and for the reference: the student's own, or copies that are frozen between steps.
+"""Which weights the teacher and the reference have: the student's own, or copies that are frozen between steps.
 
-| teacher | reads under |
+| teacher | weights |
 |---|---|
 | live | the student of the moment |
 | fixed | the initial policy (with LoRA: adapters off) |
@@ -20,21 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsd.policy.body_and_head import Split, hidden_states, split_model
+from hsd.policy.body_and_head import BodyAndHead, body_and_head, hidden_states, probe_ids
+from hsd.policy.forward import FrozenStates, with_own_head
 from hsd.policy.frozen import adapters_off, ema_update_, frozen_copy, in_eval_mode, load_policy_, save_policy
 from hsd.train.config import HSDConfig
-from hsd.train.update import Side, frozen_side
+from hsd_kernels import Head
 
 INITIAL, EMA, REFERENCE, AVERAGE = "initial_policy", "ema_teacher", "reference", "reference_average"
 
 # (body and head, which prompts the rollouts follow: "student", "teacher" or both) -> states (B, T, D) of each
-Read = Callable[[Split, Sequence[str]], Sequence[Tensor]]
+Forward = Callable[[BodyAndHead, Sequence[str]], Sequence[Tensor]]
 
 
 def roles(args: HSDConfig) -> tuple[str | None, str | None]:
-    """Names of the frozen weights that read for the teacher and for the reference; None where there are none."""
+    """Names of the frozen weights of the teacher and of the reference; None where there are none."""
     kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA}
-    teacher = kinds.get(str(args.teacher)) if args.has_teacher else None
+    teacher = kinds.get(args.teacher) if args.has_teacher else None
     reference = INITIAL if args.reference_refresh_steps is None else REFERENCE
     return teacher, reference if args.reference_coef else None
 
@@ -56,37 +57,42 @@ class FrozenPolicies:
         self.models: dict[str, nn.Module] = {name: frozen_copy(policy) for name in sorted(wanted)}
         self._initial_is_saved = False
 
-    def read(self, policy: Any, read: Read) -> tuple[Side | None, Side | None]:
-        """The frozen part of the teacher (None for a live one), and the reference, each read once.
+    @property
+    def live(self) -> bool:
+        """Whether the student's own weights compute the teacher's states, alone or as a share."""
+        return self.args.teacher in ("live", "trust_region")
 
-        A teacher and a reference of the same weights share one reading, so that a tree can share their prefixes.
+    def forward(self, policy: Any, forward: Forward) -> tuple[FrozenStates | None, FrozenStates | None]:
+        """The frozen part of the teacher (None for a live one), and the reference, one forward pass each.
+
+        A teacher and a reference of the same weights share one pass, so that a tree can share their prefixes.
         """
         if self.teacher is not None and self.teacher == self.reference:
-            reference, teacher = self._under(policy, self.teacher, read, ("student", "teacher"))
+            reference, teacher = self._under(policy, self.teacher, forward, ("student", "teacher"))
             return teacher, reference
-        teacher = self._under(policy, self.teacher, read, ("teacher",))[0] if self.teacher else None
-        reference = self._under(policy, self.reference, read, ("student",))[0] if self.reference else None
+        teacher = self._under(policy, self.teacher, forward, ("teacher",))[0] if self.teacher else None
+        reference = self._under(policy, self.reference, forward, ("student",))[0] if self.reference else None
         return teacher, reference
 
-    def _under(self, policy: Any, name: str, read: Read, prompts: Sequence[str]) -> list[Side]:
+    def _under(self, policy: Any, name: str, forward: Forward, prompts: Sequence[str]) -> list[FrozenStates]:
         if name in self.models:
-            split = split_model(self.models[name])
-            return [frozen_side(split, hidden) for hidden in read(split, prompts)]
+            parts = body_and_head(self.models[name])
+            return [with_own_head(parts, hidden) for hidden in forward(parts, prompts)]
         with adapters_off(policy):
-            return [Side(hidden) for hidden in read(split_model(policy), prompts)]
+            return [FrozenStates(hidden) for hidden in forward(body_and_head(policy), prompts)]
 
-    def combine(self, live: Side | None, frozen: Side | None, head: Split) -> Side:
-        """The teacher, from what was read under the student's weights and under frozen ones."""
+    def combine(self, live: FrozenStates | None, frozen: FrozenStates | None, head: Head) -> FrozenStates:
+        """The teacher, from its states under the student's weights and under frozen ones."""
         if live is None or frozen is None:
-            side = live or frozen
-            assert side is not None
-            return side
+            states = live or frozen
+            assert states is not None
+            return states
         return mix_logits(frozen, live, head, self.args.trust_region_share)
 
     @torch.no_grad()
     def step(self, policy: nn.Module, steps_done: int) -> None:
         """After an optimizer step."""
-        if EMA in self.models and self.args.teacher_ema_rate is not None:
+        if EMA in self.models:
             ema_update_(self.models[EMA], policy, self.args.teacher_ema_rate)
         every = self.args.reference_refresh_steps
         if AVERAGE in self.models and every is not None:
@@ -115,20 +121,21 @@ class FrozenPolicies:
             load_policy_(model, path)
 
 
-def mix_logits(a: Side, b: Side, head: Split, share: float) -> Side:
-    """A side whose logits are ``(1 - share)`` those of ``a`` plus ``share`` those of ``b``, before any soft cap.
+def mix_logits(a: FrozenStates, b: FrozenStates, head: Head, share: float) -> FrozenStates:
+    """States (B, T, .) whose logits are ``(1 - share)`` those of ``a`` plus ``share`` those of ``b``, before any soft
+    cap.
 
     The head is linear: where both go through the student's head the states are mixed, else they are set side by side
     before ``[W_a, W_b]``.
     """
-    if a.weight is None and b.weight is None:
-        return Side(torch.lerp(a.hidden, b.hidden, share))
-    parts = [(a, 1.0 - share), (b, share)]
-    weights = [(head.weight if side.weight is None else side.weight).detach() for side, _ in parts]
-    biases = [head.bias if side.weight is None else side.bias for side, _ in parts]
-    known = [c * x.detach() for (_, c), x in zip(parts, biases, strict=True) if x is not None]
-    hidden = torch.cat([c * side.hidden for side, c in parts], -1)
-    return Side(hidden, torch.cat(weights, 1), torch.stack(known).sum(0) if known else None)
+    if a.head is None and b.head is None:
+        return FrozenStates(torch.lerp(a.hidden, b.hidden, share))
+    heads = [a.head or head, b.head or head]
+    known = [c * h.bias.detach() for h, c in zip(heads, (1.0 - share, share), strict=True) if h.bias is not None]
+    hidden = torch.cat([(1.0 - share) * a.hidden, share * b.hidden], -1)
+    weight = torch.cat([h.weight.detach() for h in heads], 1)
+    bias = torch.stack(known).sum(0) if known else None
+    return FrozenStates(hidden, head.with_tensors(weight, bias))
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -141,12 +148,12 @@ def check_fresh_adapter(policy: Any, args: HSDConfig) -> None:
     starts away from the base model (PiSSA, ``init_lora_weights=False``)."""
     if not hasattr(policy, "peft_config") or INITIAL not in roles(args):
         return
-    split = split_model(policy)
-    ids = torch.arange(1, 7, device=split.weight.device).remainder(split.weight.shape[0]).reshape(1, -1)
+    parts = body_and_head(policy)
+    ids = probe_ids(parts)
     with in_eval_mode(policy):
-        on = hidden_states(split.body, ids, torch.ones_like(ids))
+        on = hidden_states(parts.body, ids, torch.ones_like(ids))
         with adapters_off(policy):
-            off = hidden_states(split.body, ids, torch.ones_like(ids))
+            off = hidden_states(parts.body, ids, torch.ones_like(ids))
     gap = ((on - off).abs().max() / off.abs().max()).item()
     # A fresh adapter adds exact zeros, but for DoRA, whose norms are rounded.
     dora = any(getattr(config, "use_dora", False) for config in policy.peft_config.values())

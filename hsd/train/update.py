@@ -1,35 +1,29 @@
-"""The objective over hidden states for one batch of rollouts: divergence, reference term and policy gradient."""
+"""The objective over the hidden states of one batch of rollouts: divergence, reference term and policy gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hsd.methods import Method
-from hsd.policy.body_and_head import Split, hidden_states
-from hsd.sampled import clipped_surrogate, k3, sampled_logps, sampled_loss
-from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
+from hsd.policy.forward import FrozenStates
+from hsd_kernels import Divergence, Head, HSDKLOutput, RowStats, fused_hsd_kl, fused_token_logps, fused_token_loss
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, at one optimizer step. Names as in `hsd_kernels.fused_hsd_kl` and `hsd.HSDConfig`."""
+    """What is minimised, at one optimizer step. Names as in `hsd.HSDConfig`."""
 
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    temperature: float = 1.0
-    kl_clip: float | None = None
-    kl_clip_form: str = "opsd"
+    divergence: Divergence = field(default_factory=Divergence)
     divergence_coef: float = 1.0
     importance_cap: float | None = None
     reference_coef: float = 0.0
     reference_kl: str = "exact"
     policy_coef: float = 0.0
-    advantage_mix: float = 0.0
+    # (advantages (B, T), log q(o_t) - log p(o_t) (B, T)) -> advantages (B, T)
+    token_advantages: Callable[[Tensor, Tensor], Tensor] | None = None
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     sampling_temperature: float = 1.0
@@ -38,68 +32,49 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Side:
-    """A frozen policy's reading of the rollouts: hidden states (B, T, D), and its head if it is not the student's."""
-
-    hidden: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-    def head(self, student: Split) -> Any:
-        """The head that these states go through, with the scale and cap of the student's."""
-        if self.weight is None:
-            return student
-        return _Head(self.weight, self.bias, student.logit_scale, student.softcap)
-
-
-@dataclass(frozen=True)
-class _Head:
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """The scored tokens of a batch of rollouts, (B, T) unless said otherwise.
+class Targets:
+    """The scored tokens of B rollouts, T at most.
 
     ``divergence_weights`` and ``policy_weights`` sum the token losses of the two kinds: a rollout whose teacher is
     shown nothing has weight 0 in the first.
     """
 
-    target_ids: Tensor
-    divergence_weights: Tensor
-    policy_weights: Tensor
+    ids: Tensor  # (B, T)
+    divergence_weights: Tensor  # (B, T)
+    policy_weights: Tensor  # (B, T)
     advantages: Tensor | None = None  # (B,)
-    old_logps: Tensor | None = None
+    old_logps: Tensor | None = None  # (B, T), of ``ids`` under the policy that sampled them
 
-    def rows(self, index: Tensor) -> Rollouts:
-        fields = (self.target_ids, self.divergence_weights, self.policy_weights, self.advantages, self.old_logps)
-        return Rollouts(*(None if t is None else t[index] for t in fields))  # type: ignore[arg-type]
+    def rows(self, index: Tensor) -> Targets:
+        """Of some rollouts; the weights are kept, so that the losses of all parts add up."""
+        some = [None if t is None else t[index] for t in (self.advantages, self.old_logps)]
+        return Targets(self.ids[index], self.divergence_weights[index], self.policy_weights[index], *some)
 
 
 @dataclass(frozen=True)
 class LossOutput:
     loss: Tensor  # scalar, with gradient
-    stats: HSDKLOutput  # per token (B, T), detached
+    stats: RowStats  # of student and teacher, per token (B, T), detached
+    reference: RowStats | None = None  # of student and reference policy, None without one
 
 
 def rollout_weights(mask_BT: Tensor) -> Tensor:
-    """1 / (B |o_i|) on the tokens of rollout i: the mean over a rollout's tokens, then over rollouts. A rollout with
-    no token left (all masked) still counts in B, as a rollout of loss 0."""
+    """(B, T): 1 / (B |o_i|) on the tokens of rollout i: the mean over a rollout's tokens, then over rollouts.
+
+    A rollout with no token left (all masked) still counts in B, as a rollout of loss 0.
+    """
     mask = mask_BT.float()
     return mask / mask.sum(-1, keepdim=True).clamp_min(1.0) / mask.shape[0]
 
 
 def hsd_loss(
     student_hidden: Tensor,
-    head: Split,
-    teacher: Side,
+    head: Head,
+    teacher: FrozenStates,
     target_ids: Tensor,
     mask: Tensor,
     objective: Objective,
-    reference: Side | None = None,
+    reference: FrozenStates | None = None,
 ) -> LossOutput:
     """Mean over rollouts of the mean over tokens of the full-vocabulary divergence, plus the reference term.
 
@@ -117,88 +92,73 @@ def hsd_loss(
     Nats. Source: arXiv 2606.15576, the objective J and its reference term.
     """
     weights = rollout_weights(mask)
-    return method_loss(student_hidden, head, teacher, reference, Rollouts(target_ids, weights, weights), objective)
+    return method_loss(student_hidden, head, teacher, reference, Targets(target_ids, weights, weights), objective)
 
 
 def method_loss(
     student_hidden: Tensor,
-    head: Split,
-    teacher: Side,
-    reference: Side | None,
-    rollouts: Rollouts,
+    head: Head,
+    teacher: FrozenStates,
+    reference: FrozenStates | None,
+    targets: Targets,
     objective: Objective,
-    method: Method | None = None,
 ) -> LossOutput:
     """``sum(w_d (divergence_coef L + reference_coef K)) + policy_coef sum(w_p S)``, each term where its coefficient
     is not 0.
 
     L is the divergence between teacher and student, K the KL(student || reference), S the clipped surrogate on
-    GRPO's advantages, reshaped by ``method.token_advantages`` where there is one. ``reference_kl="k3"`` replaces K by
-    its sampled estimate, under w_p. The statistics are those of teacher and student whatever is minimised.
+    GRPO's advantages, reshaped by ``objective.token_advantages`` where there is one. ``reference_kl="k3"`` replaces K
+    by its sampled estimate, under w_p. The statistics are those of teacher and student whatever is minimised.
+    ``student_hidden`` is (B, T, D), as in `hsd_loss`; weights and advantages are those of ``targets``.
     """
-    o, r = objective, rollouts
+    o = objective
     if o.reference_coef != 0.0 and reference is None:
         raise ValueError(f"reference: expected hidden states with reference_coef={o.reference_coef}, got None")
     exact = reference if o.reference_coef != 0.0 and o.reference_kl == "exact" else None
     if o.divergence_coef > 0.0:
-        out = _divergence(student_hidden, head, teacher, r, o, o.divergence_coef, exact)
+        out = _divergence(student_hidden, head, teacher, targets, o, o.divergence_coef, exact)
         loss = out.loss
     else:
         with torch.no_grad():
-            out = _divergence(student_hidden.detach(), head, teacher, r, o, 1.0, None)
+            out = _divergence(student_hidden.detach(), head, teacher, targets, o, 1.0, None)
         loss = student_hidden.new_zeros((), dtype=out.loss.dtype)
         if exact is not None:
-            towards = Objective(divergence="reverse_kl", chunk_bytes=o.chunk_bytes, impl=o.impl)
-            pulled = _divergence(student_hidden, head, exact, r, towards, o.reference_coef, None)
+            towards = Objective(Divergence("reverse_kl"), chunk_bytes=o.chunk_bytes, impl=o.impl)
+            pulled = _divergence(student_hidden, head, exact, targets, towards, o.reference_coef, None)
             loss = pulled.loss
-            out = out._replace(reference_kl=pulled.per_token_kl)
-    sampled = o.reference_coef != 0.0 and o.reference_kl == "k3"
-    if o.policy_coef > 0.0 or sampled:
-        token_loss = _token_loss(out, head, reference if sampled else None, r, o, method)
-        loss = (
-            loss
-            + sampled_loss(
-                student_hidden, head, r.target_ids, r.policy_weights, token_loss, temperature=o.sampling_temperature
-            )[0]
-        )
+            out = out._replace(reference=pulled.stats)
+    sampled = reference if o.reference_coef != 0.0 and o.reference_kl == "k3" else None
+    if o.policy_coef > 0.0 or sampled is not None:
+        loss = loss + _sampled_terms(student_hidden, head, out.stats, sampled, targets, o)
     if torch.is_grad_enabled() and not loss.requires_grad:  # every coefficient is 0 at this step of its schedule
         leaves = (student_hidden, head.weight, head.bias)
         loss = loss + 0.0 * sum(x.sum() for x in leaves if x is not None)
-    return LossOutput(loss, out)
+    return LossOutput(loss, out.stats, out.reference)
 
 
 def _divergence(
     student_hidden: Tensor,
-    head: Split,
-    teacher: Side,
-    r: Rollouts,
+    head: Head,
+    teacher: FrozenStates,
+    t: Targets,
     o: Objective,
     coef: float,
-    reference: Side | None,
+    reference: FrozenStates | None,
 ) -> HSDKLOutput:
     """``sum(w_d (coef L + reference_coef K))`` in one fused pass."""
     out = fused_hsd_kl(
         student_hidden,
         teacher.hidden,
-        head.weight,
-        head.bias,
-        teacher_weight=teacher.weight,
-        teacher_bias=teacher.bias,
-        reference_hidden=None if reference is None else reference.hidden,
-        reference_weight=None if reference is None else reference.weight,
-        reference_bias=None if reference is None else reference.bias,
-        reference_coef=0.0 if reference is None else o.reference_coef / coef,
+        head,
         divergence=o.divergence,
-        beta=o.beta,
-        temperature=o.temperature,
-        kl_clip=o.kl_clip,
-        kl_clip_form=o.kl_clip_form,
-        target_ids=r.target_ids,
-        token_weights=r.divergence_weights * coef,
-        token_weight_fn=_capped_ratio(r, o),
+        teacher_head=teacher.head,
+        reference_hidden=None if reference is None else reference.hidden,
+        reference_head=None if reference is None else reference.head,
+        reference_coef=0.0 if reference is None else o.reference_coef / coef,
+        target_ids=t.ids,
+        token_weights=t.divergence_weights * coef,
+        token_weight_fn=_capped_ratio(t, o),
         reduction="sum",
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
         chunk_bytes=o.chunk_bytes,
         impl=o.impl,
         return_stats=True,
@@ -207,11 +167,11 @@ def _divergence(
     return out
 
 
-def _capped_ratio(r: Rollouts, o: Objective) -> Callable[[RowStats], Tensor] | None:
+def _capped_ratio(t: Targets, o: Objective) -> Callable[[RowStats], Tensor] | None:
     """min(pi / pi_old, cap). Rollouts of the current policy have a ratio of 1 and need no hook."""
-    if r.old_logps is None or o.importance_cap is None:
+    if t.old_logps is None or o.importance_cap is None:
         return None
-    old, cap = r.old_logps.reshape(-1), o.importance_cap
+    old, cap = t.old_logps.reshape(-1), o.importance_cap
 
     def ratio(stats: RowStats) -> Tensor:
         assert stats.student_logps is not None
@@ -220,52 +180,40 @@ def _capped_ratio(r: Rollouts, o: Objective) -> Callable[[RowStats], Tensor] | N
     return ratio
 
 
-def _token_loss(
-    stats: HSDKLOutput, head: Split, reference: Side | None, r: Rollouts, o: Objective, method: Method | None
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _sampled_terms(
+    student_hidden: Tensor, head: Head, stats: RowStats, reference: FrozenStates | None, t: Targets, o: Objective
+) -> Tensor:
+    """``sum(w_p (policy_coef S + reference_coef k3))``, each where its coefficient is not 0."""
     reference_logps = None
     if reference is not None:
-        reference_logps = sampled_logps(
-            reference.hidden,
-            reference.head(head),
-            r.target_ids,
-            r.policy_weights,
-            temperature=o.sampling_temperature,
-        ).reshape(-1)
+        with torch.no_grad():
+            reference_logps = fused_token_logps(
+                reference.hidden,
+                reference.head or head,
+                t.ids,
+                token_weights=t.policy_weights,
+                temperature=o.sampling_temperature,
+            )
     advantages = None
     if o.policy_coef > 0.0:
-        if r.advantages is None:
+        if t.advantages is None:
             raise ValueError(f"advantages: expected a tensor with policy_coef={o.policy_coef}, got None")
-        advantages = r.advantages.float().unsqueeze(-1).expand(r.target_ids.shape)
-        if method is not None and method.token_advantages is not None:
+        advantages = t.advantages.float().unsqueeze(-1).expand(t.ids.shape)
+        if o.token_advantages is not None:
             assert stats.teacher_logps is not None and stats.student_logps is not None
-            d = stats.teacher_logps - stats.student_logps
-            advantages = method.token_advantages(advantages, d, o.advantage_mix)
-        advantages = advantages.reshape(-1)
-    old = None if r.old_logps is None else r.old_logps.reshape(-1)
-
-    def token_loss(logps: Tensor, rows: Tensor) -> Tensor:
-        total = torch.zeros_like(logps)
-        if advantages is not None:
-            before = None if old is None else old[rows]
-            total = total + o.policy_coef * clipped_surrogate(
-                logps, before, advantages[rows], o.epsilon_low, o.epsilon_high
-            )
-        if reference_logps is not None:
-            total = total + o.reference_coef * k3(logps, reference_logps[rows])
-        return total
-
-    return token_loss
-
-
-def read_rollouts(split: Split, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    """States (B, length, D) that predict the last ``length`` tokens of left-padded prompts followed by rollouts."""
-    hidden = hidden_states(split.body, input_ids, attention_mask)[:, -(length + 1) : -1]
-    # A body that normalises in fp32 may hand back a wider dtype than the head's; autocast settles it otherwise.
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    return hidden if autocast else hidden.to(split.weight.dtype)
-
-
-def frozen_side(split: Split, hidden: Tensor) -> Side:
-    """A side with its own, detached, head."""
-    return Side(hidden, split.weight.detach(), None if split.bias is None else split.bias.detach())
+            advantages = o.token_advantages(advantages, stats.teacher_logps - stats.student_logps)
+        advantages = o.policy_coef * advantages
+    return fused_token_loss(
+        student_hidden,
+        head,
+        t.ids,
+        advantages=advantages,
+        old_logps=None if advantages is None else t.old_logps,
+        epsilon_low=o.epsilon_low,
+        epsilon_high=o.epsilon_high,
+        reference_logps=reference_logps,
+        reference_coef=0.0 if reference_logps is None else o.reference_coef,
+        token_weights=t.policy_weights,
+        temperature=o.sampling_temperature,
+        reduction="sum",
+    ).loss

@@ -1,65 +1,62 @@
-"""Sample groups, measure their credit, write credit.json and the page credit.html, for the demo and `hsd credit`."""
+"""Sample groups, measure their credit, write credit.json and the page credit.html."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hsd.evaluate import RewardFn, Sampling, sample, score
-from hsd.hindsight.context import ContextTemplate
+from hsd.evaluate import sample, score
+from hsd.files import replacing
 from hsd.hindsight.groups import Group, Rollout
-from hsd.viewer.measure import draw_peers, measure_credit, read_tokens
+from hsd.progress import counter
+from hsd.tasks.task import Policy, Question, Task
+from hsd.viewer.measure import draw_peers, failing_with_peer, gather, measure
 from hsd.viewer.page import write_page
 from hsd.viewer.summary import summarise
 
 
-@dataclass(frozen=True)
-class Subject:
-    """Whose credit is looked at: a policy, how it is sampled and scored, and what its teacher is shown."""
-
-    title: str
-    model: Any
-    tokenizer: Any
-    reward: RewardFn
-    template: ContextTemplate
-    sampling: Sampling
-    success_reward: float = 1.0
-
-
-def sample_groups(subject: Subject, questions: list[dict], seed: int, size: int = 8) -> list[Group]:
+def sample_groups(task: Task, policy: Policy, questions: Sequence[Question], seed: int, size: int = 8) -> list[Group]:
     """One scored group for each question."""
     repeated = [q for q in questions for _ in range(size)]
     prompts = [q["prompt"] for q in repeated]
-    rollouts = sample(subject.model, subject.tokenizer, prompts, subject.sampling, seed=seed + 1, progress=_counter)
-    rewards = score(subject.tokenizer, repeated, rollouts, subject.reward)
+    rollouts = sample(*policy, prompts, task.sampling, seed=seed + 1, progress=counter("sampled"))
+    rewards = score(policy.tokenizer, repeated, rollouts, task.reward)
     scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
     groups = [tuple(scored[g * size : (g + 1) * size]) for g in range(len(questions))]
-    least = subject.success_reward
+    least = task.success_reward
     return [Group(q["prompt"], q["answer"], group, least) for q, group in zip(questions, groups, strict=True)]
 
 
 def make_credit(
-    folder: Path, subject: Subject, groups: list[Group], again: list[Group], *, seed: int, note: str, shown: int = 6
+    folder: Path,
+    task: Task,
+    policy: Policy,
+    groups: Sequence[Group],
+    again: Sequence[Group],
+    *,
+    seed: int,
+    note: str,
+    shown: int = 6,
 ) -> dict[str, Any]:
     """Write ``folder/credit.json`` and ``folder/credit.html``; returns what the former holds.
 
     Credit is measured on ``groups``; ``again``, a second group for each question, says how hard the question is. The
-    page shows ``shown`` groups, those with successes and failures first, with the peers that the figures were measured
-    with.
+    page shows ``shown`` groups, those with successes and failures first, with the numbers behind the figures.
     """
-    measured = measure_credit(subject.model, subject.tokenizer, groups, subject.template, seed=seed)
-    peers = draw_peers(subject.tokenizer, groups, seed)
+    peers = draw_peers(policy.tokenizer, groups, seed)
     chosen = sorted(sorted(range(len(groups)), key=lambda g: not groups[g].is_mixed)[:shown])
-    kept = [groups[g] for g in chosen]
-    read = read_tokens(subject.model, subject.tokenizer, kept, [peers[g] for g in chosen], subject.template)
-    title = f"Credit, token by token: {subject.title}"
-    write_page(folder / "credit.html", subject.tokenizer, kept, read, title=title, note=note)
-    credit = summarise(measured, groups, again, subject.tokenizer)
-    (folder / "credit.json").write_text(json.dumps(credit, indent=1))
+    on_page = [(g, i) for g in chosen for i in range(len(groups[g].rollouts))]
+    failing = failing_with_peer(groups, peers)
+    rest = [place for place in on_page if place not in failing]
+    parts = [measure(policy, groups, peers, task.template, places, shown=chosen) for places in (failing, rest)]
+    found = {(r.group, r.rollout): r for part in parts for r in part}
+    read = [replace(found[g, i], group=chosen.index(g)) for g, i in on_page]
+    title = f"Credit, token by token: {task.title}"
+    write_page(folder / "credit.html", policy.tokenizer, [groups[g] for g in chosen], read, title=title, note=note)
+    credit = summarise(gather(groups, parts[0]), groups, again, policy.tokenizer)
+    with replacing(folder / "credit.json") as part:
+        part.write_text(json.dumps(credit, indent=1))
     return credit
-
-
-def _counter(done: int, total: int) -> None:
-    print(f"  sampled {done}/{total}", flush=True)

@@ -1,8 +1,7 @@
 """Credit on real rollouts: what the peer teacher and the answer-only teacher say, by rollout and token by token.
 
-The teacher has the student's weights and sees a privileged context. `measure_credit` takes the statistics of the paper
-on failing rollouts, `read_tokens` everything that the credit page shows, `coverage_by_difficulty` how many rollouts
-fail and have a peer.
+The teacher has the student's weights and sees a privileged context. `measure` makes the forward passes, `gather` the
+tables behind the paper's statistics, `coverage_by_difficulty` tells how many rollouts fail and have a peer.
 """
 
 from __future__ import annotations
@@ -10,22 +9,23 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from hsd.hindsight.context import ContextTemplate, build_context, tokenize_prompt
 from hsd.hindsight.credit import credit, credit_mass, credit_profile, divergence_position
 from hsd.hindsight.groups import Group
 from hsd.hindsight.peers import choose_peers
-from hsd.policy.body_and_head import Split, split_model
+from hsd.policy.body_and_head import BodyAndHead, body_and_head
+from hsd.policy.forward import forward_rollouts
 from hsd.policy.frozen import in_eval_mode
-from hsd.train.update import read_rollouts
-from hsd_kernels import HSDKLOutput, fused_hsd_kl
+from hsd.tasks.task import Policy
+from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
 
 WINDOWS = (2, 4, 8, 16, 32)
 DIFFICULTY = (0.2, 0.5, 0.8)  # pass rates between the bins; below 0.2 is the paper's "hard", above 0.5 its "easy"
@@ -33,6 +33,62 @@ TOKEN_BUDGET = 16_384
 TOP_CHUNK = 256  # tokens whose full logits exist at once: 156 MB in fp32 at V = 151,936
 
 Peers = list[list[int | None]]
+Place = tuple[int, int]  # index of a group, and of a rollout in it
+
+
+@dataclass(frozen=True)
+class Top:
+    """The k likeliest tokens at each position: ids (T, k) and probabilities (T, k), falling."""
+
+    ids: Tensor
+    probs: Tensor
+
+
+@dataclass(frozen=True)
+class TokenCredit:
+    """One rollout of T tokens under the student and two teachers. Natural logarithms, on the CPU.
+
+    ``credit`` and ``kl`` = KL(teacher || student) belong to the teacher that training uses: shown the peer, or, without
+    one, the answer alone.
+    """
+
+    group: int  # index in the groups that were measured
+    rollout: int  # index within its group
+    peer: int | None
+    tau: int | None
+    credit: Tensor  # (T,)
+    answer_only: Tensor  # (T,) credit of the teacher that sees the answer alone
+    kl: Tensor  # (T,)
+    student_logps: Tensor  # (T,) of the rollout's tokens
+    student_top: Top | None = None  # where it is shown
+    teacher_top: Top | None = None
+
+
+@dataclass(frozen=True)
+class CreditTable:
+    """A_{i,t} of one teacher on B failing rollouts, in nats."""
+
+    credit_BT: Tensor
+    mask_BT: Tensor
+    tau_B: Tensor  # -1 where the rollout never leaves its peer
+
+    def profile(self, before: int = 16, after: int = 32) -> tuple[list[int], list[float], list[int]]:
+        """(offsets from tau, mean |A|, number of rollouts) of `hsd.hindsight.credit.credit_profile`."""
+        offsets, mean_abs, count = credit_profile(self.credit_BT, self.mask_BT, self.tau_B, before, after)
+        return offsets.tolist(), mean_abs.tolist(), count.tolist()
+
+    def mass(self) -> list[float]:
+        """Share of |A| within each of `WINDOWS` of tau."""
+        return credit_mass(self.credit_BT, self.mask_BT, self.tau_B, WINDOWS).tolist()
+
+    def rollout_abs(self) -> list[float]:
+        """|A| averaged over the tokens of each rollout."""
+        return ((self.credit_BT.abs() * self.mask_BT).sum(-1) / self.mask_BT.sum(-1)).tolist()
+
+    def mean_abs(self) -> float:
+        """Rollout-averaged |A|."""
+        values = self.rollout_abs()
+        return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -47,50 +103,10 @@ class MeasuredCredit:
     mask: Tensor
     tau: Tensor  # (B,), -1 where the rollout never leaves its peer
 
-    def profile(self, which: str, before: int = 16, after: int = 32) -> tuple[list[int], list[float], list[int]]:
-        offsets, mean_abs, count = credit_profile(getattr(self, which), self.mask, self.tau, before, after)
-        return offsets.tolist(), mean_abs.tolist(), count.tolist()
-
-    def mass(self, which: str) -> list[float]:
-        return credit_mass(getattr(self, which), self.mask, self.tau, WINDOWS).tolist()
-
-    def rollout_abs(self, which: str) -> list[float]:
-        """|A| averaged over the tokens of each rollout, nats."""
-        a = getattr(self, which).abs()
-        return ((a * self.mask).sum(-1) / self.mask.sum(-1)).tolist()
-
-    def mean_abs(self, which: str) -> float:
-        """Rollout-averaged |A|, nats."""
-        values = self.rollout_abs(which)
-        return sum(values) / len(values)
-
-
-@dataclass(frozen=True)
-class Top:
-    """The k likeliest tokens at each position: ids (T, k) and probabilities (T, k), falling."""
-
-    ids: Tensor
-    probs: Tensor
-
-
-@dataclass(frozen=True)
-class TokenCredit:
-    """One rollout of T tokens, read by the student and by two teachers. Natural logarithms, on the CPU.
-
-    ``credit`` and ``kl`` = KL(teacher || student) belong to the teacher that training uses: shown the peer, or, without
-    one, the answer alone.
-    """
-
-    group: int  # index in the groups that were read
-    rollout: int  # index within its group
-    peer: int | None
-    tau: int | None
-    credit: Tensor  # (T,)
-    answer_only: Tensor  # (T,) credit of the teacher that sees the answer alone
-    kl: Tensor  # (T,)
-    student_logps: Tensor  # (T,) of the rollout's tokens
-    student_top: Top
-    teacher_top: Top
+    @property
+    def teachers(self) -> dict[str, CreditTable]:
+        columns = {"with_peer": self.with_peer, "answer_only": self.answer_only}
+        return {name: CreditTable(column, self.mask, self.tau) for name, column in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -119,103 +135,74 @@ def draw_peers(tokenizer: Any, groups: Sequence[Group], seed: int) -> Peers:
     ]
 
 
-@torch.no_grad()
-def measure_credit(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    groups: Sequence[Group],
-    template: ContextTemplate,
-    *,
-    seed: int = 0,
-    token_budget: int = TOKEN_BUDGET,
-) -> MeasuredCredit | None:
-    """Credit of every failing rollout with a successful peer (`draw_peers`), teacher = the same weights.
-
-    None if there is no such rollout. Several rollouts are read at once as long as their tokens, padded, stay within
-    ``token_budget``.
-    """
-    peers = draw_peers(tokenizer, groups, seed)
-    found = [
-        (group, i, peer)
-        for group, drawn in zip(groups, peers, strict=True)
-        for i, peer in enumerate(drawn)
-        if peer is not None and i in group.failures
-    ]
-    if not found:
-        return None
-    split = split_model(model)
-    columns: dict[str, list[Tensor]] = {"with_peer": [], "answer_only": [], "mask": []}
-    with in_eval_mode(model):
-        for start, stop in _within_budget([len(g.rollouts[i].token_ids) for g, i, _ in found], token_budget):
-            part = found[start:stop]
-            rollouts = [group.rollouts[i].token_ids for group, i, _ in part]
-            student, ids, live = _hidden(split, tokenizer, _plain_prompts(tokenizer, part), rollouts)
-            for name in ("with_peer", "answer_only"):
-                shown = part if name == "with_peer" else [(group, i, None) for group, i, _ in part]
-                prompts = _teacher_prompts(tokenizer, shown, template)
-                teacher, _, _ = _hidden(split, tokenizer, prompts, rollouts)
-                columns[name] += _credit(_compare(split, student, teacher, ids, live))
-            columns["mask"] += live.cpu()
-    tau = [divergence_position(g.rollouts[i].token_ids, g.rollouts[peer].token_ids) for g, i, peer in found]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return MeasuredCredit(
-        groups=[g for g, _, _ in found],
-        rollout=[i for _, i, _ in found],
-        peer=[peer for _, _, peer in found],
-        **{name: pad(rows, batch_first=True) for name, rows in columns.items()},
-        tau=torch.tensor([-1 if t is None else t for t in tau]),
-    )
+def failing_with_peer(groups: Sequence[Group], peers: Peers) -> list[Place]:
+    places = [(g, i) for g, drawn in enumerate(peers) for i, peer in enumerate(drawn) if peer is not None]
+    return [(g, i) for g, i in places if i in groups[g].failures]
 
 
 @torch.no_grad()
-def read_tokens(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+def measure(
+    policy: Policy,
     groups: Sequence[Group],
     peers: Peers,
     template: ContextTemplate,
+    places: Sequence[Place],
     *,
+    shown: Collection[int] = (),
     top_k: int = 5,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[TokenCredit]:
-    """Every rollout of ``groups``, successes too, in order, beside its peer in ``peers`` (`draw_peers`).
+    """The rollouts at ``places``, in order, each beside its peer (`draw_peers`); teacher = the same weights.
 
-    Rollouts are batched as in `measure_credit`. The full logits that the likeliest tokens need exist for `TOP_CHUNK`
-    tokens at a time.
+    Three forward passes a rollout: the prompt alone, the context of its peer, the context of the answer alone. Several
+    rollouts share a batch as long as their tokens, padded, stay within ``token_budget``. The ``top_k`` likeliest tokens
+    are kept for the groups in ``shown``; their full logits exist for `TOP_CHUNK` tokens at a time.
     """
     if top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}")
-    split = split_model(model)
-    every = [(group, i, peers[g][i]) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
-    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
-    read: list[TokenCredit] = []
+    model, tokenizer = policy
+    parts = body_and_head(model)
+    measured: list[TokenCredit] = []
     with in_eval_mode(model):
-        for start, stop in _within_budget([len(g.rollouts[i].token_ids) for g, i, _ in every], token_budget):
-            part = every[start:stop]
-            rollouts = [group.rollouts[i].token_ids for group, i, _ in part]
-            alone = [(group, i, None) for group, i, _ in part]
-            student, ids, live = _hidden(split, tokenizer, _plain_prompts(tokenizer, part), rollouts)
-            teacher, _, _ = _hidden(split, tokenizer, _teacher_prompts(tokenizer, part, template), rollouts)
-            silent, _, _ = _hidden(split, tokenizer, _teacher_prompts(tokenizer, alone, template), rollouts)
-            out = _compare(split, student, teacher, ids, live)
-            a, a_silent = _credit(out), _credit(_compare(split, student, silent, ids, live))
-            kl, logps = out.per_token_kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
-            for b, (group, _, peer) in enumerate(part):
-                own, n = rollouts[b], len(rollouts[b])
-                read.append(
-                    TokenCredit(
-                        *places[start + b],
-                        peer=peer,
-                        tau=None if peer is None else divergence_position(own, group.rollouts[peer].token_ids),
-                        credit=a[b, :n],
-                        answer_only=a_silent[b, :n],
-                        kl=kl[b, :n],
-                        student_logps=logps[b, :n],
-                        student_top=_top(split, student[b, :n], out.student_lse[b, :n], top_k),
-                        teacher_top=_top(split, teacher[b, :n], out.teacher_lse[b, :n], top_k),
-                    )
-                )
-    return read
+        for start, stop in _within_budget([len(groups[g].rollouts[i].token_ids) for g, i in places], token_budget):
+            part = places[start:stop]
+            rollouts = [groups[g].rollouts[i].token_ids for g, i in part]
+            plain = [tokenize_prompt(tokenizer, groups[g].prompt) for g, _ in part]
+            with_peer = [_teacher_prompt(tokenizer, groups[g], peers[g][i], template) for g, i in part]
+            alone = [_teacher_prompt(tokenizer, groups[g], None, template) for g, _ in part]
+            student_BTD, ids_BT, mask_BT = _hidden(parts, tokenizer, plain, rollouts)
+            teacher_BTD, _, _ = _hidden(parts, tokenizer, with_peer, rollouts)
+            out = _compare(parts, student_BTD, teacher_BTD, ids_BT, mask_BT)
+            alone_BTD, _, _ = _hidden(parts, tokenizer, alone, rollouts)
+            a_BT, alone_BT = _credit(out), _credit(_compare(parts, student_BTD, alone_BTD, ids_BT, mask_BT))
+            kl_BT, logps_BT = out.kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
+            for b, (g, i) in enumerate(part):
+                n, peer = len(rollouts[b]), peers[g][i]
+                tau = None if peer is None else divergence_position(rollouts[b], groups[g].rollouts[peer].token_ids)
+                here = TokenCredit(g, i, peer, tau, a_BT[b, :n], alone_BT[b, :n], kl_BT[b, :n], logps_BT[b, :n])
+                if g in shown:
+                    student_top = _top(parts, student_BTD[b, :n], out.student_lse[b, :n], top_k)
+                    teacher_top = _top(parts, teacher_BTD[b, :n], out.teacher_lse[b, :n], top_k)
+                    here = replace(here, student_top=student_top, teacher_top=teacher_top)
+                measured.append(here)
+    return measured
+
+
+def gather(groups: Sequence[Group], measured: Sequence[TokenCredit]) -> MeasuredCredit | None:
+    """The failing rollouts with a peer among ``measured``, padded into tables. None if there is no such rollout."""
+    found = [r for r in measured if r.peer is not None and r.rollout in groups[r.group].failures]
+    if not found:
+        return None
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return MeasuredCredit(
+        groups=[groups[r.group] for r in found],
+        rollout=[r.rollout for r in found],
+        peer=[r.peer for r in found if r.peer is not None],
+        with_peer=pad([r.credit for r in found]),
+        answer_only=pad([r.answer_only for r in found]),
+        mask=pad([torch.ones(len(r.credit), dtype=torch.long) for r in found]),
+        tau=torch.tensor([-1 if r.tau is None else r.tau for r in found]),
+    )
 
 
 def coverage_by_difficulty(
@@ -263,26 +250,16 @@ def _success_rate(group: Group) -> float:
     return len(group.successes) / len(group.rollouts)
 
 
-def _plain_prompts(tokenizer: Any, part: Sequence[tuple[Group, int, int | None]]) -> list[Sequence[int]]:
-    return [tokenize_prompt(tokenizer, group.prompt) for group, _, _ in part]
-
-
-def _teacher_prompts(
-    tokenizer: Any, part: Sequence[tuple[Group, int, int | None]], template: ContextTemplate
-) -> list[Sequence[int]]:
-    return [
-        build_context(
-            tokenizer, group.prompt, group.answer, None if j is None else group.rollouts[j].token_ids, template
-        ).prompt_ids
-        for group, _, j in part
-    ]
+def _teacher_prompt(tokenizer: Any, group: Group, peer: int | None, template: ContextTemplate) -> Sequence[int]:
+    shown = None if peer is None else group.rollouts[peer].token_ids
+    return build_context(tokenizer, group.prompt, group.answer, shown, template).prompt_ids
 
 
 def _hidden(
-    split: Split, tokenizer: Any, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]
+    parts: BodyAndHead, tokenizer: Any, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(states that predict the rollouts' tokens (B, T, D), those tokens (B, T), mask (B, T)), on the model's device."""
-    device = split.weight.device
+    device = parts.linear.weight.device
     left, length = max(map(len, prompts)), max(map(len, rollouts))
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows, mask = [], []
@@ -290,35 +267,25 @@ def _hidden(
         rows.append([pad_id] * (left - len(p)) + list(p) + list(o) + [pad_id] * (length - len(o)))
         mask.append([0] * (left - len(p)) + [1] * (len(p) + len(o)) + [0] * (length - len(o)))
     ids, mask_t = torch.tensor(rows, device=device), torch.tensor(mask, device=device)
-    return read_rollouts(split, ids, mask_t, length), ids[:, left:], mask_t[:, left:]
+    return forward_rollouts(parts, ids, mask_t, length), ids[:, left:], mask_t[:, left:]
 
 
-def _compare(split: Split, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> HSDKLOutput:
-    out = fused_hsd_kl(
-        student,
-        teacher,
-        split.weight,
-        split.bias,
-        target_ids=ids,
-        token_weights=live,
-        logit_scale=split.logit_scale,
-        softcap=split.softcap,
-        return_stats=True,
-    )
+def _compare(parts: BodyAndHead, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> RowStats:
+    out = fused_hsd_kl(student, teacher, parts.head, target_ids=ids, token_weights=live, return_stats=True)
     assert isinstance(out, HSDKLOutput)
-    return out
+    return out.stats
 
 
-def _credit(out: HSDKLOutput) -> Tensor:
+def _credit(out: RowStats) -> Tensor:
     assert out.teacher_logps is not None and out.student_logps is not None
     return credit(out.teacher_logps, out.student_logps).cpu()
 
 
-def _top(split: Split, hidden: Tensor, lse: Tensor, k: int) -> Top:
+def _top(parts: BodyAndHead, hidden: Tensor, lse: Tensor, k: int) -> Top:
     """Of (T, D) states and the log-normalizers (T,) that the fused pass returned for them."""
     ids, probs = [], []
     for h, z in zip(hidden.split(TOP_CHUNK), lse.split(TOP_CHUNK), strict=True):
-        logits = split.logits(h)
+        logits = parts.logits(h)
         best = logits.topk(min(k, logits.shape[-1]))
         ids.append(best.indices.cpu())
         probs.append((best.values - z[:, None]).exp().clamp_max(1.0).cpu())

@@ -4,8 +4,6 @@ const ROW = 128;        // tokens in a row of the page
 const FIRST_ROWS = 6;   // drawn at once; the others follow while the page is already usable
 const ROWS_A_FRAME = 12;
 const LINE_AT = 0.1;    // of the full colour: from here the sign is underlined too
-const NOT_FINITE = -32768;
-const LIMITS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20];
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
@@ -14,25 +12,11 @@ const shown = { rollout: -1, list: [], drawn: 0, focus: null };
 
 // -- data ------------------------------------------------------------------------------------------------------------
 
-function unpack(text, type) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  return new type(bytes.buffer);
-}
-
-function decode(r) {  // once for each rollout that is looked at
-  if (r.tokens) return r;
-  const id = data.wide ? Uint32Array : Uint16Array;
-  r.tokens = unpack(r.ids, id);
-  for (const name of ["credit", "answer", "kl", "logp"]) r[name] = unpack(r[name], Int16Array);
-  r.top = { student: [unpack(r.si, id), unpack(r.sp, Uint16Array)], teacher: [unpack(r.ti, id), unpack(r.tp, Uint16Array)] };
-  return r;
-}
-
 const mean = (r, which, digits) => r.mean[which] === null ? "not finite" : r.mean[which].toFixed(digits);
-const nats = (value) => value === NOT_FINITE ? NaN : value * data.unit;
+const nats = (value) => value === null ? NaN : value * data.units.nats;
 
 function textOf(r) {
-  r.text ??= Array.from(decode(r).tokens, (i) => data.texts[i]).join("");
+  r.text ??= Array.from(r.tokens, (i) => data.texts[i]).join("");
   return r.text;
 }
 
@@ -127,10 +111,10 @@ function step(by) {
 // -- one rollout -----------------------------------------------------------------------------------------------------
 
 function open(i, t) {
-  const r = decode(data.rollouts[i]);
+  const r = data.rollouts[i];
   shown.rollout = i;
   hide();
-  const peer = r.peer === null ? null : decode(data.rollouts[r.peer]);
+  const peer = r.peer === null ? null : data.rollouts[r.peer];
   const [question, answer] = data.groups[r.group];
   at("question").replaceChildren(element("b", "", "Question "), visible(question), element("b", "", "  Answer "), visible(answer));
   at("facts").replaceChildren(
@@ -269,8 +253,8 @@ function show(token) {
   const a = nats(r.credit[t]), logp = nats(r.logp[t]);
   const chance = { student: Math.exp(logp), teacher: Math.exp(logp + a) };
   for (const name in chance) {  // finer than what the rounded logarithms give
-    const [ids, probs] = r.top[name], k = ids.length / r.tokens.length, i = ids.subarray(t * k, (t + 1) * k).indexOf(r.tokens[t]);
-    if (i >= 0) chance[name] = probs[t * k + i] / 65535;
+    const { ids, probs } = r.top[name], k = ids.length / r.tokens.length, i = ids.slice(t * k, (t + 1) * k).indexOf(r.tokens[t]);
+    if (i >= 0) chance[name] = probs[t * k + i] * data.units.probability;
   }
   const offset = own.tau === null ? "" : ` (\u03c4 ${t < own.tau ? "\u2212" : "+"} ${Math.abs(t - own.tau)})`;
   const where = element("div", "", `${isPeer ? "peer, " : ""}token ${t}${own.tau === t ? " (\u03c4)" : offset} `);
@@ -285,10 +269,10 @@ function show(token) {
   fact("probability", `${percent(chance.student)} student, ${percent(chance.teacher)} teacher`);
   const tops = element("div", "tops");
   for (const name of ["student", "teacher"]) {
-    const column = element("section"), [ids, probs] = r.top[name], k = ids.length / r.tokens.length;
+    const column = element("section"), { ids, probs } = r.top[name], k = ids.length / r.tokens.length;
     column.append(element("h3", "", `${name}'s likeliest tokens`));
     for (let i = t * k; i < (t + 1) * k; i++) {
-      const p = probs[i] / 65535, line = element("div", ids[i] === r.tokens[t] ? "this" : "");
+      const p = probs[i] * data.units.probability, line = element("div", ids[i] === r.tokens[t] ? "this" : "");
       line.style.setProperty("--p", p.toFixed(4));
       line.append(element("span", "", oneLine(data.texts[ids[i]])), element("span", "", percent(p)));
       column.append(line);
@@ -390,7 +374,7 @@ addEventListener("beforeprint", () => { while (drawRows(1000)); });
 
 // -- start -----------------------------------------------------------------------------------------------------------
 
-for (const value of LIMITS) at("limit").add(new Option(`\u00b1${value} nats`, value, value === data.limit, value === data.limit));
+for (const value of data.limits) at("limit").add(new Option(`\u00b1${value} nats`, value, value === data.limit, value === data.limit));
 if (innerWidth <= 860) at("list").open = false;
 const hash = new URLSearchParams(location.hash.slice(1));
 const first = Number(hash.get("r") ?? data.first);

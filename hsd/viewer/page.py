@@ -1,33 +1,28 @@
 """The credit page: one HTML file that shows each rollout token by token beside its peer, and asks nothing of a network.
 
-Numbers travel as base64 of little-endian 16-bit integers: 1e-3 nats a unit (more only where 32 nats would not fit),
-probabilities in 65,535ths. With the 5 likeliest tokens of both sides that is 67 characters a token.
+Numbers travel as integers in JSON: thousandths of a nat, ten-thousandths of a probability, texts by their place in
+a list. null is a number that is not finite.
 """
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import math
 import re
-import sys
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hsd.hindsight.groups import Group, Prompt
-from hsd.viewer.measure import TokenCredit
+from hsd.viewer.measure import TokenCredit, Top
 from hsd.viewer.tokens import partial_bytes, token_texts
 
-LIMITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)  # nats at full colour; page.js offers the same
-NOT_FINITE = -32768
-SMALL_VOCABULARY = 1 << 16  # texts that 16 bits can number
+LIMITS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]  # nats at full colour
+NATS, PROBABILITY = 1e-3, 1e-4  # units
 
 
 def write_page(
@@ -66,21 +61,18 @@ def payload(tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit]
     if not read or [(r.group, r.rollout) for r in read] != places:
         raise ValueError(f"read: expected the {len(places)} rollouts of the groups in order, got {len(read)}")
     own = [groups[r.group].rollouts[r.rollout].token_ids for r in read]
-    used = sorted({t for ids in own for t in ids}.union(*(_used(r) for r in read)))
+    used = sorted({t for ids in own for t in ids}.union(*(_used(top) for r in read for top in _tops(r))))
     place = {token: n for n, token in enumerate(used)}
-    code = "H" if len(used) <= SMALL_VOCABULARY else "I"
 
-    def ids(tokens: Iterable[int]) -> str:
-        return _pack(code, (place[t] for t in tokens))
+    def top(of: Top) -> dict[str, list[int]]:
+        probs = (of.probs.double().flatten() / PROBABILITY).round().int().tolist()
+        return {"ids": [place[t] for t in of.ids.flatten().tolist()], "probs": probs}
 
-    columns = [torch.cat([getattr(r, name) for r in read]) for name in ("credit", "answer_only", "kl", "student_logps")]
-    largest = max((c[c.isfinite()].abs().max().item() for c in columns if c.isfinite().any()), default=0.0)
-    unit = max(1e-3, largest / 32767)
     record_of = {place: n for n, place in enumerate(places)}
     return {
-        "unit": unit,
+        "units": {"nats": NATS, "probability": PROBABILITY},
+        "limits": LIMITS,
         "limit": _limit(read),
-        "wide": code == "I",
         "first": _first(read, groups),
         "texts": token_texts(tokenizer, used),
         "bytes": {str(n): data.hex() for n, token in enumerate(used) if (data := partial_bytes(tokenizer, token))},
@@ -94,23 +86,26 @@ def payload(tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit]
                 "peer": None if r.peer is None else record_of[r.group, r.peer],
                 "tau": r.tau,
                 "mean": [_mean_abs(r.credit), _mean_abs(r.answer_only)],
-                "ids": ids(tokens),
-                "credit": _pack_nats(r.credit, unit),
-                "answer": _pack_nats(r.answer_only, unit),
-                "kl": _pack_nats(r.kl, unit),
-                "logp": _pack_nats(r.student_logps, unit),
-                "si": ids(r.student_top.ids.flatten().tolist()),
-                "sp": _pack_probs(r.student_top.probs),
-                "ti": ids(r.teacher_top.ids.flatten().tolist()),
-                "tp": _pack_probs(r.teacher_top.probs),
+                "tokens": [place[t] for t in tokens],
+                "credit": _thousandths(r.credit),
+                "answer": _thousandths(r.answer_only),
+                "kl": _thousandths(r.kl),
+                "logp": _thousandths(r.student_logps),
+                "top": dict(zip(("student", "teacher"), map(top, _tops(r)), strict=True)),
             }
             for r, tokens in zip(read, own, strict=True)
         ],
     }
 
 
-def _used(r: TokenCredit) -> set[int]:
-    return {*r.student_top.ids.flatten().tolist(), *r.teacher_top.ids.flatten().tolist()}
+def _tops(r: TokenCredit) -> tuple[Top, Top]:
+    if r.student_top is None or r.teacher_top is None:
+        raise ValueError(f"read: expected the likeliest tokens of rollout {r.rollout} of group {r.group}, got none")
+    return r.student_top, r.teacher_top
+
+
+def _used(top: Top) -> set[int]:
+    return set(top.ids.flatten().tolist())
 
 
 def _limit(read: Sequence[TokenCredit]) -> float:
@@ -139,17 +134,5 @@ def _question(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def _pack_nats(values: Tensor, unit: float) -> str:
-    scaled = (values.double() / unit).round().clamp(-32767, 32767)
-    return _pack("h", scaled.where(values.isfinite(), NOT_FINITE).int().tolist())
-
-
-def _pack_probs(probs: Tensor) -> str:
-    return _pack("H", (probs.double().flatten() * 65535).round().int().tolist())
-
-
-def _pack(code: str, values: Iterable[int]) -> str:
-    numbers = array(code, values)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return base64.b64encode(numbers.tobytes()).decode("ascii")
+def _thousandths(values: Tensor) -> list[int | None]:
+    return [round(x / NATS) if math.isfinite(x) else None for x in values.tolist()]

@@ -164,26 +164,50 @@ def plot_training(path: str | Path, steps: Sequence[float], curves: Mapping[str,
         ValueError: No curve, or a curve that does not match ``steps`` in length.
     """
     _check_lengths("curves", {name: (steps, values) for name, values in curves.items()})
-    columns = 2 if len(curves) == 4 else min(3, len(curves))
-    rows = math.ceil(len(curves) / columns)
+    fig, panels = _panels(list(curves), "training step")
+    for axes, values in zip(panels, curves.values(), strict=True):
+        style = _style(0) | {"marker": "o" if len(steps) <= 40 else "", "markersize": 3}
+        axes.plot(_floats(steps), _floats(values), **style)
+        axes.margins(x=0.01)
+    fig.savefig(path, dpi=_DPI)
+
+
+def plot_runs(
+    path: str | Path, curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, xlabel: str
+) -> None:
+    """Learning curves of several runs: a panel for each metric, a line for each run.
+
+    Args:
+        path: The picture to write; its suffix picks the format.
+        curves: ``{metric: {run: (steps, values)}}``; NaN leaves a gap.
+        xlabel: What the steps are.
+    """
+    fig, panels = _panels(list(curves), xlabel)
+    for axes, lines in zip(panels, curves.values(), strict=True):
+        for i, (name, (steps, values)) in enumerate(lines.items()):
+            dashes = ("-", "--", ":")[i // len(_COLOURS) % 3]
+            style: dict[str, Any] = _style(i) | {"marker": "", "linestyle": dashes}
+            axes.plot(_floats(steps), _floats(values), label=name, **style)
+    panels[0].legend(fontsize=8, framealpha=0.9, edgecolor="none")
+    fig.savefig(path, dpi=_DPI)
+
+
+def _panels(titles: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each title: two beside each other for four, else three."""
+    columns = 2 if len(titles) == 4 else min(3, len(titles))
+    rows = math.ceil(len(titles) / columns)
     fig = _bare_figure(max(3.2 * columns, 4.2), 2.3 * rows + 0.3)
     fig.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
-    grid = fig.subplots(rows, columns, squeeze=False, sharex=True)
-    panels: list[Axes] = list(grid.flat)
-    for axes, (name, values) in zip(panels, curves.items(), strict=False):
-        marker = "o" if len(steps) <= 40 else ""
-        style = _style(0) | {"marker": marker, "markersize": 3}
-        axes.plot(_floats(steps), _floats(values), **style)
-        axes.set_title(name, fontsize=10, loc="left")
-        axes.margins(x=0.01)
-        _clean(axes)
-    for axes in panels[len(curves) :]:
+    panels: list[Axes] = list(fig.subplots(rows, columns, squeeze=False, sharex=True).flat)
+    for axes in panels[len(titles) :]:
         axes.set_visible(False)
-    for i in range(len(curves)):
-        if i + columns >= len(curves):  # the lowest panel of its column
-            panels[i].set_xlabel("training step")
-            panels[i].tick_params(labelbottom=True)
-    fig.savefig(path, dpi=_DPI)
+    for i, (axes, title) in enumerate(zip(panels, titles, strict=False)):
+        axes.set_title(title, fontsize=10, loc="left")
+        _clean(axes)
+        if i + columns >= len(titles):  # the lowest panel of its column
+            axes.set_xlabel(xlabel)
+            axes.tick_params(labelbottom=True)
+    return fig, panels[: len(titles)]
 
 
 def _bare_figure(width: float, height: float) -> Figure:

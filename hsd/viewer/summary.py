@@ -25,7 +25,7 @@ def summarise(
     """All that the words and the figures need, ready for JSON; NaN is null.
 
     Args:
-        measured: credit on the failing rollouts of ``groups`` (`hsd.viewer.measure.measure_credit`), None without any.
+        measured: credit on the failing rollouts of ``groups`` (`hsd.viewer.measure.gather`), None without any.
         again: an independent second group for each question (`hsd.viewer.measure.coverage_by_difficulty`).
     """
     size = len(groups[0].rollouts)
@@ -43,10 +43,11 @@ def summarise(
         tau = measured.tau[measured.tau >= 0]
         kept["median_tau"] = tau.float().median().item() if tau.numel() else None
         kept["windows"] = WINDOWS
-        kept["mean_abs"] = {name: measured.mean_abs(name) for name in TEACHERS}
-        kept["rollout_abs"] = {name: [round(a, 6) for a in measured.rollout_abs(name)] for name in TEACHERS}
-        kept["mass"] = {name: measured.mass(name) for name in TEACHERS}
-        kept["profile"] = {name: measured.profile(name) for name in TEACHERS}
+        tables = measured.teachers
+        kept["mean_abs"] = {name: table.mean_abs() for name, table in tables.items()}
+        kept["rollout_abs"] = {name: [round(a, 6) for a in table.rollout_abs()] for name, table in tables.items()}
+        kept["mass"] = {name: table.mass() for name, table in tables.items()}
+        kept["profile"] = {name: table.profile() for name, table in tables.items()}
         kept["examples"] = [_example(measured, i, tokenizer) for i in _spread(measured)]
     return _strict(kept)
 

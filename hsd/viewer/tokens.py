@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 REPLACEMENT = "\ufffd"
 
 
@@ -42,16 +44,5 @@ def _bytes_of(name: str) -> bytes | None:
     """The bytes that a token's name stands for: SentencePiece's ``<0xF0>``, or GPT-2's letter for each byte."""
     if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):
         return bytes([int(match[1], 16)])
-    if all(letter in _BYTE_OF_LETTER for letter in name):
-        return bytes(_BYTE_OF_LETTER[letter] for letter in name)
-    return None
-
-
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's byte-level alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
-
-
-_BYTE_OF_LETTER = _byte_letters()
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return bytes(map(byte_of.__getitem__, name)) if all(letter in byte_of for letter in name) else None

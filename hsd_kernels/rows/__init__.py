@@ -22,12 +22,15 @@ import os
 import warnings
 from types import ModuleType
 
-import torch as pytorch  # importing the submodule binds the name "torch" in this package to it
+import torch
 
-IMPLS = ("auto", "torch", "triton", "cpp")
+from hsd_kernels import native
+
+MODULES = {"torch": "eager", "triton": "triton_rows", "cpp": "cpp"}  # by the name that ``impl`` has for them
+IMPLS = ("auto", *MODULES)
 
 
-def resolve(impl: str, device: pytorch.device, dtype: pytorch.dtype) -> ModuleType:
+def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The row backend for ``impl``. "auto" is Triton for fp32, bf16 and fp16 on CUDA (sm_80 and later) where triton
     is installed, C++ for fp32 and bf16 on a CPU where its library is built, torch otherwise. An explicit choice that
     cannot run raises and says why; a library that is there and cannot be loaded is a warning under "auto"."""
@@ -40,29 +43,25 @@ def resolve(impl: str, device: pytorch.device, dtype: pytorch.dtype) -> ModuleTy
             raise ValueError(
                 f"impl='triton': expected CUDA tensors (or TRITON_INTERPRET=1 for the interpreter), got {device}"
             )
-        if dtype == pytorch.float64:
+        if dtype == torch.float64:
             raise TypeError("impl='triton': expected float32, bfloat16 or float16 inputs, got float64")
     elif impl == "cpp":
-        from hsd_kernels.rows import cpp
-
         if device.type != "cpu":
             raise ValueError(f"impl='cpp': expected CPU tensors, got {device}")
-        if dtype not in cpp.DTYPES:
+        if dtype not in native.DTYPES:
             raise TypeError(f"impl='cpp': expected float32 or bfloat16 inputs, got {dtype}")
-        cpp.library()
-    return importlib.import_module(f"hsd_kernels.rows.{impl}")
+        native.facts()
+    return importlib.import_module(f"hsd_kernels.rows.{MODULES[impl]}")
 
 
-def _best(device: pytorch.device, dtype: pytorch.dtype) -> str:
+def _best(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
-        fits = dtype != pytorch.float64 and importlib.util.find_spec("triton")
-        return "triton" if fits and pytorch.cuda.get_device_capability(device) >= (8, 0) else "torch"
-    from hsd_kernels.rows import cpp
-
-    if device.type != "cpu" or dtype not in cpp.DTYPES or cpp.find() is None:
+        fits = dtype != torch.float64 and importlib.util.find_spec("triton")
+        return "triton" if fits and torch.cuda.get_device_capability(device) >= (8, 0) else "torch"
+    if device.type != "cpu" or dtype not in native.DTYPES or native.find() is None:
         return "torch"
     try:
-        cpp.library()
+        native.facts()
     except RuntimeError as error:
         _warn_once(f"impl='auto' takes the torch rows: {error}")
         return "torch"

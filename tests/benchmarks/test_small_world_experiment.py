@@ -16,7 +16,7 @@ from benchmarks.small_world import run as work
 from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, FULL, MAIN, QUICK, Run, Scale, queue
 from benchmarks.small_world.queue import Job, drain
 from benchmarks.small_world.results import coverage_bins, interval, paired
-from hsd.demo import small_world
+from hsd.tasks import small_world
 
 
 def note(path, text, result=None, status=None):

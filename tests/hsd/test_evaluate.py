@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hsd.demo import small_world
 from hsd.evaluate import Sampling, end_token_ids, sample, score, success
+from hsd.tasks import small_world
 
 TOKENIZER = small_world.build_tokenizer()
 PAD, EOS = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id

@@ -15,11 +15,11 @@ from hsd.cli.__main__ import main
 from hsd.data import load
 from hsd.data.rows import read_jsonl, write_jsonl
 from hsd.data.sources import Loaded
-from hsd.demo import small_world
 from hsd.evaluate.benchmark import evaluate
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.sampling import Sampling
 from hsd.evaluate.table import markdown
+from hsd.tasks import small_world
 
 TOKENIZER = small_world.build_tokenizer()
 EOS, DIGITS = TOKENIZER.eos_token_id, [TOKENIZER.convert_tokens_to_ids(str(d)) for d in range(10)]

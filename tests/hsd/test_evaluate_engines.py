@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hsd.demo import small_world
 from hsd.evaluate import engines
 from hsd.evaluate.sampling import Sampling
+from hsd.tasks import small_world
 
 TOKENIZER = small_world.build_tokenizer()
 EOS = TOKENIZER.eos_token_id

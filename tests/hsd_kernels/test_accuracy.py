@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels import fused_hsd_kl, reference, rows
 from hsd_kernels.divergence import DIVERGENCES
-from hsd_kernels.testing import double, draw, grads, logit_pair, small_problem
+from hsd_kernels.testing import double, draw, grads, logit_pair, row_spec, small_problem
 
 BF16 = torch.bfloat16
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -47,6 +47,48 @@ def test_saturated_rows_keep_their_gradient(temperature, divergence):
     for got, want, truth in zip(found[1:], eager[1:], exact[1:], strict=True):
         ours, theirs = (((t - truth).abs().sum() / truth.abs().sum()).item() for t in (got, want))
         assert ours <= 1e-5 + 4.0 * theirs, (ours, theirs)
+
+
+def confident_rows(margin, offset, temperature, vocab=2000, count=6):
+    """fp32 logits of a student and of a teacher within 0.1 of it; one token leads by ``margin`` nats."""
+    student = draw(count, vocab)
+    student[:, 7] = student.amax(-1) + margin
+    teacher = student + 0.1 * draw(count, vocab, seed=1)
+    return (temperature * student + offset).float(), (temperature * teacher + offset).float()
+
+
+def best_fp32_gradient(student, teacher, temperature):
+    """pt and ps of the forward KL from the exact maximum and the exact log-sum, rounded to fp32: no other rounding
+    than that of one difference, one product and one exponential."""
+
+    def probabilities(x):
+        top = x.amax(-1, keepdim=True)
+        log_sum = ((x.double() - top) / temperature).exp().sum(-1, keepdim=True).log().float()
+        return ((x - top) / temperature - log_sum).exp()
+
+    return (probabilities(student) - probabilities(teacher)) / temperature
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, 100.0])
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("impl", ["cpp", "torch", "triton"])
+def test_confident_rows_lose_what_the_best_fp32_form_loses(impl, temperature, offset):
+    """1 - p of the leading token from 0.9 down to 1e-8, and logits with a common offset."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    for margin in (0.0, 4.0, 8.0, 12.0, 16.0, 20.0):
+        student, teacher = confident_rows(margin, offset, temperature)
+        z = student.double() / temperature
+        exact = (z.softmax(-1) - (teacher.double() / temperature).softmax(-1)) / temperature
+        backend, spec = rows.resolve(impl, student.device, student.dtype), row_spec(temperature=temperature)
+        stats = backend.statistics(student, teacher, spec, None, None, None, torch.arange(len(student)))
+        found = torch.empty_like(student)
+        backend.gradient_(student, teacher, spec, None, None, stats, torch.ones(len(student)), found)
+        ours, best = (
+            ((g - exact).abs().sum() / exact.abs().sum()).item()
+            for g in (found, best_fp32_gradient(student, teacher, temperature))
+        )
+        assert ours <= 2.0 * best + 1e-7, (margin, 1.0 - z.softmax(-1)[:, 7].max().item(), ours, best)
 
 
 @every_divergence

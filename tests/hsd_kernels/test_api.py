@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 
 import hsd_kernels
-from hsd_kernels import HSDKLOutput, fused_hsd_kl, rows
-from hsd_kernels.rows import torch as torch_rows
+from hsd_kernels import Divergence, Head, HSDKLOutput, fused_hsd_kl, rows
+from hsd_kernels.row_stats import COLUMNS
+from hsd_kernels.rows import eager as torch_rows
 
 T, D, V = 4, 8, 11
+W = torch.ones(V, D)
 NAN, INF = float("nan"), float("inf")
 
 
@@ -21,9 +23,16 @@ def good(**changes):
     kwargs = {
         "student_hidden": torch.randn(T, D),
         "teacher_hidden": torch.randn(T, D),
-        "lm_head_weight": torch.randn(V, D),
+        "head": torch.randn(V, D),
     }
     return kwargs | changes
+
+
+class Made:
+    """Arguments that refuse to be made: they are made inside the call that is tested."""
+
+    def __init__(self, record, *given, **fields):
+        self.make = lambda: record(*given, **fields)
 
 
 def grad(*shape):
@@ -40,53 +49,68 @@ VALUE_ERRORS = {
     "teacher D": ({"teacher_hidden": torch.randn(T, D + 1)}, "teacher_hidden", "(4, 8)", "(4, 9)"),
     "teacher tokens": ({"teacher_hidden": torch.randn(T + 1, D)}, "teacher_hidden", "(4, 8)", "(5, 8)"),
     "teacher leading shape": ({"teacher_hidden": torch.randn(2, 2, D)}, "teacher_hidden", "(4, 8)", "(2, 2, 8)"),
-    "weight 1-d": ({"lm_head_weight": torch.randn(D)}, "lm_head_weight", "(V, D)", "(8,)"),
-    "weight 3-d": ({"lm_head_weight": torch.randn(1, V, D)}, "lm_head_weight", "(V, D)", "(1, 11, 8)"),
-    "empty vocabulary": ({"lm_head_weight": torch.randn(0, D)}, "lm_head_weight", "V > 0", "(0, 8)"),
-    "bias": ({"bias": torch.randn(V + 1)}, "bias", "(11,)", "(12,)"),
-    "bias 2-d": ({"bias": torch.randn(1, V)}, "bias", "(11,)", "(1, 11)"),
-    "teacher weight V": ({"teacher_weight": torch.randn(V - 1, D)}, "teacher_weight", "(11, D')", "(10, 8)"),
-    "teacher weight 1-d": ({"teacher_weight": torch.randn(V)}, "teacher_weight", "(11, D')", "(11,)"),
-    "teacher weight D": ({"teacher_weight": torch.randn(V, 5)}, "teacher_hidden", "(4, 5)", "(4, 8)"),
-    "teacher bias alone": ({"teacher_bias": torch.randn(V)}, "teacher_bias", "None", "teacher_weight"),
-    "teacher bias": (
-        {"teacher_weight": torch.randn(V, D), "teacher_bias": torch.randn(3)},
-        "teacher_bias",
-        "(11,)",
-        "(3,)",
+    "weight 1-d": ({"head": torch.randn(D)}, "head.weight", "(V, D)", "(8,)"),
+    "weight 3-d": ({"head": torch.randn(1, V, D)}, "head.weight", "(V, D)", "(1, 11, 8)"),
+    "empty vocabulary": ({"head": torch.randn(0, D)}, "head.weight", "V > 0", "(0, 8)"),
+    "bias": ({"head": Head(W, torch.randn(V + 1))}, "head.bias", "(11,)", "(12,)"),
+    "bias 2-d": ({"head": Head(W, torch.randn(1, V))}, "head.bias", "(11,)", "(1, 11)"),
+    "teacher weight V": ({"teacher_head": torch.randn(V - 1, D)}, "teacher_head.weight", "(11, D')", "(10, 8)"),
+    "teacher weight 1-d": ({"teacher_head": torch.randn(V)}, "teacher_head.weight", "(11, D')", "(11,)"),
+    "teacher weight D": ({"teacher_head": torch.randn(V, 5)}, "teacher_hidden", "(4, 5)", "(4, 8)"),
+    "teacher bias": ({"teacher_head": Head(W, torch.randn(3))}, "teacher_head.bias", "(11,)", "(3,)"),
+    "teacher scale": (
+        {"teacher_head": Head(W, logit_scale=2.0)},
+        "teacher_head.logit_scale",
+        "head.logit_scale, 1.0",
+        "2.0",
     ),
+    "reference cap": (
+        {"head": Head(W, softcap=3.0), "reference_head": Head(W)},
+        "reference_head.softcap",
+        "head.softcap, 3.0",
+        "None",
+    ),
+    "reference head alone": ({"reference_head": W}, "reference_head", "None without reference_hidden", "a head"),
+    "reference hidden alone": (
+        {"reference_hidden": torch.randn(T, D)},
+        "reference_hidden",
+        "> 0",
+        "reference_coef=0.0",
+    ),
+    "reference coef alone": ({"reference_coef": 0.1}, "reference_hidden", "a tensor with", "None"),
+    "reference coef": ({"reference_coef": -0.1}, "reference_coef", ">= 0", "-0.1"),
     "teacher hidden grad": ({"teacher_hidden": grad(T, D)}, "teacher_hidden", "without gradient", "requires_grad"),
-    "teacher weight grad": ({"teacher_weight": grad(V, D)}, "teacher_weight", "without gradient", "requires_grad"),
-    "teacher bias grad": (
-        {"teacher_weight": torch.randn(V, D), "teacher_bias": grad(V)},
-        "teacher_bias",
-        "without gradient",
-        "requires_grad",
-    ),
+    "teacher weight grad": ({"teacher_head": grad(V, D)}, "teacher_head.weight", "without gradient", "requires_grad"),
+    "teacher bias grad": ({"teacher_head": Head(W, grad(V))}, "teacher_head.bias", "without gradient", "requires_grad"),
     "teacher device": ({"teacher_hidden": torch.randn(T, D, device="meta")}, "teacher_hidden", "cpu", "meta"),
     "student device": ({"student_hidden": torch.randn(T, D, device="meta")}, "teacher_hidden", "meta", "cpu"),
-    "weight device": ({"lm_head_weight": torch.randn(V, D, device="meta")}, "lm_head_weight", "cpu", "meta"),
-    "bias device": ({"bias": torch.randn(V, device="meta")}, "bias", "cpu", "meta"),
+    "weight device": ({"head": torch.randn(V, D, device="meta")}, "head.weight", "cpu", "meta"),
+    "bias device": ({"head": Head(W, torch.randn(V, device="meta"))}, "head.bias", "cpu", "meta"),
     "weights device": ({"token_weights": torch.ones(T, device="meta")}, "token_weights", "cpu", "meta"),
     "targets device": ({"target_ids": torch.ones(T, device="meta").long()}, "target_ids", "cpu", "meta"),
-    "divergence": ({"divergence": "js"}, "divergence", "forward_kl", "'js'"),
-    "divergence None": ({"divergence": None}, "divergence", "forward_kl", "None"),
+    "divergence": ({"divergence": "js"}, "divergence.kind", "forward_kl", "'js'"),
+    "clip_form": ({"divergence": Made(Divergence, clip_form="both")}, "divergence.clip_form", "opsd", "'both'"),
     "reduction": ({"reduction": "batchmean"}, "reduction", "mean", "'batchmean'"),
     "impl": ({"impl": "cuda"}, "impl", "triton", "'cuda'"),
     "impl None": ({"impl": None}, "impl", "triton", "None"),
-    "beta below": ({"divergence": "jsd", "beta": -0.1}, "beta", "[0, 1]", "-0.1"),
-    "beta above": ({"beta": 1.5}, "beta", "[0, 1]", "1.5"),
-    "beta nan": ({"beta": NAN}, "beta", "[0, 1]", "nan"),
-    "temperature negative": ({"temperature": -1.0}, "temperature", "> 0", "-1.0"),
-    "temperature zero": ({"temperature": 0}, "temperature", "> 0", "0"),
-    "temperature nan": ({"temperature": NAN}, "temperature", "finite", "nan"),
-    "temperature inf": ({"temperature": INF}, "temperature", "finite", "inf"),
-    "clip": ({"kl_clip": -1.0}, "kl_clip", "> 0", "-1.0"),
-    "clip zero": ({"kl_clip": 0.0}, "kl_clip", "> 0", "0.0"),
-    "softcap": ({"softcap": 0.0}, "softcap", "> 0", "0.0"),
+    "beta below": ({"divergence": Made(Divergence, "jsd", beta=-0.1)}, "divergence.beta", "[0, 1]", "-0.1"),
+    "beta above": ({"divergence": Made(Divergence, beta=1.5)}, "divergence.beta", "[0, 1]", "1.5"),
+    "beta nan": ({"divergence": Made(Divergence, beta=NAN)}, "divergence.beta", "[0, 1]", "nan"),
+    "temperature negative": (
+        {"divergence": Made(Divergence, temperature=-1.0)},
+        "divergence.temperature",
+        "> 0",
+        "-1.0",
+    ),
+    "temperature zero": ({"divergence": Made(Divergence, temperature=0)}, "divergence.temperature", "> 0", "0"),
+    "temperature nan": ({"divergence": Made(Divergence, temperature=NAN)}, "divergence.temperature", "finite", "nan"),
+    "temperature inf": ({"divergence": Made(Divergence, temperature=INF)}, "divergence.temperature", "finite", "inf"),
+    "clip": ({"divergence": Made(Divergence, clip=-1.0)}, "divergence.clip", "> 0", "-1.0"),
+    "clip zero": ({"divergence": Made(Divergence, clip=0.0)}, "divergence.clip", "> 0", "0.0"),
+    "softcap": ({"head": Made(Head, W, softcap=0.0)}, "head.softcap", "> 0", "0.0"),
+    "logit_scale": ({"head": Made(Head, W, logit_scale=INF)}, "head.logit_scale", "finite", "inf"),
     "num_items": ({"num_items": 0}, "num_items", "> 0", "0"),
     "num_items nan": ({"num_items": NAN}, "num_items", "> 0", "nan"),
-    "logit_scale": ({"logit_scale": INF}, "logit_scale", "finite", "inf"),
     "chunk_bytes zero": ({"chunk_bytes": 0}, "chunk_bytes", "> 0", "0"),
     "chunk_bytes negative": ({"chunk_bytes": -1}, "chunk_bytes", "> 0", "-1"),
     "weights shape": ({"token_weights": torch.ones(T, 1)}, "token_weights", "(4,)", "(4, 1)"),
@@ -104,14 +128,16 @@ TYPE_ERRORS = {
     "student array": ({"student_hidden": [[1.0] * D] * T}, "student_hidden", "torch.Tensor", "list"),
     "student None": ({"student_hidden": None}, "student_hidden", "torch.Tensor", "NoneType"),
     "teacher None": ({"teacher_hidden": None}, "teacher_hidden", "torch.Tensor", "NoneType"),
-    "weight list": ({"lm_head_weight": [[0.0]]}, "lm_head_weight", "torch.Tensor", "list"),
-    "bias number": ({"bias": 0.0}, "bias", "torch.Tensor or None", "float"),
-    "teacher weight": ({"teacher_weight": "ema"}, "teacher_weight", "torch.Tensor or None", "str"),
+    "head list": ({"head": [[0.0]]}, "head", "a torch.Tensor or a Head", "list"),
+    "weight list": ({"head": Made(Head, [[0.0]])}, "head.weight", "torch.Tensor", "list"),
+    "bias number": ({"head": Made(Head, W, 0.0)}, "head.bias", "torch.Tensor or None", "float"),
+    "teacher head": ({"teacher_head": "ema"}, "teacher_head", "a torch.Tensor, a Head or None", "str"),
+    "divergence None": ({"divergence": None}, "divergence", "a Divergence or one of ('forward_kl'", "NoneType"),
     "student ints": ({"student_hidden": torch.ones(T, D).long()}, "student_hidden", "float32", "int64"),
     "student complex": ({"student_hidden": torch.ones(T, D) + 0j}, "student_hidden", "float32", "complex64"),
-    "weight dtype": ({"lm_head_weight": torch.randn(V, D).bfloat16()}, "lm_head_weight", "float32", "bfloat16"),
+    "weight dtype": ({"head": torch.randn(V, D).bfloat16()}, "head.weight", "float32", "bfloat16"),
     "teacher dtype": ({"teacher_hidden": torch.randn(T, D).half()}, "teacher_hidden", "float32", "float16"),
-    "bias dtype": ({"bias": torch.randn(V).double()}, "bias", "float32", "float64"),
+    "bias dtype": ({"head": Head(W, torch.randn(V).double())}, "head.bias", "float32", "float64"),
     "weights list": ({"token_weights": [1.0] * T}, "token_weights", "torch.Tensor or None", "list"),
     "weights complex": ({"token_weights": torch.ones(T) + 0j}, "token_weights", "real", "complex64"),
     "targets float": ({"target_ids": torch.zeros(T)}, "target_ids", "integers", "float32"),
@@ -121,12 +147,17 @@ TYPE_ERRORS = {
     "chunk_bytes float": ({"chunk_bytes": 1e6}, "chunk_bytes", "an integer or None", "1000000.0 (float)"),
     "num_items tensor": ({"num_items": torch.tensor(3)}, "num_items", "a number or None", "tensor(3)"),
 }
-for option in ("beta", "temperature", "logit_scale", "kl_clip", "softcap", "num_items", "chunk_bytes"):
-    TYPE_ERRORS[f"{option} str"] = ({option: "hot"}, option, "expected a", "'hot' (str)")
-    TYPE_ERRORS[f"{option} bool"] = ({option: True}, option, "expected a", "True (bool)")
-    TYPE_ERRORS[f"{option} list"] = ({option: [1.0]}, option, "expected a", "[1.0] (list)")
-for option in ("beta", "temperature", "logit_scale"):
-    TYPE_ERRORS[f"{option} None"] = ({option: None}, option, "expected a number", "None (NoneType)")
+FIELDS = {"beta": Divergence, "temperature": Divergence, "clip": Divergence, "logit_scale": Head, "softcap": Head}
+for name in (*FIELDS, "num_items", "chunk_bytes", "reference_coef"):
+    for kind, value in {"str": "hot", "bool": True, "list": [1.0], "None": None}.items():
+        if kind == "None" and name in ("clip", "softcap", "num_items", "chunk_bytes"):
+            continue
+        argument, changes = name, {name: value}
+        if name in FIELDS:
+            made = Made(Divergence, **{name: value}) if FIELDS[name] is Divergence else Made(Head, W, **{name: value})
+            owner = FIELDS[name].__name__.lower()
+            argument, changes = f"{owner}.{name}", {owner: made}
+        TYPE_ERRORS[f"{name} {kind}"] = (changes, argument, "expected a", f"{value!r} ({type(value).__name__})")
 
 
 def check_refused(kind, changes, argument, expected, got):
@@ -134,7 +165,7 @@ def check_refused(kind, changes, argument, expected, got):
     tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and not v.is_meta}
     before = {k: (v.detach().clone(), v._version) for k, v in tensors.items()}
     with pytest.raises(kind) as error:
-        fused_hsd_kl(**kwargs)
+        fused_hsd_kl(**{k: v.make() if isinstance(v, Made) else v for k, v in kwargs.items()})
     message = str(error.value)
     assert message.startswith((f"{argument}: expected", f"{argument}=")), message
     assert expected in message and got in message, message
@@ -189,13 +220,13 @@ def mesh():
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch built without distributed")
-@pytest.mark.parametrize("name", ["student_hidden", "teacher_hidden", "lm_head_weight"])
+@pytest.mark.parametrize("name", ["student_hidden", "teacher_hidden", "head"])
 def test_dtensor_is_refused_with_the_way_out(mesh, name):
     from torch.distributed.tensor import Shard, distribute_tensor
 
     kwargs = good()
     kwargs[name] = distribute_tensor(kwargs[name], mesh, [Shard(0)])
-    with pytest.raises(TypeError, match=rf"^{name}: expected a plain tensor, got a DTensor.*gathered"):
+    with pytest.raises(TypeError, match=rf"^{name}(.weight)?: expected a plain tensor, got a DTensor.*gathered"):
         fused_hsd_kl(**kwargs)
 
 
@@ -203,22 +234,24 @@ def test_dtensor_is_refused_with_the_way_out(mesh, name):
 def test_inputs_are_not_changed(reduction):
     kwargs = good(
         student_hidden=grad(T, D),
-        lm_head_weight=grad(V, D),
-        bias=grad(V),
         token_weights=weights(0.5),
         target_ids=torch.tensor([0, 1, 2, 10]),
     )
-    before = {k: v.detach().clone() for k, v in kwargs.items()}
-    fused_hsd_kl(**kwargs, reduction=reduction, divergence="jsd", softcap=3.0, temperature=0.7).sum().backward()
+    head = Head(grad(V, D), grad(V), softcap=3.0)
+    tensors = {k: v for k, v in kwargs.items() if k != "head"} | {"weight": head.weight, "bias": head.bias}
+    before = {k: v.detach().clone() for k, v in tensors.items()}
+    divergence = Divergence("jsd", temperature=0.7)
+    fused_hsd_kl(**kwargs | {"head": head}, reduction=reduction, divergence=divergence).sum().backward()
     for name, old in before.items():
-        assert torch.equal(kwargs[name].detach(), old) and kwargs[name]._version == 0, name
+        assert torch.equal(tensors[name].detach(), old) and tensors[name]._version == 0, name
 
 
 def test_numbers_of_any_real_type_are_accepted():
     numpy = pytest.importorskip("numpy")
-    expected = fused_hsd_kl(**good(temperature=2.0, num_items=3.0))
+    expected = fused_hsd_kl(**good(divergence=Divergence(temperature=2.0), num_items=3.0))
     for real, integer in ((int, int), (numpy.float64, numpy.int64), (numpy.float32, numpy.int32)):
-        got = fused_hsd_kl(**good(temperature=real(2), num_items=integer(3), chunk_bytes=integer(4096)))
+        given = {"num_items": integer(3), "chunk_bytes": integer(4096)}
+        got = fused_hsd_kl(**good(divergence=Divergence(temperature=real(2)), **given))
         assert torch.equal(got, expected)
 
 
@@ -228,12 +261,11 @@ def test_output_shapes_dtypes_and_gradients(shape):
     ids = torch.zeros(shape, dtype=torch.long)
     out = fused_hsd_kl(hidden, teacher, weight, target_ids=ids, return_stats=True)
     assert isinstance(out, HSDKLOutput) and out.loss.shape == () and out.loss.requires_grad
-    for name, value in out._asdict().items():
-        if value is None:
-            assert name in ("reference_kl", "reference_logps", "filtered_share")
-            continue
-        assert value.dtype == torch.float32, name
-        assert name == "loss" or (value.shape == shape and not value.requires_grad), name
+    assert out.reference is None and out.filtered_share is None
+    for name in COLUMNS:
+        value = getattr(out.stats, name)
+        assert value.dtype == torch.float32 and value.shape == shape and not value.requires_grad, name
+    assert torch.equal(out.stats.rows, torch.arange(len(out.stats.kl.flatten())).reshape(shape))
     terms = fused_hsd_kl(hidden, teacher, weight, reduction="none")
     assert terms.shape == shape
     terms.sum().backward()
@@ -242,19 +274,26 @@ def test_output_shapes_dtypes_and_gradients(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_result_dtypes(dtype):
-    kwargs = {k: v.to(dtype) for k, v in good(bias=torch.randn(V)).items()}
-    for name in ("student_hidden", "lm_head_weight", "bias"):
-        kwargs[name].requires_grad_()
+    hidden, teacher, weight, bias = (t.to(dtype) for t in (*good().values(), torch.randn(V)))
+    trained = [t.requires_grad_() for t in (hidden, weight, bias)]
+    out = fused_hsd_kl(hidden, teacher, Head(weight, bias), return_stats=True)
+    assert out.stats.student_logps is None and out.stats.teacher_logps is None
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    out = fused_hsd_kl(**kwargs, return_stats=True)
-    assert out.student_logps is None and out.teacher_logps is None
-    assert {v.dtype for v in out if v is not None} == {wide}
+    assert {t.dtype for t in (out.loss, *out.stats[1:]) if t is not None} == {wide}
     out.loss.backward()
-    assert {kwargs[n].grad.dtype for n in ("student_hidden", "lm_head_weight", "bias")} == {dtype}
+    assert {t.grad.dtype for t in trained} == {dtype}
 
 
 def test_public_names():
-    assert set(hsd_kernels.__all__) == {"FusedHSDKL", "HSDKLOutput", "RowStats", "fused_hsd_kl", "gathered"}
+    assert set(hsd_kernels.__all__) == {
+        "Divergence",
+        "FusedHSDKL",
+        "HSDKLOutput",
+        "Head",
+        "RowStats",
+        "fused_hsd_kl",
+        "gathered",
+    }
     assert all(hasattr(hsd_kernels, name) for name in hsd_kernels.__all__)
 
 

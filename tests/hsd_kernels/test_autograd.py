@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels import Head, fused_hsd_kl, reference
 from hsd_kernels.testing import double, draw, grads, small_problem
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -22,7 +22,7 @@ def test_upstream_gradient(trained, reduction, dtype):
     exact = grads(reference.hsd_kl, *double(student, teacher, weight, bias), upstream.double(), **options)[1:]
     leaves = [t.clone().requires_grad_(g in (trained, "both")) for t, g in ((student, "student"), (weight, "head"))]
     leaves.append(bias.clone().requires_grad_(trained != "student"))
-    fused_hsd_kl(leaves[0], teacher, *leaves[1:], **options).backward(upstream)
+    fused_hsd_kl(leaves[0], teacher, Head(*leaves[1:]), **options).backward(upstream)
     for leaf, truth in zip(leaves, exact, strict=True):
         if not leaf.requires_grad:
             assert leaf.grad is None
@@ -73,14 +73,26 @@ def test_backward_twice_with_retain_graph(head, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_double_backward_is_refused(reduction):
+def test_a_second_derivative_is_refused(reduction):
     student, teacher, weight = small_problem()
     student.requires_grad_()
     loss = fused_hsd_kl(student, teacher, weight, reduction=reduction).sum()
     scale = torch.ones((), requires_grad=True)
-    (first,) = torch.autograd.grad(loss * scale, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match=r"^fused_hsd_kl: expected create_graph=False"):
+        torch.autograd.grad(loss * scale, student, create_graph=True)
+
+
+@pytest.mark.parametrize("moved", ["student", "teacher", "weight"])
+def test_a_forward_mode_derivative_is_refused(moved):
+    student, teacher, weight = small_problem()
+    tensors = {"student": student, "teacher": teacher, "weight": weight}
+    with torch.autograd.forward_ad.dual_level():
+        tensors[moved] = torch.autograd.forward_ad.make_dual(tensors[moved], torch.ones_like(tensors[moved]))
+        with pytest.raises(RuntimeError, match=r"^fused_hsd_kl: expected tensors without a tangent"):
+            fused_hsd_kl(*tensors.values())
+        fused_hsd_kl(student, teacher, weight)
+    with pytest.raises(RuntimeError, match=r"^fused_hsd_kl: expected tensors without a tangent"):
+        torch.func.jvp(lambda h: fused_hsd_kl(h, teacher, weight), (student,), (teacher,))
 
 
 def test_tied_embeddings():
@@ -108,7 +120,7 @@ def test_frozen_head_and_frozen_hidden(reduction):
     want = grads(reference.hsd_kl, student, teacher, weight, bias, upstream, reduction=reduction)[1:]
     for trained in range(3):
         leaves = [t.clone().requires_grad_(i == trained) for i, t in enumerate((student, weight, bias))]
-        fused_hsd_kl(leaves[0], teacher, *leaves[1:], reduction=reduction).backward(upstream)
+        fused_hsd_kl(leaves[0], teacher, Head(*leaves[1:]), reduction=reduction).backward(upstream)
         for i, leaf in enumerate(leaves):
             assert (leaf.grad is not None) == (i == trained)
         torch.testing.assert_close(leaves[trained].grad, want[trained])
@@ -122,13 +134,12 @@ def test_the_teacher_has_no_gradient_and_no_graph():
         student,
         teacher,
         weight,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
+        teacher_head=Head(teacher_weight, teacher_bias),
         target_ids=torch.zeros(10, dtype=torch.long),
         return_stats=True,
     )
     out.loss.backward()
-    for t in (teacher, teacher_weight, teacher_bias, *(t for t in out[1:] if t is not None)):
+    for t in (teacher, teacher_weight, teacher_bias, *out.stats):
         assert t.grad is None and t.grad_fn is None and not t.requires_grad
 
 
@@ -145,9 +156,10 @@ def test_inputs_changed_before_a_per_token_backward_are_an_error(changed):
         "teacher_bias": draw(61, seed=6),
     }
     loss = fused_hsd_kl(
-        *(tensors[n] for n in ("student", "teacher", "weight", "bias")),
-        teacher_weight=tensors["teacher_weight"],
-        teacher_bias=tensors["teacher_bias"],
+        tensors["student"],
+        tensors["teacher"],
+        Head(tensors["weight"], tensors["bias"]),
+        teacher_head=Head(tensors["teacher_weight"], tensors["teacher_bias"]),
         reduction="none",
     )
     with torch.no_grad():

@@ -23,7 +23,7 @@ def test_pinned_configurations_compile_without_spills(tmp_path):
     """Ahead of time, in its own process: the interpreter and the compiler cannot share one."""
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "hsd_kernels.configs", "--quick"]
+    command = [sys.executable, "-m", "hsd_kernels.compile_report", "--quick"]
     result = subprocess.run(
         command, capture_output=True, text=True, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, timeout=300
     )
@@ -36,7 +36,7 @@ def test_pinned_configurations_compile_without_spills(tmp_path):
 
 
 def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import hsd_kernels.configs"
+    code = "import sys; sys.modules['triton'] = None; import hsd_kernels.configs, hsd_kernels.compile_report"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -3,10 +3,12 @@
 Every test here is skipped without one, by name; the same mathematics runs on a CPU in the other files.
 """
 
+import math
+
 import pytest
 import torch
 
-from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels import fused_hsd_kl, reference, testing
 from hsd_kernels.divergence import DIVERGENCES
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -22,10 +24,7 @@ def tensors(dtype, tokens=300, dim=128, vocab=5000, seed=0):
 
 
 def grads(loss_fn, student, teacher, weight, **options):
-    leaves = [t.detach().clone().requires_grad_() for t in (student, weight)]
-    loss = loss_fn(leaves[0], teacher, leaves[1], **options)
-    loss.sum().backward()
-    return [loss.detach(), leaves[0].grad, leaves[1].grad]
+    return testing.grads(lambda *given, **more: loss_fn(*given, **more).sum(), student, teacher, weight, **options)
 
 
 def relative_l1(got, want):
@@ -50,14 +49,39 @@ def test_loss_and_gradients_over_several_chunks(dtype, divergence, impl):
         scale = 1.0 if not options else 300.0
         got = grads(fused_hsd_kl, *given, divergence=divergence, impl=impl, chunk_bytes=2 * 64 * 5000 * 4, **options)
         for a, b in zip(got[1:], exact[1:], strict=True):
-            assert relative_l1(a / scale, b) <= RELATIVE_L1[dtype]
+            # The result has a rounding of its own: 3e-3 of a mean's dW in fp16, most of which is subnormal.
+            rounding = relative_l1((scale * b).to(dtype), scale * b)
+            assert relative_l1(a, scale * b) <= RELATIVE_L1[dtype] + rounding
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("left", [None, 1e-2, 1e-6], ids="1 - p_top {}".format)
+def test_rows_with_the_exponential_and_the_division_of_the_card(left, divergence):
+    """The interpreter has exact ones in place of ex2.approx and div.full. With an identity as head the logits are the
+    hidden states and dH is dz, without any rounding: the kernels alone are seen, beside plain fp32 arithmetic."""
+    g = torch.Generator().manual_seed(0)
+    student = 2.0 * torch.randn(40, 5000, generator=g)
+    teacher = student + 0.3 * torch.randn(40, 5000, generator=g)
+    if left is not None:  # every row has one likely token
+        at = torch.arange(40)
+        rest = student.double().scatter(1, at[:, None], -torch.inf).logsumexp(-1)
+        student[at, at] = (rest + math.log(1 / left - 1)).float()
+        teacher[at, at] = student[at, at]
+    given = [t.cuda() for t in (student, teacher, torch.eye(5000))]
+    exact = grads(reference.hsd_kl, *(t.double() for t in given), divergence=divergence, reduction="none")
+    plain, ours = (
+        grads(fused_hsd_kl, *given, divergence=divergence, reduction="none", impl=impl) for impl in ("torch", "triton")
+    )
+    assert relative_l1(ours[1], exact[1]) <= 2 * relative_l1(plain[1], exact[1]) + 1e-6
+    error, plain_error = ((t[0].double() - exact[0]).abs().max() for t in (ours, plain))
+    assert error <= 2 * plain_error + 4e-6
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"kl_clip": 0.01},
-        {"kl_clip": 0.01, "kl_clip_form": "nonnegative"},
+        {"clip": 0.01},
+        {"clip": 0.01, "clip_form": "nonnegative"},
         {"softcap": 5.0, "temperature": 0.7, "logit_scale": -0.5},
         {"reference": True},
         {"filter_eps": 1e-7},
@@ -132,18 +156,26 @@ def test_compiled_by_inductor():
 
 
 def test_chunk_of_more_elements_than_int32():
-    """14,200 rows of 151,936 in one chunk: 2^31 is passed at row 14,135."""
+    """14,200 rows of 151,936 in one chunk: 2^31 is passed at row 14,135. Only for the last 100 rows the teacher is far
+    away, so that half of dW comes from there."""
     g = torch.Generator(device="cuda").manual_seed(0)
-    student, teacher = (torch.randn(14_200, 64, generator=g, device="cuda").bfloat16() for _ in range(2))
-    weight = torch.randn(151_936, 64, generator=g, device="cuda").bfloat16() * 0.2
-    given = {"return_stats": True, "chunk_bytes": 20 << 30}
-    whole = fused_hsd_kl(student.requires_grad_(), teacher, weight, **given)
-    whole.loss.backward()
-    part = student.detach()[-50:].clone().requires_grad_()
-    tail = fused_hsd_kl(part, teacher[-50:], weight, num_items=14_200, **given)
-    tail.loss.backward()
-    torch.testing.assert_close(whole.per_token_kl[-50:], tail.per_token_kl)
-    torch.testing.assert_close(student.grad[-50:], part.grad)
+    student, noise = (torch.randn(14_200, 64, generator=g, device="cuda") for _ in range(2))
+    noise[:-100] *= 0.005
+    weight = torch.randn(151_936, 64, generator=g, device="cuda") * 0.2
+    student, teacher, weight = (t.bfloat16() for t in (student, student + noise, weight))
+    _, grad_hidden, grad_weight = grads(fused_hsd_kl, student, teacher, weight, reduction="sum", chunk_bytes=24 << 30)
+    with torch.no_grad():
+        kl = fused_hsd_kl(student, teacher, weight, reduction="none", chunk_bytes=24 << 30)
+
+    exact_weight = torch.zeros_like(weight, dtype=torch.float64)
+    for at in torch.arange(14_200, device="cuda").split(500):
+        part = (t.double() for t in (student[at], teacher[at], weight))
+        exact_kl, exact_hidden, part_weight = grads(reference.hsd_kl, *part, reduction="none")
+        exact_weight += part_weight
+    last = at[-65:]
+    assert relative_l1(kl[last], exact_kl[-65:]) <= 1e-4
+    assert relative_l1(grad_hidden[last], exact_hidden[-65:]) <= 4e-3
+    assert relative_l1(grad_weight, exact_weight) <= 6e-3
 
 
 def test_more_rows_than_a_grid_dimension():

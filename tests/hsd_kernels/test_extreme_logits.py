@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels import Head, fused_hsd_kl, reference
 from hsd_kernels.divergence import DIVERGENCES
 from hsd_kernels.testing import assert_within_budget, double, draw, grads, logit_pair, small_problem
 
@@ -52,9 +52,7 @@ def test_minus_infinity_in_the_bias(where, divergence):
     blocked = torch.zeros(23)
     blocked[[0, 5, 22]] = -INF
     bias = blocked if where != "teacher" else torch.zeros(23)
-    heads = {} if where == "both" else {"teacher_weight": weight}
-    if where == "teacher":
-        heads["teacher_bias"] = blocked
+    heads = {"student": {"teacher_head": weight}, "teacher": {"teacher_head": Head(weight, blocked)}}.get(where, {})
     found = grads(
         fused_hsd_kl,
         student,
@@ -67,7 +65,7 @@ def test_minus_infinity_in_the_bias(where, divergence):
         reduction="none",
         **heads,
     )
-    teacher_bias = bias if where == "both" else heads.get("teacher_bias", torch.zeros(23))
+    teacher_bias = torch.zeros(23) if where == "student" else blocked
     x = [h.double() @ weight.double().T + b for h, b in ((student, bias), (teacher, teacher_bias))]
     value, dz = law(*x, divergence, 0.3)
     infinite = (where, divergence) in (("student", "forward_kl"), ("teacher", "reverse_kl"))
@@ -86,13 +84,13 @@ def test_minus_infinity_statistics(divergence):
     bias[3] = -INF
     ids = torch.full((7,), 3)
     out = fused_hsd_kl(
-        student, teacher, weight, bias, divergence=divergence, target_ids=ids, reduction="sum", return_stats=True
+        student, teacher, Head(weight, bias), divergence=divergence, target_ids=ids, reduction="sum", return_stats=True
     )
-    assert (out.student_logps == -INF).all() and (out.teacher_logps == -INF).all()
+    assert (out.stats.student_logps == -INF).all() and (out.stats.teacher_logps == -INF).all()
     kept = torch.cat([weight[:3], weight[4:]])
     cut = fused_hsd_kl(student, teacher, kept, divergence=divergence, reduction="sum", return_stats=True)
-    for name in ("per_token_kl", "student_entropy", "teacher_entropy", "student_lse", "teacher_lse"):
-        torch.testing.assert_close(getattr(out, name), getattr(cut, name), msg=name)
+    for name in ("kl", "student_entropy", "teacher_entropy", "student_lse", "teacher_lse"):
+        torch.testing.assert_close(getattr(out.stats, name), getattr(cut.stats, name), msg=name)
 
 
 @every_divergence

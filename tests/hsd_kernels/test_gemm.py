@@ -1,6 +1,7 @@
 """The three matrix products, by our own, by MKL where this torch carries it and upcast, and the memory they run in."""
 
 import threading
+import types
 
 import pytest
 import torch
@@ -11,33 +12,79 @@ from hsd_kernels.testing import assert_within_budget
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-@pytest.fixture(params=["mkl", "torch", "vdpbf16ps", "upcast"])
+class Idle:
+    """A routine that leaves its output as it was."""
+
+    def __call__(self, *args):
+        pass
+
+
+MACHINES = {
+    "own": gemm.Machine("avx512", own=True, mkl=True),
+    "mkl": gemm.Machine("amx", own=True, mkl=True),
+    "mkl and torch": gemm.Machine("avx512", own=False, mkl=True),
+    "upcast": gemm.Machine("none", own=True, mkl=True),
+}
+
+
+@pytest.fixture(params=MACHINES)
 def route(request, monkeypatch):
-    monkeypatch.setattr(gemm, "_vdpbf16ps_without_amx", lambda: request.param in ("torch", "vdpbf16ps"))
-    if request.param == "vdpbf16ps":
+    """The products as some CPU would have them computed, as far as this one can."""
+    machine, here = MACHINES[request.param], gemm.machine()
+    if request.param == "own":
         vdpbf16ps()
-    else:
-        monkeypatch.setattr(gemm, "_own_library", lambda: None)
-    if request.param == "upcast":
-        monkeypatch.setattr(gemm, "_mkl_routine", lambda: None)
+    elif request.param == "upcast":
         monkeypatch.setattr(gemm, "UPCAST_ROWS", 50)
-    elif gemm._mkl_routine() is None:
+    elif not here.mkl:
         pytest.skip("this build of torch does not export MKL's cblas_gemm_bf16bf16f32")
+    monkeypatch.setattr(gemm, "machine", lambda: machine)
     return request.param
 
 
 def vdpbf16ps():
     """(hidden, weight, out) -> out = hidden @ weight.T, (dz, hidden, out, adds) -> out = or += dz.T @ hidden."""
-    if gemm._own_library() is None:
+    if not gemm.machine().own:
         pytest.skip("the C++ library is not built, or finds no avx512_bf16 on this CPU")
 
     def project_out(hidden, weight, out):
-        gemm._own_product("hsd_cpu_project_out", hidden, weight, out, weight.shape)
+        torch.ops.hsd_cpu.project_out(out, hidden, weight, threads=torch.get_num_threads())
 
     def accumulate(dz, hidden, out, adds=False):
-        gemm._own_product("hsd_cpu_accumulate", dz, hidden, out, out.shape, adds)
+        torch.ops.hsd_cpu.accumulate(out, dz, hidden, adds=adds, threads=torch.get_num_threads())
 
     return project_out, accumulate
+
+
+@pytest.mark.parametrize(
+    ("machine", "logits", "dh_into_bf16", "dh_into_fp32", "dw"),
+    [
+        (gemm.Machine("avx512", own=True, mkl=True), "own", "torch", "mkl", "own"),
+        (gemm.Machine("avx512", own=True, mkl=False), "own", "torch", "torch", "own"),
+        (gemm.Machine("avx512", own=False, mkl=True), "mkl", "torch", "mkl", "mkl"),
+        (gemm.Machine("avx512", own=False, mkl=False), "torch", "torch", "torch", "torch"),
+        (gemm.Machine("amx", own=True, mkl=True), "mkl", "mkl", "mkl", "mkl"),
+        (gemm.Machine("amx", own=True, mkl=False), "torch", "torch", "torch", "torch"),
+        (gemm.Machine("none", own=True, mkl=True), "torch", "torch", "torch", "torch"),
+    ],
+)
+def test_the_plan(machine, logits, dh_into_bf16, dh_into_fp32, dw):
+    hidden, weight, dz = draw(3, 5), draw(7, 5), draw(3, 7)
+    assert gemm.plan("logits", hidden, weight, F32, machine) == logits
+    assert gemm.plan("dH", dz, weight, BF16, machine) == dh_into_bf16
+    assert gemm.plan("dH", dz, weight, F32, machine) == dh_into_fp32
+    assert gemm.plan("dW", dz, hidden, F32, machine) == dw
+    assert gemm.plan("dW", dz, hidden, BF16, machine) == "torch"  # of one chunk, rounded by torch's product
+    overlapping = weight.view(-1).as_strided((7, 5), (3, 1))
+    for odd in (weight.T.contiguous().T, overlapping, weight.float(), weight.half(), weight.to("meta")):
+        assert gemm.plan("logits", hidden.to(odd), odd, F32, machine) == "torch"
+
+
+def test_an_mkl_that_computes_something_else_is_not_taken(monkeypatch):
+    routine = gemm._mkl_routine.__wrapped__
+    monkeypatch.setattr(gemm.ctypes, "CDLL", lambda path: types.SimpleNamespace(cblas_gemm_bf16bf16f32=Idle()))
+    assert routine() is None
+    monkeypatch.setattr(gemm.ctypes, "CDLL", lambda path: types.SimpleNamespace())
+    assert routine() is None
 
 
 def draw(*shape, dtype=BF16):
@@ -76,10 +123,6 @@ def test_products_accumulate_wide(route, dtype, n, vocab, dim):
 @pytest.mark.parametrize("n", [1, 13, 30])
 def test_logits_by_vdpbf16ps(n, vocab, dim, monkeypatch):
     product, _ = vdpbf16ps()
-    if vocab == 1000:
-        assert (
-            gemm.vdpbf16ps_takes(draw(n, dim), draw(vocab, dim), torch.empty(n, vocab)) == gemm._vdpbf16ps_without_amx()
-        )
     hidden, weight = draw(n, dim + 3)[:, 3:], draw(vocab, dim + 5)[:, 5:]  # rows apart, at odd addresses
     memory = torch.full((n, vocab + 7), float("nan"))
     out = memory[:, 4 : 4 + vocab]
@@ -104,8 +147,6 @@ def test_logits_by_vdpbf16ps(n, vocab, dim, monkeypatch):
 def test_head_gradient_by_vdpbf16ps(n, vocab, dim, monkeypatch):
     _, accumulate = vdpbf16ps()
     dz, hidden = draw(n, 2 * vocab + 3)[:, 3 : 3 + vocab], draw(n, dim + 5)[:, 5:]  # rows apart, at odd addresses
-    if vocab == 800:
-        assert gemm.vdpbf16ps_takes(dz, hidden, torch.empty(vocab, dim)) == gemm._vdpbf16ps_without_amx()
     memory = torch.full((vocab, dim + 7), float("nan"))
     out = memory[:, 4 : 4 + dim]
     accumulate(dz, hidden, out)

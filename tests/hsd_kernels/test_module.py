@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hsd_kernels import fused_hsd_kl
+from hsd_kernels import Divergence, Head, fused_hsd_kl
 from hsd_kernels.module import FusedHSDKL
 
 B, T, D, V = 4, 5, 8, 31
@@ -26,7 +26,7 @@ class Student(nn.Module):
         head = nn.Linear(D, V, bias=not tied)
         if tied:
             head.weight = self.embed.weight
-        self.criterion = FusedHSDKL(head, divergence="jsd", beta=0.3, temperature=0.7)
+        self.criterion = FusedHSDKL(head, divergence=Divergence("jsd", beta=0.3, temperature=0.7))
 
     def hidden(self, ids):
         h = self.embed(ids)
@@ -60,26 +60,30 @@ def tensors():
 
 def test_options_are_those_of_the_function():
     """None forgotten, none with another default."""
-    tensor = {"student_hidden", "teacher_hidden", "lm_head_weight", "bias"}
-    function = {n: p.default for n, p in inspect.signature(fused_hsd_kl).parameters.items() if n not in tensor}
+    tensor = {"student_hidden", "teacher_hidden", "head"}
+    functions = (fused_hsd_kl, Head)  # of a Head its scale and cap
+    signatures = [inspect.signature(f).parameters.items() for f in functions]
+    function = {n: p.default for s in signatures for n, p in s if n not in {*tensor, "weight", "bias"}}
     found = {}
     for method in (FusedHSDKL.__init__, FusedHSDKL.forward):
         parameters = inspect.signature(method).parameters
-        found |= {n: p.default for n, p in parameters.items() if n not in {*tensor, "self", "head"}}
+        found |= {n: p.default for n, p in parameters.items() if n not in {*tensor, "self"}}
     assert found == function
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("options", [{}, {"divergence": "reverse_kl", "softcap": 2.0, "reduction": "none"}])
+@pytest.mark.parametrize("options", [{}, {"divergence": "reverse_kl", "reduction": "none"}])
 def test_equals_the_function(bias, options):
     torch.manual_seed(0)
     head = nn.Linear(D, V, bias=bias)
     student, teacher = tensors()
     student.requires_grad_()
     weights = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 1.0])
-    ours = FusedHSDKL(head, return_stats=True, **options)(student, teacher, token_weights=weights)
-    want = fused_hsd_kl(student, teacher, head.weight, head.bias, token_weights=weights, return_stats=True, **options)
-    for a, b in zip(ours, want, strict=True):
+    form, options = {"logit_scale": 0.5, "softcap": 2.0}, options | {"return_stats": True}
+    ours = FusedHSDKL(head, **form, **options)(student, teacher, token_weights=weights)
+    want = fused_hsd_kl(student, teacher, Head(head.weight, head.bias, **form), token_weights=weights, **options)
+    assert torch.equal(ours.loss, want.loss)
+    for a, b in zip(ours.stats, want.stats, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
     inputs = [student, *head.parameters()]
     for a, b in zip(*(torch.autograd.grad(x.loss.sum(), inputs) for x in (ours, want)), strict=True):
@@ -93,7 +97,9 @@ def test_the_head_is_the_models_own():
     assert "criterion.head.weight" in model.state_dict()
     with pytest.raises(TypeError, match=r"^head: expected an nn.Linear, got Embedding"):
         FusedHSDKL(model.embed)
-    assert "divergence='jsd', beta=0.3, temperature=0.7" in repr(model) and "reduction" not in repr(model)
+    assert "divergence=Divergence(kind='jsd', beta=0.3, temperature=0.7" in repr(model) and "reduction" not in repr(
+        model
+    )
 
 
 def gradients(model, *inputs):

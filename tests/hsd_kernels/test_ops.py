@@ -1,11 +1,12 @@
 """The custom operators: opcheck, torch.compile over the public function, and what autograd may not do with them."""
 
 import threading
+from dataclasses import fields
 
 import pytest
 import torch
 
-from hsd_kernels import fused_hsd_kl
+from hsd_kernels import Divergence, Head, fused_hsd_kl, ops
 
 T, D, V = 12, 16, 61
 
@@ -18,6 +19,19 @@ def operands(dtype=torch.float32):
     student, weight, bias = (draw(*s, seed=i, dtype=dtype) for i, s in enumerate(((T, D), (V, D), (V,))))
     teacher, reference = draw(T, D, seed=3, dtype=dtype), draw(T, D, seed=4, dtype=dtype)
     return student.requires_grad_(), teacher, reference, weight.requires_grad_(), bias.requires_grad_()
+
+
+def operator_tensors(student, teacher, reference, weight, bias, target_ids, token_weights):
+    given = {"student_hidden": student, "teacher_hidden": teacher, "reference_hidden": reference, "weight": weight}
+    given |= {"bias": bias, "target_ids": target_ids, "token_weights": token_weights}
+    return tuple(ops.Tensors(**dict.fromkeys(ops.Tensors._fields) | given))
+
+
+def arguments(divergence, reduction, wanted):
+    given = dict(logit_scale=1.0, softcap=None, linear=False, reference_coef=0.2, filter_eps=None, chunk_bytes=None)
+    given |= dict(impl="torch", group_name=None, reduction=reduction, num_items=None, hook=0)
+    given |= dict(zip(("train_hidden", "train_weight", "train_bias"), wanted, strict=True))
+    return ops._DIVERGENCE.pack(divergence) | ops._OPTIONS.pack(ops.Options(**given))
 
 
 @pytest.mark.parametrize(
@@ -33,17 +47,46 @@ def test_opcheck_forward(dtype, reduction, wanted):
     student, teacher, reference, weight, bias = operands(dtype)
     if not wanted[1]:
         weight, bias = weight.detach(), bias.detach()
-    args = (student, teacher, reference, weight, bias, None, None, None, None, torch.arange(T), draw(T).abs())
-    options = ("jsd", 0.3, 0.7, 0.5, "opsd", 1.0, None, False, 0.2, None, None, "torch", None)
-    torch.library.opcheck(torch.ops.hsd_kernels.fused_hsd_kl.default, (*args, *options, reduction, None, 0, wanted))
+    given = arguments(Divergence("jsd", beta=0.3, temperature=0.7, clip=0.5), reduction, wanted)
+    tensors = operator_tensors(student, teacher, reference, weight, bias, torch.arange(T), draw(T).abs())
+    torch.library.opcheck(torch.ops.hsd_kernels.fused_hsd_kl.default, tensors, given)
 
 
 def test_opcheck_backward():
     student, teacher, reference, weight, bias = (t.detach() for t in operands())
-    args = (student, teacher, reference, weight, bias, None, None, None, None, draw(T), draw(2, T).abs())
-    options = ("forward_kl", 0.5, 1.0, None, "opsd", 1.0, None, False, 0.2, None, None, "torch", None)
+    tensors = operator_tensors(student, teacher, reference, weight, bias, None, draw(2, T).abs())
     op = torch.ops.hsd_kernels.fused_hsd_kl_backward.default
-    torch.library.opcheck(op, (*args, *options, [True, True, True]))
+    torch.library.opcheck(op, tensors, arguments(Divergence(), "none", [True, True, True]))
+
+
+def test_every_field_of_a_divergence_crosses_the_operator():
+    schema = torch.ops.hsd_kernels.fused_hsd_kl.default._schema
+    options = [a for a in schema.arguments if a.kwarg_only]
+    assert [a.name for a in schema.arguments if not a.kwarg_only] == list(ops.Tensors._fields)
+    assert [a.name for a in options] == [f.name for record in (Divergence, ops.Options) for f in fields(record)]
+    given = Divergence("jsd", beta=0.25, temperature=2, clip=0.5, clip_form="nonnegative")
+    packed = ops._DIVERGENCE.pack(given)
+    assert ops._DIVERGENCE.unpack(packed) == given and type(packed["temperature"]) is float
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_fullgraph_with_any_divergence_and_head(dynamic):
+    """Built inside the compiled function of its own arguments, and handed in as objects."""
+    student, teacher, _, weight, bias = operands()
+
+    def inside(h, beta, temperature, cap):
+        head = Head(weight, bias, softcap=cap)
+        return fused_hsd_kl(h, teacher, head, divergence=Divergence("jsd", beta=beta, temperature=temperature))
+
+    def outside(h, head, divergence):
+        return fused_hsd_kl(h, teacher, head, divergence=divergence, return_stats=True).stats.kl
+
+    torch.compiler.reset()
+    compiled = [torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager") for f in (inside, outside)]
+    for beta, temperature, cap in ((0.3, 1.5, 4.0), (0.7, 0.5, 2.0), (0.1, 2.0, 3.0)):
+        assert torch.equal(compiled[0](student, beta, temperature, cap), inside(student, beta, temperature, cap))
+        given = student, Head(weight, bias, softcap=cap), Divergence(beta=beta, temperature=temperature, clip=0.1)
+        assert torch.equal(compiled[1](*given), outside(*given))
 
 
 @pytest.mark.parametrize(("reduction", "dynamic"), [("mean", True), ("none", None)])
@@ -52,8 +95,8 @@ def test_fullgraph_with_any_number_of_tokens(reduction, dynamic):
 
     def step(student, teacher, reference, weights, ids):
         given = {"reference_hidden": reference, "reference_coef": 0.3, "token_weights": weights, "target_ids": ids}
-        out = fused_hsd_kl(student, teacher, weight, bias, **given, reduction=reduction, return_stats=True)
-        return out.loss.sum(), out.student_logps
+        out = fused_hsd_kl(student, teacher, Head(weight, bias), **given, reduction=reduction, return_stats=True)
+        return out.loss.sum(), out.stats.student_logps
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -74,7 +117,7 @@ def test_fullgraph_with_any_filter(dynamic):
     student, teacher, _, weight, bias = operands()
 
     def step(eps):
-        return fused_hsd_kl(student, teacher, weight, bias, filter_eps=eps)
+        return fused_hsd_kl(student, teacher, Head(weight, bias), filter_eps=eps)
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -87,12 +130,12 @@ def test_autocast_is_respected_under_compile():
 
     def step():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return fused_hsd_kl(student, teacher, weight, bias)
+            return fused_hsd_kl(student, teacher, Head(weight, bias))
 
     torch.compiler.reset()
     want = step()
     got = torch.compile(step, fullgraph=True, backend="aot_eager")()
-    assert torch.equal(got, want) and not torch.equal(want, fused_hsd_kl(student, teacher, weight, bias))
+    assert torch.equal(got, want) and not torch.equal(want, fused_hsd_kl(student, teacher, Head(weight, bias)))
 
 
 def test_what_dynamo_of_torch_2_8_cannot_trace_is_not_traced(monkeypatch):
@@ -115,8 +158,6 @@ def test_a_hook_under_compile_is_refused_by_name():
 
 
 def test_a_hook_that_raises_leaves_nothing_behind():
-    from hsd_kernels import ops
-
     student, teacher, _, weight, _ = operands()
 
     def broken(stats):
@@ -129,7 +170,6 @@ def test_a_hook_that_raises_leaves_nothing_behind():
 
 def test_threads_do_not_share_a_hook_number(monkeypatch):
     """Each of two hooks is lent while the other one is being lent."""
-    from hsd_kernels import ops
 
     class Slow(dict):
         def __setitem__(self, number, hook):

@@ -5,7 +5,6 @@ They fail where the library is not built: `make test` builds it, or `python setu
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import NamedTuple
 
@@ -13,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsd_kernels import fused_hsd_kl, reference
-from hsd_kernels.divergence import DIVERGENCES, RowSpec, RowStats
+from hsd_kernels import Head, fused_hsd_kl, native, reference
+from hsd_kernels.divergence import DIVERGENCES, RowSpec
+from hsd_kernels.row_stats import RowStats
 from hsd_kernels.rows import cpp
-from hsd_kernels.rows import torch as torch_rows
-from hsd_kernels.testing import assert_within_budget
+from hsd_kernels.rows import eager as torch_rows
+from hsd_kernels.testing import assert_within_budget, row_spec
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 INF, NAN = math.inf, math.nan
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
-@pytest.fixture(autouse=True, params=range(len(cpp.VARIANTS)), ids=cpp.VARIANTS)
+@pytest.fixture(autouse=True, params=range(len(native.VARIANTS)), ids=native.VARIANTS)
 def variant(request, monkeypatch):
-    best = cpp.library().hsd_cpu_best()
+    best = native.facts().fastest
     if request.param > best:
-        pytest.skip(f"this machine runs up to {cpp.VARIANTS[best]}")
-    monkeypatch.setattr(cpp, "variant", lambda: request.param)
+        pytest.skip(f"this machine runs up to {native.VARIANTS[best]}")
+    monkeypatch.setattr(native, "variant", lambda: request.param)
     return request.param
 
 
@@ -63,17 +63,16 @@ def run(backend, inputs: Inputs, spec: RowSpec, out: Tensor | None = None) -> tu
 
 def exact(inputs: Inputs, spec: RowSpec) -> tuple[dict[str, Tensor], Tensor]:
     """Statistics and gradient of the reference in fp64. -1e4 instead of -inf: exp is 0 there too, the log finite."""
-    form = {"logit_scale": spec.logit_scale, "softcap": spec.softcap, "temperature": spec.temperature}
 
     def compared(x: Tensor, bias: Tensor | None) -> Tensor:
-        eye = torch.ones(1, 1, dtype=F64)
+        one = Head(torch.ones(1, 1, dtype=F64), None, spec.logit_scale, spec.softcap)
         x = x if bias is None else x + bias.double()
-        return reference.logits(x.unsqueeze(-1), eye, **form).squeeze(-1)
+        return reference.logits(x.unsqueeze(-1), one, spec.divergence.temperature).squeeze(-1)
 
     x = inputs.x_student.double().clamp(min=-1e4).requires_grad_()
     z_s = compared(x + inputs.x_teacher.double() if spec.linear else x, inputs.bias)
     z_t = compared(inputs.x_teacher.double().clamp(min=-1e4), inputs.teacher_bias)
-    kl = reference.per_token_divergence(z_s, z_t, spec.divergence, spec.beta, spec.kl_clip, spec.kl_clip_form)
+    kl = reference.per_token_divergence(z_s, z_t, spec.divergence)
     (kl * inputs.weights.double()).sum().backward()
     assert x.grad is not None
     found = {"kl": kl}
@@ -98,7 +97,7 @@ def check(inputs: Inputs, spec: RowSpec, skip: tuple[str, ...] = ()) -> tuple[Ro
             scale = max(1.0, math.log(inputs.x_student.shape[1]), value.abs().max().item())
             assert_within_budget(name, getattr(stats, name), getattr(torch_stats, name), value, scale)
     if "gradient" not in skip:
-        scale = inputs.weights.max().item() * abs(spec.logit_scale) / spec.temperature  # p = 1
+        scale = inputs.weights.max().item() * abs(spec.logit_scale) / spec.divergence.temperature  # p = 1
         assert_within_budget("gradient", dz, torch_dz, exact_dz, scale)
     return stats, dz
 
@@ -110,9 +109,9 @@ FORMS = {
     "softcap": {"softcap": 5.0, "temperature": 1.3},
     "logit_scale": {"logit_scale": 0.3, "softcap": 30.0},
     "negative logit_scale": {"logit_scale": -0.7},
-    "clip": {"kl_clip": 1e-3},
-    "clip, softcap": {"kl_clip": 1e-2, "softcap": 10.0},
-    "nonnegative clip": {"kl_clip": 1e-3, "kl_clip_form": "nonnegative", "temperature": 1.3},
+    "clip": {"clip": 1e-3},
+    "clip, softcap": {"clip": 1e-2, "softcap": 10.0},
+    "nonnegative clip": {"clip": 1e-3, "clip_form": "nonnegative", "temperature": 1.3},
     "linear": {"linear": True},
     "linear, softcap, scale": {"linear": True, "softcap": 5.0, "logit_scale": -0.7},
 }
@@ -126,19 +125,19 @@ def test_options(divergence, form, dtype, bias):
     inputs = make_inputs(n=8, vocab=BLOCK + 77, dtype=dtype, bias=bias)
     if FORMS[form].get("linear"):
         inputs.x_student.sub_(inputs.x_teacher)
-    check(inputs, RowSpec(divergence, beta=0.3, **FORMS[form]))
+    check(inputs, row_spec(divergence, beta=0.3, **FORMS[form]))
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 127, BLOCK, 4099, 50257])
 @every_divergence
 def test_vocabulary_sizes(divergence, vocab):
-    check(make_inputs(n=2, vocab=vocab), RowSpec(divergence))
+    check(make_inputs(n=2, vocab=vocab), row_spec(divergence))
 
 
 def test_a_long_sum_is_exact():
     vocab = 151936
     zeros = torch.zeros(1, vocab)
-    stats, _ = run(cpp, Inputs(zeros, zeros, None, None, None, torch.ones(1)), RowSpec())
+    stats, _ = run(cpp, Inputs(zeros, zeros, None, None, None, torch.ones(1)), row_spec())
     expected = torch.tensor([vocab], dtype=F64).log().float()
     for name in ("student_lse", "teacher_lse", "student_entropy", "teacher_entropy"):
         assert torch.equal(getattr(stats, name), expected), name
@@ -148,7 +147,7 @@ def test_a_long_sum_is_exact():
 @every_divergence
 @pytest.mark.parametrize("offset, spread", [(200.0, 3.0), (-200.0, 3.0), (0.0, 1e4)])
 def test_large_logits(divergence, offset, spread):
-    check(make_inputs(offset=offset, spread=spread), RowSpec(divergence))
+    check(make_inputs(offset=offset, spread=spread), row_spec(divergence))
 
 
 @every_divergence
@@ -157,11 +156,11 @@ def test_maxima_that_rise_in_every_block(divergence):
     ramp = torch.linspace(-40.0, 40.0, 5 * BLOCK)
     for x in (inputs.x_student, inputs.x_teacher):
         x += ramp
-    check(inputs, RowSpec(divergence))
+    check(inputs, row_spec(divergence))
 
 
 def test_small_softcapped_logits_keep_their_differences():
-    check(make_inputs(spread=1e-3, distance=1e-4), RowSpec(softcap=50.0, temperature=1e-3))
+    check(make_inputs(spread=1e-3, distance=1e-4), row_spec(softcap=50.0, temperature=1e-3))
 
 
 @every_divergence
@@ -169,10 +168,10 @@ def test_log_probs_below_the_range_of_exp_on_both_sides(divergence):
     inputs = make_inputs()
     for x, low in ((inputs.x_student, -150.0), (inputs.x_teacher, -120.0)):
         x[:, 40:200] += low
-    check(inputs, RowSpec(divergence))
+    check(inputs, row_spec(divergence))
 
 
-@pytest.mark.parametrize("form", [{}, {"kl_clip": 1e-2}], ids=["plain", "clip"])
+@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}], ids=["plain", "clip"])
 @every_divergence
 def test_minus_infinity_in_both_rows(divergence, form):
     inputs = make_inputs(vocab=2 * BLOCK + 50)
@@ -180,9 +179,9 @@ def test_minus_infinity_in_both_rows(divergence, form):
         x[:, : BLOCK + 20] = -INF  # more than a whole block
         x[0, 2 * BLOCK - 1 :] = -INF
     inputs = inputs._replace(target_ids=torch.full((3,), BLOCK + 30))
-    _, dz = check(inputs, RowSpec(divergence, **form))
+    _, dz = check(inputs, row_spec(divergence, **form))
     assert (dz[:, : BLOCK + 20] == 0).all()
-    stats, _ = run(cpp, inputs._replace(target_ids=torch.zeros(3, dtype=torch.long)), RowSpec(divergence))
+    stats, _ = run(cpp, inputs._replace(target_ids=torch.zeros(3, dtype=torch.long)), row_spec(divergence))
     assert (stats.student_logps == -INF).all() and (stats.teacher_logps == -INF).all()
 
 
@@ -194,7 +193,7 @@ def test_minus_infinity_in_one_row(divergence, side):
     getattr(inputs, f"x_{side}")[1:, : BLOCK + 20] = -INF
     infinite = (divergence, side) in (("forward_kl", "student"), ("reverse_kl", "teacher"))
     skip = ("kl", "gradient") if infinite and side == "teacher" else ("kl",) if infinite else ()
-    stats, _ = check(inputs, RowSpec(divergence), skip)
+    stats, _ = check(inputs, row_spec(divergence), skip)
     assert stats.kl.isinf().tolist() == [False, infinite, infinite]
 
 
@@ -202,22 +201,22 @@ def test_infinite_ratio_that_becomes_negligible_is_not_nan():
     """The teacher's mass where the student is -inf is 1 in the first block and exp(-200) in the end."""
     inputs = make_inputs(vocab=2 * BLOCK)
     inputs.x_student[:, :BLOCK], inputs.x_teacher[:, BLOCK:] = -INF, 200.0
-    stats, dz = run(cpp, inputs, RowSpec())
+    stats, dz = run(cpp, inputs, row_spec())
     assert stats.kl.isfinite().all() and dz.isfinite().all()
 
 
-@pytest.mark.parametrize("form", [{}, {"kl_clip": 1e-2}, {"softcap": 5.0}], ids=["plain", "clip", "softcap"])
+@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}, {"softcap": 5.0}], ids=["plain", "clip", "softcap"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @every_divergence
 def test_nan_is_not_hidden(divergence, side, form):
     for at in (17, 299):  # in a whole vector and in the last, partial one; a NaN with a payload
         inputs = make_inputs(vocab=300)
         getattr(inputs, f"x_{side}").view(torch.int32)[1, at] = 0x7FC12345
-        stats, dz = run(cpp, inputs, RowSpec(divergence, **form))
+        stats, dz = run(cpp, inputs, row_spec(divergence, **form))
         assert stats.kl.isnan().tolist() == [False, True, False]
         assert getattr(stats, f"{side}_lse").isnan().tolist() == [False, True, False]
         assert dz[1].isnan().any() and not dz[[0, 2]].isnan().any()
-        narrow = run(cpp, inputs, RowSpec(divergence, **form), torch.zeros(3, 300, dtype=BF16))[1]
+        narrow = run(cpp, inputs, row_spec(divergence, **form), torch.zeros(3, 300, dtype=BF16))[1]
         assert torch.equal(narrow.isnan(), dz.isnan())
 
 
@@ -227,11 +226,11 @@ def test_gradient_where_one_token_has_all_the_mass(divergence):
     inputs = make_inputs()
     for x in (inputs.x_student, inputs.x_teacher):
         x[:, 5] = x.amax(-1) + 1.2
-    spec = RowSpec(divergence, temperature=0.1)
+    spec = row_spec(divergence, temperature=0.1)
     _, exact_dz = exact(inputs, spec)
     stats, dz = run(cpp, inputs, spec)
     error, torch_error = ((t - exact_dz).abs().sum(-1) for t in (dz, run(torch_rows, inputs, spec)[1]))
-    rounding = torch.finfo(F32).eps * stats.grad_sum.abs() * inputs.weights / spec.temperature
+    rounding = torch.finfo(F32).eps * stats.grad_sum.abs() * inputs.weights / spec.divergence.temperature
     assert (error <= 2.0 * (torch_error + rounding)).all(), f"L1 error {error}, torch {torch_error}"
 
 
@@ -239,7 +238,7 @@ def test_gradient_where_one_token_has_all_the_mass(divergence):
 @every_divergence
 def test_equal_rows_give_exactly_zero(divergence, form):
     inputs = make_inputs(vocab=BLOCK + 77, offset=20.0)
-    spec = RowSpec(divergence, **FORMS[form])
+    spec = row_spec(divergence, **FORMS[form])
     inputs.x_student[:, 250:260] = INF if spec.logit_scale < 0.0 else -INF
     inputs = inputs._replace(x_teacher=inputs.x_student.clone())
     if spec.linear:
@@ -251,7 +250,7 @@ def test_equal_rows_give_exactly_zero(divergence, form):
 
 @every_divergence
 def test_kl_of_nearly_equal_rows_is_a_rounding_error(divergence):
-    stats, _ = run(cpp, make_inputs(n=32, vocab=127, distance=1e-6), RowSpec(divergence))
+    stats, _ = run(cpp, make_inputs(n=32, vocab=127, distance=1e-6), row_spec(divergence))
     assert (stats.kl.abs() < 1e-6).all()
 
 
@@ -262,7 +261,7 @@ def test_a_row_of_weight_zero_is_zeros(dtype, backend, divergence):
     inputs = make_inputs()
     inputs.x_student[0, 7], inputs.x_teacher[1, 8], inputs.x_student[2, 9] = NAN, INF, -INF
     inputs.weights[:2] = 0.0
-    _, dz = run(backend, inputs, RowSpec(divergence), torch.full((3, 300), NAN, dtype=dtype))
+    _, dz = run(backend, inputs, row_spec(divergence), torch.full((3, 300), NAN, dtype=dtype))
     assert (dz[:2] == 0).all() and (dz[2] != 0).any()
 
 
@@ -274,7 +273,7 @@ def test_a_row_of_weight_zero_is_zeros(dtype, backend, divergence):
 @pytest.mark.parametrize("vocab", [7, 2 * BLOCK + 61])
 @every_divergence
 def test_gradient_over_the_logits(divergence, vocab, form, over):
-    inputs, spec = make_inputs(vocab=vocab), RowSpec(divergence, **FORMS[form])
+    inputs, spec = make_inputs(vocab=vocab), row_spec(divergence, **FORMS[form])
     expected = [run(cpp, inputs, spec, torch.full((3, vocab), NAN, dtype=dtype))[1] for dtype in (F32, BF16)]
     assert torch.equal(expected[1], expected[0].bfloat16())
     for like in expected:
@@ -291,11 +290,11 @@ def test_strided_rows():
     wide[:, 0, :300], wide[:, 1, :300] = inputs.x_student, inputs.x_teacher
     out = torch.full((3, 450), NAN)
     strided = inputs._replace(x_student=wide[:, 0, :300], x_teacher=wide[:, 1, :300])
-    like_stats, like_dz = run(cpp, inputs, RowSpec())
-    stats, dz = run(cpp, strided, RowSpec(), out[:, :300])
+    like_stats, like_dz = run(cpp, inputs, row_spec())
+    stats, dz = run(cpp, strided, row_spec(), out[:, :300])
     assert torch.equal(dz, like_dz) and out[:, 300:].isnan().all()
     torch.testing.assert_close(tuple(stats), tuple(like_stats), rtol=0.0, atol=0.0)
-    run(cpp, strided, RowSpec(), strided.x_teacher)
+    run(cpp, strided, row_spec(), strided.x_teacher)
     assert torch.equal(strided.x_teacher, like_dz) and torch.equal(strided.x_student, inputs.x_student)
     assert wide[:, :, 300:].isnan().all()
 
@@ -308,16 +307,16 @@ def test_out_that_would_destroy_logits_is_refused():
         for sides in ((x, other), (other, x)):
             inputs = make_inputs()._replace(x_student=sides[0], x_teacher=sides[1])
             with pytest.raises(ValueError, match=r"^out: expected .* got an overlap"):
-                run(cpp, inputs, RowSpec(), out)
+                run(cpp, inputs, row_spec(), out)
     halves = make_inputs(dtype=BF16)
     with pytest.raises(ValueError, match=r"^out: expected"):
         wide = torch.zeros(3, 300)
-        run(cpp, halves._replace(x_student=wide.view(BF16)[:, :300]), RowSpec(), wide)
+        run(cpp, halves._replace(x_student=wide.view(BF16)[:, :300]), row_spec(), wide)
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_rows(n):
-    stats, dz = run(cpp, make_inputs(n=n), RowSpec())
+    stats, dz = run(cpp, make_inputs(n=n), row_spec())
     assert all(value is not None and value.shape == (n,) for value in stats) and dz.shape == (n, 300)
     assert not dz.isnan().any()
 
@@ -325,10 +324,10 @@ def test_few_rows(n):
 def test_targets():
     inputs = make_inputs()
     assert inputs.target_ids is not None
-    wide, _ = run(cpp, inputs, RowSpec())
-    narrow, _ = run(cpp, inputs._replace(target_ids=inputs.target_ids.int()), RowSpec())
+    wide, _ = run(cpp, inputs, row_spec())
+    narrow, _ = run(cpp, inputs._replace(target_ids=inputs.target_ids.int()), row_spec())
     torch.testing.assert_close(wide.student_logps, narrow.student_logps, rtol=0.0, atol=0.0)
-    strange, _ = run(cpp, inputs._replace(target_ids=torch.tensor([-1, 0, 300])), RowSpec())
+    strange, _ = run(cpp, inputs._replace(target_ids=torch.tensor([-1, 0, 300])), row_spec())
     for logps in (strange.student_logps, strange.teacher_logps):
         assert logps is not None and logps.isnan().tolist() == [True, False, True]
 
@@ -340,7 +339,7 @@ def test_repeatable_whatever_the_number_of_threads(divergence):
     found = []
     for n in (1, 1, 2, 5, 16):
         torch.set_num_threads(n)
-        found.append(run(cpp, inputs, RowSpec(divergence)))
+        found.append(run(cpp, inputs, row_spec(divergence)))
     torch.set_num_threads(threads)
     for stats, dz in found[1:]:
         torch.testing.assert_close(tuple(stats), tuple(found[0][0]), rtol=0.0, atol=0.0)
@@ -352,8 +351,7 @@ def test_repeatable_whatever_the_number_of_threads(divergence):
 
 def elementary(function: int, x: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, out))
-    assert cpp.library().hsd_cpu_elementary(cpp.variant(), function, *pointers, ctypes.c_int64(x.numel())) == 0
+    torch.ops.hsd_cpu.elementary(out, x, function=function, variant=native.variant())
     return out
 
 
@@ -387,29 +385,41 @@ def test_elementary_functions_at_the_ends():
 
 
 @pytest.mark.parametrize(
-    "change, error, message",
+    "change, message",
     [
-        ({"x_student": torch.zeros(3, 300, dtype=F64)}, TypeError, "x_student in float32 or bfloat16, got torch.f"),
-        ({"x_teacher": torch.zeros(3, 300, dtype=torch.float16)}, TypeError, "x_teacher in float32 or bfloat16"),
-        ({"x_teacher": torch.zeros(3, 300, dtype=BF16)}, TypeError, "x_teacher in the dtype of x_student"),
-        ({"x_teacher": torch.zeros(3, 299)}, ValueError, r"x_teacher of shape \(3, 300\), got \(3, 299\)"),
-        ({"x_student": torch.zeros(300, 3).t()}, ValueError, "x_student with columns side by side"),
-        ({"bias": torch.zeros(300, dtype=F64)}, TypeError, "bias in float32 or bfloat16"),
-        ({"bias": torch.zeros(299)}, ValueError, r"bias of shape \(300,\), got \(299,\)"),
-        ({"teacher_bias": torch.zeros(300, dtype=F64)}, TypeError, "teacher_bias in float32 or bfloat16"),
+        ({"x_student": torch.zeros(3, 300, dtype=F64)}, "x_student: expected float32 or bfloat16"),
+        ({"x_teacher": torch.zeros(3, 300, dtype=torch.float16)}, "x_teacher: expected float32 or bfloat16"),
+        ({"x_teacher": torch.zeros(3, 300, dtype=BF16)}, "x_teacher: expected the dtype of x_student"),
+        ({"x_teacher": torch.zeros(3, 299)}, r"x_teacher: expected shape \(3, 300\), got \(3, 299\)"),
+        ({"x_student": torch.zeros(300, 3).t()}, "x_student: expected columns side by side"),
+        ({"x_student": torch.zeros(3, 300, 1)}, "x_student: expected a matrix"),
+        ({"bias": torch.zeros(300, dtype=F64)}, "bias: expected float32 or bfloat16"),
+        ({"bias": torch.zeros(299)}, "bias: expected 300 contiguous"),
+        ({"teacher_bias": torch.zeros(300, dtype=F64)}, "teacher_bias: expected float32 or bfloat16"),
+        ({"target_ids": torch.zeros(2, dtype=torch.long)}, "target_ids: expected 3 contiguous"),
     ],
 )
-def test_what_the_rows_do_not_take(change, error, message):
-    with pytest.raises(error, match=f"^impl='cpp': expected {message}"):
-        run(cpp, make_inputs()._replace(**change), RowSpec())
-    with pytest.raises(TypeError, match=r"^impl='cpp': expected out in float32 or bfloat16"):
-        run(cpp, make_inputs(), RowSpec(), torch.zeros(3, 300, dtype=F64))
+def test_what_the_rows_do_not_take(change, message):
+    inputs = make_inputs()._replace(**change)
+    with pytest.raises(RuntimeError, match=message):
+        cpp.statistics(*inputs[:2], row_spec(), *inputs[2:5], torch.arange(3))
 
 
-def test_a_variant_that_the_machine_lacks_is_an_error(monkeypatch):
-    monkeypatch.setattr(cpp, "variant", lambda: len(cpp.VARIANTS))
-    with pytest.raises(RuntimeError, match="expected a variant that this machine runs"):
-        run(cpp, make_inputs(), RowSpec())
+def test_what_the_gradient_does_not_take():
+    inputs = make_inputs()
+    with pytest.raises(RuntimeError, match="out: expected float32 or bfloat16"):
+        run(cpp, inputs, row_spec(), torch.zeros(3, 300, dtype=F64))
+    with pytest.raises(RuntimeError, match=r"out: expected shape \(3, 300\), got \(3, 301\)"):
+        run(cpp, inputs, row_spec(), torch.zeros(3, 301))
+    with pytest.raises(RuntimeError, match="weights: expected 3 contiguous"):
+        run(cpp, inputs._replace(weights=torch.ones(2)), row_spec())
+
+
+@pytest.mark.parametrize("number", [-1, len(native.VARIANTS)])
+def test_a_variant_that_the_machine_lacks_is_an_error(number, monkeypatch):
+    monkeypatch.setattr(native, "variant", lambda: number)
+    with pytest.raises(RuntimeError, match="variant: expected at most"):
+        run(cpp, make_inputs(), row_spec())
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from hsd_kernels import configs
-from hsd_kernels.divergence import RowSpec, RowStats
-from hsd_kernels.rows import torch as torch_rows
-from hsd_kernels.testing import assert_within_budget
+from hsd_kernels.divergence import RowSpec
+from hsd_kernels.row_stats import RowStats
+from hsd_kernels.rows import eager as torch_rows
+from hsd_kernels.testing import assert_within_budget, row_spec
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-triton_rows = pytest.importorskip("hsd_kernels.rows.triton")
+triton_rows = pytest.importorskip("hsd_kernels.rows.triton_rows")
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy in the interpreter, on -inf
@@ -67,7 +68,7 @@ def compared_logits(x: Tensor, bias: Tensor | None, spec: RowSpec) -> Tensor:
     z = (x if bias is None else x + bias.double()) * spec.logit_scale
     if spec.softcap is not None:
         z = spec.softcap * torch.tanh(z / spec.softcap)
-    return z / spec.temperature
+    return z / spec.divergence.temperature
 
 
 def exact(inputs: Inputs, spec: RowSpec) -> tuple[dict[str, Tensor], Tensor]:
@@ -81,18 +82,18 @@ def exact(inputs: Inputs, spec: RowSpec) -> tuple[dict[str, Tensor], Tensor]:
     z_s = compared_logits(x, inputs.bias, spec)
     z_t = compared_logits(inputs.x_teacher.double(), inputs.teacher_bias, spec)
     ls, lt = z_s.log_softmax(-1), z_t.log_softmax(-1)
-    if spec.divergence == "forward_kl":
+    if spec.divergence.kind == "forward_kl":
         f = expected(lt, lt - ls)
-    elif spec.divergence == "reverse_kl":
+    elif spec.divergence.kind == "reverse_kl":
         f = expected(ls, ls - lt)
     else:
         nowhere = (ls == -math.inf) & (lt == -math.inf)
         at = [torch.where(nowhere, 0.0, log_p) for log_p in (ls, lt)]
-        lm = torch.logaddexp(at[0] + math.log1p(-spec.beta), at[1] + math.log(spec.beta))
-        f = spec.beta * expected(lt, lt - lm) + (1.0 - spec.beta) * expected(ls, ls - lm)
-    if spec.kl_clip_form == "nonnegative" and spec.divergence != "jsd":
-        f = f + (lt.exp() - ls.exp()) * (-1.0 if spec.divergence == "forward_kl" else 1.0)
-    kl = (f if spec.kl_clip is None else f.clamp_max(spec.kl_clip)).sum(-1)
+        lm = torch.logaddexp(at[0] + math.log1p(-spec.divergence.beta), at[1] + math.log(spec.divergence.beta))
+        f = spec.divergence.beta * expected(lt, lt - lm) + (1.0 - spec.divergence.beta) * expected(ls, ls - lm)
+    if spec.divergence.clip_form == "nonnegative" and spec.divergence.kind != "jsd":
+        f = f + (lt.exp() - ls.exp()) * (-1.0 if spec.divergence.kind == "forward_kl" else 1.0)
+    kl = (f if spec.divergence.clip is None else f.clamp_max(spec.divergence.clip)).sum(-1)
     (kl * inputs.weights.double()).sum().backward()
     assert x.grad is not None
     stats = {
@@ -131,7 +132,7 @@ def check(inputs: Inputs, spec: RowSpec, gradient: bool = True) -> tuple[RowStat
     if inputs.target_ids is None:
         assert stats.student_logps is None and stats.teacher_logps is None
     if gradient:
-        scale = inputs.weights.max().item() * abs(spec.logit_scale) / spec.temperature  # p = 1
+        scale = inputs.weights.max().item() * abs(spec.logit_scale) / spec.divergence.temperature  # p = 1
         assert_within_budget("gradient", dz, torch_dz, exact_dz, scale)
     return stats, dz
 
@@ -139,11 +140,11 @@ def check(inputs: Inputs, spec: RowSpec, gradient: bool = True) -> tuple[RowStat
 @pytest.mark.parametrize("vocab", [1, 7, 127, 1000])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_vocabulary_sizes(divergence, vocab):
-    check(make_inputs(vocab=vocab), RowSpec(divergence))
+    check(make_inputs(vocab=vocab), row_spec(divergence))
 
 
 def test_many_blocks():
-    check(make_inputs(n=2, vocab=4099, targets=False), RowSpec())
+    check(make_inputs(n=2, vocab=4099, targets=False), row_spec())
 
 
 FORMS = {
@@ -152,23 +153,23 @@ FORMS = {
     "softcap": {"softcap": 5.0, "temperature": 1.3},
     "logit_scale": {"logit_scale": 0.3, "softcap": 30.0},
     "negative logit_scale": {"logit_scale": -0.7},
-    "clip": {"kl_clip": 1e-3},
-    "non-negative clip": {"kl_clip": 1e-3, "kl_clip_form": "nonnegative"},
+    "clip": {"clip": 1e-3},
+    "non-negative clip": {"clip": 1e-3, "clip_form": "nonnegative"},
     "linear": {"linear": True, "softcap": 20.0},
-    "clip, softcap": {"kl_clip": 1e-2, "softcap": 10.0},
+    "clip, softcap": {"clip": 1e-2, "softcap": 10.0},
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_options(divergence, form):
-    spec = RowSpec(divergence, beta=0.3, **FORMS[form])
+    spec = row_spec(divergence, beta=0.3, **FORMS[form])
     check(make_inputs(vocab=300, bias=True), spec)
 
 
 def test_gradient_over_the_memory_of_either_side():
     """bf16 gradients at the head of each row's fp32 logits, the student's or the teacher's."""
-    spec = RowSpec("reverse_kl")
+    spec = row_spec("reverse_kl")
     inputs = make_inputs(vocab=600)
     _, want = run(triton_rows, inputs, spec, torch.empty_like(inputs.x_student, dtype=torch.bfloat16))
     for side in ("x_student", "x_teacher"):
@@ -182,18 +183,18 @@ def test_gradient_over_the_memory_of_either_side():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits(dtype):
-    check(make_inputs(vocab=300, dtype=dtype), RowSpec("reverse_kl"))
+    check(make_inputs(vocab=300, dtype=dtype), row_spec("reverse_kl"))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("offset, spread", [(200.0, 3.0), (0.0, 1e4)])
 def test_large_logits(divergence, offset, spread):
-    check(make_inputs(vocab=300, offset=offset, spread=spread), RowSpec(divergence, kl_clip=None))
+    check(make_inputs(vocab=300, offset=offset, spread=spread), row_spec(divergence, clip=None))
 
 
 def test_small_softcapped_logits_keep_their_differences():
     inputs = make_inputs(vocab=300, spread=1e-3, distance=1e-4)
-    check(inputs, RowSpec(softcap=50.0, temperature=1e-3))
+    check(inputs, row_spec(softcap=50.0, temperature=1e-3))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -201,17 +202,17 @@ def test_log_probs_below_the_range_of_exp_on_both_sides(divergence):
     inputs = make_inputs(vocab=300)
     for x, low in ((inputs.x_student, -150.0), (inputs.x_teacher, -120.0)):
         x[:, 40:200] += low
-    check(inputs, RowSpec(divergence))
+    check(inputs, row_spec(divergence))
 
 
-@pytest.mark.parametrize("form", [{}, {"kl_clip": 1e-2}])
+@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_minus_infinity_in_both_rows(divergence, form):
     inputs = make_inputs(vocab=600, targets=False)
     for x in (inputs.x_student, inputs.x_teacher):
         x[:, :300] = -math.inf  # more than a whole block
         x[0, 511:] = -math.inf
-    check(inputs, RowSpec(divergence, **form))
+    check(inputs, row_spec(divergence, **form))
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -221,7 +222,7 @@ def test_minus_infinity_in_one_row(divergence, side):
     inputs = make_inputs(vocab=600, targets=False)
     getattr(inputs, f"x_{side}")[1:, :300] = -math.inf
     infinite = (divergence, side) in (("forward_kl", "student"), ("reverse_kl", "teacher"))
-    stats, _ = check(inputs, RowSpec(divergence), gradient=not (infinite and side == "teacher"))
+    stats, _ = check(inputs, row_spec(divergence), gradient=not (infinite and side == "teacher"))
     assert stats.kl.isinf().tolist() == [False, infinite, infinite]
 
 
@@ -229,16 +230,16 @@ def test_infinite_ratio_that_becomes_negligible_is_not_nan():
     """The teacher's mass where the student is -inf is 1 in the first block and exp(-200) in the end."""
     inputs = make_inputs(vocab=600)
     inputs.x_student[:, :256], inputs.x_teacher[:, 256:] = -math.inf, 200.0
-    stats, dz = run(triton_rows, inputs, RowSpec())
+    stats, dz = run(triton_rows, inputs, row_spec())
     assert not stats.kl.isnan().any() and not dz.isnan().any()
 
 
-@pytest.mark.parametrize("form", [{}, {"kl_clip": 1e-2}])
+@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}])
 def test_nan_is_not_hidden(form):
     inputs = make_inputs(vocab=300)
     inputs.x_teacher[1, 17] = math.nan
     for divergence in DIVERGENCES:
-        stats, dz = run(triton_rows, inputs, RowSpec(divergence, **form))
+        stats, dz = run(triton_rows, inputs, row_spec(divergence, **form))
         assert stats.kl.isnan().tolist() == [False, True, False]
         assert dz[1].isnan().any() and not dz[[0, 2]].isnan().any()
 
@@ -249,11 +250,11 @@ def test_gradient_where_one_token_has_all_the_mass(divergence):
     inputs = make_inputs(vocab=300)
     for x in (inputs.x_student, inputs.x_teacher):
         x[:, 5] = x.amax(-1) + 1.2
-    spec = RowSpec(divergence, temperature=0.1)
+    spec = row_spec(divergence, temperature=0.1)
     _, exact_dz = exact(inputs, spec)
     stats, dz = run(triton_rows, inputs, spec)
     error, torch_error = ((t - exact_dz).abs().sum(-1) for t in (dz, run(torch_rows, inputs, spec)[1]))
-    rounding = torch.finfo(torch.float32).eps * stats.grad_sum.abs() * inputs.weights / spec.temperature
+    rounding = torch.finfo(torch.float32).eps * stats.grad_sum.abs() * inputs.weights / spec.divergence.temperature
     assert (error <= 2.0 * (torch_error + rounding)).all(), f"L1 error {error}, torch {torch_error}"
 
 
@@ -274,13 +275,13 @@ def test_elementary_functions_keep_relative_accuracy():
     torch.testing.assert_close(out.double(), expected, rtol=5e-7, atol=0.0)
 
 
-@pytest.mark.parametrize("form", [{}, {"softcap": 5.0, "temperature": 0.7}, {"kl_clip": 1e-2}])
+@pytest.mark.parametrize("form", [{}, {"softcap": 5.0, "temperature": 0.7}, {"clip": 1e-2}])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_equal_rows_give_exactly_zero(divergence, form):
     inputs = make_inputs(vocab=300, offset=20.0)
     inputs.x_student[:, 250:] = -math.inf
     inputs = inputs._replace(x_teacher=inputs.x_student.clone())
-    stats, dz = run(triton_rows, inputs, RowSpec(divergence, **form))
+    stats, dz = run(triton_rows, inputs, row_spec(divergence, **form))
     assert (stats.kl == 0).all() and (stats.grad_sum == 0).all() and (dz == 0).all()
     assert torch.equal(stats.student_lse, stats.teacher_lse)
 
@@ -288,7 +289,7 @@ def test_equal_rows_give_exactly_zero(divergence, form):
 def test_kl_of_nearly_equal_rows_is_a_rounding_error():
     inputs = make_inputs(n=8, vocab=127, distance=1e-6)
     for divergence in DIVERGENCES:
-        stats, _ = run(triton_rows, inputs, RowSpec(divergence))
+        stats, _ = run(triton_rows, inputs, row_spec(divergence))
         assert (stats.kl.abs() < 1e-6).all()
 
 
@@ -297,7 +298,7 @@ def test_a_row_of_weight_zero_is_zeros(divergence):
     inputs = make_inputs(vocab=300)
     inputs.x_student[0, 7], inputs.x_teacher[1, 8] = math.nan, math.inf
     inputs.weights[:2] = 0.0
-    _, dz = run(triton_rows, inputs, RowSpec(divergence))
+    _, dz = run(triton_rows, inputs, row_spec(divergence))
     assert (dz[:2] == 0).all() and (dz[2] != 0).any()
 
 
@@ -305,7 +306,7 @@ def test_a_row_of_weight_zero_is_zeros(divergence):
 @pytest.mark.parametrize("vocab", [7, 600])
 def test_gradient_over_its_own_logits(divergence, vocab):
     inputs = make_inputs(vocab=vocab)
-    spec = RowSpec(divergence)
+    spec = row_spec(divergence)
     apart = torch.full_like(inputs.x_student, math.nan, dtype=torch.bfloat16)
     expected = [run(triton_rows, inputs, spec, out)[1] for out in (None, apart)]
     for dtype, like in zip((torch.float32, torch.bfloat16), expected, strict=True):
@@ -324,8 +325,8 @@ def test_strided_rows():
     wide[:, 0, :300], wide[:, 1, :300] = inputs.x_student, inputs.x_teacher
     out = torch.full((3, 450), math.nan, device=DEVICE)
     strided = inputs._replace(x_student=wide[:, 0, :300], x_teacher=wide[:, 1, :300])
-    stats, dz = run(triton_rows, strided, RowSpec(), out[:, :300])
-    like_stats, like_dz = run(triton_rows, inputs, RowSpec())
+    stats, dz = run(triton_rows, strided, row_spec(), out[:, :300])
+    like_stats, like_dz = run(triton_rows, inputs, row_spec())
     assert torch.equal(dz, like_dz) and out[:, 300:].isnan().all()
     torch.testing.assert_close(tuple(stats), tuple(like_stats), rtol=0.0, atol=0.0)
 
@@ -333,7 +334,7 @@ def test_strided_rows():
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_rows(n):
     inputs = make_inputs(n=n, vocab=300)
-    stats, dz = run(triton_rows, inputs, RowSpec())
+    stats, dz = run(triton_rows, inputs, row_spec())
     assert all(value is not None and value.shape == (n,) for value in stats) and dz.shape == (n, 300)
     assert not dz.isnan().any()
 
@@ -341,6 +342,6 @@ def test_few_rows(n):
 def test_int32_targets():
     inputs = make_inputs(vocab=300)
     assert inputs.target_ids is not None
-    wide, _ = run(triton_rows, inputs, RowSpec())
-    narrow, _ = run(triton_rows, inputs._replace(target_ids=inputs.target_ids.int()), RowSpec())
+    wide, _ = run(triton_rows, inputs, row_spec())
+    narrow, _ = run(triton_rows, inputs._replace(target_ids=inputs.target_ids.int()), row_spec())
     torch.testing.assert_close(wide.student_logps, narrow.student_logps, rtol=0.0, atol=0.0)

@@ -29,7 +29,7 @@ def test_a_plain_tensor_passes_through():
 
 def test_zero3_parameter_is_refused_with_the_way_out():
     h = torch.randn(2, 4)
-    with pytest.raises(TypeError, match=r"^lm_head_weight: expected a plain tensor, got a ZeRO-3.*gathered"):
+    with pytest.raises(TypeError, match=r"^head.weight: expected a plain tensor, got a ZeRO-3.*gathered"):
         fused_hsd_kl(h, h, partitioned(torch.randn(5, 4)))
 
 

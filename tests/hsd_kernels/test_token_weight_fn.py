@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels.row_stats import COLUMNS
 from hsd_kernels.testing import draw, grads, rows_of_bytes, small_problem
 
 F64, NAN = torch.float64, float("nan")
@@ -36,9 +37,9 @@ def test_token_weight_fn_sees_its_rows_and_multiplies_the_weights():
         )
         assert [c.rows.tolist() for c in chunks] == [[0, 2, 3, 4], [6, 7, 8, 9], [10, 11]]
     for stats in chunks:
-        for name, field in (("kl", "per_token_kl"), *((n, n) for n in stats._fields[2:-1])):
-            torch.testing.assert_close(getattr(stats, name), getattr(plain, field)[stats.rows], msg=name)
-    want = plain.per_token_kl * kept * plain.teacher_entropy * table
+        for name in COLUMNS:
+            torch.testing.assert_close(getattr(stats, name), getattr(plain.stats, name)[stats.rows], msg=name)
+    want = plain.stats.kl * kept * plain.stats.teacher_entropy * table
     torch.testing.assert_close(found["none"], want)
     torch.testing.assert_close(found["sum"], want.sum())
     torch.testing.assert_close(found["mean"], want.sum() / 10)
@@ -49,7 +50,7 @@ def test_token_weight_fn_sees_its_rows_and_multiplies_the_weights():
 def test_token_weight_fn_gradient_is_that_of_fixed_weights(head, reduction):
     student, teacher, weight = small_problem(dtype=F64)
     upstream = draw(10, dtype=F64) if reduction == "none" else None
-    entropy = fused_hsd_kl(student, teacher, weight, return_stats=True).teacher_entropy
+    entropy = fused_hsd_kl(student, teacher, weight, return_stats=True).stats.teacher_entropy
     calls = []
 
     def gate(stats):
@@ -98,7 +99,7 @@ def one_bad_row(bad):
     else:
         teacher_weight[:, 0], teacher_weight[5, 0] = 0.0, -1e20
         teacher[:, 0], teacher[3, 0] = 0.0, 1e20
-    return student, teacher, weight, {"teacher_weight": teacher_weight, "divergence": "reverse_kl"}
+    return student, teacher, weight, {"teacher_head": teacher_weight, "divergence": "reverse_kl"}
 
 
 def backward(student, teacher, weight, upstream, head=True, **options):

@@ -5,8 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from hsd_kernels import fused_hsd_kl
-from hsd_kernels.rows import cpp
+from hsd_kernels import fused_hsd_kl, native
 from hsd_kernels.vocab_filter import (
     BLOCK_ROWS,
     FILTER_AUTO,
@@ -56,16 +55,16 @@ def test_error_is_bounded_by_the_measured_share(divergence, filter_eps):
         assert 0.0 < relative_l1(got, want) <= 3.0 * share
 
 
-@pytest.fixture(params=["torch", *cpp.VARIANTS])
+@pytest.fixture(params=["torch", *native.VARIANTS])
 def way(request, monkeypatch):
     """Norms and columns in torch and in every variant of the C++ library that this machine runs."""
     if request.param == "torch":
-        monkeypatch.setattr(cpp, "found", lambda: None)
+        monkeypatch.setattr(native, "available", lambda: False)
         return request.param
-    number, best = cpp.VARIANTS.index(request.param), cpp.library().hsd_cpu_best()
+    number, best = native.VARIANTS.index(request.param), native.facts().fastest
     if number > best:
-        pytest.skip(f"this machine runs up to {cpp.VARIANTS[best]}")
-    monkeypatch.setattr(cpp, "variant", lambda: number)
+        pytest.skip(f"this machine runs up to {native.VARIANTS[best]}")
+    monkeypatch.setattr(native, "variant", lambda: number)
     return request.param
 
 
@@ -135,7 +134,7 @@ def test_same_gradients_with_and_without_the_library(form, rows, monkeypatch):
     if form == "reference":
         options |= {"reference_hidden": tensors[1].flip(0), "reference_coef": 0.5}
     found = grads(*tensors, **options)
-    monkeypatch.setattr(cpp, "found", lambda: None)
+    monkeypatch.setattr(native, "available", lambda: False)
     assert found[0].filtered_share.item() > 0.0
     for got, want in zip(found[1:], grads(*tensors, **options)[1:], strict=True):
         assert relative_l1(got, want) <= (1e-6 if got.dtype == torch.float32 else 2e-3)

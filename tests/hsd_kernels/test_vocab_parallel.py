@@ -5,9 +5,10 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from hsd_kernels import fused_hsd_kl
-from hsd_kernels.divergence import RowSpec
-from hsd_kernels.rows import torch as torch_rows
+from hsd_kernels import Head, fused_hsd_kl
+from hsd_kernels.row_stats import COLUMNS, RowStats
+from hsd_kernels.rows import eager as torch_rows
+from hsd_kernels.testing import flat, row_spec
 from hsd_kernels.vocab_parallel import merge_parts
 
 T, D, V = 14, 12, 71
@@ -16,8 +17,8 @@ CASES = {
     "forward_kl": {},
     "reverse_kl": {"divergence": "reverse_kl", "temperature": 0.5},
     "jsd": {"divergence": "jsd", "beta": 0.3, "softcap": 5.0},
-    "clip": {"kl_clip": 0.02},
-    "non-negative clip": {"kl_clip": 0.02, "kl_clip_form": "nonnegative", "divergence": "reverse_kl"},
+    "clip": {"clip": 0.02},
+    "non-negative clip": {"clip": 0.02, "clip_form": "nonnegative", "divergence": "reverse_kl"},
     "reference": {"reference": True, "token_weight_fn": lambda s: s.teacher_entropy},
     "per token": {"reduction": "none"},
     "own head": {"own_head": True, "logit_scale": -0.5},
@@ -36,24 +37,26 @@ def inputs(dtype=torch.float64):
         "student_hidden": draw(T, D),
         "teacher_hidden": draw(T, D),
         "reference_hidden": draw(T, D),
-        "lm_head_weight": draw(V, D),
+        "weight": draw(V, D),
         "bias": draw(V),
-        "teacher_weight": draw(V, D),
+        "teacher_head": draw(V, D),
     }
 
 
 def call(tensors, reference=False, own_head=False, group=None, **options):
     given = {k: v.clone() for k, v in tensors.items()}
-    for name in ("student_hidden", "lm_head_weight", "bias"):
-        given[name].requires_grad_()
+    trained = [given[name].requires_grad_() for name in ("student_hidden", "weight", "bias")]
+    form = {name: options.pop(name) for name in ("logit_scale", "softcap") if name in options}
+    head = Head(given.pop("weight"), given.pop("bias"), **form)
     if not own_head:
-        del given["teacher_weight"]
+        del given["teacher_head"]
     if not reference:
         del given["reference_hidden"]
     weights = torch.linspace(0.0, 2.0, T)
     out = fused_hsd_kl(
         **given,
-        **options,
+        head=head,
+        **flat(**options),
         reference_coef=0.4 if reference else 0.0,
         target_ids=torch.arange(T) * 5 % V,
         token_weights=weights,
@@ -62,13 +65,13 @@ def call(tensors, reference=False, own_head=False, group=None, **options):
         return_stats=True,
     )
     out.loss.backward(torch.linspace(-1.0, 1.0, T).to(out.loss.dtype) if out.loss.dim() else None)
-    return out, [given[n].grad for n in ("student_hidden", "lm_head_weight", "bias")]
+    return out, [t.grad for t in trained]
 
 
 def shard(tensors, rank, world):
     start = sum(SIZES[world][:rank])
     rows = slice(start, start + SIZES[world][rank])
-    return {k: v[rows] if k.endswith(("weight", "bias")) else v for k, v in tensors.items()}, rows
+    return {k: v[rows] if k in ("weight", "bias", "teacher_head") else v for k, v in tensors.items()}, rows
 
 
 def same(got, want, close, label):
@@ -82,14 +85,15 @@ def worker(rank, world):
             if case.pop("silent_part", False):  # holds some of the targets: their log-probs are -inf, not NaN
                 whole["bias"][: SIZES[world][0]] = -torch.inf
             want, want_grads = call(whole, **case)
-            assert name.startswith("part") == (want.student_logps == -torch.inf).any()
+            assert name.startswith("part") == (want.stats.student_logps == -torch.inf).any()
             part, rows = shard(whole, rank, world)
             got, got_grads = call(part, **case, group=dist.group.WORLD)
             label = f"{name} {dtype} rank {rank}"
-            for field, a, b in zip(got._fields, got, want, strict=True):
-                assert (a is None) == (b is None), f"{label} {field}"
-                if a is not None:
-                    same(a, b, close, f"{label} {field}")
+            same(got.loss, want.loss, close, f"{label} loss")
+            tables = [(got.stats, want.stats), *([(got.reference, want.reference)] if want.reference else [])]
+            for ours, theirs in tables:
+                for name in COLUMNS:
+                    same(getattr(ours, name), getattr(theirs, name), close, f"{label} {name}")
             want_grads = [want_grads[0], want_grads[1][rows], want_grads[2][rows]]
             for a, b in zip(got_grads, want_grads, strict=True):
                 same(a, b, close, f"{label} gradient")
@@ -98,8 +102,8 @@ def worker(rank, world):
             assert all(torch.equal(e, got_grads[0]) for e in everywhere), label
     mistakes = {
         "^token_weights: expected equal": (T - rank, D, V),
-        "^lm_head_weight: expected equal": (T, D - rank, V),
-        "^lm_head_weight: expected rows on every rank": (T, D, rank),
+        "^head.weight: expected equal": (T, D - rank, V),
+        "^head.weight: expected rows on every rank": (T, D, rank),
     }
     for message, (tokens, dim, vocab) in mistakes.items():
         h, weight = torch.ones(tokens, dim), torch.ones(vocab, dim)
@@ -117,8 +121,8 @@ def parts_of(x_s, x_t, spec, sizes):
     for a, b in zip(x_s.split(sizes, 1), x_t.split(sizes, 1), strict=True):
         ids = torch.zeros(len(a), dtype=torch.long)
         stats = torch_rows.statistics(a, b, spec, None, None, ids, ids)
-        found.append(torch.stack(stats[1:]))
-    return torch.stack(found)
+        found.append(stats)
+    return RowStats(*(torch.stack(column) for column in zip(*found, strict=True)))
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
@@ -130,12 +134,14 @@ def test_merge_with_infinite_logits(divergence):
     x_t[2, :8] = -torch.inf  # the teacher alone
     x_s[3, :8] = -torch.inf  # the student alone
     x_s[4, 9] = x_t[4, 9] = -torch.inf
-    spec = RowSpec(divergence)
+    spec = row_spec(divergence)
     ids = torch.zeros(6, dtype=torch.long)
     whole = torch_rows.statistics(x_s, x_t, spec, None, None, ids, ids)
     merged = merge_parts(parts_of(x_s, x_t, spec, [8, 12]), spec)
-    for i, name in ((0, "kl"), (3, "student_entropy"), (4, "teacher_entropy"), (5, "student_lse"), (6, "teacher_lse")):
-        torch.testing.assert_close(merged[i], getattr(whole, name), rtol=1e-12, atol=1e-12, msg=name)
+    for name in COLUMNS:
+        if "logps" not in name:
+            ours, theirs = getattr(merged, name), getattr(whole, name)
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
 
 
 def test_merge_keeps_a_tiny_kl():
@@ -143,9 +149,9 @@ def test_merge_keeps_a_tiny_kl():
     g = torch.Generator().manual_seed(2)
     x_t = 5.0 * torch.randn(4, 40, generator=g, dtype=torch.float64)
     x_s = x_t + 3e-4 * torch.randn(4, 40, generator=g, dtype=torch.float64)
-    spec = RowSpec()
+    spec = row_spec()
     ids = torch.zeros(4, dtype=torch.long)
     exact = torch_rows.statistics(x_s, x_t, spec, None, None, ids, ids).kl
     assert 1e-11 < exact.min() and exact.max() < 1e-6
-    merged = merge_parts(parts_of(x_s, x_t, spec, [10, 30]), spec)[0]
+    merged = merge_parts(parts_of(x_s, x_t, spec, [10, 30]), spec).kl
     torch.testing.assert_close(merged, exact, rtol=1e-5, atol=1e-13)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels import Divergence, Head, fused_hsd_kl, reference
 from hsd_kernels.divergence import DIVERGENCES
-from hsd_kernels.testing import double, draw, grads, rows_of_bytes, small_problem
+from hsd_kernels.row_stats import COLUMNS
+from hsd_kernels.testing import double, draw, flat, grads, rows_of_bytes, small_problem
 
 INF, NAN = float("inf"), float("nan")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -14,7 +15,7 @@ every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("options", [{}, {"kl_clip": 0.1}, {"softcap": 2.0, "temperature": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"clip": 0.1}, {"softcap": 2.0, "temperature": 0.3}], ids=str)
 def test_equal_hidden_states_give_exactly_zero(dtype, divergence, options):
     # D = 13 and odd counts: a GEMM then sums the teacher's rows in another order than the student's.
     for tokens, dim, vocab in ((1, 13, 7), (5, 13, 127), (33, 13, 4099), (64, 64, 1000), (7, 100, 9001)):
@@ -50,13 +51,13 @@ def test_some_equal_rows_among_others(divergence):
         chunk_bytes=rows_of_bytes(4, 127),
         return_stats=True,
     )
-    for kl in (out.per_token_kl, torch.cat(seen)):
+    for kl in (out.stats.kl, torch.cat(seen)):
         assert (kl[::2] == 0).all() and (kl[1::2] > 0.1).all()
 
 
 def test_equal_hidden_states_under_two_heads_are_not_silent():
     student, _, weight = small_problem()
-    options = {"teacher_weight": draw(61, 16, seed=5), "reduction": "sum"}
+    options = {"teacher_head": draw(61, 16, seed=5), "reduction": "sum"}
     loss, *found = grads(fused_hsd_kl, student, student.clone(), weight, **options)
     assert loss > 1.0 and all(t.abs().max() > 0.01 for t in found)
 
@@ -70,19 +71,19 @@ def test_infinite_equal_rows_are_not_silent():
 @every_divergence
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("impl", ["auto", "torch"])
-@pytest.mark.parametrize("clip", [{}, {"kl_clip": 0.5, "kl_clip_form": "nonnegative"}], ids=["", "clip"])
+@pytest.mark.parametrize("clip", [{}, {"clip": 0.5, "clip_form": "nonnegative"}], ids=["", "clip"])
 def test_divergence_is_never_negative(clip, impl, dtype, divergence):
     options = {"divergence": divergence, "impl": impl, "reduction": "none", **clip}
     for near in (1e-7, 1e-5, 1e-3, 1e-2):
         student, teacher, weight = small_problem(512, 24, 301, dtype, near)
         for temperature in (0.3, 1.0):
-            terms = fused_hsd_kl(student, teacher, weight, temperature=temperature, **options)
+            terms = fused_hsd_kl(student, teacher, weight, **flat(**options, temperature=temperature))
             assert (terms >= 0).all(), (near, terms.min().item())
 
 
 def test_pointwise_clip_may_go_negative():
     student, teacher, weight = small_problem()
-    assert (fused_hsd_kl(student, teacher, weight, kl_clip=1e-3, reduction="none") < 0).all()
+    assert (fused_hsd_kl(student, teacher, weight, divergence=Divergence(clip=1e-3), reduction="none") < 0).all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -97,7 +98,7 @@ def test_all_rows_masked(reduction):
     for t in found:
         assert (t == 0).all()
     out = fused_hsd_kl(student, teacher, weight, token_weights=torch.zeros(10), return_stats=True)
-    assert all((t == 0).all() for t in out if t is not None)
+    assert (out.loss == 0).all() and all((getattr(out.stats, n) == 0).all() for n in COLUMNS if "logps" not in n)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -133,11 +134,12 @@ def test_nan_and_inf_in_masked_rows_reach_nothing(reduction, side, bad):
         assert torch.equal(got, want)
     if upstream is not None:  # the path that does not run the chunks again
         hidden = poisoned[0].clone().requires_grad_()
-        fused_hsd_kl(hidden, poisoned[1], weight, bias, **options).backward(upstream)
+        fused_hsd_kl(hidden, poisoned[1], Head(weight, bias), **options).backward(upstream)
         torch.testing.assert_close(hidden.grad, clean[1])
     assert (found[1][kept == 0] == 0).all()
-    out = fused_hsd_kl(*poisoned, weight, bias, **options, return_stats=True)
-    for name, t in out._asdict().items():
+    out = fused_hsd_kl(*poisoned, Head(weight, bias), **options, return_stats=True)
+    assert out.loss.isfinite().all()
+    for name, t in out.stats._asdict().items():
         assert t is None or t.isfinite().all(), name
 
 
@@ -148,7 +150,7 @@ def test_nan_in_a_live_row_is_not_hidden(loss_fn, divergence):
         inputs = small_problem()
         inputs[side][3] = NAN
         for clip in (None, 0.1):
-            options = {"divergence": divergence, "kl_clip": clip}
+            options = {"divergence": Divergence(divergence, clip=clip)}
             terms = loss_fn(*inputs, **options, reduction="none")
             assert terms[3].isnan() and terms[[0, 1, 2, 4]].isfinite().all()
             assert loss_fn(*inputs, **options).isnan()
@@ -160,5 +162,5 @@ def test_targets_of_dropped_tokens_may_be_anything():
     kept = torch.tensor([1.0, 0.0, 2.0])
     with_pad = fused_hsd_kl(h_s, h_t, w, token_weights=kept, target_ids=torch.tensor([4, -100, 10]), return_stats=True)
     plain = fused_hsd_kl(h_s, h_t, w, token_weights=kept, target_ids=torch.tensor([4, 0, 10]), return_stats=True)
-    assert torch.equal(with_pad.student_logps, plain.student_logps)
-    assert with_pad.student_logps[1] == 0 and with_pad.student_logps[0] < 0
+    assert torch.equal(with_pad.stats.student_logps, plain.stats.student_logps)
+    assert with_pad.stats.student_logps[1] == 0 and with_pad.stats.student_logps[0] < 0

@@ -1,14 +1,13 @@
 """Attention over the nodes of a trie, registered with transformers; without a tree it is the model's own attention.
 
-A body is called with ``tree=View(...)``; every layer hands that to `tree_attention`. `enable_tree` sets the registered
-name on the model's config and it stays set: a checkpointed layer reads the config again when it recomputes in backward.
+A body is called with ``tree=TreeView(...)``; every layer hands that to `tree_attention`. `enable_tree` sets the
+registered name on the model's config. It stays set: a checkpointed layer looks at the config again in backward.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,44 +19,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hsd.policy.tree import cuda
+from hsd.policy.tree.view import Scores, TreeView
+
 PREFIX = "hsd_tree_"
 BACKENDS = ("auto", "dense", "gather", "varlen", "flex")
 BLOCK = 256  # query rows per SDPA call: skips most of the masked triangle; 128 to 256 were the fastest of 64 to 1,000
+SMALL = 5_000  # scores that cost as much as one more SDPA call; measured on groups of 100 to 1,500 nodes
 # What layers pass besides and what does not change attention here: positions are in the rotated keys already.
 HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "position_embeddings", "output_attentions"})
-KeysValues = tuple[Tensor, Tensor]  # (1, H_kv, m, d) each, after rotary embedding
-
-
-@dataclass
-class View:
-    """What attention needs to know in one forward over n nodes, m - n of whose keys come from an earlier forward.
-
-    Attributes:
-        node, pos: (n,) preorder index and depth of each computed node, in preorder.
-        key_node, key_pos, key_end: (m,) of each key: those of ``past`` first, then the computed nodes.
-        key_index: along the path of each run of queries, root first, where its keys are; runs one after the other.
-        query_starts, key_starts: (runs + 1) where each run begins, in the n queries and in ``key_index``.
-        past: keys and values of the earlier forward, by layer.
-        keep: (k,) which of the computed nodes' keys and values to leave in ``kept``, by layer.
-        kept: None once the forward is over. A checkpointed layer comes by again in backward, and its graph holds the
-            view: a view that held the graph would keep both alive.
-        served: the layers that came by. A layer that did not has ignored the tree.
-    """
-
-    node: Tensor
-    pos: Tensor
-    key_node: Tensor
-    key_pos: Tensor
-    key_end: Tensor
-    key_index: Tensor
-    query_starts: list[int]
-    key_starts: list[int]
-    past: dict[int, KeysValues] = field(default_factory=dict)
-    keep: Tensor | None = None
-    kept: dict[int, KeysValues] | None = field(default_factory=dict)
-    backend: str = "auto"
-    served: set[int] = field(default_factory=set)
-    cache: dict[Any, Any] = field(default_factory=dict)  # masks, built once a forward and shared by its layers
 
 
 def enable_tree(model: Any) -> None:
@@ -101,7 +71,7 @@ def tree_attention(
     attention_mask: Tensor | None,
     *args: Any,
     base: str,
-    tree: View | None = None,
+    tree: TreeView | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """As every function of transformers' `AttentionInterface`: (1, H, n, d) -> (1, n, H, d_value).
@@ -134,70 +104,64 @@ def tree_attention(
         past_key, past_value = tree.past[layer]
         key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _attend(tree, query, key, value, scaling, window, softcap, sinks).transpose(1, 2).contiguous(), None
+    scores = Scores(scaling, window, softcap, sinks)
+    return _attend(tree, query, key, value, scores).transpose(1, 2).contiguous(), None
 
 
-def _attend(
-    tree: View,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    backend = choose_backend(tree, query, softcap, sinks) if tree.backend == "auto" else tree.backend
+def _attend(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """(1, H, n, d), (1, H_kv, m, d), (1, H_kv, m, d_value) -> (1, H, n, d_value), as all backends."""
+    backend = tree.backend
+    if backend == "auto":
+        runs = (_lengths(tree.query_starts), _lengths(tree.key_starts))
+        some = (scores.softcap, scores.sinks is not None)
+        backend = choose_backend(query.device.type, query.dtype, *runs, len(tree.key_node), *some)
     if backend == "dense":
-        at = ("added", window, query.dtype)
+        at = ("added", scores.window, query.dtype)
         if at not in tree.cache:
-            tree.cache[at] = _added(~visible(tree, window), query)
-        return masked_attention(query, key, value, tree.cache[at], scaling, softcap, sinks)
+            tree.cache[at] = _added(~visible(tree, scores.window), query)
+        return masked_attention(query, key, value, tree.cache[at], scores)
     if backend == "gather":
-        return gather_attention(tree, query, key, value, scaling, window, softcap, sinks)
-    from hsd.policy.tree import cuda
-
+        return gather_attention(tree, query, key, value, scores)
     if backend == "varlen":
-        return cuda.varlen_attention(tree, query, key, value, scaling, window, softcap, sinks)
+        return cuda.varlen_attention(tree, query, key, value, scores)
     if backend == "flex":
-        return cuda.flex_attention(tree, query, key, value, scaling, window, softcap, sinks)
+        return cuda.flex_attention(tree, query, key, value, scores)
     raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
-def choose_backend(tree: View, query: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
-    """On CUDA in half precision varlen, FlexAttention for a soft cap, dense for sinks; else gather, dense if small."""
-    device = query.device.type
-    if device == "cuda" and (torch.is_autocast_enabled(device) or query.dtype in (torch.bfloat16, torch.float16)):
-        return "dense" if sinks is not None else "varlen" if softcap is None else "flex"
-    n, m = len(tree.node), len(tree.key_node)
-    rows = [b - a for a, b in pairwise(tree.query_starts)]
-    paths = [b - a for a, b in pairwise(tree.key_starts)]
+def choose_backend(
+    device: str,
+    dtype: torch.dtype,
+    rows: list[int],
+    paths: list[int],
+    keys: int,
+    softcap: float | None,
+    has_sinks: bool,
+) -> str:
+    """On CUDA in half precision varlen, FlexAttention for a soft cap, dense for sinks; else gather, dense if small.
+
+    ``rows`` and ``paths``, (runs,) each, are the queries of a run and the keys on its path, ``keys`` those of the tree.
+    """
+    if device == "cuda" and (torch.is_autocast_enabled(device) or dtype in (torch.bfloat16, torch.float16)):
+        return "dense" if has_sinks else "varlen" if softcap is None else "flex"
     gathered = sum(r * p for r, p in zip(rows, paths, strict=True))
-    return "dense" if n * m <= gathered + SMALL * len(rows) else "gather"
+    return "dense" if sum(rows) * keys <= gathered + SMALL * len(rows) else "gather"
 
 
-SMALL = 5_000  # scores that cost as much as one more SDPA call; measured on groups of 100 to 1,500 nodes
+def _lengths(starts: list[int]) -> list[int]:
+    return [b - a for a, b in pairwise(starts)]
 
 
-def visible(tree: View, window: int | None) -> Tensor:
+def visible(tree: TreeView, window: int | None) -> Tensor:
     """(n, m) True where a query may see a key. The definition; the other backends must agree with it."""
     q, k = tree.node[:, None], tree.key_node[None, :]
     mask = (k <= q) & (q < tree.key_end)
     return mask if window is None else mask & (tree.pos[:, None] - tree.key_pos < window)
 
 
-def gather_attention(
-    tree: View,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def gather_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Run by run: the keys on its path, gathered in order of depth, then plain causal attention at the path's end."""
-    rows = [b - a for a, b in pairwise(tree.query_starts)]
+    rows = _lengths(tree.query_starts)
     paths = [b - a for a, b in pairwise(tree.key_starts)]
     sizes = [min(BLOCK, r - a) for r in rows for a in range(0, r, BLOCK)]
     queries = iter(query.split(sizes, 2))
@@ -207,13 +171,13 @@ def gather_attention(
     for r, length, k, v in zip(rows, paths, keys, values, strict=True):
         for a in range(length - r, length, BLOCK):
             b = min(a + BLOCK, length)
-            low = 0 if window is None else max(0, a - window + 1)
-            mask = _band(tree, b - a, a - low, window, query)
-            out.append(masked_attention(next(queries), k[:, :, low:b], v[:, :, low:b], mask, scaling, softcap, sinks))
+            low = 0 if scores.window is None else max(0, a - scores.window + 1)
+            mask = _band(tree, b - a, a - low, scores.window, query)
+            out.append(masked_attention(next(queries), k[:, :, low:b], v[:, :, low:b], mask, scores))
     return torch.cat(out, 2)
 
 
-def _band(tree: View, rows: int, before: int, window: int | None, like: Tensor) -> Tensor:
+def _band(tree: TreeView, rows: int, before: int, window: int | None, like: Tensor) -> Tensor:
     """(rows, before + rows), to be added: causal, with ``before`` keys ahead of the first query's own."""
     at = (rows, before, window, like.dtype)
     if at not in tree.cache:
@@ -229,16 +193,10 @@ def _added(hidden: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
 
 
-def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """(1, H, n, d), mask (n, m) bool or added to the scores: SDPA, or plain mathematics with a soft cap or sinks."""
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, form: Scores) -> Tensor:
+    """(1, H, n, d), mask (n, m) bool or added to the scores: SDPA, or plain mathematics with a soft cap or sinks. The
+    mask has the window in it."""
+    scaling, _, softcap, sinks = form
     groups = query.shape[1] // key.shape[1]
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1)

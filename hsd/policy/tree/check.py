@@ -1,4 +1,4 @@
-"""May this model be read through a tree? What is known not to work is refused by name; the rest is tried once."""
+"""Whether a model computes the same through a tree. What is known not to is refused by name; the rest is tried once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from hsd.policy.body_and_head import hidden_states, split_model
+from hsd.policy.body_and_head import body_and_head, hidden_states
 from hsd.policy.frozen import in_eval_mode
 from hsd.policy.tree.attention import disable_tree, enable_tree
 from hsd.policy.tree.forward import tree_hidden_states
@@ -23,10 +24,10 @@ LAYERS = ("full_attention", "sliding_attention")
 
 
 def why_not(model: Any) -> str | None:
-    """The reason why ``model`` cannot be read through a tree, or None. Reads the configuration only."""
+    """The reason why ``model`` cannot go through a tree, or None, from its configuration alone."""
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     name = type(inner).__name__
-    body = split_model(model).body
+    body = body_and_head(model).body
     config = inner.config.get_text_config()
     if not getattr(inner, "_supports_attention_backend", False):
         return f"{name} does not take its attention from AttentionInterface (_supports_attention_backend is False)"
@@ -81,12 +82,12 @@ def _noise(model: nn.Module, config: Any) -> str | None:
 
 @torch.no_grad()
 def self_check(model: Any) -> str | None:
-    """Read one small group of an enabled model both ways; the reason why the tree is wrong for it, or None.
+    """Compute one small group of an enabled model both ways; the reason why the tree is wrong for it, or None.
 
     Windows are narrowed to 3 tokens meanwhile, so that a layer's window matters in sequences of a dozen.
     """
-    split = split_model(model)
-    device, vocabulary = split.weight.device, split.weight.shape[0]
+    parts = body_and_head(model)
+    device, vocabulary = parts.linear.weight.device, parts.linear.weight.shape[0]
     q, first, second, a, b, c = (
         [(7 * i + 3 * offset + 1) % vocabulary for i in range(offset, offset + n)]
         for offset, n in ((0, 4), (5, 5), (11, 3), (17, 6), (23, 2), (29, 8))
@@ -95,17 +96,17 @@ def self_check(model: Any) -> str | None:
     prompts, rollouts, teacher = [q] * 3, [a, b, c], [q + first, q + first, q + second]
     with in_eval_mode(model), _windows(model, 3):
         disable_tree(model)
-        expected = [_alone(split.body, p, o, device) for p, o in zip(prompts + teacher, rollouts * 2, strict=True)]
-        padded = _padded(split.body, prompts, rollouts, device)
+        expected = [_alone(parts.body, p, o, device) for p, o in zip(prompts + teacher, rollouts * 2, strict=True)]
+        padded = _padded(parts.body, prompts, rollouts, device)
         enable_tree(model)
-        if not torch.equal(_padded(split.body, prompts, rollouts, device), padded):
+        if not torch.equal(_padded(parts.body, prompts, rollouts, device), padded):
             return "ordinary batches are not computed as before"
         for backend in ("auto",) if device.type == "cuda" else ("dense", "gather"):
             try:
-                student, read = tree_hidden_states(model, prompts, rollouts, teacher, backend=backend)
+                student, taught = tree_hidden_states(model, prompts, rollouts, teacher, backend=backend)
             except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, ImportError) as error:
                 return f"{backend} attention failed: {error}"
-            got, want = torch.cat([*student, *read]), torch.cat(expected)
+            got, want = torch.cat([*student, *taught]), torch.cat(expected)
             gap = ((got - want).float().norm() / want.float().norm()).item()
             if not gap <= _rounding(want):
                 return f"hidden states of a small group differ by {gap:.2g} with {backend} attention"
@@ -125,10 +126,9 @@ def _alone(body: nn.Module, prompt: list[int], rollout: list[int], device: torch
 
 
 def _padded(body: nn.Module, prompts: list[list[int]], rollouts: list[list[int]], device: torch.device) -> Tensor:
-    sequences = [p + o for p, o in zip(prompts, rollouts, strict=True)]
-    longest = max(map(len, sequences))
-    ids = torch.tensor([[0] * (longest - len(s)) + s for s in sequences], device=device)
-    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=device)
+    sequences = [torch.tensor(p + o, device=device) for p, o in zip(prompts, rollouts, strict=True)]
+    ids = pad_sequence(sequences, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True, padding_side="left")
     return hidden_states(body, ids, mask)[mask.bool()]
 
 
@@ -147,7 +147,7 @@ def _windows(model: Any, size: int) -> Iterator[None]:
 
 
 def warn_unshared(reason: str) -> None:
-    warnings.warn(f"prefix sharing is off, every sequence is read by itself: {reason}", stacklevel=4)
+    warnings.warn(f"prefix sharing is off, every sequence is computed by itself: {reason}", stacklevel=4)
 
 
 def try_tree(model: Any) -> str | None:

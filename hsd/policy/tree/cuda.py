@@ -1,34 +1,24 @@
-"""Tree attention for CUDA. Written without a GPU at hand: neither backend has run on one yet.
-
-The index bookkeeping of `varlen_attention` is tested on a CPU with plain attention in place of the kernel.
-"""
+"""Tree attention for CUDA; the index bookkeeping is tested on a CPU, with plain attention in place of the kernel."""
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hsd.policy.tree.attention import View
+from hsd.policy.tree.view import Scores, TreeView
 
 
-def varlen_attention(
-    tree: View,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def varlen_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """One variable-length call: each run of queries with the keys on its path, causal from the bottom right.
 
     Uses `torch.nn.attention.varlen` (torch >= 2.10) or flash-attn. Half precision only, as both kernels are.
     Raises ValueError for a soft cap or sinks, ImportError when neither kernel is there.
     """
+    scaling, window, softcap, sinks = scores
     if softcap is not None or sinks is not None:
         raise ValueError("backend: expected 'flex' (soft cap) or 'dense' (sinks) for this layer, got 'varlen'")
     if "varlen" not in tree.cache:
@@ -65,29 +55,26 @@ def varlen_kernel() -> Any:
 
         return flash
 
+    takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has no such argument
+
     def native(q, k, v, q_starts, k_starts, longest_q, longest_k, scaling, left):
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and not takes_groups:
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         return varlen_attn(
-            q, k, v, q_starts, k_starts, longest_q, longest_k,
-            scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1],
+            q, k, v, q_starts, k_starts, longest_q, longest_k, scale=scaling, window_size=(left, 0),
+            **({"enable_gqa": groups > 1} if takes_groups else {}),
         )  # fmt: skip
 
     return native
 
 
-def flex_attention(
-    tree: View,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def flex_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """FlexAttention on the visibility rule itself; the block mask is built once a forward and window.
 
     Raises ValueError for sinks. FlexAttention has no backward on a CPU.
     """
+    scaling, window, softcap, sinks = scores
     if sinks is not None:
         raise ValueError("backend: expected 'dense' for a layer with attention sinks, got 'flex'")
     from torch.nn.attention.flex_attention import create_block_mask
@@ -114,7 +101,7 @@ def capped(softcap: float) -> Any:
     return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
 
 
-def mask_mod(tree: View, window: int | None) -> Any:
+def mask_mod(tree: TreeView, window: int | None) -> Any:
     node, pos, key_node, key_pos, key_end = tree.node, tree.pos, tree.key_node, tree.key_pos, tree.key_end
 
     def see(b, h, q, k):

@@ -1,4 +1,4 @@
-"""Hidden states of rollouts read through a trie: what student and teacher share is computed once."""
+"""Forward passes through a trie: what student and teacher share is computed once."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsd.policy.body_and_head import split_model
+from hsd.policy.body_and_head import body_and_head
 from hsd.policy.frozen import in_eval_mode
-from hsd.policy.tree.attention import KeysValues, View, is_enabled
+from hsd.policy.tree.attention import is_enabled
 from hsd.policy.tree.trie import Trie, build_trie
+from hsd.policy.tree.view import KeysValues, TreeView
 
 SHARING = ("tree", "prompt")
 TokenLists = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Pack:
+class TreeBatch:
     """The joint trie of the sequences ``[q ; o_i]`` and ``[q ; c_i ; o_i]`` of one or several groups.
 
     The last token of a rollout predicts nothing that is asked for, so it is not in the trie.
@@ -42,29 +43,29 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class Keys:
+class KVCache:
     """Keys and values that a forward left for a later one, by layer, of these nodes in this order."""
 
     nodes: np.ndarray
     layers: dict[int, KeysValues]
 
-    def detach(self) -> Keys:
-        return Keys(self.nodes, {i: (k.detach(), v.detach()) for i, (k, v) in self.layers.items()})
+    def detach(self) -> KVCache:
+        return KVCache(self.nodes, {i: (k.detach(), v.detach()) for i, (k, v) in self.layers.items()})
 
-    def joined(self, other: Keys | None) -> Keys:
+    def joined(self, other: KVCache | None) -> KVCache:
         if other is None:
             return self
         both = {
             i: (torch.cat([k, other.layers[i][0]], 2), torch.cat([v, other.layers[i][1]], 2))
             for i, (k, v) in self.layers.items()
         }
-        return Keys(np.concatenate([self.nodes, other.nodes]), both)
+        return KVCache(np.concatenate([self.nodes, other.nodes]), both)
 
 
-def make_pack(
+def make_tree_batch(
     prompts: TokenLists, rollouts: TokenLists, teacher_prompts: TokenLists = (), *, sharing: str = "tree"
-) -> Pack:
-    """The pack of rollouts ``o_i`` after ``prompts[i]`` and, if given, ``teacher_prompts[i]`` (``[q ; c_i]``).
+) -> TreeBatch:
+    """The tree of rollouts ``o_i`` after ``prompts[i]`` and, if given, ``teacher_prompts[i]`` (``[q ; c_i]``).
 
     ``sharing="tree"`` shares every common prefix, "prompt" only what lies within the first ``len(prompts[i])`` tokens.
 
@@ -89,7 +90,7 @@ def make_pack(
     ends = [
         path[len(path) - len(rollouts[i % g]) :] if len(rollouts[i % g]) else path for i, path in enumerate(trie.path)
     ]
-    return Pack(
+    return TreeBatch(
         trie,
         tuple(ends[:g]),
         tuple(ends[g:]),
@@ -98,15 +99,15 @@ def make_pack(
     )
 
 
-def read_nodes(
+def forward_nodes(
     body: nn.Module,
     trie: Trie,
     nodes: np.ndarray,
     *,
-    past: Keys | None = None,
+    past: KVCache | None = None,
     keep: np.ndarray | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Keys | None]:
+) -> tuple[Tensor, KVCache | None]:
     """Hidden states (n, D) of ``nodes`` (ascending), whose ancestors are among them or in ``past``.
 
     With ``keep``, some of ``nodes``, also their keys and values, still on the autograd graph.
@@ -131,12 +132,12 @@ def read_nodes(
     if view.served != set(range(layers)):
         raise RuntimeError(f"body: expected {layers} attention layers to take the tree, got {sorted(view.served)}")
     kept, view.kept = view.kept, None
-    return out, None if keep is None or kept is None else Keys(keep, kept)
+    return out, None if keep is None or kept is None else KVCache(keep, kept)
 
 
 def make_view(
-    trie: Trie, nodes: np.ndarray, past: Keys | None, keep: np.ndarray | None, device: torch.device | str
-) -> View:
+    trie: Trie, nodes: np.ndarray, past: KVCache | None, keep: np.ndarray | None, device: torch.device | str
+) -> TreeView:
     """Where the keys of each node are. The nodes of a run that are computed together must be consecutive."""
     before = past.nodes if past is not None else np.empty(0, dtype=np.int64)
     key_nodes = np.concatenate([before, nodes])
@@ -156,7 +157,7 @@ def make_view(
     def to(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    return View(
+    return TreeView(
         node=to(nodes),
         pos=to(trie.pos[nodes]),
         key_node=to(key_nodes),
@@ -185,39 +186,39 @@ def ancestors_in(trie: Trie, nodes: np.ndarray, among: np.ndarray) -> np.ndarray
     return among[np.searchsorted(nodes, trie.end[among]) > first]
 
 
-def read_student(
-    body: nn.Module, pack: Pack, *, live_teacher: bool = True, backend: str = "auto"
-) -> tuple[Tensor, Keys | None]:
+def forward_student(
+    body: nn.Module, tree: TreeBatch, *, live_teacher: bool = True, backend: str = "auto"
+) -> tuple[Tensor, KVCache | None]:
     """Hidden states of the student's nodes, and the keys and values, detached, that a live teacher needs from them."""
-    keep = ancestors_in(pack.trie, pack.teacher_only if live_teacher else pack.teacher_only[:0], pack.student_nodes)
-    hidden, keys = read_nodes(body, pack.trie, pack.student_nodes, keep=keep if len(keep) else None, backend=backend)
+    keep = ancestors_in(tree.trie, tree.teacher_only if live_teacher else tree.teacher_only[:0], tree.student_nodes)
+    hidden, keys = forward_nodes(body, tree.trie, tree.student_nodes, keep=keep if len(keep) else None, backend=backend)
     return hidden, None if keys is None else keys.detach()
 
 
 @torch.no_grad()
-def read_live_teacher(
-    body: nn.Module, pack: Pack, student_hidden: Tensor, keys: Keys | None, *, backend: str = "auto"
+def forward_live_teacher(
+    body: nn.Module, tree: TreeBatch, student_hidden: Tensor, keys: KVCache | None, *, backend: str = "auto"
 ) -> list[Tensor]:
     """The teacher's states per rollout under the student's own weights: only what the student has not read is read."""
-    mine = pack.teacher_only
-    hidden, nodes = student_hidden.detach(), pack.student_nodes
+    mine = tree.teacher_only
+    hidden, nodes = student_hidden.detach(), tree.student_nodes
     if len(mine):
-        new, _ = read_nodes(body, pack.trie, mine, past=keys, backend=backend)
+        new, _ = forward_nodes(body, tree.trie, mine, past=keys, backend=backend)
         hidden, nodes = torch.cat([hidden, new.to(hidden.dtype)]), np.concatenate([nodes, mine])
-    return rows_of(hidden, nodes, pack.teacher)
+    return rows_of(hidden, nodes, tree.teacher)
 
 
 @torch.no_grad()
-def read_frozen(
-    body: nn.Module, pack: Pack, *, student: bool, teacher: bool, backend: str = "auto"
+def forward_frozen(
+    body: nn.Module, tree: TreeBatch, *, student: bool, teacher: bool, backend: str = "auto"
 ) -> tuple[list[Tensor], list[Tensor]]:
     """States under other weights: of the student's sequences, of the teacher's, or of both in one forward."""
-    parts = [pack.student_nodes] * student + [pack.teacher_nodes] * teacher
+    parts = [tree.student_nodes] * student + [tree.teacher_nodes] * teacher
     nodes = np.unique(np.concatenate(parts))
-    hidden, _ = read_nodes(body, pack.trie, nodes, backend=backend)
+    hidden, _ = forward_nodes(body, tree.trie, nodes, backend=backend)
     return (
-        rows_of(hidden, nodes, pack.student) if student else [],
-        rows_of(hidden, nodes, pack.teacher) if teacher else [],
+        rows_of(hidden, nodes, tree.student) if student else [],
+        rows_of(hidden, nodes, tree.teacher) if teacher else [],
     )
 
 
@@ -246,9 +247,9 @@ def tree_hidden_states(
 
     Raises ValueError for bad lists and for a model whose attention does not take a tree.
     """
-    body = split_model(model).body
-    pack = make_pack(prompts, rollouts, teacher_prompts, sharing=sharing)
-    hidden, keys = read_student(body, pack, backend=backend)
+    body = body_and_head(model).body
+    tree = make_tree_batch(prompts, rollouts, teacher_prompts, sharing=sharing)
+    hidden, keys = forward_student(body, tree, backend=backend)
     with in_eval_mode(model):
-        teacher = read_live_teacher(body, pack, hidden, keys, backend=backend)
-    return rows_of(hidden, pack.student_nodes, pack.student), teacher
+        teacher = forward_live_teacher(body, tree, hidden, keys, backend=backend)
+    return rows_of(hidden, tree.student_nodes, tree.student), teacher

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hsd.policy.frozen import in_eval_mode
-from hsd.policy.tree.forward import Keys, Pack, read_nodes, rows_of
+from hsd.policy.tree.forward import KVCache, TreeBatch, forward_nodes, rows_of
 
 Chunk = Sequence[int]
 # Student states (with gradient) and teacher states of the chunk's rollouts -> its share of the loss, a scalar.
@@ -21,7 +21,7 @@ Teacher = Callable[[Chunk], list[Tensor]]
 def two_phase_loss(
     model: nn.Module,
     body: nn.Module,
-    pack: Pack,
+    tree: TreeBatch,
     chunk_loss: ChunkLoss,
     budget: int,
     *,
@@ -30,44 +30,44 @@ def two_phase_loss(
 ) -> Tensor:
     """``sum(chunk_loss(chunk, student states, teacher states))``, a scalar whose backward gives the exact gradient.
 
-    Phase one reads the nodes that several rollouts share and detaches their keys, values and states as leaves. Each
-    chunk of rollouts is then read on top, and differentiated at once into parameters and leaves. Last, what the leaves
-    have gathered goes back through phase one. Memory: the shared nodes, one chunk of at most ``budget`` nodes (or one
-    rollout, if a single one is longer), and one more gradient of the parameters, which backward hands over.
+    Phase one computes the nodes that several rollouts share and detaches their keys, values and states as leaves. Each
+    chunk of rollouts is then computed on top and differentiated at once into parameters and leaves. Last, what the
+    leaves have gathered goes back through phase one. Memory: the shared nodes, one chunk of at most ``budget`` nodes
+    (or one rollout, if a single one is longer), and one more gradient of the parameters, which backward hands over.
 
     Args:
         model: whose parameters get gradients. Checkpointing must be the non-reentrant one.
-        pack: of student and teacher sequences.
-        teacher: reads the teacher's states of a chunk; by default under the student's own weights.
+        tree: of student and teacher sequences.
+        teacher: the teacher's states of a chunk's rollouts; by default under the student's own weights.
 
-    Raises ValueError for a budget below 1, a pack without tokens, and reentrant checkpointing, which knows no leaves.
+    Raises ValueError for a budget below 1, a tree without tokens, and reentrant checkpointing, which knows no leaves.
     """
     if budget < 1:
         raise ValueError(f"budget: expected at least 1 token, got {budget}")
-    if not len(pack.trie):
-        raise ValueError("pack: expected at least one rollout with tokens, got none")
+    if not len(tree.trie):
+        raise ValueError("tree: expected at least one rollout with tokens, got none")
     _refuse_reentrant(body)
-    trie, rollouts = pack.trie, range(len(pack.student))
+    trie, rollouts = tree.trie, range(len(tree.student))
     visits = trie.visits(rollouts)
     shared = np.flatnonzero(visits > 1)
     parameters = [p for p in model.parameters() if p.requires_grad]
     total: list[Tensor | None] = [None] * len(parameters)
 
-    trunk, keys = read_nodes(body, trie, shared, keep=shared, backend=backend) if len(shared) else (None, None)
+    trunk, keys = forward_nodes(body, trie, shared, keep=shared, backend=backend) if len(shared) else (None, None)
     roots: list[Tensor] = [] if trunk is None or keys is None else [trunk, *_flat(keys)]
     leaves = [t.detach().requires_grad_() for t in roots]
-    past = None if keys is None else Keys(shared, _unflat(keys, leaves[1:]))
-    read_teacher = teacher or _live_teacher(model, body, pack, shared, leaves, keys, backend)
+    past = None if keys is None else KVCache(shared, _unflat(keys, leaves[1:]))
+    teacher_states = teacher or _live_teacher(model, body, tree, shared, leaves, keys, backend)
     gathered: list[Tensor | None] = [None] * len(leaves)
 
     value: Tensor | None = None
-    for chunk in chunks_of(pack, visits, budget):
-        seen = read_teacher(chunk)
+    for chunk in chunks_of(tree, visits, budget):
+        seen = teacher_states(chunk)
         own = np.setdiff1d(trie.nodes_of(chunk), shared)
         parts = [leaves[0]] if leaves else []
         if len(own):
-            parts.append(read_nodes(body, trie, own, past=past, backend=backend)[0])
-        states = rows_of(torch.cat(parts), np.concatenate([shared, own]), [pack.student[i] for i in chunk])
+            parts.append(forward_nodes(body, trie, own, past=past, backend=backend)[0])
+        states = rows_of(torch.cat(parts), np.concatenate([shared, own]), [tree.student[i] for i in chunk])
         loss = chunk_loss(chunk, states, seen)
         grads = torch.autograd.grad(loss, [*parameters, *leaves], allow_unused=True)
         _add(total, grads[: len(parameters)])
@@ -102,17 +102,17 @@ class _Known(torch.autograd.Function):
         return None, None, *(None if g is None else g * scale.to(g.dtype) for g in ctx.gradients)
 
 
-def chunks_of(pack: Pack, visits: np.ndarray, budget: int) -> list[list[int]]:
+def chunks_of(tree: TreeBatch, visits: np.ndarray, budget: int) -> list[list[int]]:
     """Rollouts in order, as many together as keep their own nodes, of both sides, within ``budget``.
 
     One without nodes of its own, as a masked rollout is, never makes a chunk by itself.
     """
     chunks: list[list[int]] = []
     used = 0
-    for i in range(len(pack.student)):
-        cost = int((visits[pack.trie.path[i]] < 2).sum())
-        if pack.teacher:
-            cost += len(pack.trie.path[len(pack.student) + i])
+    for i in range(len(tree.student)):
+        cost = int((visits[tree.trie.path[i]] < 2).sum())
+        if tree.teacher:
+            cost += len(tree.trie.path[len(tree.student) + i])
         if not chunks or (cost and used and used + cost > budget):
             chunks.append([])
             used = 0
@@ -124,42 +124,42 @@ def chunks_of(pack: Pack, visits: np.ndarray, budget: int) -> list[list[int]]:
 def _live_teacher(
     model: nn.Module,
     body: nn.Module,
-    pack: Pack,
+    tree: TreeBatch,
     shared: np.ndarray,
     leaves: list[Tensor],
-    keys: Keys | None,
+    keys: KVCache | None,
     backend: str,
 ) -> Teacher:
-    """The contexts that several rollouts are shown are read once, each rollout behind them with its chunk."""
-    trie, g = pack.trie, len(pack.student)
-    if not pack.teacher:
+    """Contexts that several rollouts share are computed once, each rollout behind them with its chunk."""
+    trie, g = tree.trie, len(tree.student)
+    if not tree.teacher:
         return lambda chunk: []
     repeated = np.setdiff1d(np.flatnonzero(trie.visits(range(g, 2 * g)) > 1), shared)
     past = None if keys is None else keys.detach()
     hidden = [leaves[0].detach()] if leaves else []
     with torch.no_grad(), in_eval_mode(model):
         if len(repeated):
-            new, kept = read_nodes(body, trie, repeated, past=past, keep=repeated, backend=backend)
+            new, kept = forward_nodes(body, trie, repeated, past=past, keep=repeated, backend=backend)
             assert kept is not None
             hidden.append(new)
             past = kept if past is None else past.joined(kept)
     known = np.concatenate([shared, repeated])
 
-    def read(chunk: Chunk) -> list[Tensor]:
+    def states(chunk: Chunk) -> list[Tensor]:
         own = np.setdiff1d(trie.nodes_of([g + i for i in chunk]), known)
         with torch.no_grad(), in_eval_mode(model):
-            new = [read_nodes(body, trie, own, past=past, backend=backend)[0]] if len(own) else []
+            new = [forward_nodes(body, trie, own, past=past, backend=backend)[0]] if len(own) else []
             parts = [h.to((hidden or new)[0].dtype) for h in [*hidden, *new]]
-            return rows_of(torch.cat(parts), np.concatenate([known, own]), [pack.teacher[i] for i in chunk])
+            return rows_of(torch.cat(parts), np.concatenate([known, own]), [tree.teacher[i] for i in chunk])
 
-    return read
+    return states
 
 
-def _flat(keys: Keys) -> list[Tensor]:
+def _flat(keys: KVCache) -> list[Tensor]:
     return [t for pair in keys.layers.values() for t in pair]
 
 
-def _unflat(keys: Keys, flat: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+def _unflat(keys: KVCache, flat: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
     return {layer: (flat[2 * n], flat[2 * n + 1]) for n, layer in enumerate(keys.layers)}
 
 

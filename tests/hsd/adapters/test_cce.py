@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hsd.adapters.cce import linear_divergence
+from hsd_kernels import Divergence
 
 B, T, D, V = 2, 6, 8, 29
 
@@ -42,7 +43,7 @@ def test_shift_ignore_index_and_softcap(shift, reduction, tensors):
 
 def test_options_of_the_kernel_pass_through(tensors):
     e, c, teacher, _ = tensors
-    same = linear_divergence(e, c, teacher, divergence="jsd", beta=0.0)
+    same = linear_divergence(e, c, teacher, divergence=Divergence("jsd", beta=0.0))
     torch.testing.assert_close(same, linear_divergence(e, c, teacher))
     assert linear_divergence(e, c, teacher, divergence="reverse_kl") != same
 

@@ -173,5 +173,5 @@ def test_what_it_refuses(case):
         LigerFusedLinearJSD(accum_dtype=torch.bfloat16)(*tensors, None)
     with pytest.raises(ValueError, match=r"^temperature"):
         LigerFusedLinearJSD(temperature=0)
-    with pytest.raises(ValueError, match=r"^teacher_weight: expected shape \(37"):
+    with pytest.raises(ValueError, match=r"^teacher_head.weight: expected shape \(37"):
         liger_fused_linear_jsd(*tensors[:3], torch.randn(V + 3, E))

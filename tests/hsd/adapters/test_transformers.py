@@ -11,6 +11,7 @@ from tiny_runs import TOKENIZER
 
 from hsd.adapters.transformers import hsd_loss_from_ids
 from hsd.train.update import Objective
+from hsd_kernels import Divergence
 
 VOCAB = len(TOKENIZER)
 ROOT = Path(__file__).resolve().parents[3]
@@ -34,11 +35,11 @@ def eager(student, teacher, ids, objective):
     """Each rollout by itself, dense logits."""
     losses = []
     for s, t, n in zip(*ids, LENGTHS, strict=True):
-        ls = (student(torch.tensor([s])).logits[0, -n - 1 : -1] / objective.temperature).log_softmax(-1)
+        ls = (student(torch.tensor([s])).logits[0, -n - 1 : -1] / objective.divergence.temperature).log_softmax(-1)
         with torch.no_grad():
-            lt = (teacher(torch.tensor([t])).logits[0, -n - 1 : -1] / objective.temperature).log_softmax(-1)
+            lt = (teacher(torch.tensor([t])).logits[0, -n - 1 : -1] / objective.divergence.temperature).log_softmax(-1)
         p, q, a, b = (lt.exp(), ls.exp(), lt, ls)
-        losses.append((p * (a - b) if objective.divergence == "forward_kl" else q * (b - a)).sum(-1).mean())
+        losses.append((p * (a - b) if objective.divergence.kind == "forward_kl" else q * (b - a)).sum(-1).mean())
     return torch.stack(losses).mean()
 
 
@@ -48,7 +49,7 @@ def eager(student, teacher, ids, objective):
 def test_loss_and_gradient(family, own_teacher, divergence, build, ids, gradients, assert_same):
     model = build(family)
     teacher = build(family, seed=4) if own_teacher else None
-    objective = Objective(divergence=divergence, temperature=0.7)
+    objective = Objective(Divergence(divergence, temperature=0.7))
     ours = gradients(model, lambda: hsd_loss_from_ids(model, *ids, LENGTHS, teacher=teacher, objective=objective).loss)
     assert_same(ours, gradients(model, lambda: eager(model, teacher or model, ids, objective)))
 
@@ -93,7 +94,7 @@ def test_no_dense_logits(build, ids, head_calls):
 def test_both_forms_of_the_clip(build, ids):
     model = build(scale=2.0)
     losses = [
-        hsd_loss_from_ids(model, *ids, LENGTHS, objective=Objective(kl_clip=0.02, kl_clip_form=form)).loss.item()
+        hsd_loss_from_ids(model, *ids, LENGTHS, objective=Objective(Divergence(clip=0.02, clip_form=form))).loss.item()
         for form in ("opsd", "nonnegative")
     ]
     assert losses[0] < losses[1]

@@ -14,7 +14,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from hsd.adapters import trl as adapter
 from hsd.adapters.trl import patch_trl
-from hsd.demo import small_world
+from hsd.tasks import small_world
 
 QUESTIONS = small_world.make_questions(4, seed=0)
 ROWS = [{"prompt": q["prompt"], "privileged_context": q["prompt"]} for q in QUESTIONS]
@@ -274,7 +274,7 @@ def test_one_step_of_training(make, build, tmp_path):
 
 def test_a_prepared_model_in_bf16(batch, tmp_path):
     """TRL's default: fp32 weights, a forward that accelerate has put into bf16. In 36 layers bf16's rounding adds up
-    to more than `check_split` takes for one and the same head."""
+    to more than `check_body_and_head` takes for one and the same head."""
     models = []
     for seed in (0, 10):
         torch.manual_seed(seed)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hsd.cli.settings import read
-from hsd.cli.train import as_yaml, make_config
+from hsd.cli.run import as_yaml, prepare
+from hsd.cli.settings import load
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -26,9 +26,8 @@ PAPER = {  # arXiv 2606.15576
 }
 
 
-def config_of(path, *overrides):
-    settings, origin = read(path, overrides)
-    return settings, make_config(settings, origin, path.stem, check=True)
+def run_of(path, *overrides):
+    return prepare(load(path, overrides), path.stem, source=str(path), check=True)
 
 
 def processes(path):
@@ -49,18 +48,19 @@ def test_there_are_configurations():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_configuration_becomes_an_hsd_config_and_reads_back(path, tmp_path):
-    settings, config = config_of(path)
+    run = run_of(path)
+    config = run.config
     assert config.output_dir == f"runs/{path.stem}"
     assert config.generation_batch_size % config.num_generations == 0
     assert processes(path) >= 1
     again = tmp_path / "again.yaml"
-    again.write_text(as_yaml(settings, config))
-    assert yaml.safe_load(as_yaml(*config_of(again))) == yaml.safe_load(again.read_text())
+    again.write_text(as_yaml(run))
+    assert yaml.safe_load(as_yaml(run_of(again))) == yaml.safe_load(again.read_text())
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("qwen3")], ids=lambda p: p.stem)
 def test_the_papers_settings(path):
-    _, config = config_of(path)
+    config = run_of(path).config
     assert {name: getattr(config, name) for name in PAPER} == PAPER
     if "lora" not in path.stem:
         rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes(path)
@@ -69,14 +69,14 @@ def test_the_papers_settings(path):
 
 
 def test_reference_coefficients_are_the_papers_where_they_are_supported():
-    coefs = {path.stem: config_of(path)[1].reference_coef for path in CONFIGS}
+    coefs = {path.stem: run_of(path).config.reference_coef for path in CONFIGS}
     assert coefs["qwen3_32b_32gpu_zero3_vllm"] == coefs["qwen3_1.7b_lora_1gpu"] == 0.001
     assert coefs["qwen3_8b_8gpu_fsdp2"] == 0.0  # refused under FSDP: a frozen copy of sharded weights
 
 
-def test_what_the_config_refuses_is_named_with_its_line():
+def test_what_the_config_refuses_is_named_with_its_file():
     path = ROOT / "configs" / "cpu_demo.yaml"
-    with pytest.raises(ValueError, match=r"--teacher: train\.teacher: expected one of"):
-        config_of(path, "--teacher", "frozen")
-    with pytest.raises(ValueError, match=r"--beta: train\.beta: expected 0"):
-        config_of(path, "--beta", "0.1")
+    with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train\.teacher: expected one of"):
+        run_of(path, "--teacher", "frozen")
+    with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train\.beta: expected 0"):
+        run_of(path, "--beta", "0.1")

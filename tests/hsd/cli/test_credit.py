@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -11,8 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.cli import credit
-from hsd.demo import small_world
+from hsd.cli.run import newest_model
 from hsd.hindsight.context import DEFAULT_TEXT_TEMPLATE
+from hsd.tasks import small_world
+from hsd.tasks.task import Policy
 from hsd.viewer.make import sample_groups
 
 WRITTEN = {"credit.html", "credit.json", "credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png"}
@@ -24,12 +25,14 @@ def arguments(*words) -> argparse.Namespace:
     return parser.parse_args([str(w) for w in words])
 
 
-def save_model(folder, tokenizer) -> None:
+def save_model(folder, tokenizer) -> Policy:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": tokenizer.eos_token_id}
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads)).save_pretrained(folder)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return Policy(model, tokenizer)
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
@@ -72,53 +75,50 @@ def test_a_model_and_a_file_of_questions(tmp_path, parity, capsys, monkeypatch):
     monkeypatch.setattr("hsd.verify.number_reward", lambda completions, **kw: [0.0 for _ in completions])
     assert credit.run(arguments(*words)) == 0  # none succeeds: the first one's figures would not be of this
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"credit.html", "credit.json", "coverage.png"}
-    subject, questions = credit.load(arguments(*words), str(tmp_path / "m"))
-    assert questions[0] == {"prompt": "0+1?", "answer": "1"}  # without a chat template a plain prompt
-    assert subject.template == DEFAULT_TEXT_TEMPLATE and subject.sampling.max_new_tokens == 9
+    task = credit.find_task(None, str(tmp_path / "m"), data, 9)
+    first = task.questions[0]
+    assert (first["prompt"], first["answer"]) == ("0+1?", "1")  # without a chat template a plain prompt
+    assert task.template == DEFAULT_TEXT_TEMPLATE and task.sampling.max_new_tokens == 9
+    assert credit.find_task(None, str(tmp_path / "m"), data, None).sampling.max_new_tokens == 512
 
 
-def test_a_run_of_hsd_train_brings_questions_rewards_and_templates(tmp_path):
-    save_model(tmp_path / "model", small_world.build_tokenizer())
+def test_a_run_brings_questions_rewards_and_templates(tmp_path):
+    policy = save_model(tmp_path / "model", small_world.build_tokenizer())
     (tmp_path / "config.yaml").write_text(
-        "model: {path: small_world}\ndata: {path: small_world, limit: 5}\n"
-        "reward: ['hsd.demo.small_world:reward', number]\n"
-        "train: {max_completion_length: 7, bf16: false, use_cpu: true, reward_weights: [1.0, 0.5],\n"
+        "task: small_world\nreward: ['hsd.tasks.small_world:reward', number]\n"
+        "train: {max_completion_length: 7, bf16: false, use_cpu: true, reward_weights: [1.0, 0.5], seed: 3,\n"
         "  success_reward: 0.5,\n"
-        "  with_peer_template: '[{answer}|{demonstration}]', answer_only_template: '[{answer}]'}\n"
+        "  with_peer_template: '[{answer};{demonstration}]', answer_only_template: '[{answer};]'}\n"
     )
-    subject, questions = credit.load(arguments(tmp_path), str(tmp_path / "model"))
-    assert questions == small_world.make_questions(5, seed=42)
-    assert subject.sampling.max_new_tokens == 7 and subject.template.answer_only == "[{answer}]"
-    assert subject.reward(completions=["1#5", "6"], answer=["5", "7"], completion_ids=[[1], [1]]) == [1.5, 0.0]
-    (group,) = sample_groups(replace(subject, reward=lambda completions, **_: [0.5, 0.4]), questions[:1], 0, size=2)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
+    task = credit.find_task(tmp_path, str(tmp_path / "model"), None, None)
+    assert task.evaluated == small_world.make_questions(512, seed=3, held_out=True)
+    assert task.title == small_world.task(0).title
+    assert task.sampling.max_new_tokens == 7 and task.template.answer_only == "[{answer};]"
+    assert task.reward(completions=["1#5", "6"], answer=["5", "7"], completion_ids=[[1], [1]]) == [1.5, 0.0]
+    halves = replace(task, rewards=[lambda completions, **_: [0.5, 0.4]], reward_weights=None)
+    (group,) = sample_groups(halves, policy, task.evaluated[:1], 0, size=2)
     assert (group.successes, group.failures) == ([0], [1])  # as the run counts them
     assert credit.run(arguments(tmp_path, "--questions", 2, "--shown", 1)) == 0
-    assert (tmp_path / "credit" / "credit.html").exists()
+    assert {"training.png", "credit.html"} <= {p.name for p in (tmp_path / "credit").iterdir()}
+    assert "Model " + str(tmp_path / "model") in (tmp_path / "credit" / "credit.html").read_text(encoding="utf-8")
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    other = credit.find_task(tmp_path, str(tmp_path / "model"), tmp_path / "q.jsonl", None)
+    assert [q["prompt"] for q in other.evaluated] == ["1+1="] and other.template == task.template
+    (tmp_path / "config.yaml").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.yaml: expected YAML"):
+        credit.run(arguments(tmp_path))
 
 
 def test_a_run_whose_tokenizer_has_no_pad_token(tmp_path, parity):
     save_model(tmp_path / "model", bytes_tokenizer())
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     (tmp_path / "config.yaml").write_text(
-        "model: {path: m}\ndata: {path: small_world, limit: 1}\nreward: number\n"
+        f"model: {{path: m}}\ndata: {{path: {tmp_path / 'q.jsonl'}}}\nreward: number\n"
         "train: {max_completion_length: 7, bf16: false, use_cpu: true}\n"
     )
     assert credit.run(arguments(tmp_path, "--rollouts", 4)) == 0
     assert json.loads((tmp_path / "credit" / "credit.json").read_text())["failing_with_peer"] > 0
-
-
-def test_a_run_of_the_demo_brings_its_questions(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    save_model(run / "warm_start", small_world.build_tokenizer())
-    save_model(run / "model", small_world.build_tokenizer())
-    (run / "arguments.json").write_text(json.dumps({"world": "small", "seed": "3"}))
-    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
-    monkeypatch.setattr(small_world, "reward", lambda completion_ids, **kw: [len(i) % 2 * 1.0 for i in completion_ids])
-    assert credit.run(arguments(run, "--questions", 2, "--rollouts", 4, "--max-new-tokens", 7)) == 0
-    assert {"training.png", "credit.html"} <= {p.name for p in (run / "credit").iterdir()}
-    assert "Model " + str(run / "model") in (run / "credit" / "credit.html").read_text(encoding="utf-8")
-    (run / "arguments.json").write_text("{")
-    with pytest.raises(ValueError, match=r"arguments\.json: expected a JSON object, got '{'"):
-        credit.run(arguments(run))
 
 
 def test_the_newest_model_of_a_run(tmp_path):
@@ -126,12 +126,15 @@ def test_the_newest_model_of_a_run(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
     for step in (9, 100):  # 200 was not written to its end
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert credit.newest_model(tmp_path) == tmp_path / "checkpoint-100"
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert newest_model(tmp_path) == tmp_path / "checkpoint-100"
     (tmp_path / "model").mkdir()
-    assert credit.newest_model(tmp_path) == tmp_path / "checkpoint-100"
+    assert newest_model(tmp_path) == tmp_path / "checkpoint-100"
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
-    assert credit.newest_model(tmp_path) == tmp_path / "model"
+    assert newest_model(tmp_path) == tmp_path / "checkpoint-100"  # of steps that it does not tell
+    for steps, newest in ((99, "checkpoint-100"), (100, "model")):
+        (tmp_path / "model" / "trainer_state.json").write_text(json.dumps({"global_step": steps}))
+        assert newest_model(tmp_path) == tmp_path / newest
 
 
 @pytest.mark.parametrize(
@@ -152,10 +155,4 @@ def test_what_is_missing_is_named(words, message):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^run: expected a model, a checkpoint or config.json in .*--model"):
-        credit.newest_model(tmp_path)
-
-
-def test_a_verdict_that_failed_is_left_out_and_no_verdict_is_no_success():
-    functions = [lambda **_: [1.0, None, math.nan], lambda **_: [0.5, 1.0, None]]
-    assert credit._weighted(functions, [2.0, 1.0], 1.0)() == [2.5, 1.0, 0.0]
-    assert credit._weighted(functions, [2.0, 1.0], 0.0)() == [2.5, 1.0, -1.0]
+        newest_model(tmp_path)

@@ -48,28 +48,40 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_the_rows_are_those_that_run(monkeypatch):
-    from hsd_kernels.rows import cpp
+    from hsd_kernels import native
 
-    monkeypatch.setattr(cpp, "find", lambda: None)
+    monkeypatch.setattr(native, "find", lambda: None)
     rows = doctor.row_kernels()
     assert rows["cpu bfloat16"]["impl"] == "torch" and rows["C++ library"]["built"] is False
-    assert cpp.BUILD in doctor.render({"row kernels": rows})
+    assert native.BUILD in doctor.render({"row kernels": rows})
 
 
 def test_a_library_that_does_not_load_is_broken_and_hides_nothing(monkeypatch, tmp_path, capsys):
-    from hsd_kernels.rows import cpp
+    from hsd_kernels import native
 
     broken = tmp_path / "_cpu.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(cpp, "find", lambda: broken)
-    cpp.variant.cache_clear()
+    monkeypatch.setattr(native, "find", lambda: broken)
     monkeypatch.setattr(doctor, "verifiers", lambda: 1 / 0)
     assert doctor.run(argparse.Namespace(json=True)) == 1
-    cpp.variant.cache_clear()
     report = json.loads(capsys.readouterr().out)
-    assert "expected a library that loads" in report["row kernels"]["C++ library"]["broken"]
+    assert "that loads, got" in report["row kernels"]["C++ library"]["broken"]
     assert report["row kernels"]["cpu float32"]["impl"] == "torch"
     assert report["verifiers"]["broken"].startswith("ZeroDivisionError") and "python" in report["machine"]
+
+
+def test_the_products_are_those_that_run(monkeypatch):
+    from hsd_kernels import gemm
+
+    products = ("cpu bfloat16, logits", "cpu bfloat16, dH", "cpu bfloat16, dW")
+    for machine, expected in (
+        (gemm.Machine("avx512", own=True, mkl=True), ["own", "torch", "own"]),
+        (gemm.Machine("amx", own=True, mkl=True), ["mkl", "mkl", "mkl"]),
+        (gemm.Machine("none", own=False, mkl=False), ["torch", "torch", "torch"]),
+    ):
+        monkeypatch.setattr(gemm, "machine", lambda machine=machine: machine)
+        found = doctor.matrix_products()
+        assert [found[name]["impl"] for name in products] == expected and found["bf16 instructions"] == machine.bf16
 
 
 def test_tree_attention_asks_the_trainers_own_rule():

@@ -1,11 +1,13 @@
-"""YAML and overrides: nearest names, lines, types, and YAML's own traps."""
+"""YAML and overrides: files, nearest names, types, and YAML's own traps."""
 
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from hsd.cli.settings import Lora, names, read
+from hsd.cli.settings import known_keys
+from hsd.cli.settings import load as read
+from hsd.tasks.settings import Lora
 from hsd.train.config import HSDConfig
 
 GOOD = """
@@ -24,7 +26,7 @@ def load(tmp_path):
 
     def load(text, *overrides):
         path.write_text(text)
-        return read(path, overrides)[0]
+        return read(path, overrides)
 
     return load
 
@@ -40,19 +42,20 @@ def test_sections_with_their_defaults(load):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"model: \xff", r"run\.yaml: expected UTF-8 text, got "),
-        (b"model: a\x00b", r"run\.yaml: expected YAML, got "),
-        (b"model: a\nreward: 2024-13-01", r"run\.yaml, line 2: reward: month must be .*, got '2024-13-01'"),
+        (b"model: \xff", r"run\.yaml: expected YAML in UTF-8, got "),
+        (b"model: a\x00b", r"run\.yaml: expected YAML in UTF-8, got "),
+        (b"model: a\nreward: 2024-13-01", r"run\.yaml: expected YAML in UTF-8, got month must be "),
+        (b"train:\n  - a\n  b: 1", r"run\.yaml: expected YAML in UTF-8, got .*line 3"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, text, said):
     (tmp_path / "run.yaml").write_bytes(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"(?s){said}"):
         read(tmp_path / "run.yaml")
 
 
 def test_every_field_of_the_config_is_a_key():
-    assert {f"train.{f.name}" for f in fields(HSDConfig)} <= set(names())
+    assert {f"train.{f.name}" for f in fields(HSDConfig)} <= set(known_keys())
 
 
 @pytest.mark.parametrize(
@@ -60,10 +63,9 @@ def test_every_field_of_the_config_is_a_key():
     [
         ("learning_rate: 1e-5", float, 1e-5),  # YAML 1.1 reads text: no dot
         ("learning_rate: 1", float, 1.0),
-        ("max_steps: 1e3", int, 1000),
         ("max_steps: 1000.0", int, 1000),
         ("bf16: no", bool, False),
-        ("kl_clip: none", type(None), None),
+        ("kl_clip: null", type(None), None),
         ("report_to: none", str, "none"),  # text is allowed here, and means none to transformers
         ("report_to: [tensorboard]", list, ["tensorboard"]),
         ("chat_template_kwargs: {enable_thinking: false}", dict, {"enable_thinking": False}),
@@ -82,21 +84,22 @@ def test_values_take_the_type_of_their_field(load, text, kind, value):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("max_steps: true", "line 7: train.max_steps: expected a whole number, got True"),
-        ("max_steps: 1.5", "line 7: train.max_steps: expected a whole number, got 1.5"),
-        ("top_p: high", "line 7: train.top_p: expected a number, got 'high'"),
-        ("use_cpu: 1", "line 7: train.use_cpu: expected true or false, got 1"),
-        ("run_name: 5", "train.run_name: expected text or none, got 5"),
-        ("reward_weights: [1, x]", "expected a list (a number each) or none, got [1, 'x']"),
+        ("max_steps: 1.5", "run.yaml: train.max_steps: expected a valid integer, got a number with a fractional part"),
+        ("top_p: high", "run.yaml: train.top_p: expected a valid number"),
+        ("use_cpu: 3", "run.yaml: train.use_cpu: expected a valid boolean"),
+        ("run_name: 5", "train.run_name: expected a valid string, got 5"),
+        ("reward_weights: [1, x]", "run.yaml: train.reward_weights: expected a valid number"),
+        (
+            "policy_coef: x",
+            "train.policy_coef: expected a valid number, unable to parse string as a number or a valid list",
+        ),
         ("save_strategy: sometimes", None),  # transformers refuses it
-        ("learning_rat: 1", "line 7: train.learning_rat: unknown key, the nearest is train.learning_rate"),
-        ("path: x", "line 7: train.path: unknown key, the nearest is model.path or data.path"),
-        ("xyzzy: 1", "line 7: train.xyzzy: unknown key"),
-        ("learning_rate: 2e-5", "line 7: learning_rate: expected once, got it again"),
-        ("- x", "run.yaml, line 7: expected YAML"),
+        ("learning_rat: 1", "run.yaml: train.learning_rat: unknown key, the nearest is train.learning_rate"),
+        ("path: x", "run.yaml: train.path: unknown key, the nearest is model.path or data.path"),
+        ("xyzzy: 1", "run.yaml: train.xyzzy: unknown key"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(load, text, said):
+def test_what_is_wrong_is_named_with_its_file(load, text, said):
     if said is None:
         assert load(GOOD.replace("bf16: false", text)).train["save_strategy"] == "sometimes"
         return
@@ -110,14 +113,12 @@ def test_what_is_wrong_is_named_with_its_line(load, text, said):
     [
         ("", "expected sections"),
         ("[1, 2]", "expected sections"),
-        (GOOD.replace("reward: number", ""), "reward: expected a value, got none"),
-        (GOOD.replace("{path: some/model}", "{dtype: float32}"), "model.path: expected a value, got none"),
-        (GOOD.replace("model: {path: some/model}", ""), "model.path: expected a value, got none"),
-        (GOOD.replace("{path: some/model}", "some/model"), "line 2: model: expected keys and values"),
+        (GOOD.replace("{path: some/model}", "some/model"), "run.yaml: model: expected a dictionary"),
         (GOOD + "\nlearning_rate: 1", "learning_rate: unknown key, the nearest is train.learning_rate"),
         (GOOD + "\nmodle: 1", "modle: unknown key, the nearest is model"),
         (GOOD.replace("{path: some/model}", "{path: m, lora: {rank: 8}}"), "model.lora.rank: unknown key"),
-        (GOOD.replace("{path: some/model}", "{path: m, lora: 8}"), "model.lora: expected keys and values or none"),
+        (GOOD.replace("{path: some/model}", "{path: m, lora: 8}"), "model.lora: expected a dictionary"),
+        (GOOD.replace("{path: some/model}", "{path: m, dtype: fp8}"), "model.dtype: expected 'float32', 'bfloat16' or"),
     ],
 )
 def test_sections_are_checked(load, text, said):
@@ -179,8 +180,8 @@ def test_overrides_take_the_type_of_their_field(load):
         (["--learning_rat", "1"], "--learning_rat: unknown key, the nearest is train.learning_rate"),
         (["--learning_rate"], "--learning_rate: expected a value, got none"),
         (["--learning_rate", "--bf16", "true"], "--learning_rate: expected a value, got none"),
-        (["--learning_rate", "fast"], "--learning_rate: train.learning_rate: expected a number, got 'fast'"),
-        (["other.yaml"], "expected --key value after the configuration, got 'other.yaml'"),
+        (["--learning_rate", "fast"], "--learning_rate: train.learning_rate: expected a valid number"),
+        (["other.yaml"], "arguments: expected --key value, got 'other.yaml'"),
     ],
 )
 def test_bad_overrides_are_named(load, words, said):

@@ -5,6 +5,7 @@ Training, a stop and a resume through the command line are in tests/hsd/test_res
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,15 @@ import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hsd.cli.__main__ import main
-from hsd.cli.settings import read
-from hsd.cli.train import claim, make_config
-from hsd.demo import small_world
-from hsd.train.callbacks import read_metrics
+from hsd.cli.run import BEFORE, claim, prepare
+from hsd.cli.settings import load
+from hsd.tasks import small_world
+from hsd.train.callbacks import load_metrics
 
 CONFIG = """
 model: {path: model}
 data: {path: questions.jsonl}
-reward: hsd.demo.small_world:reward
+reward: hsd.tasks.small_world:reward
 train:
   max_steps: 1
   per_device_train_batch_size: 4
@@ -46,25 +47,26 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def settings(*overrides):
-    got, origin = read(Path("run.yaml"), overrides)
-    return got, make_config(got, origin, "run")
+def asked(*overrides, file="run.yaml", rows=()):
+    """A run in the folder "out" and its task."""
+    run = prepare(load(Path(file), ["--output_dir", "out", *overrides]), "run")
+    return run, replace(small_world.task(0), questions=list(rows), held_out=[])
 
 
 def begin(words=(), rows=(), step="checkpoint-1/x"):
     """A run in the folder "out" that has taken a step."""
-    claim(Path("out"), *settings(*words), list(rows))
+    claim(*asked(*words, rows=rows))
     (Path("out") / step).parent.mkdir(exist_ok=True)
     (Path("out") / step).write_text('{"step": 1}')
 
 
 def test_the_folder_gets_a_configuration_that_makes_the_same_run(here):
-    claim(Path("out"), *settings("--max_steps", "7"), [{"prompt": "q"}])
+    claim(*asked("--max_steps", "7", rows=[{"prompt": "q"}]))
     written = yaml.safe_load(Path("out/config.yaml").read_text())
     assert written["train"]["max_steps"] == 7 and written["train"]["learning_rate"] == 1e-3
     assert written["train"]["method"] == "hsd" and written["model"]["dtype"] == "float32"
-    got, origin = read(Path("out/config.yaml"))
-    claim(Path("out"), got, make_config(got, origin, "run"), [{"prompt": "q"}])
+    begin(["--max_steps", "7"], rows=[{"prompt": "q"}])
+    claim(*asked(file="out/config.yaml", rows=[{"prompt": "q"}]))
     assert not list(Path("out").glob("*.part"))
 
 
@@ -73,7 +75,7 @@ def test_the_folder_gets_a_configuration_that_makes_the_same_run(here):
 )
 def test_a_run_may_go_on_longer_and_log_otherwise(here, words):
     begin()
-    claim(Path("out"), *settings(*words), [])
+    claim(*asked(*words))
 
 
 @pytest.mark.parametrize(
@@ -91,39 +93,39 @@ def test_a_folder_with_another_run_is_refused(here, words, named):
     begin()
     before = Path("out/config.yaml").read_text()
     with pytest.raises(ValueError, match=named):
-        claim(Path("out"), *settings(*words), [])
+        claim(*asked(*words))
     assert Path("out/config.yaml").read_text() == before
 
 
 def test_other_questions_are_another_run(here):
     begin(rows=[{"prompt": "q"}])
     with pytest.raises(ValueError, match=r"data\.questions: out holds a run with '1 questions"):
-        claim(Path("out"), *settings(), [{"prompt": "r"}])
+        claim(*asked(rows=[{"prompt": "r"}]))
 
 
 def test_more_steps_are_another_run_where_the_schedule_ends_with_them(here):
     begin(["--lr_scheduler_type", "linear"])
     with pytest.raises(ValueError, match="max_steps"):
-        claim(Path("out"), *settings("--lr_scheduler_type", "linear", "--max_steps", "9"), [])
+        claim(*asked("--lr_scheduler_type", "linear", "--max_steps", "9"))
 
 
 def test_a_folder_of_something_else_is_refused(here):
-    (here / "demo").mkdir()
-    (here / "demo" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (here / "out").mkdir()
+    (here / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="which holds another run"):
-        claim(Path("demo"), *settings(), [])
+        claim(*asked())
 
 
-@pytest.mark.parametrize("step", ["checkpoint-1/x", "metrics.jsonl", "model/x"])
+@pytest.mark.parametrize("step", ["checkpoint-1/x", "metrics.jsonl", "model/x", BEFORE])
 def test_what_has_not_begun_may_be_corrected_and_what_has_may_not(here, step):
-    claim(Path("out"), *settings(), [])
+    claim(*asked())
     Path("out/metrics.jsonl").write_text("")
     begin(["--seed", "1"], step=step)
     with pytest.raises(ValueError, match=r"train\.seed: out holds a run with 1, got 2"):
-        claim(Path("out"), *settings("--seed", "2"), [])
+        claim(*asked("--seed", "2"))
     Path("out/run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: expected a JSON object, got '{'"):
-        claim(Path("out"), *settings("--seed", "1"), [])
+        claim(*asked("--seed", "1"))
 
 
 def test_check_prints_the_resolved_configuration_and_leaves_nothing(here, capsys):
@@ -202,6 +204,6 @@ def test_metrics_reach_tensorboard_through_trl(model, here, monkeypatch):
             for value in Event.FromString(data[12 : 12 + length]).summary.value:
                 seen[value.tag] = value.simple_value
             data = data[16 + length :]
-    (row,) = read_metrics(here / "runs" / "run" / "metrics.jsonl")
+    (row,) = load_metrics(here / "runs" / "run" / "metrics.jsonl")
     for name in ("hsd/success_rate", "hsd/kl", "completions/mean_length"):
         assert seen[f"train/{name}"] == pytest.approx(row[name], rel=1e-5)

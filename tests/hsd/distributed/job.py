@@ -14,8 +14,8 @@ from tiny_runs import LORA, STEP, TOKENIZER, half, qwen3
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
+from hsd.tasks import small_world
 from hsd.train.callbacks import StopOnSignal
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer

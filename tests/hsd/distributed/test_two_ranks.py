@@ -63,7 +63,7 @@ def joined(batches):
             side = "right" if name.startswith("completion") else "left"
             pad = job.TOKENIZER.pad_token_id if name.endswith("_ids") else 0
             out[name] = pad_sequence(rows, True, pad, padding_side=side) if value.ndim == 2 else torch.stack(rows)
-    tokens = out["completion_mask"].sum(-1) * out["shown"]
+    tokens = out["completion_mask"].sum(-1) * out["has_context"]
     return out | {"tokens_per_micro_batch": tokens.sum().float()}  # all of the step's, in one micro-batch
 
 

@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from hsd.demo import small_world
 from hsd.hindsight.context import (
     DEFAULT_CHAT_TEMPLATE,
     DEFAULT_TEXT_TEMPLATE,
@@ -18,6 +17,7 @@ from hsd.hindsight.context import (
     tokenize_prompt,
 )
 from hsd.hindsight.groups import Prompt
+from hsd.tasks import small_world
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -43,12 +43,6 @@ def test_success_is_reaching_the_success_reward():
     assert group.failures == [0]
 
 
-def test_perplexity():
-    assert Rollout((1,), 0.0, mean_logp=-math.log(3.0)).perplexity == pytest.approx(3.0)
-    with pytest.raises(ValueError, match="mean_logp"):
-        _ = Rollout((1,), 0.0).perplexity
-
-
 def test_chat_prompt_is_accepted_and_fields_are_frozen():
     group = Group([{"role": "user", "content": "q"}], "a", (Rollout((1,), 1.0),))
     with pytest.raises(dataclasses.FrozenInstanceError):

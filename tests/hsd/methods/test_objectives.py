@@ -7,8 +7,8 @@ from tiny_runs import ACCUMULATED, STEP, TOKENIZER, half, qwen3
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
+from hsd.tasks import small_world
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 
@@ -121,7 +121,7 @@ EQUATIONS = {
     "grpo+opsd": lambda p, q, b, m, lp, lq: over_rollouts(
         0.5 * clipped(p, q) + surrogate(lp, b["advantages"][:, None]), m
     ),
-    "sdpo": lambda p, q, b, m, lp, lq: over_tokens(jsd(p, q), m * b["shown"][:, None]),
+    "sdpo": lambda p, q, b, m, lp, lq: over_tokens(jsd(p, q), m * b["has_context"][:, None]),
     "sdft": lambda p, q, b, m, lp, lq: over_tokens(jsd(p, q), m),
     "rlsd": lambda p, q, b, m, lp, lq: over_rollouts(surrogate(lp, rlsd_advantages(b, lp, lq, 0.5)), m),
 }
@@ -152,8 +152,8 @@ def test_hsd_beside_the_grpo_advantage(options, tmp_path):
 
 def test_no_fallback_leaves_rollouts_without_a_peer_out(tmp_path):
     trainer = trainer_of(tmp_path, reward=first_of_eight, fallback="mask", reference_coef=0.0)
-    check(trainer, lambda p, q, b, m, *_: over_none(forward_kl(p, q), m, b["shown"]))
-    assert trainer.batch["shown"].tolist() == [False, True, True, True, False, False, False, False]
+    check(trainer, lambda p, q, b, m, *_: over_none(forward_kl(p, q), m, b["has_context"]))
+    assert trainer.batch["has_context"].tolist() == [False, True, True, True, False, False, False, False]
 
 
 def over_none(x, mask, shown):
@@ -320,7 +320,7 @@ def test_each_method_shows_its_own_context(tmp_path):
         else:
             assert shown[i] == expected
     batch, _, shown = contexts("sdpo")
-    assert all((s == "") == (not kept) for s, kept in zip(shown, batch["shown"].tolist(), strict=True))
+    assert all((s == "") == (not kept) for s, kept in zip(shown, batch["has_context"].tolist(), strict=True))
 
 
 @pytest.mark.parametrize(

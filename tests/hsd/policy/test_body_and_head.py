@@ -7,7 +7,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_runs import start_adapters
 from torch import nn
 
-from hsd.policy.body_and_head import Split, check_split, hidden_states, split_model
+from hsd.policy.body_and_head import BodyAndHead, body_and_head, check_body_and_head, hidden_states
 
 VOCAB, PAD = 40, 0
 IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": PAD}
@@ -82,23 +82,24 @@ def loud(model: nn.Module) -> nn.Module:
     return model
 
 
-def remade(split: Split, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits by the formula in `Split`'s docstring."""
-    z = split.logit_scale * (hidden @ split.weight.T + (0.0 if split.bias is None else split.bias))
-    return z if split.softcap is None else split.softcap * torch.tanh(z / split.softcap)
+def remade(parts: BodyAndHead, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits by the formula in `BodyAndHead`'s docstring."""
+    head = parts.head
+    z = head.logit_scale * (hidden @ head.weight.T + (0.0 if head.bias is None else head.bias))
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_head_over_body_gives_the_models_logits(name):
     model = build(name)
-    split = split_model(model)
-    assert (split.logit_scale, split.softcap) == FORM.get(name, (1.0, None))
-    assert (split.bias is not None) == (name == "phi")
-    check_split(model, split)
+    parts = body_and_head(model)
+    assert (parts.logit_scale, parts.softcap) == FORM.get(name, (1.0, None))
+    assert (parts.head.bias is not None) == (name == "phi")
+    check_body_and_head(model, parts)
     ids = torch.randint(1, VOCAB, (2, 7), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-        got = remade(split, hidden_states(split.body, ids, torch.ones_like(ids)))
+        got = remade(parts, hidden_states(parts.body, ids, torch.ones_like(ids)))
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -108,13 +109,13 @@ def test_head_over_body_gives_the_models_logits(name):
 def test_a_forgotten_scale_or_cap_is_noticed(name, size):
     """At any magnitude of the logits: tiny ones must not hide in an absolute tolerance."""
     model = build(name)
-    split = split_model(model)
-    if split.softcap is None:
+    parts = body_and_head(model)
+    if parts.softcap is None:
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(size)
-            split.head.weight.mul_(size)
+            parts.linear.weight.mul_(size)
     with pytest.raises(ValueError, match=type(model).__name__):
-        check_split(model, Split(split.body, split.head))
+        check_body_and_head(model, BodyAndHead(parts.body, parts.linear))
 
 
 class Louder(hf.LlamaForCausalLM):
@@ -131,7 +132,7 @@ def test_an_unknown_transform_after_the_head_is_refused_by_name(training):
     torch.manual_seed(1)
     model = Louder(hf.LlamaConfig(**ROPE)).train(training)  # as transformers initialises it: logits of about 0.1
     with pytest.raises(ValueError, match="Louder changes its logits after the head"):
-        check_split(model, split_model(model))
+        check_body_and_head(model, body_and_head(model))
     assert model.training is training
 
 
@@ -139,19 +140,19 @@ def test_a_nan_model_is_refused():
     model = build("llama")
     nn.init.constant_(model.lm_head.weight, float("nan"))
     with pytest.raises(ValueError, match="LlamaForCausalLM"):
-        check_split(model, split_model(model))
+        check_body_and_head(model, body_and_head(model))
 
 
 def test_dropout_does_not_disturb_the_check():
     torch.manual_seed(1)
     model = loud(hf.LlamaForCausalLM(hf.LlamaConfig(**ROPE, attention_dropout=0.9))).train()
-    check_split(model, split_model(model))
+    check_body_and_head(model, body_and_head(model))
     assert model.training
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_left_padding_changes_no_real_position(name):
-    body = split_model(build(name)).body
+    body = body_and_head(build(name)).body
     rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14]]
     width = max(map(len, rows))
     ids = torch.tensor([[PAD] * (width - len(r)) + r for r in rows])
@@ -171,14 +172,14 @@ def test_the_body_of_a_peft_model_keeps_its_adapters():
     config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(build("qwen3"), config).eval()
     start_adapters(model, std=0.3)
-    split = split_model(model)
-    check_split(model, split)
+    parts = body_and_head(model)
+    check_body_and_head(model, parts)
     ids = torch.tensor([[3, 4, 5, 6]])
     with torch.no_grad():
-        on = remade(split, hidden_states(split.body, ids, torch.ones_like(ids)))
+        on = remade(parts, hidden_states(parts.body, ids, torch.ones_like(ids)))
         torch.testing.assert_close(on, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
         with model.disable_adapter():
-            off = remade(split, hidden_states(split.body, ids, torch.ones_like(ids)))
+            off = remade(parts, hidden_states(parts.body, ids, torch.ones_like(ids)))
     assert (on - off).abs().max() > 0.1
 
 
@@ -192,14 +193,14 @@ def test_the_body_of_a_peft_model_keeps_its_adapters():
 )
 def test_a_head_with_an_adapter_is_refused(config):
     with pytest.raises(ValueError, match=r"LlamaForCausalLM\.get_output_embeddings\(\).*lm_head"):
-        split_model(get_peft_model(build("llama"), config))
+        body_and_head(get_peft_model(build("llama"), config))
 
 
 def test_a_prompt_that_lives_outside_the_body_is_refused():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(build("llama"), config)
     with pytest.raises(ValueError, match="PeftModelForCausalLM"):
-        check_split(model, split_model(model))
+        check_body_and_head(model, body_and_head(model))
 
 
 @pytest.mark.parametrize(
@@ -217,11 +218,11 @@ def test_a_prompt_that_lives_outside_the_body_is_refused():
     ids=["a layer before the head", "rows without a logit"],
 )
 def test_what_no_split_describes_is_refused_without_running_the_model(model, named):
-    """Sharded weights cannot be run for `check_split`."""
+    """Sharded weights cannot be run for `check_body_and_head`."""
     with pytest.raises(ValueError, match=named):
-        split_model(model())
+        body_and_head(model())
 
 
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="LlamaModel"):
-        split_model(build("llama").model)
+        body_and_head(build("llama").model)

@@ -113,8 +113,10 @@ def test_ema_moves_a_tied_weight_once_and_makes_no_gradient():
 
 
 def test_ema_of_other_models_is_refused():
-    with pytest.raises(ValueError):
+    with pytest.raises(RuntimeError, match="same number of tensors"):
         ema_update_(build(1), build(2, tied=False), 0.5)
+    with pytest.raises(RuntimeError, match="dtype"):
+        ema_update_(build(1), build(2, dtype=torch.bfloat16), 0.5)
 
 
 def test_a_frozen_copy_is_independent():

@@ -11,9 +11,9 @@ from datasets import Dataset
 from tiny_runs import QUIET, SMALLER, TOKENIZER, half, qwen3
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
-from hsd.train.callbacks import RunFiles, StepLine, StopOnSignal, last_checkpoint, read_metrics
+from hsd.tasks import small_world
+from hsd.train.callbacks import RunFiles, StepLine, StopOnSignal, last_checkpoint, load_metrics
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 
@@ -38,7 +38,7 @@ def test_run_files_appends_the_logs_of_steps(tmp_path):
     log(files, 2, loss=0.25)
     files.on_log(None, TrainerState(global_step=2), TrainerControl(), logs=None)
     log(files, 2, train_runtime=1.0)
-    assert read_metrics(tmp_path / "metrics.jsonl") == [
+    assert load_metrics(tmp_path / "metrics.jsonl") == [
         {"step": 1, "loss": 0.5, "reward": 1.0},
         {"step": 2, "loss": 0.25},
     ]
@@ -64,14 +64,14 @@ def test_resume_drops_the_steps_after_the_checkpoint(tmp_path):
     assert steps(tmp_path) == [1, 2, 3]
     log(second, 4, loss=2.0)
     assert steps(tmp_path) == [1, 2, 3, 4]
-    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 1.0, 1.0, 2.0]
+    assert [row["loss"] for row in load_metrics(tmp_path / "metrics.jsonl")] == [1.0, 1.0, 1.0, 2.0]
 
 
 def test_a_half_written_last_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
+    assert load_metrics(path) == []
     path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
-    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert [row["step"] for row in load_metrics(path)] == [1, 2]
     files = RunFiles(tmp_path)
     begin(files, step=2)
     log(files, 3, loss=0.1)
@@ -100,7 +100,7 @@ def test_an_alarm_is_named_once(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("ALARM") == 1
     assert "ALARM at step 11: success fell from 0.600" in out  # three of five steps at 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = load_metrics(tmp_path / "metrics.jsonl")
     assert [(r["step"], list(r["alarms"])) for r in rows if "alarms" in r] == [(11, ["success"])]
 
 
@@ -116,7 +116,7 @@ def test_an_alarm_is_named_once_across_a_resume(tmp_path, capsys):
     begin(again, step=10)
     collapse(again, 11, 16)
     assert "ALARM at step 11" in capsys.readouterr().out
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = load_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(1, 17))
     assert [r["step"] for r in rows if "alarms" in r] == [11]
 
@@ -249,7 +249,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes(tmp_path, handlers):
     whole = tiny_trainer(tmp_path / "whole")
     whole.train()
     for key in ("loss", "hsd/success_rate", "hsd/kl"):
-        logged = [[r[key] for r in read_metrics(p / "metrics.jsonl")] for p in (cut, tmp_path / "whole")]
+        logged = [[r[key] for r in load_metrics(p / "metrics.jsonl")] for p in (cut, tmp_path / "whole")]
         assert logged[0] == logged[1], key
     for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)

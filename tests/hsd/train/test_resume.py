@@ -15,9 +15,9 @@ from peft import LoraConfig
 from tiny_runs import QUIET, SMALLER, TOKENIZER, half, qwen3
 
 from hsd.cli.__main__ import main
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
-from hsd.train.callbacks import read_metrics
+from hsd.tasks import small_world
+from hsd.train.callbacks import load_metrics
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 
@@ -65,7 +65,7 @@ def make(folder, steps, model_seed=1, peft_config=None, questions=QUESTIONS, **k
 
 def rows(folder):
     """metrics.jsonl without what a clock measured."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in load_metrics(folder / "metrics.jsonl")]
 
 
 def assert_equal(a, b, where=""):

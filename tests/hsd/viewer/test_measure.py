@@ -7,17 +7,19 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from hsd.demo import small_world
 from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.credit import coverage
 from hsd.hindsight.groups import Group, Rollout
+from hsd.tasks import small_world
+from hsd.tasks.task import Policy
 from hsd.viewer.measure import (
     WINDOWS,
     MeasuredCredit,
     coverage_by_difficulty,
     draw_peers,
-    measure_credit,
-    read_tokens,
+    failing_with_peer,
+    gather,
+    measure,
 )
 
 TOKENIZER = small_world.build_tokenizer()
@@ -56,6 +58,16 @@ def build(make=qwen3) -> nn.Module:
     return model
 
 
+def every(groups: list[Group]) -> list[tuple[int, int]]:
+    return [(g, i) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
+
+
+def measure_credit(model: nn.Module, groups: list[Group], seed: int = 0, **options) -> MeasuredCredit | None:
+    peers = draw_peers(TOKENIZER, groups, seed)
+    places = failing_with_peer(groups, peers)
+    return gather(groups, measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, places, **options))
+
+
 def rows(measured: MeasuredCredit) -> list[tuple[Group, Rollout, Rollout]]:
     found = zip(measured.groups, measured.rollout, measured.peer, strict=True)
     return [(g, g.rollouts[i], g.rollouts[j]) for g, i, j in found]
@@ -77,7 +89,7 @@ def log_probs(model: nn.Module, prompt: str, rollout: Rollout) -> torch.Tensor:
 @pytest.mark.parametrize("token_budget", [1, 10_000])
 def test_credit_equals_full_logits_one_sequence_at_a_time(make, token_budget):
     model = build(make).train()  # dropout must not enter
-    measured = measure_credit(model, TOKENIZER, [FAILED, MIXED, OTHER, SOLVED], TEMPLATE, token_budget=token_budget)
+    measured = measure_credit(model, [FAILED, MIXED, OTHER, SOLVED], token_budget=token_budget)
     assert measured is not None and model.training
     assert [g for g, _, _ in rows(measured)] == [MIXED, MIXED, MIXED, OTHER]
     assert measured.rollout == [1, 3, 4, 1]
@@ -99,8 +111,8 @@ def test_peers_are_successes_of_the_same_group_drawn_by_the_seed():
     model = build()
     seen = set()
     for seed in range(8):
-        measured = measure_credit(model, TOKENIZER, [MIXED], TEMPLATE, seed=seed)
-        again = measure_credit(model, TOKENIZER, [MIXED], TEMPLATE, seed=seed)
+        measured = measure_credit(model, [MIXED], seed=seed)
+        again = measure_credit(model, [MIXED], seed=seed)
         assert measured.peer == again.peer
         assert torch.equal(measured.with_peer, again.with_peer)
         assert set(measured.peer) <= {0, 2}
@@ -120,7 +132,7 @@ def test_tau_is_where_a_rollout_leaves_its_peer():
     }
     seen = set()
     for seed in range(8):
-        measured = measure_credit(model, TOKENIZER, [MIXED], TEMPLATE, seed=seed)
+        measured = measure_credit(model, [MIXED], seed=seed)
         for (_, rollout, peer), tau in zip(rows(measured), measured.tau.tolist(), strict=True):
             pair = (TOKENIZER.decode(rollout.token_ids), TOKENIZER.decode(peer.token_ids))
             assert tau == expected[pair], pair
@@ -130,7 +142,7 @@ def test_tau_is_where_a_rollout_leaves_its_peer():
 
 @pytest.mark.parametrize("groups", [[], [FAILED], [SOLVED], [FAILED, SOLVED]])
 def test_nothing_to_measure_is_none(groups):
-    assert measure_credit(build(), TOKENIZER, groups, TEMPLATE) is None
+    assert measure_credit(build(), groups) is None
 
 
 def test_summaries_of_a_measurement():
@@ -143,14 +155,15 @@ def test_summaries_of_a_measurement():
         mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
         tau=torch.tensor([2, 0]),
     )
-    assert measured.mean_abs("with_peer") == pytest.approx((4 / 4 + 2 / 2) / 2)  # rollout by rollout
-    assert measured.mean_abs("answer_only") == pytest.approx(0.5)
-    assert measured.mass("with_peer") == pytest.approx([1.0] * len(WINDOWS))
-    offsets, mean_abs, count = measured.profile("with_peer", before=1, after=2)
+    with_peer, answer_only = (measured.teachers[name] for name in ("with_peer", "answer_only"))
+    assert with_peer.mean_abs() == pytest.approx((4 / 4 + 2 / 2) / 2)  # rollout by rollout
+    assert answer_only.mean_abs() == pytest.approx(0.5)
+    assert with_peer.mass() == pytest.approx([1.0] * len(WINDOWS))
+    offsets, mean_abs, count = with_peer.profile(before=1, after=2)
     assert (offsets, count) == ([-1, 0, 1, 2], [1, 2, 2, 0])
     assert mean_abs[:3] == pytest.approx([0.0, 2.5, 0.5])
     late = dataclasses.replace(measured, tau=torch.tensor([0, -1]))
-    assert late.mass("with_peer")[:2] == pytest.approx([0.75, 1.0])
+    assert late.teachers["with_peer"].mass()[:2] == pytest.approx([0.75, 1.0])
 
 
 @pytest.mark.parametrize("make", [qwen3, gpt2])
@@ -161,7 +174,8 @@ def test_tokens_equal_full_logits_one_sequence_at_a_time(make, token_budget, mon
     groups = [FAILED, MIXED]
     peers = draw_peers(TOKENIZER, groups, seed=0)
     assert peers[0] == [None, None] and all(j in (0, 2) and j != i for i, j in enumerate(peers[1]))
-    read = read_tokens(model, TOKENIZER, groups, peers, TEMPLATE, top_k=4, token_budget=token_budget)
+    options = {"shown": [1], "top_k": 4, "token_budget": token_budget}
+    read = measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, every(groups), **options)
     assert [(r.group, r.rollout) for r in read] == [(0, 0), (0, 1), *((1, i) for i in range(5))]
     assert model.training
     model.eval()
@@ -184,22 +198,24 @@ def test_tokens_equal_full_logits_one_sequence_at_a_time(make, token_budget, mon
         }
         for name, value in expected.items():
             torch.testing.assert_close(getattr(r, name), value.float(), rtol=1e-4, atol=1e-5)
-        for top, logps in ((r.student_top, student), (r.teacher_top, teacher)):
+        tops = (r.student_top, r.teacher_top)
+        assert r.group == 1 or tops == (None, None)
+        for top, logps in zip(tops, (student, teacher), strict=True) if r.group == 1 else ():
             best = logps.exp().topk(4)
             assert torch.equal(top.ids, best.indices)
             torch.testing.assert_close(top.probs, best.values.float(), rtol=1e-4, atol=1e-6)
 
 
-def test_tokens_and_statistics_are_measured_with_the_same_peers():
+def test_a_measurement_is_the_same_alone_and_among_others():
     model = build()
     groups = [OTHER, FAILED, MIXED]
-    measured = measure_credit(model, TOKENIZER, groups, TEMPLATE, seed=5)
-    read = read_tokens(model, TOKENIZER, groups, draw_peers(TOKENIZER, groups, 5), TEMPLATE)
-    failing = [r for r in read if r.peer is not None and r.rollout in groups[r.group].failures]
-    assert [r.peer for r in failing] == measured.peer
-    for b, r in enumerate(failing):
-        torch.testing.assert_close(measured.with_peer[b, : len(r.credit)], r.credit, rtol=1e-4, atol=1e-5)
-        assert (-1 if r.tau is None else r.tau) == measured.tau[b]
+    measured = measure_credit(model, groups, seed=5)
+    peers = draw_peers(TOKENIZER, groups, 5)
+    read = measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, every(groups))
+    again = gather(groups, read)
+    assert (again.peer, again.rollout) == (measured.peer, measured.rollout)
+    torch.testing.assert_close(again.with_peer, measured.with_peer, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again.tau, measured.tau) and torch.equal(again.mask, measured.mask)
 
 
 def test_a_peer_that_says_nothing_is_none():
@@ -209,7 +225,7 @@ def test_a_peer_that_says_nothing_is_none():
 
 def test_no_likeliest_token_is_refused():
     with pytest.raises(ValueError, match=r"^top_k: expected at least 1, got 0"):
-        read_tokens(build(), TOKENIZER, [OTHER], [[None, 0]], TEMPLATE, top_k=0)
+        measure(Policy(build(), TOKENIZER), [OTHER], [[None, 0]], TEMPLATE, [], top_k=0)
 
 
 def outcomes(question: int, successes: int, size: int = 4) -> Group:

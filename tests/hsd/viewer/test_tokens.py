@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from hsd.demo import small_world
+from hsd.tasks import small_world
 from hsd.viewer.tokens import partial_bytes, token_texts
 
 

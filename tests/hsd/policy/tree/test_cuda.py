@@ -1,7 +1,6 @@
 """The backends for CUDA: their index bookkeeping on a CPU, the kernels themselves where there is a GPU."""
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +9,9 @@ from torch.nn import functional as F
 
 from hsd.policy.tree import cuda
 from hsd.policy.tree.attention import choose_backend, enable_tree, gather_attention, masked_attention, visible
-from hsd.policy.tree.forward import Keys, make_view, tree_hidden_states
+from hsd.policy.tree.forward import KVCache, make_view, tree_hidden_states
 from hsd.policy.tree.trie import build_trie
+from hsd.policy.tree.view import Scores
 
 
 def segment_by_segment(q, k, v, q_starts, k_starts, longest_q, longest_k, scaling, left):
@@ -34,7 +34,7 @@ def random_view(seed, device="cpu"):
     trie = build_trie([rng.integers(0, 2, rng.integers(1, 12)).tolist() for _ in range(6)])
     before = trie.nodes_of([0, 1])
     nodes = np.setdiff1d(np.arange(len(trie)), before)
-    return make_view(trie, nodes, Keys(rng.permutation(before), {}), None, device)
+    return make_view(trie, nodes, KVCache(rng.permutation(before), {}), None, device)
 
 
 def qkv(view, seed, device="cpu", dtype=torch.float64):
@@ -51,9 +51,9 @@ def test_varlen_and_gather_agree_with_the_definition(seed, window, monkeypatch):
     view = random_view(seed)
     assert len(view.node) > 0
     q, k, v = qkv(view, seed)
-    expected = masked_attention(q, k, v, visible(view, window), 0.3)
-    torch.testing.assert_close(cuda.varlen_attention(view, q, k, v, 0.3, window, None, None), expected)
-    torch.testing.assert_close(gather_attention(view, q, k, v, 0.3, window), expected)
+    expected = masked_attention(q, k, v, visible(view, window), Scores(0.3))
+    torch.testing.assert_close(cuda.varlen_attention(view, q, k, v, Scores(0.3, window)), expected)
+    torch.testing.assert_close(gather_attention(view, q, k, v, Scores(0.3, window)), expected)
 
 
 @pytest.mark.parametrize("window", [None, 2])
@@ -72,20 +72,18 @@ def test_gather_in_blocks(monkeypatch):
     q, k, v = qkv(view, 1)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
     for window, cap, sink in ((None, None, None), (4, None, None), (None, 2.0, None), (2, 2.0, sinks)):
-        expected = masked_attention(q, k, v, visible(view, window), 0.3, cap, sink)
-        torch.testing.assert_close(gather_attention(view, q, k, v, 0.3, window, cap, sink), expected)
+        expected = masked_attention(q, k, v, visible(view, window), Scores(0.3, None, cap, sink))
+        torch.testing.assert_close(gather_attention(view, q, k, v, Scores(0.3, window, cap, sink)), expected)
 
 
 def test_which_backend_auto_takes(monkeypatch):
-    view = random_view(4)
-
-    def chosen(device, dtype, softcap=None, sinks=None):
-        return choose_backend(view, SimpleNamespace(device=torch.device(device), dtype=dtype), softcap, sinks)
+    def chosen(device, dtype, softcap=None, sinks=False):  # a run of 6 queries and two of 2, of 10 keys in all
+        return choose_backend(device, dtype, [6, 2, 2], [6, 8, 8], 10, softcap, sinks)
 
     assert chosen("cuda", torch.bfloat16) == "varlen"
     assert chosen("cuda", torch.bfloat16, softcap=30.0) == "flex"
-    assert chosen("cuda", torch.bfloat16, sinks=torch.zeros(4)) == "dense"
-    assert chosen("cuda", torch.float32) == chosen("cpu", torch.float32) == "dense"  # a small pack
+    assert chosen("cuda", torch.bfloat16, sinks=True) == "dense"
+    assert chosen("cuda", torch.float32) == chosen("cpu", torch.float32) == "dense"  # a small tree
     monkeypatch.setattr("hsd.policy.tree.attention.SMALL", 0)
     assert chosen("cuda", torch.float32) == chosen("cpu", torch.bfloat16) == "gather"
 
@@ -101,9 +99,9 @@ def test_the_kernels_refuse_what_they_cannot_do():
     view = random_view(2)
     q, k, v = qkv(view, 2)
     with pytest.raises(ValueError, match="soft cap"):
-        cuda.varlen_attention(view, q, k, v, 0.3, None, 30.0, None)
+        cuda.varlen_attention(view, q, k, v, Scores(0.3, softcap=30.0))
     with pytest.raises(ValueError, match="sinks"):
-        cuda.flex_attention(view, q, k, v, 0.3, None, None, torch.zeros(4))
+        cuda.flex_attention(view, q, k, v, Scores(0.3, sinks=torch.zeros(4)))
 
 
 @pytest.mark.cuda
@@ -115,8 +113,8 @@ def test_kernels_on_a_gpu(backend, window):
     view = random_view(3, "cuda")
     q, k, v = qkv(view, 3, "cuda", torch.bfloat16)
     run = cuda.varlen_attention if backend == "varlen" else cuda.flex_attention
-    expected = masked_attention(*(x.double() for x in (q, k, v)), visible(view, window), 0.3)
-    torch.testing.assert_close(run(view, q, k, v, 0.3, window, None, None).double(), expected, rtol=3e-2, atol=3e-2)
+    expected = masked_attention(*(x.double() for x in (q, k, v)), visible(view, window), Scores(0.3))
+    torch.testing.assert_close(run(view, q, k, v, Scores(0.3, window)).double(), expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.cuda

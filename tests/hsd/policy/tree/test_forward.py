@@ -10,7 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hsd.policy.tree.attention import enable_tree
-from hsd.policy.tree.forward import make_pack, read_live_teacher, read_nodes, read_student, rows_of, tree_hidden_states
+from hsd.policy.tree.forward import (
+    forward_live_teacher,
+    forward_nodes,
+    forward_student,
+    make_tree_batch,
+    rows_of,
+    tree_hidden_states,
+)
 
 
 def loss_of(student, teacher):
@@ -47,8 +54,8 @@ def test_two_groups_in_one_pack(build, group, plain):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
     assert_close(gradients(model, loss_of(*got)), exact)
-    pack = make_pack(prompts, rollouts, teacher)
-    assert (pack.trie.pos == 0).sum() == 1
+    tree = make_tree_batch(prompts, rollouts, teacher)
+    assert (tree.trie.pos == 0).sum() == 1
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -118,9 +125,9 @@ def test_only_what_the_teacher_needs_is_kept(build, group):
     model = build("llama")
     enable_tree(model)
     prompts, rollouts, teacher = group(26)
-    pack = make_pack(prompts, rollouts, teacher)
-    _, keys = read_student(model.model, pack)
-    assert sorted(pack.trie.pos[keys.nodes]) == list(range(9))  # the question
+    tree = make_tree_batch(prompts, rollouts, teacher)
+    _, keys = forward_student(model.model, tree)
+    assert sorted(tree.trie.pos[keys.nodes]) == list(range(9))  # the question
     assert not any(t.requires_grad for pair in keys.layers.values() for t in pair)
 
 
@@ -130,7 +137,7 @@ def test_a_forward_without_backward_leaves_nothing_behind(build, group):
     enable_tree(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     first = np.arange(9)
-    hidden, keys = read_nodes(model.model, make_pack(*group(29)).trie, first, keep=first)
+    hidden, keys = forward_nodes(model.model, make_tree_batch(*group(29)).trie, first, keep=first)
     alive = [weakref.ref(t) for pair in keys.layers.values() for t in pair]
     assert hidden.requires_grad and len(alive) == 4
     del hidden, keys
@@ -142,12 +149,12 @@ def test_a_teacher_without_context_reads_nothing_and_equals_the_student(build, g
     model = build("llama")
     enable_tree(model)
     prompts, rollouts, _ = group(27)
-    pack = make_pack(prompts, rollouts, prompts)
-    assert len(pack.teacher_only) == 0
-    hidden, keys = read_student(model.model, pack)
+    tree = make_tree_batch(prompts, rollouts, prompts)
+    assert len(tree.teacher_only) == 0
+    hidden, keys = forward_student(model.model, tree)
     assert keys is None
-    student = rows_of(hidden, pack.student_nodes, pack.student)
-    for a, b in zip(read_live_teacher(model.model, pack, hidden, keys), student, strict=True):
+    student = rows_of(hidden, tree.student_nodes, tree.student)
+    for a, b in zip(forward_live_teacher(model.model, tree, hidden, keys), student, strict=True):
         assert torch.equal(a, b) and not a.requires_grad
 
 
@@ -156,10 +163,10 @@ def test_a_rollout_without_tokens_and_a_prompt_of_one(build, plain):
     model = build("llama")
     enable_tree(model)
     prompts, rollouts, teacher = [[7], [7], [8, 9]], [[3, 4, 5], [], [6]], [[7, 9], [7, 9], [8, 9, 4]]
-    student, read = tree_hidden_states(model, prompts, rollouts, teacher)
-    assert [len(s) for s in student] == [len(s) for s in read] == [3, 0, 1]
+    student, taught = tree_hidden_states(model, prompts, rollouts, teacher)
+    assert [len(s) for s in student] == [len(s) for s in taught] == [3, 0, 1]
     torch.testing.assert_close(student[0], plain(model, prompts[:1], rollouts[:1])[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(read[2], plain(model, teacher[2:], rollouts[2:])[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(taught[2], plain(model, teacher[2:], rollouts[2:])[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_example_in_the_documentation_runs():
@@ -183,5 +190,5 @@ def test_bad_input_is_named(build, group):
     with pytest.raises(ValueError, match="backend"):
         tree_hidden_states(model, prompts, rollouts, teacher, backend="fast")
     with pytest.raises(TypeError, match="token ids"):
-        make_pack([["a"]], [[1]])
-    assert isinstance(make_pack(prompts, rollouts).student[0], np.ndarray)
+        make_tree_batch([["a"]], [[1]])
+    assert isinstance(make_tree_batch(prompts, rollouts).student[0], np.ndarray)

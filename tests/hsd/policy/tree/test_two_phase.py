@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hsd.policy.body_and_head import split_model
+from hsd.policy.body_and_head import body_and_head
 from hsd.policy.tree.attention import enable_tree
-from hsd.policy.tree.forward import make_pack
+from hsd.policy.tree.forward import make_tree_batch
 from hsd.policy.tree.two_phase import chunks_of, two_phase_loss
 
 
@@ -36,9 +36,9 @@ def test_gradient_of_the_whole(family, budget, build, group, plain, true_fp64):
     exact = gradients(model)
     model.zero_grad()
     enable_tree(model)
-    body = split_model(model).body
-    pack = make_pack(prompts, rollouts, teacher)
-    loss = two_phase_loss(model, body, pack, share, budget)
+    body = body_and_head(model).body
+    tree = make_tree_batch(prompts, rollouts, teacher)
+    loss = two_phase_loss(model, body, tree, share, budget)
     assert all(p.grad is None for p in model.parameters())  # nothing before backward
     (0.5 * loss).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-13)
@@ -63,8 +63,8 @@ def test_with_checkpointing_and_adapters(lora, build, group, plain):
     model.zero_grad()
     enable_tree(model)
     inner.gradient_checkpointing_enable({"use_reentrant": False})
-    pack = make_pack(prompts, rollouts, teacher)
-    two_phase_loss(model, split_model(model).body, pack, share, 20).backward()
+    tree = make_tree_batch(prompts, rollouts, teacher)
+    two_phase_loss(model, body_and_head(model).body, tree, share, 20).backward()
     got = gradients(model)
     assert got.keys() == exact.keys()
     scale = max(g.abs().max() for g in exact.values())
@@ -76,12 +76,12 @@ def test_a_detached_prefix_would_lose_gradient(build, group, monkeypatch):
     """What the last step is for: without it the prompt's tokens teach nothing, and the test above would see it."""
     model = build("qwen3")
     enable_tree(model)
-    pack = make_pack(*group(5))
-    body = split_model(model).body
+    tree = make_tree_batch(*group(5))
+    body = body_and_head(model).body
 
     def norm():
         model.zero_grad()
-        two_phase_loss(model, body, pack, share, 20).backward()
+        two_phase_loss(model, body, tree, share, 20).backward()
         return torch.cat([g.flatten() for g in gradients(model).values()])
 
     whole = norm()
@@ -90,26 +90,26 @@ def test_a_detached_prefix_would_lose_gradient(build, group, monkeypatch):
 
 
 def test_chunks_keep_the_budget(build, group):
-    pack = make_pack(*two_groups(group))
-    visits = pack.trie.visits(range(len(pack.student)))
-    chunks = chunks_of(pack, visits, 60)
+    tree = make_tree_batch(*two_groups(group))
+    visits = tree.trie.visits(range(len(tree.student)))
+    chunks = chunks_of(tree, visits, 60)
     assert [i for c in chunks for i in c] == list(range(10))
     assert 1 < len(chunks) < 10
     for c in chunks:
-        cost = sum(int((visits[pack.trie.path[i]] < 2).sum()) + len(pack.trie.path[10 + i]) for i in c)
+        cost = sum(int((visits[tree.trie.path[i]] < 2).sum()) + len(tree.trie.path[10 + i]) for i in c)
         assert cost <= 60 or len(c) == 1
 
 
 def test_no_forward_is_larger_than_trunk_or_chunk(build, group):
     model = build("llama")
     enable_tree(model)
-    pack = make_pack(*two_groups(group))
+    tree = make_tree_batch(*two_groups(group))
     sizes = []
     model.model.register_forward_pre_hook(
         lambda m, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    two_phase_loss(model, model.model, pack, share, 40)
-    visits = pack.trie.visits(range(10))
+    two_phase_loss(model, model.model, tree, share, 40)
+    visits = tree.trie.visits(range(10))
     assert sizes[0] == (visits > 1).sum()
     assert max(sizes) <= max(sizes[0], 40) and len(sizes) > 4
 
@@ -123,18 +123,18 @@ def test_rollouts_without_tokens_and_nothing_shared(rollouts, build, plain):
     q, t, o = sides
     expected = share(alive, plain(model, q, o), [h.detach() for h in plain(model, t, o)])
     enable_tree(model)
-    pack = make_pack(prompts, rollouts, teacher)
-    assert two_phase_loss(model, model.model, pack, share, 1).item() == pytest.approx(expected.item(), rel=1e-5)
+    tree = make_tree_batch(prompts, rollouts, teacher)
+    assert two_phase_loss(model, model.model, tree, share, 1).item() == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match="with tokens"):
-        two_phase_loss(model, model.model, make_pack(prompts, [[]] * 3, teacher), share, 1)
+        two_phase_loss(model, model.model, make_tree_batch(prompts, [[]] * 3, teacher), share, 1)
 
 
 def test_refusals_are_named(build, group):
     model = build("llama").train()
     enable_tree(model)
-    pack = make_pack(*group(6))
+    tree = make_tree_batch(*group(6))
     with pytest.raises(ValueError, match="budget"):
-        two_phase_loss(model, model.model, pack, share, 0)
+        two_phase_loss(model, model.model, tree, share, 0)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant"):
-        two_phase_loss(model, model.model, pack, share, 50)
+        two_phase_loss(model, model.model, tree, share, 50)

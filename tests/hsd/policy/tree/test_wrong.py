@@ -11,7 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import hsd.policy.tree.attention as attention
 from hsd.policy.tree.attention import disable_tree, enable_tree, gather_attention, visible
 from hsd.policy.tree.check import why_not
-from hsd.policy.tree.forward import make_pack, make_view, read_student, rows_of, tree_hidden_states
+from hsd.policy.tree.forward import forward_student, make_tree_batch, make_view, rows_of, tree_hidden_states
+from hsd.policy.tree.view import Scores
 
 BAD = 0.1  # of hidden states whose entries are about 1; rounding is at 1e-5
 
@@ -26,62 +27,62 @@ def maskless():
     return "hsd_test_maskless"
 
 
-def student_pack(group, seed=10):
+def student_tree(group, seed=10):
     prompts, rollouts, _ = group(seed)
-    return prompts, rollouts, make_pack(prompts, rollouts)
+    return prompts, rollouts, make_tree_batch(prompts, rollouts)
 
 
-def by_hand(model, pack, **changes):
-    """The pack through the model's own attention with a hand-made 4D mask; ``changes`` make the mistake."""
-    view = make_view(pack.trie, pack.student_nodes, None, None, "cpu")
+def by_hand(model, tree, **changes):
+    """The tree through the model's own attention with a hand-made 4D mask; ``changes`` make the mistake."""
+    view = make_view(tree.trie, tree.student_nodes, None, None, "cpu")
     kwargs = {
-        "input_ids": torch.from_numpy(pack.trie.ids)[None],
+        "input_ids": torch.from_numpy(tree.trie.ids)[None],
         "position_ids": view.pos[None],
         "attention_mask": visible(view, None)[None, None],
     } | changes
     hidden = model.model(**{k: v for k, v in kwargs.items() if v is not None}, use_cache=False).last_hidden_state[0]
-    return rows_of(hidden, pack.student_nodes, pack.student)
+    return rows_of(hidden, tree.student_nodes, tree.student)
 
 
-def tree_is_right(model, pack, expected):
+def tree_is_right(model, tree, expected):
     enable_tree(model)
     for backend in ("dense", "gather"):
-        hidden, _ = read_student(model.model, pack, backend=backend)
-        assert gap(rows_of(hidden, pack.student_nodes, pack.student), expected) < 1e-4
+        hidden, _ = forward_student(model.model, tree, backend=backend)
+        assert gap(rows_of(hidden, tree.student_nodes, tree.student), expected) < 1e-4
 
 
 @torch.no_grad()
 def test_default_positions_and_a_missing_mask(build, group, plain):
-    """Positions count along the pack, or packed sequences are detected where a position does not follow the last."""
+    """Positions count along the tree, or packed sequences are detected where a position does not follow the last."""
     model = build("qwen3")
-    prompts, rollouts, pack = student_pack(group)
+    prompts, rollouts, tree = student_tree(group)
     expected = plain(model, prompts, rollouts)
-    assert gap(by_hand(model, pack), expected) < 1e-4
-    assert gap(by_hand(model, pack, position_ids=None), expected) > BAD
-    assert gap(by_hand(model, pack, attention_mask=None), expected) > BAD
-    ones = torch.ones(1, len(pack.trie), dtype=torch.long)
-    assert gap(by_hand(model, pack, attention_mask=ones), expected) > BAD
-    tree_is_right(model, pack, expected)
+    assert gap(by_hand(model, tree), expected) < 1e-4
+    assert gap(by_hand(model, tree, position_ids=None), expected) > BAD
+    assert gap(by_hand(model, tree, attention_mask=None), expected) > BAD
+    ones = torch.ones(1, len(tree.trie), dtype=torch.long)
+    assert gap(by_hand(model, tree, attention_mask=ones), expected) > BAD
+    tree_is_right(model, tree, expected)
 
 
 @torch.no_grad()
 def test_one_mask_for_all_layers_and_a_window_on_the_packed_index(build, group, plain):
     model = build("mistral")
-    prompts, rollouts, pack = student_pack(group)
+    prompts, rollouts, tree = student_tree(group)
     expected = plain(model, prompts, rollouts)
-    view = make_view(pack.trie, pack.student_nodes, None, None, "cpu")
-    assert gap(by_hand(model, pack), expected) > BAD  # a 4D mask is taken as it is: no window
+    view = make_view(tree.trie, tree.student_nodes, None, None, "cpu")
+    assert gap(by_hand(model, tree), expected) > BAD  # a 4D mask is taken as it is: no window
     packed = visible(view, None) & (view.node[:, None] - view.key_node < model.config.sliding_window)
-    assert gap(by_hand(model, pack, attention_mask=packed[None, None]), expected) > BAD
+    assert gap(by_hand(model, tree, attention_mask=packed[None, None]), expected) > BAD
     by_depth = visible(view, model.config.sliding_window)
-    assert gap(by_hand(model, pack, attention_mask=by_depth[None, None]), expected) < 1e-4
-    tree_is_right(model, pack, expected)
+    assert gap(by_hand(model, tree, attention_mask=by_depth[None, None]), expected) < 1e-4
+    tree_is_right(model, tree, expected)
 
 
 @torch.no_grad()
 def test_a_cache_that_is_reused_and_a_cache_that_is_dropped(build, group, plain):
     model = build("llama")
-    prompts, rollouts, pack = student_pack(group)
+    prompts, rollouts, tree = student_tree(group)
     expected = plain(model, prompts, rollouts)
     q = prompts[0]
 
@@ -107,14 +108,14 @@ def test_a_cache_that_is_reused_and_a_cache_that_is_dropped(build, group, plain)
     model.set_attn_implementation(maskless())  # an attention without masks, as flash-attn is, does not notice
     assert gap([suffix(rollouts[0], cache)[:-1]], [after[0]]) > BAD
     model.set_attn_implementation("sdpa")
-    tree_is_right(model, pack, expected)  # still training, still checkpointed
+    tree_is_right(model, tree, expected)  # still training, still checkpointed
 
 
 def test_merged_softmax_with_a_detached_log_sum_exp(group):
     """Merging prefix and suffix by their log-sum-exp needs its gradient; ours never merges."""
-    pack = make_pack(*group(12)[:2])
-    view = make_view(pack.trie, pack.student_nodes, None, None, "cpu")
-    n = len(pack.trie)
+    tree = make_tree_batch(*group(12)[:2])
+    view = make_view(tree.trie, tree.student_nodes, None, None, "cpu")
+    n = len(tree.trie)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, n, 8, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3))
     mask = visible(view, None)
@@ -137,7 +138,7 @@ def test_merged_softmax_with_a_detached_log_sum_exp(group):
     torch.testing.assert_close(key_gradient(merged(False)), exact)
     torch.testing.assert_close(merged(True), merged(False))  # the forward looks right
     assert (key_gradient(merged(True)) - exact).norm() > 0.3 * exact.norm()
-    torch.testing.assert_close(key_gradient(gather_attention(view, q, k, v, 1.0)), exact)
+    torch.testing.assert_close(key_gradient(gather_attention(view, q, k, v, Scores(1.0))), exact)
 
 
 def test_without_its_mask_function_a_registered_attention_loses_padding(build):
@@ -189,26 +190,26 @@ def test_the_shared_prefix_ends_at_the_first_differing_token(build, group, plain
         _, got = tree_hidden_states(model, prompts, rollouts, teacher)
     assert gap(wrong, expected) > BAD
     assert gap(got, expected) < 1e-4
-    pack = make_pack(prompts, rollouts, teacher)
-    assert (pack.trie.pos[pack.teacher_only] >= 6).all()
-    assert 6 in pack.trie.pos[pack.teacher_only]
+    tree = make_tree_batch(prompts, rollouts, teacher)
+    assert (tree.trie.pos[tree.teacher_only] >= 6).all()
+    assert 6 in tree.trie.pos[tree.teacher_only]
 
 
 @torch.no_grad()
 def test_a_teacher_with_other_weights_must_not_take_the_students_keys(build, group, plain):
-    from hsd.policy.tree.forward import read_frozen, read_live_teacher
+    from hsd.policy.tree.forward import forward_frozen, forward_live_teacher
 
     student, other = build("qwen3"), build("qwen3")
     for p in other.parameters():
         p.mul_(1.3)
     prompts, rollouts, teacher = group(14)
     expected = plain(other, teacher, rollouts)
-    pack = make_pack(prompts, rollouts, teacher)
+    tree = make_tree_batch(prompts, rollouts, teacher)
     for m in (student, other):
         enable_tree(m)
-    hidden, keys = read_student(student.model, pack)
-    assert gap(read_live_teacher(other.model, pack, hidden, keys), expected) > BAD
-    reference, got = read_frozen(other.model, pack, student=True, teacher=True)
+    hidden, keys = forward_student(student.model, tree)
+    assert gap(forward_live_teacher(other.model, tree, hidden, keys), expected) > BAD
+    reference, got = forward_frozen(other.model, tree, student=True, teacher=True)
     assert gap(got, expected) < 1e-4
     assert gap(reference, plain(other, prompts, rollouts)) < 1e-4
 
@@ -216,7 +217,7 @@ def test_a_teacher_with_other_weights_must_not_take_the_students_keys(build, gro
 def test_checkpointed_layers_read_the_attention_again_in_backward(build, group, plain):
     """Switching the tree on for the forward only gives wrong gradients, or none: it has to stay on."""
     model = build("llama").train()
-    prompts, rollouts, pack = student_pack(group)
+    prompts, rollouts, tree = student_tree(group)
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def gradient(states, between=lambda: None):
@@ -230,7 +231,7 @@ def test_checkpointed_layers_read_the_attention_again_in_backward(build, group, 
     enable_tree(model)
 
     def states():
-        return rows_of(read_student(model.model, pack)[0], pack.student_nodes, pack.student)
+        return rows_of(forward_student(model.model, tree)[0], tree.student_nodes, tree.student)
 
     torch.testing.assert_close(gradient(states()), exact, rtol=1e-3, atol=1e-4)
     try:
@@ -255,7 +256,7 @@ def test_without_the_patch_fp64_is_fp32(build, group, plain):
 
 @torch.no_grad()
 def test_dynamic_rotary_embeddings_depend_on_the_longest_sequence(build, group, plain):
-    """One long rollout in the pack changes all the others: refused, and this is why."""
+    """One long rollout in the tree changes all the others: refused, and this is why."""
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     prompts, rollouts, teacher = group(16, rollouts=(7, 4, 90, 1, 7))
     model = build("llama", rope_parameters=rope, max_position_embeddings=32)
@@ -268,7 +269,7 @@ def test_dynamic_rotary_embeddings_depend_on_the_longest_sequence(build, group, 
 
 
 def test_a_tree_given_to_plain_attention_is_refused(build, group):
-    """It would swallow the argument and read the pack as one sequence."""
+    """It would swallow the argument and read the tree as one sequence."""
     model = build("llama")
     with pytest.raises(ValueError, match="enable_tree"):
         tree_hidden_states(model, *group(17))

@@ -1,0 +1,217 @@
+"""One training run: its settings, its folder, and what happens in it. `hsd train` and `hsd demo` share all of it.
+
+The folder (``train.output_dir``) holds config.yaml, from which `hsd credit` and `hsd compare` read the settings;
+run.json, all that makes the run what it is; metrics.jsonl, a line a step; checkpoints and, at the end, ``model/``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging as transformers_logging
+from trl.trainer.grpo_config import GRPOConfig
+
+from hsd.data.rows import read_json
+from hsd.files import replacing
+from hsd.progress import say
+from hsd.tasks import registered
+from hsd.tasks.files import check_parts, complete
+from hsd.tasks.settings import Lora, Settings
+from hsd.tasks.task import Policy, Question, Task, load_policy
+from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
+from hsd.train.config import HSDConfig
+from hsd.train.limits import check_launch
+from hsd.train.trainer import HSDTrainer
+
+# What may differ between the parts of one run: none of these changes a step.
+FREE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to")
+FREE += ("run_name", "disable_tqdm", "log_completions", "num_completions_to_print", "use_cpu")
+BEFORE = "before.json"  # success of the initial policy, where it was measured
+
+
+@dataclass(frozen=True)
+class Run:
+    settings: Settings
+    config: HSDConfig
+    base: Task | None  # the registered task of ``settings.task``
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.config.output_dir))
+
+    def task(self) -> Task:
+        """Reads the questions, and for those of a file the tokenizer."""
+        return complete(self.settings, self.base, self.config)
+
+    def initial_policy(self, task: Task) -> Policy:
+        return load_policy(task.model(), self.settings.model.dtype, self.settings.model.attention)
+
+
+def prepare(settings: Settings, name: str, *, source: str = "settings", check: bool = False) -> Run:
+    """The run that ``settings`` ask for, by default in the folder runs/NAME. ``source`` names them in errors.
+
+    With ``check`` a machine without a GPU does for a configuration that needs one.
+    """
+    import torch
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # names that TRL 1.16 still uses
+    check_parts(settings)
+    base = registered(settings.task, settings.train.get("seed", HSDConfig.seed)) if settings.task else None
+    given: dict[str, Any] = {"output_dir": str(Path("runs") / name)} | (base.config if base else {}) | settings.train
+    if check and not torch.cuda.is_available():
+        given["use_cpu"] = True
+    try:
+        return Run(settings, HSDConfig(**given), base)
+    except ValueError as error:
+        raise ValueError(f"{source}: train.{error}") from error
+
+
+def train(run: Run) -> int:
+    """Train, or go on with the run in the folder; the exit code."""
+    config, out = run.config, run.folder
+    check_launch(config, peft=run.settings.model.lora is not None)
+    transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line
+    with config.main_process_first(desc="the run's folder and the model"):
+        task = run.task()
+        model, tokenizer = run.initial_policy(task)
+        needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
+        if len(task.questions) < needed:
+            raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(task.questions)}")
+        claim(run, task)
+    stop = StopOnSignal()
+    trainer = HSDTrainer(
+        model=model,
+        reward_funcs=list(task.rewards),
+        args=config,
+        train_dataset=Dataset.from_list(list(task.questions)),
+        processing_class=tokenizer,
+        peft_config=peft_config(run.settings.model.lora),
+        context_template=task.template,
+        callbacks=[stop],
+    )
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(StepLine())
+    checkpoint = last_checkpoint(out)
+    done = steps_of(checkpoint) if checkpoint else 0
+    if 0 < config.max_steps <= done:  # Trainer would take one step more on a run that has them all
+        say(f"{out}: this run already has {done} steps; --max_steps asks for more")
+        return 0
+    say(f"{out}: {len(task.questions)} questions, " + (f"resuming after step {done}" if done else "from the start"))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (ValueError, TypeError, OSError) as error:
+        if trainer.state.global_step == 0:  # as a rule bad input
+            if not config.disable_tqdm:
+                print(file=sys.stderr)  # the bar's line has no end yet
+            raise
+        # Hours into a run, where it happened is worth a traceback.
+        raise RuntimeError(f"training stopped at step {trainer.state.global_step}") from error
+    if stop.signal is not None:
+        say(f"{out}: stopped at step {trainer.state.global_step}; the same command resumes")
+        return 128 + stop.signal
+    trainer.save_model(str(out / "model"))
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(out / "model" / "trainer_state.json"))
+    say(f"{out}: {trainer.state.global_step} steps; the model is in {out / 'model'}")
+    return 0
+
+
+def peft_config(lora: Lora | None) -> Any:
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def newest_model(run: Path) -> Path:
+    """``RUN/model`` or the last whole checkpoint, whichever has more steps; else RUN itself where it is a model."""
+    if not run.is_dir():
+        raise ValueError(f"run: expected a folder, got {run}")
+    found = [
+        folder
+        for folder in (run, last_checkpoint(run), run / "model")
+        if folder is not None and any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    ]
+    if not found:
+        raise ValueError(f"run: expected a model, a checkpoint or config.json in {run}, got none; give --model")
+    return max(reversed(found), key=steps_of)
+
+
+def steps_of(folder: Path) -> int:
+    """The optimizer steps behind a saved model; 0 where it does not say."""
+    path = folder / "trainer_state.json"
+    return read_json(path).get("global_step", 0) if path.exists() else 0
+
+
+def resolved(run: Run) -> dict[str, Any]:
+    """All sections; of HSDConfig what was given, and HSD's own fields with their values."""
+    inherited = {f.name: f.default for f in fields(GRPOConfig)}
+    # Also those of GRPO's whose default is another one here.
+    own = {f.name for f in fields(run.config) if f.name not in inherited or f.default != inherited[f.name]}
+    keys = sorted({*run.settings.train, *(run.base.config if run.base else ()), *own, "output_dir", "seed"})
+    return asdict(run.settings) | {"train": {key: getattr(run.config, key) for key in keys}}
+
+
+def as_yaml(run: Run) -> str:
+    return yaml.safe_dump(json.loads(json.dumps(resolved(run), default=str)), sort_keys=False)
+
+
+def claim(run: Run, task: Task) -> None:
+    """Write config.yaml and run.json, or raise ValueError where the folder holds another run, which would be resumed.
+
+    A run that has neither taken a step nor left a result is none yet: it may be corrected.
+    """
+    out, asked = run.folder, identity(run, task)
+    path, metrics = out / "run.json", out / "metrics.jsonl"
+    steps = any(out.glob("checkpoint-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+    if path.exists() and (steps or (out / "model").exists() or (out / BEFORE).exists()):
+        began = read_json(path)
+        free = {f"train.{key}" for key in FREE}
+        if run.config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
+            free.discard("train.max_steps")  # the schedule ends with it
+        for key in sorted((began.keys() & asked.keys()) - free):
+            if began[key] != asked[key]:
+                raise ValueError(
+                    f"{key}: {out} holds a run with {began[key]!r}, got {asked[key]!r}; choose another --output_dir"
+                )
+    elif steps:
+        raise ValueError(
+            f"output_dir: expected a new folder or a run of `hsd train`, got {out}, which holds another run"
+        )
+    for target, text in ((out / "config.yaml", as_yaml(run)), (path, json.dumps(asked, indent=1))):
+        with replacing(target) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def identity(run: Run, task: Task) -> dict[str, Any]:
+    """All that makes a run what it is, by key: also what was left to its default, and the questions themselves."""
+    s = run.settings
+    found: dict[str, Any] = {"task": s.task, "reward": s.reward}
+    for name, part in (("model", s.model), ("data", s.data)):
+        found |= {f"{name}.{key}": value for key, value in asdict(part).items()}
+    found |= {f"train.{f.name}": getattr(run.config, f.name) for f in fields(run.config)}
+    found |= {"data.questions": _fingerprint(task.questions), "data.held_out_questions": _fingerprint(task.held_out)}
+    return json.loads(json.dumps(found, default=str))
+
+
+def _fingerprint(rows: Sequence[Question]) -> str:
+    text = json.dumps(list(rows), sort_keys=True, default=str)
+    return f"{len(rows)} questions, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"

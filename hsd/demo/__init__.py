@@ -1,1 +1,0 @@
-"""The two worlds of the demo: model, data and verifier of each."""

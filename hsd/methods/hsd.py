@@ -1,0 +1,42 @@
+"""Hindsight Self-Distillation (arXiv 2606.15576).
+
+The teacher's prompt is ``[q ; c_i]``, with ``c_i = (a*, o_i+)``, the answer and a successful peer of the same group,
+else ``c_i = a*``::
+
+    J = 1/G sum_i 1/|o_i| sum_t KL(pi(. | q, c_i, o_<t) || pi(. | q, o_<t))  +  beta KL(pi || pi_0)
+
+With ``policy_coef`` c the loss is J + c times GRPO's clipped surrogate over the same rollouts.
+"""
+
+from hsd.hindsight.context import ContextParts
+from hsd.hindsight.teacher_prompts import RolloutView
+from hsd.methods.method import Method, demonstrate
+
+
+def context_of(view: RolloutView) -> ContextParts | None:
+    return demonstrate(view, view.peer_ids)
+
+
+# All options of `HSDConfig` that a method decides where the user does not; the other methods override some.
+METHOD = Method(
+    "hsd",
+    context_of,
+    draws_peers=True,
+    defaults={
+        "teacher": "live",
+        "teacher_ema_rate": 0.005,
+        "show_answer": True,
+        "fallback": "answer",
+        "peer_rule": "auto",
+        "divergence": "forward_kl",
+        "jsd_beta": 0.5,
+        "kl_temperature": 1.0,
+        "kl_clip": 0.0,
+        "loss_mean": "rollout",
+        "importance_cap": 0.0,
+        "divergence_coef": 1.0,
+        "policy_coef": 0.0,
+        "advantage_mix": 0.0,
+        "reference_coef": 0.001,
+    },
+)

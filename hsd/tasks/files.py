@@ -1,0 +1,130 @@
+"""From the words of a configuration to a `Task`: questions from a file or a data set, reward functions by name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsd.evaluate import Sampling
+from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
+from hsd.tasks import TASKS
+from hsd.tasks.settings import Data, Settings
+from hsd.tasks.task import Question, Task
+
+if TYPE_CHECKING:
+    from hsd.train.config import HSDConfig
+
+VERIFIERS = ("number", "math", "code")
+
+
+def check_parts(settings: Settings) -> None:
+    """Raise ValueError where a part of the task is given neither by name nor by ``settings.task``."""
+    parts = {"model.path": settings.model.path, "data.path": settings.data.path, "reward": settings.reward}
+    for key, value in parts.items():
+        if settings.task is None and value is None:
+            raise ValueError(f"{key}: expected a value, or a task among {', '.join(TASKS)}, got none")
+    if settings.data.path is None and replace(settings.data, limit=None) != Data():
+        raise ValueError("data: expected no key but limit without data.path, whose questions the others are about")
+    if settings.data.limit is not None and settings.data.limit < 1:
+        raise ValueError(f"data.limit: expected a positive number of questions, got {settings.data.limit}")
+    if settings.data.held_out < 0:
+        raise ValueError(f"data.held_out: expected a number of questions >= 0, got {settings.data.held_out}")
+
+
+def complete(settings: Settings, base: Task | None, config: HSDConfig) -> Task:
+    """The task of a run: ``base``, the registered ``settings.task``, with what ``settings`` and ``config`` say."""
+    path, data, changed = settings.model.path, settings.data, {}
+    if path is not None:
+        changed["model"] = lambda: path
+    if settings.reward is not None:
+        changed["rewards"] = load_rewards(settings.reward)
+    task = replace(base or Task("", str, (), (), (), DEFAULT_TEXT_TEMPLATE, Sampling(512, batch_size=64)), **changed)
+    if data.path is not None:
+        chat = _is_chat(task.model()) if data.chat is None else data.chat
+        if base is None and chat:
+            task = replace(task, template=DEFAULT_CHAT_TEMPLATE)
+        # A registered task asks the bare question, whatever file it comes from.
+        rows = load_rows(replace(data, instruction="") if base and data.instruction is None else data, chat)
+        task = replace(task, held_out=rows[: data.held_out], questions=rows[data.held_out :])
+    else:
+        task = replace(task, questions=task.questions[: data.limit])
+    sampling = replace(
+        task.sampling,
+        max_new_tokens=config.max_completion_length or task.sampling.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+    )
+    return replace(
+        task,
+        title=title(settings, base),
+        template=config.context_template(task.template),
+        sampling=sampling,
+        reward_weights=config.reward_weights,
+        success_reward=config.success_reward,
+    )
+
+
+def title(settings: Settings, base: Task | None) -> str:
+    if base and settings.model.path is None and settings.data.path is None:
+        return base.title
+    return " on ".join(Path(part.path or settings.task or "").name for part in (settings.model, settings.data))
+
+
+def _is_chat(path: str) -> bool:
+    from transformers import AutoTokenizer
+
+    return bool(AutoTokenizer.from_pretrained(path).chat_template)
+
+
+def load_rows(data: Data, chat: bool) -> list[Question]:
+    """Rows with ``prompt``, ``answer`` and whatever else they came with (`hsd.data`); all have the same keys.
+
+    ``data.instruction`` replaces the words that `hsd.data` puts below a question. With ``chat`` a text becomes a user's
+    message, without it messages become their last text.
+    """
+    from hsd.data import load
+
+    assert data.path is not None
+    rows = load(data.path, data.split, data.limit)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in columns} | _asked(row, data.instruction, chat) for row in rows]
+
+
+def _asked(row: Question, instruction: str | None, chat: bool) -> Question:
+    prompt = row["prompt"]
+    if instruction is not None:
+        question = row.get("question") or (prompt if isinstance(prompt, str) else None)
+        if question is not None:
+            prompt = f"{question}\n\n{instruction}" if instruction else question
+    if isinstance(prompt, str):
+        return {"prompt": [{"role": "user", "content": prompt}] if chat else prompt}
+    return {"prompt": prompt if chat else prompt[-1]["content"]}
+
+
+def load_rewards(names: str | list[str] | None) -> list[Callable[..., Any]]:
+    """TRL reward functions: hsd.verify's by name, others as module:function (the current folder can be imported)."""
+    if not names:
+        raise ValueError(f"reward: expected at least one function, got {names!r}")
+    return [_reward(name) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _reward(name: str) -> Callable[..., Any]:
+    module, colon, function = name.partition(":")
+    if colon:
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            found = getattr(importlib.import_module(module), function, None)
+        except ImportError as error:
+            raise ValueError(f"reward: expected a module that can be imported, got {name!r} ({error})") from error
+    elif name in VERIFIERS:
+        found = getattr(importlib.import_module("hsd.verify"), f"{name}_reward", None)
+    else:
+        raise ValueError(f"reward: expected one of {VERIFIERS} or module:function, got {name!r}")
+    if not callable(found):
+        raise ValueError(f"reward: expected a function, got {name!r}, which is not callable")
+    return found

@@ -1,0 +1,62 @@
+"""What a run is told, in sections: a registered task, or a model, questions and a reward; and `hsd.HSDConfig`'s fields.
+
+model: {path: Qwen/Qwen3-1.7B, dtype: bfloat16, lora: {r: 16}}
+data:  {path: train.jsonl}
+reward: math
+train: {learning_rate: 1e-6}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+STRICT = {"extra": "forbid"}  # pydantic: an unknown key is an error
+
+
+@dataclass(frozen=True)
+class Lora:
+    """As in `peft.LoraConfig`."""
+
+    __pydantic_config__: ClassVar = STRICT
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Model:
+    """``path``: hub id or folder."""
+
+    __pydantic_config__: ClassVar = STRICT
+    path: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; train.bf16 computes in bf16
+    attention: str | None = None  # transformers' attn_implementation
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """``path``: a JSONL file or a name that `hsd.data.load` knows."""
+
+    __pydantic_config__: ClassVar = STRICT
+    path: str | None = None
+    split: str | None = None
+    limit: int | None = None  # the first so many questions
+    held_out: int = 0  # so many of them, the first, are kept out of training
+    instruction: str | None = None  # below every question, instead of hsd.data's; "" is none
+    chat: bool | None = None  # messages or plain texts; None: messages where the tokenizer has a chat template
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A registered ``task``, of which the other sections replace parts; without one, ``model.path``, ``data.path`` and
+    ``reward`` are needed."""
+
+    __pydantic_config__: ClassVar = STRICT
+    task: str | None = None
+    model: Model = Model()
+    data: Data = Data()
+    reward: str | list[str] | None = None  # number, math, code or module:function
+    train: dict[str, Any] = field(default_factory=dict)  # fields of HSDConfig

@@ -1,0 +1,306 @@
+"""The small world: chains of additions, answered by a Qwen3 of 0.86 M parameters.
+
+A question is `47+38+25+61=`, its solution `47+38=85;85+25=110;110+61=171;#171$`, where `$` ends the
+sequence. The warm start teaches the model to add but also to slip: alone, it gets the tens digit of a result
+wrong in 30 % of the steps, and later steps go on from the wrong number. With a correct solution in context it
+is taught the error-free continuation of *any* prefix: its sequences slip too, but the target at a slip is the
+digit that would have been right. A teacher that merely copied its demonstration would ask a rollout that has
+left it for impossible steps.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from hsd.evaluate import Sampling
+from hsd.hindsight.context import ContextTemplate
+from hsd.progress import Progress, counter, say
+from hsd.tasks.task import Task
+
+PAD, EOS = "<pad>", "$"
+VOCABULARY = (PAD, EOS, *"0123456789+=;#[|]")
+EOS_ID = VOCABULARY.index(EOS)
+
+# Privileged contexts, appended to the question: the teacher reads [q ; c ; o].
+WITH_PEER = "[{answer}|{demonstration}]"
+ANSWER_ONLY = "[{answer}]"
+TEMPLATE = ContextTemplate(WITH_PEER, ANSWER_ONLY)
+
+MAX_COMPLETION = 40  # tokens; a solution has 37 at most
+SLIP_RATE = 0.3  # of the steps, without a solution in context
+PREFIX_SLIP_RATE = 0.3  # of the steps in the sequences with one, which are not taught to slip
+PLAIN_SHARE, ANSWER_SHARE = 0.4, 0.2  # of the warm-start examples; the rest has a solution in context
+TERMS = 4
+SHORT_PROMPT = 20  # characters; the question and an answer have 17 at most, a solution in context 45 or more
+CACHE = Path(".cache")
+
+
+def task(seed: int) -> Task:
+    """Chains of additions for a Qwen3 of 0.86 M parameters that is made, and warm-started, here."""
+    return Task(
+        title="small world: chains of additions, Qwen3 with 0.86 M parameters",
+        model=partial(warm_started, seed),
+        questions=make_questions(2048, seed=seed),
+        held_out=make_questions(512, seed=seed, held_out=True),
+        rewards=[reward],
+        template=TEMPLATE,
+        sampling=Sampling(max_new_tokens=MAX_COMPLETION, batch_size=256),
+        train={
+            "max_steps": 150,
+            "save_steps": 25,
+            "save_total_limit": 2,
+            "learning_rate": 1e-4,
+            "per_device_train_batch_size": 128,  # 16 questions x 8 rollouts
+            "teacher": "fixed",  # at this learning rate a live teacher runs away (docs/teachers.md)
+            "reference_coef": 0.0,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "report_to": "none",
+        },
+    )
+
+
+def warm_started(seed: int, cache: Path | None = None) -> str:
+    """The folder of the warm-started policy of ``seed``, below ``cache`` (.cache); trained there if it is missing."""
+    folder = (cache or CACHE) / f"small_world-seed{seed}"
+    if not (folder / "config.json").exists():
+        say("warm start: teaching a fresh Qwen3 to add, with slips")
+        model, tokenizer = build_model(seed), build_tokenizer()
+        warm_start(model, tokenizer, seed=seed, progress=counter("warm start"))
+        part = folder.with_suffix(".part")
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(folder)
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One warm-start sequence: `prompt` (question and context) and `solution` (with the eos).
+
+    `targets[i]` is the distribution that character `i` of the solution is trained on; a character that is not
+    a key is its own target. Slips are in the targets as well as in the samples: same optimum, less variance.
+    """
+
+    prompt: str
+    solution: str
+    targets: dict[int, dict[str, float]]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character of `VOCABULARY`; eos `$`, a pad token, no bos. Other characters raise."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def build_model(seed: int) -> Qwen3ForCausalLM:
+    """A randomly initialised Qwen3, fp32: 4 layers, hidden size 128, tied. Leaves the global RNG alone."""
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=EOS_ID,
+        pad_token_id=VOCABULARY.index(PAD),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config).float()
+
+
+def make_questions(n: int, *, seed: int, held_out: bool = False, exclude: Iterable[str] = ()) -> list[dict[str, str]]:
+    """`n` different questions, the same for the same arguments.
+
+    `held_out` chooses the side of the split (`is_held_out`): neither the warm start nor a call with
+    `held_out=False` ever draws a held-out question. `exclude`: further prompts to leave out.
+
+    Returns a list of `{"prompt": "47+38+25+61=", "answer": "171"}`.
+    """
+    if n < 0:
+        raise ValueError(f"n: expected a number of questions >= 0, got {n}")
+    rng, seen, questions = random.Random(f"questions-{seed}"), set(exclude), []
+    while len(questions) < n:
+        numbers = _draw_numbers(rng, held_out=held_out)
+        prompt = _prompt(numbers)
+        if prompt not in seen:
+            seen.add(prompt)
+            questions.append({"prompt": prompt, "answer": str(sum(numbers))})
+    return questions
+
+
+def reward(
+    completions: Sequence[str],
+    answer: Sequence[str],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    **kwargs: Any,
+) -> list[float]:
+    """1.0 where the completion has exactly one `#`, followed by exactly the answer and the end; else 0.0.
+
+    A TRL reward function. TRL strips `$` from the text, so with `completion_ids` the last token must be the
+    eos: a truncated rollout scores 0.
+    """
+    for name, given in (("answer", answer), ("completion_ids", completion_ids)):
+        if given is not None and len(given) != len(completions):
+            raise ValueError(f"{name}: expected {len(completions)} entries, got {len(given)}")
+    scores = []
+    for i, (text, target) in enumerate(zip(completions, answer, strict=True)):
+        ended = completion_ids is None or (len(completion_ids[i]) > 0 and completion_ids[i][-1] == EOS_ID)
+        _, mark, final = text.removesuffix(EOS).partition("#")
+        scores.append(float(ended and mark == "#" and final == target))
+    return scores
+
+
+def warm_start(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    steps: int = 2600,
+    batch_size: int = 16,
+    learning_rate: float = 4e-3,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Supervised training on `draw_example`, in place; repeats exactly for one seed, device and thread count.
+
+    AdamW (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
+    cosine decay to 0. `progress(done, steps)` is called after each step. Returns the losses, cross-entropy in
+    nats per character of the solutions.
+    """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps, batch_size: expected positive integers, got {steps} and {batch_size}")
+    rng = random.Random(f"warm-start-{seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
+    )
+    losses = []
+    was_training = model.training
+    model.train()
+    for step in range(steps):
+        examples = [draw_example(rng) for _ in range(batch_size)]
+        # Two passes, not one padded to the longest: a sequence with a solution in context is twice as long.
+        parts = (
+            [e for e in examples if len(e.prompt) <= SHORT_PROMPT],
+            [e for e in examples if len(e.prompt) > SHORT_PROMPT],
+        )
+        characters, loss_sum = sum(len(e.solution) for e in examples), 0.0
+        for part in filter(None, parts):
+            input_ids, targets = encode_examples(part, tokenizer)
+            # Padding is on the right, so the causal mask alone keeps it out.
+            logps = model(input_ids=input_ids.to(model.device)).logits[:, :-1].log_softmax(-1)
+            loss = -(targets[:, 1:].to(model.device) * logps).sum() / characters
+            loss.backward()
+            loss_sum += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss_sum)
+        if progress is not None:
+            progress(step + 1, steps)
+    model.train(was_training)
+    return losses
+
+
+def draw_example(rng: random.Random) -> Example:
+    """One warm-start example of a random kind: plain, answer in context, or correct solution in context."""
+    numbers = _draw_numbers(rng, held_out=False)
+    prompt, answer = _prompt(numbers), str(sum(numbers))
+    kind, sampled, taught = rng.random(), SLIP_RATE, SLIP_RATE
+    if kind >= PLAIN_SHARE + ANSWER_SHARE:
+        demonstration, _ = solve(numbers, rng, slip_rate=0.0)
+        prompt, sampled, taught = (
+            prompt + WITH_PEER.format(answer=answer, demonstration=demonstration),
+            PREFIX_SLIP_RATE,
+            0.0,
+        )
+    elif kind >= PLAIN_SHARE:
+        prompt += ANSWER_ONLY.format(answer=answer)
+    solution, tens = solve(numbers, rng, slip_rate=sampled)
+    targets = {
+        index: {right: 1 - taught} | {digit: taught / len(wrong) for digit in wrong}
+        for index, (right, wrong) in tens.items()
+    }
+    return Example(prompt, solution + EOS, targets)
+
+
+def solve(
+    numbers: Sequence[int], rng: random.Random, *, slip_rate: float
+) -> tuple[str, dict[int, tuple[str, list[str]]]]:
+    """The chain for `numbers`, without the eos; and, by the index of each result's tens digit, the right
+    digit and those that a slip can put there.
+
+    A slip moves the digit by one, as if a carry were forgotten or invented; the next step starts from it.
+    """
+    total, text, tens = numbers[0], "", {}
+    for number in numbers[1:]:
+        text += f"{total}+{number}="
+        result = str(total + number)
+        place = len(result) - 2
+        right, lowest = result[place], 1 if place == 0 else 0
+        wrong = [str(d) for d in (int(right) - 1, int(right) + 1) if lowest <= d <= 9]
+        digit = rng.choice(wrong) if rng.random() < slip_rate else right
+        tens[len(text) + place] = (right, wrong)
+        total = int(result[:place] + digit + result[-1])
+        text += f"{total};"
+    return f"{text}#{total}", tens
+
+
+def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Input ids `[batch, longest]`, int64, padded on the right, and targets `[batch, longest, vocabulary]`,
+    fp32, both on the CPU. `targets[b, t]` is what token `t` is trained on, 0 on the prompt and the padding.
+    """
+    encoded = tokenizer([e.prompt + e.solution for e in examples], add_special_tokens=False)["input_ids"]
+    longest = max(len(ids) for ids in encoded)
+    input_ids = torch.full((len(examples), longest), VOCABULARY.index(PAD))
+    targets = torch.zeros(len(examples), longest, len(VOCABULARY))
+    for row, (example, ids) in enumerate(zip(examples, encoded, strict=True)):
+        start = len(example.prompt)
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        targets[row, torch.arange(start, len(ids)), input_ids[row, start : len(ids)]] = 1.0
+        for index, distribution in example.targets.items():
+            targets[row, start + index] = 0.0
+            for character, probability in distribution.items():
+                targets[row, start + index, VOCABULARY.index(character)] = probability
+    return input_ids, targets
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a question is kept out of training: a hash of its text chooses one in eight."""
+    return zlib.crc32(prompt.encode()) % 8 == 0
+
+
+def _draw_numbers(rng: random.Random, *, held_out: bool) -> list[int]:
+    while True:
+        numbers = [rng.randint(10, 99) for _ in range(TERMS)]
+        if is_held_out(_prompt(numbers)) == held_out:
+            return numbers
+
+
+def _prompt(numbers: Sequence[int]) -> str:
+    return "+".join(map(str, numbers)) + "="

@@ -1,0 +1,104 @@
+"""`Task`: what a policy is trained on and judged by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from hsd.evaluate import RewardFn, Sampling, Success, end_token_ids, sample, score, success
+from hsd.hindsight.context import ContextTemplate
+from hsd.progress import Progress
+
+Question = dict[str, Any]  # prompt, answer, and whatever else a reward function reads
+
+
+class Policy(NamedTuple):
+    model: Any  # transformers' causal LM
+    tokenizer: Any
+
+    def on_accelerator(self) -> Policy:
+        """Moved to the GPU where there is one."""
+        import torch
+
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return self
+
+
+@dataclass(frozen=True)
+class Task:
+    """A policy's questions and verifier, and the settings that a run of it begins with.
+
+    Args:
+        title: heading of reports.
+        model: makes or fetches the initial policy where it is missing; returns its folder or hub id.
+        questions: the questions to train on.
+        held_out: questions to evaluate on, never trained on; empty where there are none.
+        rewards: TRL reward functions.
+        template: words of the privileged context.
+        sampling: of the rollouts, in training and in evaluation (``batch_size`` in evaluation only).
+        train: fields of `hsd.HSDConfig` that differ from its defaults.
+        eval_samples: rollouts of each held-out question in an evaluation.
+        credit_questions: number of held-out questions whose credit is measured.
+        reward_weights: one for each reward function; None is 1 each.
+        success_reward: a rollout whose weighted reward reaches this is a success.
+    """
+
+    title: str
+    model: Callable[[], str]
+    questions: Sequence[Question]
+    held_out: Sequence[Question]
+    rewards: Sequence[RewardFn]
+    template: ContextTemplate
+    sampling: Sampling
+    train: Mapping[str, Any] = field(default_factory=dict)
+    eval_samples: int = 1
+    credit_questions: int = 64
+    reward_weights: Sequence[float] | None = None
+    success_reward: float = 1.0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the task says about `hsd.HSDConfig`."""
+        s = self.sampling
+        own = {"max_completion_length": s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p}
+        return own | dict(self.train)
+
+    @property
+    def evaluated(self) -> Sequence[Question]:
+        """The held-out questions, or those of training where none are held out."""
+        return self.held_out or self.questions
+
+    def reward(self, **columns: Any) -> list[float]:
+        """The weighted sum of the rewards, which training compares with ``success_reward``.
+
+        A verdict that failed (None, NaN) is left out of the sum. A rollout without any verdict is no success.
+        """
+        unscored = min(0.0, self.success_reward - 1.0)
+        weights = self.reward_weights or [1.0] * len(self.rewards)
+        verdicts = [
+            [None if r is None or math.isnan(r) else w * r for r in reward(**columns)]
+            for reward, w in zip(self.rewards, weights, strict=True)
+        ]
+        judged = [[r for r in of_one if r is not None] for of_one in zip(*verdicts, strict=True)]
+        return [sum(of_one) if of_one else unscored for of_one in judged]
+
+
+def load_policy(path: str, dtype: str = "float32", attention: str | None = None) -> Policy:
+    """Model and tokenizer of a folder or hub id. ``attention`` is transformers' attn_implementation."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kwargs = {} if attention is None else {"attn_implementation": attention}
+    weights = "auto" if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=weights, **kwargs)
+    return Policy(model, AutoTokenizer.from_pretrained(path))
+
+
+def evaluate(task: Task, policy: Policy, seed: int, progress: Progress | None = None) -> Success:
+    """Success of ``policy`` on the questions of `Task.evaluated`, ``eval_samples`` rollouts each."""
+    asked = [q for q in task.evaluated for _ in range(task.eval_samples)]
+    rollouts = sample(*policy, [q["prompt"] for q in asked], task.sampling, seed=seed, progress=progress)
+    rewards = score(policy.tokenizer, asked, rollouts, task.reward)
+    return success(rewards, rollouts, task.eval_samples, end_token_ids(*policy))

@@ -1,0 +1,131 @@
+"""One micro-batch: the forward passes of student, teacher and reference, and the loss over their hidden states.
+
+Sequences go through the models one by one, or through the tree that shares their prefixes, and a tree over the token
+budget is differentiated a few rollouts at a time. Loss and gradient are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsd.policy.body_and_head import BodyAndHead, body_and_head
+from hsd.policy.forward import FrozenStates
+from hsd.policy.frozen import in_eval_mode
+from hsd.policy.tree.batch import pad_states, pays, tree_of
+from hsd.policy.tree.forward import TreeBatch, forward_frozen, forward_live_teacher, forward_student, rows_of
+from hsd.policy.tree.two_phase import two_phase_loss
+from hsd.train.batch import RolloutBatch
+from hsd.train.teachers import FrozenPolicies
+from hsd.train.update import LossOutput, Objective, method_loss
+from hsd_kernels import RowStats
+
+
+@dataclass(frozen=True)
+class States:
+    """Of the rollouts' tokens; the student's (B, T, D) with gradient."""
+
+    student: Tensor
+    teacher: FrozenStates
+    reference: FrozenStates | None
+
+
+@dataclass(frozen=True)
+class MicroBatchLoss:
+    """The loss of a micro-batch under a policy.
+
+    Args:
+        frozen: The policies of teacher and reference beside the live one.
+        sharing: "tree", "prompt" or "none", as in `hsd.policy.tree.forward.make_tree_batch`.
+        loss_mean: As in `hsd.HSDConfig`.
+        always: Share prefixes also where that saves little.
+        token_budget: Tokens of a tree above which it is differentiated in chunks.
+    """
+
+    frozen: FrozenPolicies
+    sharing: str
+    loss_mean: str
+    always: bool = False
+    token_budget: int | None = None
+
+    def __call__(self, policy: Any, batch: RolloutBatch, objective: Objective) -> LossOutput:
+        tree, budget = self.tree(batch), self.token_budget
+        if tree is not None and budget is not None and len(tree.trie) > budget and torch.is_grad_enabled():
+            return self._in_chunks(policy, batch, tree, budget, objective)
+        states = self._one_by_one(policy, batch) if tree is None else self._through(tree, policy, batch)
+        head = body_and_head(policy).head
+        targets = batch.targets(self.loss_mean)
+        return method_loss(states.student, head, states.teacher, states.reference, targets, objective)
+
+    def tree(self, batch: RolloutBatch) -> TreeBatch | None:
+        """None where every sequence goes by itself."""
+        if self.sharing == "none":
+            return None
+        tree = tree_of(batch.inputs, self.sharing)
+        wanted = self.always or pays(tree, batch.inputs, self.frozen.live)
+        return tree if wanted and len(tree.trie) else None  # a batch whose rollouts are all masked has no nodes
+
+    def _one_by_one(self, policy: Any, batch: RolloutBatch) -> States:
+        def forward(parts: BodyAndHead, prompts: Sequence[str]) -> list[Tensor]:
+            return [batch.inputs.forward(parts, who) for who in prompts]
+
+        parts = body_and_head(policy)
+        with torch.no_grad(), in_eval_mode(policy):  # no dropout noise in the target
+            frozen, reference = self.frozen.forward(policy, forward)
+            live = FrozenStates(forward(parts, ["teacher"])[0]) if self.frozen.live else None
+        student = forward(parts, ["student"])[0]
+        return States(student, self.frozen.combine(live, frozen, parts.head), reference)
+
+    def _through(self, tree: TreeBatch, policy: Any, batch: RolloutBatch) -> States:
+        """One forward for the student; the teacher, live, takes the question's keys and values from it."""
+        length, parts = batch.inputs.length, body_and_head(policy)
+        hidden, cache = forward_student(parts.body, tree, live_teacher=self.frozen.live)
+        student = pad_states(parts, rows_of(hidden, tree.student_nodes, tree.student), length)
+        frozen, reference = self._frozen(tree, policy, length)
+        live = None
+        if self.frozen.live:
+            with in_eval_mode(policy):
+                live = FrozenStates(pad_states(parts, forward_live_teacher(parts.body, tree, hidden, cache), length))
+        return States(student, self.frozen.combine(live, frozen, parts.head), reference)
+
+    @torch.no_grad()
+    def _frozen(self, tree: TreeBatch, policy: Any, length: int) -> tuple[FrozenStates | None, FrozenStates | None]:
+        def forward(parts: BodyAndHead, prompts: Sequence[str]) -> list[Tensor]:
+            both = forward_frozen(parts.body, tree, student="student" in prompts, teacher="teacher" in prompts)
+            return [pad_states(parts, states, length) for states in both if states]
+
+        with in_eval_mode(policy):
+            return self.frozen.forward(policy, forward)
+
+    def _in_chunks(
+        self, policy: Any, batch: RolloutBatch, tree: TreeBatch, budget: int, objective: Objective
+    ) -> LossOutput:
+        """The same loss and gradient for a tree over the budget. Frozen policies share within a chunk only."""
+        targets, length = batch.targets(self.loss_mean), batch.inputs.length
+        parts = body_and_head(policy)
+        outs: list[LossOutput] = []
+
+        def chunk_loss(chunk: Sequence[int], student: list[Tensor], live: list[Tensor]) -> Tensor:
+            part = tree_of(batch.inputs.rows(chunk), self.sharing)
+            frozen, reference = self._frozen(part, policy, length)
+            seen = FrozenStates(pad_states(parts, live, length)) if self.frozen.live else None
+            teacher = self.frozen.combine(seen, frozen, parts.head)
+            hidden = pad_states(parts, student, length)
+            some = targets.rows(torch.tensor(list(chunk), device=targets.ids.device))
+            outs.append(method_loss(hidden, parts.head, teacher, reference, some, objective))
+            return outs[-1].loss
+
+        elsewhere = None if self.frozen.live else lambda chunk: []
+        loss = two_phase_loss(policy, parts.body, tree, chunk_loss, budget, teacher=elsewhere)
+        references = [out.reference for out in outs if out.reference is not None]
+        return LossOutput(loss, _joined([out.stats for out in outs]), _joined(references) if references else None)
+
+
+def _joined(tables: list[RowStats]) -> RowStats:
+    """Of consecutive rollouts."""
+    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*tables, strict=True)]
+    return RowStats(*joined)

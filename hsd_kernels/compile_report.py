@@ -1,0 +1,177 @@
+"""Ahead-of-time compile report of the pinned configurations. Needs triton, but no GPU.
+
+    python -m hsd_kernels.compile_report                   # every variant for sm_80, sm_90 and sm_100
+    python -m hsd_kernels.compile_report --quick sm_90     # the plainest and the largest variant
+
+prints registers, spills and shared memory per kernel variant, and exits with 1 if a pinned configuration spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsd_kernels.configs import ARCHITECTURES, KERNELS, RowConfig, row_config
+
+
+@dataclass(frozen=True)
+class Variant:
+    kernel: str
+    divergence: str = "forward_kl"
+    clip: bool = False
+    softcap: bool = False
+    bias: bool = False
+    logits: str = "fp32"
+
+    def __str__(self) -> str:
+        flags = [name for name in ("clip", "softcap", "bias") if getattr(self, name)]
+        return " ".join([self.divergence, *flags, self.logits])
+
+
+# The first is what a run of defaults launches, the last has everything in it.
+_FORMS: tuple[dict[str, Any], ...] = (
+    {},
+    {"logits": "bf16"},
+    {"bias": True},
+    {"softcap": True},
+    {"divergence": "reverse_kl"},
+    {"clip": True},
+    {"divergence": "reverse_kl", "clip": True},
+    {"divergence": "jsd"},
+    {"divergence": "jsd", "clip": True, "softcap": True, "bias": True},
+)
+VARIANTS = tuple(Variant(kernel, **form) for kernel in KERNELS for form in _FORMS)
+QUICK = tuple(Variant(kernel, **form) for kernel in KERNELS for form in (_FORMS[0], _FORMS[-1]))
+
+
+@dataclass(frozen=True)
+class Line:
+    variant: Variant
+    arch: int
+    config: RowConfig
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    widest_load: int  # bytes of one load of the logits
+
+    @property
+    def ok(self) -> bool:
+        return self.spill_bytes == 0
+
+    def __str__(self) -> str:
+        config = f"{self.config.block_v:>5} {self.config.num_warps:>5}"
+        usage = f"{self.registers:>9} {self.spill_bytes:>6} {self.shared_bytes:>6} {self.widest_load:>4}"
+        return f"{self.variant.kernel:<10} {self.variant!s:<30} sm_{self.arch:<4} {config} {usage}"
+
+
+HEADER = f"{'kernel':<10} {'variant':<30} {'arch':<7} {'block':>5} {'warps':>5} registers spills shared load"
+
+
+def compile_report(
+    archs: Sequence[int] = ARCHITECTURES,
+    variants: Sequence[Variant] = VARIANTS,
+) -> list[Line]:
+    """Compiles ``variants`` in their pinned configurations for each architecture. Needs triton, but no GPU,
+    and a process in which TRITON_INTERPRET is not set."""
+    return [_compile(variant, arch) for arch, variant in itertools.product(archs, variants)]
+
+
+def _compile(variant: Variant, arch: int) -> Line:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hsd_kernels.rows import triton_rows as rows
+
+    config = row_config(variant.kernel, arch)
+    kernel = getattr(rows, f"{variant.kernel}_kernel")
+    constants: dict[str, Any] = {
+        "DIVERGENCE": rows.DIVERGENCES.index(variant.divergence),
+        "HAS_BIAS": variant.bias,
+        "HAS_TEACHER_BIAS": variant.bias,
+        "HAS_TARGET": True,
+        "HAS_SOFTCAP": variant.softcap,
+        "HAS_CLIP": variant.clip,
+        "LINEAR": variant.logits == "bf16",
+        "NONNEGATIVE": variant.clip and variant.bias,  # in one variant of each kernel that clips
+        "LANES": config.lanes(2 if variant.logits == "bf16" else 4),
+        "BLOCK_V": config.block_v,
+    }
+    if not variant.bias:
+        constants |= {"bias_ptr": None, "teacher_bias_ptr": None}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: _argument_type(name, variant) for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    # What Triton specializes on at run time when V is a multiple of 16. Without it loads are of one element.
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name not in constants and (name == "V" or name.startswith("stride_") or name.endswith("_ptr"))
+    }
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs),
+        target=GPUTarget("cuda", arch, 32),
+        options=dict(config.options),
+    )
+    usage = _resource_usage(compiled.asm["cubin"])
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    return Line(
+        variant=variant,
+        arch=arch,
+        config=config,
+        registers=usage["REG"],
+        spill_bytes=usage["LOCAL"] + usage["STACK"],
+        shared_bytes=compiled.metadata.shared,
+        widest_load=max(int(count or 1) * int(bits) // 8 for count, bits in loads),
+    )
+
+
+def _argument_type(name: str, variant: Variant) -> str:
+    if name in ("xs_ptr", "xt_ptr"):
+        return f"*{variant.logits}"
+    if name == "target_ptr":
+        return "*i64"
+    if name == "out_ptr" and variant.kernel == "gradient":
+        return "*bf16"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    return "i32" if name == "V" or name.startswith("stride_") else "fp32"
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Ahead-of-time compile report of the pinned configurations.")
+    parser.add_argument("archs", nargs="*", default=[f"sm_{arch}" for arch in ARCHITECTURES], metavar="sm_NN")
+    parser.add_argument("--quick", action="store_true", help="two variants of each kernel")
+    args = parser.parse_args(argv)
+    archs = [int(name.removeprefix("sm_")) for name in args.archs]
+    lines = compile_report(archs, QUICK if args.quick else VARIANTS)
+    print(HEADER)
+    for line in lines:
+        print(line)
+    spilling = sum(not line.ok for line in lines)
+    print(f"{len(lines)} variants compiled, {spilling} spill")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What the operators share: live rows, stored gradients and their upstream, and what their backward refuses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Gradients(NamedTuple):
+    """Of the student's hidden states (T, D), its head's weight (V, D) and bias (V,); None where there is none."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which of the `Gradients` to make."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+NOTHING = Wanted(False, False, False)
+
+
+def wide_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def storage_dtype(like: Tensor) -> torch.dtype:
+    """fp16 gradients wait for the upstream gradient, often a loss scale of 65,536, in fp32."""
+    return torch.float32 if like.dtype == torch.float16 else like.dtype
+
+
+def stored(made: Gradients, student_hidden: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``made`` times ``scale`` in the storage dtype, an empty tensor for None: an operator returns tensors."""
+
+    def finish(g: Tensor | None) -> Tensor:
+        if g is None:
+            return student_hidden.new_empty(0)
+        return (g if scale == 1.0 else g.mul_(scale)).to(storage_dtype(student_hidden))
+
+    return finish(made.hidden), finish(made.weight), finish(made.bias)
+
+
+def stored_fake(tensors: Gradients, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+    """What `stored` returns of the gradients of ``tensors``, without numbers."""
+
+    def like(x: Tensor | None, made: bool) -> Tensor:
+        assert tensors.hidden is not None
+        return x.new_empty(x.shape, dtype=storage_dtype(x)) if made and x is not None else tensors.hidden.new_empty(0)
+
+    return like(tensors.hidden, wanted.hidden), like(tensors.weight, wanted.weight), like(tensors.bias, wanted.bias)
+
+
+def finished(made: Gradients, wanted: Wanted, finish: Callable[[Tensor], Tensor]) -> Gradients:
+    """``finish`` of the gradients that are wanted, None for the others."""
+
+    def of(g: Tensor | None, asked: bool) -> Tensor | None:
+        return finish(g) if asked and g is not None else None
+
+    return Gradients(of(made.hidden, wanted.hidden), of(made.weight, wanted.weight), of(made.bias, wanted.bias))
+
+
+def live_rows(token_weights: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (R,) and weights (R,) of the tokens that count. One host synchronization if weights are given."""
+    tokens, wide = like.shape[0], wide_dtype(like)
+    if token_weights is None:
+        return torch.arange(tokens, device=like.device), torch.ones(tokens, device=like.device, dtype=wide)
+    w = token_weights.to(wide)
+    live, bad = torch.stack([w.count_nonzero(), (~w.isfinite()).count_nonzero()]).tolist()
+    if bad:
+        raise ValueError(f"token_weights: expected finite numbers, got {bad} that are NaN or infinite")
+    rows = torch.nonzero_static(w, size=live).squeeze(-1)
+    return rows, w[rows]
+
+
+def checked_targets(ids: Tensor, rows: Tensor, vocab: int | None) -> Tensor:
+    """As int64. On CUDA a check would synchronize: there the log-probs of an id out of range are NaN. So they are
+    where the vocabulary is divided over ranks, ``vocab`` None."""
+    live = ids[rows]
+    checked = not ids.is_cuda and vocab is not None and live.numel()
+    if checked and not (0 <= int(live.min()) and int(live.max()) < vocab):
+        raise ValueError(f"target_ids: expected values in [0, {vocab}), got {int(live.min())} to {int(live.max())}")
+    return ids.long()
+
+
+def times(weights: Tensor, values: Tensor) -> Tensor:
+    """0 where the weight is, also where the value is infinite or NaN."""
+    return torch.where(weights == 0, 0.0, weights * values)
+
+
+def times_upstream(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """g (R, ...) times a scalar or (R,) in the precision of ``upstream``, rounded once: an upstream gradient rounded
+    to bf16 would be off by up to 0.2 % in every entry alike."""
+    # Also by 1: the saved tensor itself would become a leaf's .grad, and the next accumulation would change it.
+    if upstream.dim() == 0 and g.dtype == dtype and not g.is_cuda:
+        return g * upstream  # a CPU takes a scalar in fp32, and so is five times as fast as below in bf16
+    upstream = upstream.reshape(-1, *(1,) * (g.dim() - 1))
+    return torch.mul(g, upstream, out=torch.empty_like(g, dtype=dtype))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Operands are in the right dtype here: autocast would run the GEMMs of upcast operands in bf16 (CPU)."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def autocast_to(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Under autocast a linear layer runs in the autocast dtype; so does the head here."""
+    # The meta device has no autocast. Dynamo of torch 2.8 cannot trace torch.amp.is_autocast_available.
+    if not isinstance(first, Tensor) or (kind := first.device.type) == "meta" or not torch.is_autocast_enabled(kind):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return first, *others
+    dtype = torch.get_autocast_dtype(kind)
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in (first, *others))
+
+
+def first_order_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A backward that refuses ``create_graph=True`` by name: what it returned would be taken for a constant."""
+
+    def wrap(backward: Callable[..., Any]) -> Callable[..., Any]:
+        once = once_differentiable(backward)
+
+        @functools.wraps(backward)
+        def checked(ctx: Any, *upstream: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{name}: expected create_graph=False, got True; it has no second derivative")
+            return once(ctx, *upstream)
+
+        return checked
+
+    return wrap

@@ -1,0 +1,489 @@
+"""Row backend in Triton: fp32, bf16 or fp16 logits, fp32 arithmetic. Mathematics: `hsd_kernels.divergence`.
+
+One program per row. A logit is read as ``y`` with ``z = kappa * y`` (`_formed`, `RowSpec.scales`): ``y`` minus its
+maximum is exact for large probabilities, and the temperature multiplies that difference, not a large logit.
+"""
+
+# Triton's reductions are inferred to return tuples:
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hsd_kernels import configs
+from hsd_kernels.divergence import DIVERGENCES, RowSpec
+from hsd_kernels.row_stats import COLUMNS, RowStats
+
+FORWARD_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("forward_kl"))
+REVERSE_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("reverse_kl"))
+# The rows of the table that `statistics_kernel` writes.
+KL: tl.constexpr = tl.constexpr(COLUMNS.index("kl"))
+STUDENT_LOGPS: tl.constexpr = tl.constexpr(COLUMNS.index("student_logps"))
+TEACHER_LOGPS: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_logps"))
+STUDENT_ENTROPY: tl.constexpr = tl.constexpr(COLUMNS.index("student_entropy"))
+TEACHER_ENTROPY: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_entropy"))
+STUDENT_LSE: tl.constexpr = tl.constexpr(COLUMNS.index("student_lse"))
+TEACHER_LSE: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_lse"))
+STUDENT_TOP: tl.constexpr = tl.constexpr(COLUMNS.index("student_top"))
+TEACHER_TOP: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_top"))
+STUDENT_LOG_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("student_log_sum"))
+TEACHER_LOG_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_log_sum"))
+GRAD_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("grad_sum"))
+# Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
+LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+
+
+def statistics(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    target_ids: Tensor | None,
+    rows: Tensor,
+) -> RowStats:
+    n, vocab = x_student.shape
+    table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
+    if n > 0:
+        config = configs.row_config("statistics", _capability(x_student.device))
+        in_scale, kappa = _scales(spec)
+        with torch.cuda.device_of(x_student):
+            launch: Any = statistics_kernel[(n,)]
+            launch(
+                x_student,
+                x_teacher,
+                _contiguous(bias),
+                _contiguous(teacher_bias),
+                _contiguous(target_ids),
+                table,
+                vocab,
+                _row_stride(x_student),
+                _row_stride(x_teacher),
+                table.stride(0),
+                in_scale,
+                kappa,
+                float(spec.divergence.beta),
+                float(spec.divergence.clip or 0.0),
+                **_flags(spec, bias, teacher_bias),
+                HAS_TARGET=target_ids is not None,
+                LANES=config.lanes(x_student.element_size()),
+                BLOCK_V=config.block_v,
+                **config.options,
+            )
+    return RowStats.unstack(table, rows, with_targets=target_ids is not None)
+
+
+def gradient_(
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    stats: RowStats,
+    weights: Tensor,
+    out: Tensor,
+) -> None:
+    n, vocab = x_student.shape
+    if n == 0:
+        return
+    if out.untyped_storage().data_ptr() == x_student.untyped_storage().data_ptr():
+        # What gradient_kernel relies on when it stores over logits that it has read.
+        row_bytes = [t.stride(0) * t.element_size() for t in (out, x_student)]
+        assert out.data_ptr() in (x_student.data_ptr(), x_teacher.data_ptr())
+        assert n == 1 or row_bytes[0] == row_bytes[1]
+        assert out.element_size() <= x_student.element_size()
+    config = configs.row_config("gradient", _capability(x_student.device))
+    in_scale, kappa = _scales(spec)
+    with torch.cuda.device_of(x_student):
+        launch: Any = gradient_kernel[(n,)]
+        launch(
+            x_student,
+            x_teacher,
+            _contiguous(bias),
+            _contiguous(teacher_bias),
+            _contiguous(stats.student_top),
+            _contiguous(stats.teacher_top),
+            _contiguous(stats.student_log_sum),
+            _contiguous(stats.teacher_log_sum),
+            _contiguous(stats.grad_sum),
+            _contiguous(weights),
+            out,
+            vocab,
+            _row_stride(x_student),
+            _row_stride(x_teacher),
+            _row_stride(out),
+            in_scale,
+            kappa,
+            spec.chain,
+            float(spec.divergence.beta),
+            float(spec.divergence.clip or 0.0),
+            **_flags(spec, bias, teacher_bias),
+            BLOCK_V=config.block_v,
+            **config.options,
+        )
+
+
+def _scales(spec: RowSpec) -> tuple[float, float]:
+    in_scale, kappa = spec.scales
+    # Rounded here because a kernel takes it in fp32: its fp64 lines must use the same value.
+    return float(in_scale), torch.tensor(kappa, dtype=torch.float32).item()
+
+
+def _flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> dict[str, int | bool]:
+    return {
+        "DIVERGENCE": DIVERGENCES.index(spec.divergence.kind),
+        "HAS_BIAS": bias is not None,
+        "HAS_TEACHER_BIAS": teacher_bias is not None,
+        "HAS_SOFTCAP": spec.softcap is not None,
+        "HAS_CLIP": spec.divergence.clip is not None,
+        "LINEAR": spec.linear,
+        "NONNEGATIVE": spec.divergence.clip is not None and spec.divergence.clip_form == "nonnegative",
+    }
+
+
+def _capability(device: torch.device) -> int:
+    """10 * major + minor; for the interpreter that of the oldest pinned architecture."""
+    if device.type != "cuda":
+        return min(configs.ARCHITECTURES)
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _row_stride(x: Tensor) -> int:
+    assert x.stride(1) == 1 or x.shape[1] == 1
+    return x.stride(0)
+
+
+def _contiguous(per_row: Tensor | None) -> Tensor | None:
+    return None if per_row is None else per_row.contiguous()
+
+
+# The two kernels. The first keeps every sum and maximum over the vocabulary per lane, LANES columns of a
+# (K, LANES) block side by side, and reduces them once at the end: no barrier in its loops, and short sums.
+
+
+@triton.jit
+def statistics_kernel(
+    xs_ptr,  # (C, V)
+    xt_ptr,  # (C, V)
+    bias_ptr,  # (V,)
+    teacher_bias_ptr,  # (V,)
+    target_ptr,  # (C,)
+    out_ptr,  # (len(COLUMNS), C)
+    V,
+    stride_xs,
+    stride_xt,
+    stride_out,
+    in_scale,
+    kappa,
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    LINEAR: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # A KL needs only E[z_p - z_q] and both log-sums: one read. The JSD and a clip need both for each summand.
+    IS_KL: tl.constexpr = DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL  # pyright: ignore
+    ONE_PASS: tl.constexpr = IS_KL and not HAS_CLIP  # pyright: ignore
+    K: tl.constexpr = BLOCK_V // LANES
+    # int64 before the multiply: row * stride passes 2^31 at row 14,135 for V = 151,936.
+    row = tl.program_id(0).to(tl.int64)
+    xs_ptr += row * stride_xs
+    xt_ptr += row * stride_xt
+    block = tl.arange(0, K)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+    m_s = tl.full([LANES], LOWEST, tl.float32)  # running maximum of y
+    m_t = tl.full([LANES], LOWEST, tl.float32)
+    # Sum of e = exp(kappa (y - m)) but for the 1 of the maximum: beside it all below 6e-8 would be lost.
+    l_s = tl.zeros([LANES], tl.float32)
+    l_t = tl.zeros([LANES], tl.float32)
+    a_s = tl.zeros([LANES], tl.float32)  # sum of e (y - m), for the entropy
+    a_t = tl.zeros([LANES], tl.float32)
+    d = tl.zeros([LANES], tl.float32)  # sum of e_p ((y_p - m_p) - (y_q - m_q)) for KL(p || q)
+    for start in range(0, V, BLOCK_V):
+        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
+        y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+        top_s = tl.maximum(m_s, tl.max(y_s, 0))
+        top_t = tl.maximum(m_t, tl.max(y_t, 0))
+        rise_s = top_s - m_s
+        rise_t = top_t - m_t
+        all_s = l_s + _one(m_s > LOWEST)
+        all_t = l_t + _one(m_t > LOWEST)
+        w_s, w_t, a_s, a_t, d = _rescaled(rise_s, rise_t, all_s, all_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS)
+        l_s = tl.where(rise_s > 0.0, w_s * all_s, l_s)
+        l_t = tl.where(rise_t > 0.0, w_t * all_t, l_t)
+        m_s = top_s
+        m_t = top_t
+        u_s = y_s - m_s[None, :]
+        u_t = y_t - m_t[None, :]
+        e_s = tl.exp(kappa * u_s)
+        e_t = tl.exp(kappa * u_t)
+        l_s += tl.sum(e_s, 0) - _one(rise_s > 0.0)
+        l_t += tl.sum(e_t, 0) - _one(rise_t > 0.0)
+        a_s += tl.sum(_times(e_s, u_s), 0)
+        a_t += tl.sum(_times(e_t, u_t), 0)
+        if ONE_PASS:
+            if DIVERGENCE == FORWARD_KL:
+                d += tl.sum(_times(e_t, u_t - u_s), 0)
+            else:
+                d += tl.sum(_times(e_s, u_s - u_t), 0)
+
+    top_s = tl.max(m_s, 0)
+    top_t = tl.max(m_t, 0)
+    rise_s = top_s - m_s
+    rise_t = top_t - m_t
+    one_s = _one(m_s > LOWEST)
+    one_t = _one(m_t > LOWEST)
+    w_s, w_t, a_s, a_t, d = _rescaled(
+        rise_s, rise_t, l_s + one_s, l_t + one_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS
+    )
+    more_s = (tl.sum(w_s * (l_s.to(tl.float64) + one_s), 0) - 1.0).to(tl.float32)
+    more_t = (tl.sum(w_t * (l_t.to(tl.float64) + one_t), 0) - 1.0).to(tl.float32)
+    log_s = _log1p(more_s)
+    log_t = _log1p(more_t)
+    l_s = 1.0 + more_s
+    l_t = 1.0 + more_t
+
+    grad_sum = 0.0
+    if ONE_PASS:
+        d = tl.sum(d, 0)
+        if DIVERGENCE == FORWARD_KL:
+            kl = kappa * d / l_t - _log1p((l_t - l_s) / l_s)
+        else:
+            d = kappa * d / l_s
+            kl = d - _log1p((l_s - l_t) / l_t)
+            # G with the rounded log-sums that the gradient will use: ps (ls - lt - G) does not see an error that is
+            # in both ls - lt and G.
+            grad_sum = (d.to(tl.float64) - (log_s.to(tl.float64) - log_t.to(tl.float64))).to(tl.float32)
+    else:
+        f_sum = tl.zeros([LANES], tl.float32)
+        g_sum = tl.zeros([LANES], tl.float32)
+        p_sum = tl.zeros([LANES], tl.float32)
+        for start in range(0, V, BLOCK_V):
+            y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
+            y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+            ls = tl.fma(y_s - top_s, kappa, -log_s)
+            lt = tl.fma(y_t - top_t, kappa, -log_t)
+            ps = tl.exp(ls)
+            f, g = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
+            f_sum += tl.sum(f, 0)
+            g_sum += tl.sum(g, 0)
+            p_sum += tl.sum(ps, 0)
+        kl = tl.sum(f_sum, 0)
+        grad_sum = tl.sum(g_sum, 0) / tl.sum(p_sum, 0)  # p_sum is 1 but for the rounding of the log-sum
+
+    out_ptr += row
+    tl.store(out_ptr + KL * stride_out, kl)
+    if HAS_TARGET:
+        target = tl.load(target_ptr + row).to(tl.int64)
+        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, target, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
+        y_t = _read(xt_ptr, teacher_bias_ptr, target, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+        tl.store(out_ptr + STUDENT_LOGPS * stride_out, kappa * (y_s - top_s) - log_s)
+        tl.store(out_ptr + TEACHER_LOGPS * stride_out, kappa * (y_t - top_t) - log_t)
+    tl.store(out_ptr + STUDENT_ENTROPY * stride_out, log_s - kappa * tl.sum(a_s, 0) / l_s)
+    tl.store(out_ptr + TEACHER_ENTROPY * stride_out, log_t - kappa * tl.sum(a_t, 0) / l_t)
+    tl.store(out_ptr + STUDENT_LSE * stride_out, tl.fma(top_s, kappa, log_s))
+    tl.store(out_ptr + TEACHER_LSE * stride_out, tl.fma(top_t, kappa, log_t))
+    tl.store(out_ptr + STUDENT_TOP * stride_out, top_s)
+    tl.store(out_ptr + TEACHER_TOP * stride_out, top_t)
+    tl.store(out_ptr + STUDENT_LOG_SUM * stride_out, log_s)
+    tl.store(out_ptr + TEACHER_LOG_SUM * stride_out, log_t)
+    tl.store(out_ptr + GRAD_SUM * stride_out, grad_sum)
+
+
+@triton.jit
+def gradient_kernel(
+    xs_ptr,  # (C, V)
+    xt_ptr,  # (C, V)
+    bias_ptr,  # (V,)
+    teacher_bias_ptr,  # (V,)
+    top_s_ptr,  # (C,)
+    top_t_ptr,  # (C,)
+    log_s_ptr,  # (C,)
+    log_t_ptr,  # (C,)
+    grad_sum_ptr,  # (C,)
+    weights_ptr,  # (C,)
+    out_ptr,  # (C, V), may lie over xs or xt
+    V,
+    stride_xs,
+    stride_xt,
+    stride_out,
+    in_scale,
+    kappa,
+    chain,
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    LINEAR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    xs_ptr += row * stride_xs
+    xt_ptr += row * stride_xt
+    out_ptr += row * stride_out
+    top_s = tl.load(top_s_ptr + row)
+    top_t = tl.load(top_t_ptr + row)
+    log_s = tl.load(log_s_ptr + row)
+    log_t = tl.load(log_t_ptr + row)
+    weight = tl.load(weights_ptr + row).to(tl.float32)
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
+        y_t = _read(xt_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+        # bf16 out over fp32 logits, B = BLOCK_V: block k is read at bytes [4 B k, 4 B (k + 1)) of the row and
+        # written at [2 B k, 2 B (k + 1)), which lies in blocks 0 to k. In ascending order, and with every
+        # warp done reading block k before one stores, all loads of those bytes come first.
+        tl.debug_barrier()
+        ls = tl.fma(y_s - top_s, kappa, -log_s)
+        lt = tl.fma(y_t - top_t, kappa, -log_t)
+        ps = tl.exp(ls)
+        _, dz = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
+        if HAS_CLIP or DIVERGENCE != FORWARD_KL:
+            dz -= ps * tl.load(grad_sum_ptr + row)
+        dz *= weight * chain
+        if HAS_SOFTCAP:
+            dz *= 1.0 - y_s * y_s
+        dz = tl.where(weight == 0.0, 0.0, dz)
+        tl.store(out_ptr + cols, dz.to(out_ptr.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def _read(x_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """y of the columns, -inf beyond V: a probability of zero on both sides, which no sum sees."""
+    return _formed(_load(x_ptr, cols, V), bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def _read_student(
+    xs_ptr,
+    xt_ptr,
+    bias_ptr,
+    cols,
+    V,
+    in_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
+    """As `_read`, also where the student's block holds the difference to the teacher's."""
+    x = _load(xs_ptr, cols, V)
+    if LINEAR:
+        x += _load(xt_ptr, cols, V)
+    return _formed(x, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def _load(x_ptr, cols, V):
+    return tl.load(x_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _formed(x, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    if HAS_BIAS:
+        x += _load(bias_ptr, cols, V)
+    y = x * in_scale
+    if HAS_SOFTCAP:
+        y = _tanh(y)
+    return tl.where(cols < V, y, -float("inf"))
+
+
+@triton.jit
+def _one(where):
+    return tl.where(where, 1.0, 0.0)
+
+
+@triton.jit
+def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE: tl.constexpr, ONE_PASS: tl.constexpr):
+    """exp(-kappa rise) of both sides, and the sums of `statistics_kernel` after their maxima rose; ``l`` with the 1."""
+    w_s = tl.exp(-kappa * rise_s)
+    w_t = tl.exp(-kappa * rise_t)
+    if ONE_PASS:
+        # d is infinite where q is -inf and p is not; `_times` for when a later maximum makes p negligible.
+        if DIVERGENCE == FORWARD_KL:
+            d = _times(w_t, d + (rise_s - rise_t) * l_t)
+        else:
+            d = _times(w_s, d + (rise_t - rise_s) * l_s)
+    a_s = w_s * (a_s - rise_s * l_s)
+    a_t = w_t * (a_t - rise_t * l_t)
+    return w_s, w_t, a_s, a_t, d
+
+
+@triton.jit
+def _summands(ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr, NONNEGATIVE: tl.constexpr):
+    """(f, g) of the table in `divergence`."""
+    if DIVERGENCE == FORWARD_KL:
+        f = _times(pt, lt - ls)
+        g = ps - pt
+        clipped_g = ps
+    elif DIVERGENCE == REVERSE_KL:
+        f = _times(ps, ls - lt)
+        g = f
+        clipped_g = -ps
+    else:
+        d = lt - ls
+        mixed = _log1p(tl.where(d > 0.0, 1.0 - beta, beta) * _expm1(-tl.abs(d)))
+        g = (1.0 - beta) * _times(ps, tl.minimum(-d, 0.0) - mixed)
+        f = g + beta * _times(pt, tl.minimum(d, 0.0) - mixed)
+        clipped_g = tl.zeros_like(ps)
+    if NONNEGATIVE:
+        clipped_g = tl.zeros_like(ps)
+        if DIVERGENCE == FORWARD_KL:
+            f += ps - pt
+        elif DIVERGENCE == REVERSE_KL:
+            f += pt - ps
+    if HAS_CLIP:
+        clipped = f > clip
+        f = tl.where(clipped, clip, f)
+        g = tl.where(clipped, clipped_g, g)
+    return f, g
+
+
+@triton.jit
+def _times(p, log_ratio):
+    """p * log_ratio with 0 log 0 = 0."""
+    return tl.where(p == 0.0, 0.0, p * log_ratio)
+
+
+# Written out: libdevice does not run in the interpreter, and exp(x) - 1 and log(1 + x) are inaccurate near 0.
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0. Taylor's next term at -0.35 is 2e-8 of the result."""
+    series = x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))))
+    return tl.where(x > -0.35, x + x * x * (0.5 + series), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) = 2 atanh(x / (2 + x)). The series' next term at |w| = 0.18 is 3e-9 of the result."""
+    w = x / (2.0 + x)
+    w2 = w * w
+    series = w2 * (1 / 3 + w2 * (1 / 5 + w2 * (1 / 7 + w2 * (1 / 9))))
+    return tl.where(tl.abs(w) < 0.18, 2.0 * w * (1.0 + series), tl.log(1.0 + x))
+
+
+@triton.jit
+def _tanh(x):
+    """-expm1(-2 |x|) / (2 + expm1(-2 |x|)) with the sign of x: relative accuracy also near 0."""
+    e = _expm1(-2.0 * tl.abs(x))
+    y = -e / (2.0 + e)
+    return tl.where(x < 0.0, -y, y)

@@ -1,0 +1,78 @@
+"""The demo from end to end on a tiny world: report, resume, and going on with more steps."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from hsd.cli.__main__ import main
+from hsd.evaluate import Sampling
+from hsd.tasks import small_world
+from hsd.train.callbacks import load_metrics
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The small world with a tiny model, eight questions and a verifier that it passes about half the time."""
+    tokenizer = small_world.build_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    initial = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads, **special))
+    initial.save_pretrained(tmp_path / "initial")
+    tokenizer.save_pretrained(tmp_path / "initial")
+    of_the_package = small_world.task
+
+    def task(seed):
+        whole = of_the_package(seed)
+        settings = {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 8}
+        return replace(
+            whole,
+            title="tiny world",
+            model=lambda: str(tmp_path / "initial"),
+            questions=whole.questions[:8],
+            held_out=whole.held_out[:4],
+            rewards=[lambda completion_ids, **kwargs: [float(ids[0] % 2) for ids in completion_ids]],
+            sampling=Sampling(max_new_tokens=6),
+            train=dict(whole.train) | settings | {"teacher": "ema", "reference_coef": 0.1, "use_cpu": True},
+            eval_samples=2,
+        )
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(small_world, "task", task)
+    return tmp_path / "runs" / "small-seed0"
+
+
+def test_runs_reports_and_goes_on(tiny, capsys):
+    assert main(["demo", "small"]) == 0
+    printed = capsys.readouterr().out
+    assert "# tiny world" in printed and "| success [95 % interval] |" in printed and "step 2/2" in printed
+    files = {"report.md", "report.json", "metrics.jsonl", "credit.json", "training.png", "config.yaml", "run.json"}
+    assert files <= {p.name for p in tiny.iterdir()}
+    AutoModelForCausalLM.from_pretrained(tiny / "model")
+
+    before = (tiny / "before.json").read_text()
+    assert main(["demo", "small", "--max-steps", "4"]) == 0  # goes on from step 2
+    assert [row["step"] for row in load_metrics(tiny / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert (tiny / "before.json").read_text() == before and (tiny / "after-4.json").exists()
+    facts = json.loads((tiny / "report.json").read_text())
+    assert facts["settings"]["steps"] == 4 and facts["settings"]["teacher"] == "ema"
+    assert main(["credit", str(tiny), "--questions", "2", "--rollouts", "4"]) == 0
+    assert "tiny world" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tiny, capsys):
+    assert main(["demo", "small", "--max_steps", "1"]) == 0
+    assert main(["demo", "small", "--max_steps", "1"]) == 0
+    assert "already has 1 steps" in capsys.readouterr().out
+    assert [row["step"] for row in load_metrics(tiny / "metrics.jsonl")] == [1]
+    assert main(["demo", "small", "--max_steps", "1", "--teacher", "live"]) == 2
+    assert "train.teacher: runs/small-seed0 holds a run with 'ema', got 'live'" in capsys.readouterr().err
+
+
+def test_what_is_not_a_demo_is_named(capsys):
+    assert main(["demo", "large"]) == 2
+    assert "'small', 'smollm2'" in capsys.readouterr().err

@@ -1,0 +1,189 @@
+"""A run's report on made-up measurements: the numbers it prints are those that were measured."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hsd.evaluate import Success
+from hsd.hindsight.groups import Group, Rollout
+from hsd.tasks import small_world
+from hsd.viewer import report, summary
+from hsd.viewer.measure import MeasuredCredit
+
+TOKENIZER = small_world.build_tokenizer()
+BEFORE = Success(0.258, 0.221, 0.297, 512, 1, 0.0312, 32.51)
+AFTER = Success(0.717, 0.678, 0.756, 512, 1, 0.0078, 33.94)
+TASK = replace(
+    small_world.task(0),
+    title="a made-up task",
+    questions=[{"prompt": "1+1=", "answer": "2"}],
+    held_out=[{"prompt": "2+2=", "answer": "4"}],
+)
+COMMAND = "hsd demo small --seed 3 --max_steps 3"
+SETTINGS = {"learning_rate": 1e-4, "teacher": "ema"}
+PICTURES = ["credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png", "training.png"]
+
+
+def group(prompt: str, answer: str, **rollouts: float) -> Group:
+    made = (Rollout(tuple(TOKENIZER(text)["input_ids"]), r) for text, r in rollouts.items())
+    return Group(prompt, answer, tuple(made))
+
+
+MIXED = group("12+34=", "46", **{"12+34=46;#46$": 1.0, "12+34=56;#56$": 0.0, "12+34": 0.0, "#46$": 1.0})
+FAILED = group("7+8=", "15", **{"#14$": 0.0, "#16$": 0.0, "1$": 0.0, "2$": 0.0})
+
+
+def measured(tau: list[int]) -> MeasuredCredit:
+    """Rollouts 1 and 2 of MIXED against its rollout 0; 14 tokens, of which the second has 5."""
+    length = len(MIXED.rollouts[1].token_ids)
+    with_peer, answer_only = torch.zeros(2, length), torch.full((2, length), 0.25)
+    with_peer[0, 6], with_peer[0, 9] = -3.0, 1.0
+    answer_only[0, 6] = -0.75
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, 5:] = 0
+    return MeasuredCredit([MIXED, MIXED], [1, 2], [0, 0], with_peer, answer_only, mask, torch.tensor(tau))
+
+
+def save(path: Path, of: MeasuredCredit | None, groups: list[Group], again: list[Group] | None = None) -> None:
+    path.write_text(json.dumps(summary.summarise(of, groups, again or groups, TOKENIZER)))
+
+
+def metrics(folder: Path, **extra) -> None:
+    rows = [{"step": i, "loss": 0.5 / i, "hsd/success_rate": 0.3, "hsd/credit_at_tau": None} for i in range(1, 4)]
+    rows = [row | {"step_time": t} for row, t in zip(rows, (2.0, 4.0, 6.4), strict=True)]
+    rows[-1] |= extra
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def write(folder: Path, task=TASK) -> str:
+    text = report.write(folder, task, COMMAND, SETTINGS, BEFORE, AFTER)
+    assert (folder / "report.md").read_text() == text
+    return text
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(summary, "draw", lambda folder, credit: [])
+    monkeypatch.setattr(report, "training_picture", lambda folder, rows: [])
+
+
+def cells(text: str, label: str) -> list[list[str]]:
+    """The cells of every table row that opens with `label`."""
+    rows = (re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| "))
+    return [[c.strip() for c in row[1:]] for row in rows if row[0].strip() == label]
+
+
+def test_save_credit_keeps_coverage_and_credit(tmp_path):
+    path = tmp_path / "credit.json"
+    save(path, measured([6, -1]), [MIXED, FAILED])
+    kept = json.loads(path.read_text())
+    assert (kept["questions"], kept["group_size"], kept["failing_with_peer"]) == (2, 4, 2)
+    assert kept["success"] == pytest.approx(0.25)
+    assert kept["coverage"] == pytest.approx(2 / 8)  # the two failures of the group that has successes
+    assert kept["success"] == 0.25
+    assert kept["mixed_groups"] == 0.5
+    assert kept["median_tau"] == 6
+    assert kept["mean_abs"]["answer_only"] == pytest.approx((0.25 + 0.5 / 13 + 0.25) / 2)
+    assert kept["mass"]["with_peer"] == pytest.approx([0.75, 1, 1, 1, 1])
+    (example,) = kept["examples"]  # one for each question, and only where a rollout leaves its peer
+    assert example == {
+        "question": "12+34=",
+        "answer": "46",
+        "rollout": "12+34=>>56;#56",
+        "peer": "12+34=>>46;#46",
+        "credit": -3.0,
+        "credit_answer_only": -0.75,
+    }
+
+
+def test_chat_questions_are_shown_by_their_last_message(tmp_path):
+    chat = Group([{"role": "user", "content": "12+34=\n?"}], "46", MIXED.rollouts)
+    m = measured([6, -1])
+    m = MeasuredCredit([chat, chat], m.rollout, m.peer, m.with_peer, m.answer_only, m.mask, m.tau)
+    save(tmp_path / "credit.json", m, [chat])
+    (example,) = json.loads((tmp_path / "credit.json").read_text())["examples"]
+    assert example["question"] == "12+34=\\n?"
+
+
+def test_report_holds_the_numbers(tmp_path):
+    save(tmp_path / "credit.json", measured([6, -1]), [MIXED, FAILED])
+    metrics(tmp_path)
+    text = write(tmp_path)
+    assert text.startswith("# a made-up task\n")
+    assert f"`{COMMAND}`" in text and "12 s in training steps" in text
+    assert "teacher ema" in text and "learning_rate 0.0001" in text and "teacher fixed" not in text
+    assert "512 held-out questions x 1" in text
+    assert cells(text, "success [95 % interval]") == [["0.258 [0.221, 0.297]", "0.717 [0.678, 0.756]"]]
+    assert cells(text, "truncated") == [["0.031", "0.008"]]
+    assert cells(text, "mean length (tokens)") == [["32.5", "33.9"]]
+    assert "success 0.250" in text and "2 failing rollouts with a peer" in text
+    assert "Median divergence position: 6." in text
+    assert cells(text, "mean \\|A\\| (nats) at t - tau") == [[str(o) for o in summary.PROFILE_ROWS]]
+    profile, mass = cells(text, "peer + answer")
+    at = dict(zip(summary.PROFILE_ROWS, profile, strict=True))
+    assert (at[0], at[-1], at[1], at[-8]) == ("3.000", "0.000", "0.000", "-")  # tau is 6: no token 8 before it
+    assert mass == ["75%", "100%", "100%", "100%", "100%"]
+    profile, _ = cells(text, "answer only")
+    assert dict(zip(summary.PROFILE_ROWS, profile, strict=True))[0] == "0.750"
+    assert re.search(r"12\+34=>>56;#56 +A -3\.00[,;] answer only -0\.75\n", text)
+    assert "No alarm was raised" in text
+    for name in PICTURES:
+        assert f"]({name})" in text
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_report_json_holds_the_same(tmp_path, no_pictures):
+    save(tmp_path / "credit.json", measured([6, -1]), [MIXED])
+    metrics(tmp_path)
+    write(tmp_path)
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["before"]["mean"] == 0.258 and facts["after"]["high"] == 0.756
+    assert facts["settings"] == {"learning_rate": 1e-4, "teacher": "ema", "steps": 3}
+    assert facts["alarms"] == {} and facts["seconds"] == pytest.approx(12.4)
+    assert facts["credit"]["failing_with_peer"] == 2
+
+
+def test_an_alarm_stands_in_the_report(tmp_path, no_pictures):
+    save(tmp_path / "credit.json", measured([6, -1]), [MIXED])
+    metrics(tmp_path, alarms={"success": "success fell from 0.500 at best to 0.010"})
+    text = write(tmp_path)
+    assert "ALARM, step 3: success fell from 0.500 at best to 0.010." in text
+    assert "No alarm" not in text
+
+
+def test_the_same_questions_for_training_and_evaluation_are_owned_up_to(tmp_path, no_pictures):
+    save(tmp_path / "credit.json", None, [FAILED])
+    metrics(tmp_path)
+    text = write(tmp_path, replace(TASK, held_out=[]))
+    assert "training questions (none is held out)" in text and "held-out" not in text
+
+
+def test_no_failing_rollout_with_a_peer_is_said(tmp_path):
+    save(tmp_path / "credit.json", None, [FAILED])
+    metrics(tmp_path)
+    text = write(tmp_path)
+    assert "0 failing rollouts with a peer" in text
+    assert "No failing rollout has a successful peer: there is no credit profile to show." in text
+    assert not cells(text, "peer + answer")
+    assert [name for name in PICTURES if (tmp_path / name).exists()] == ["coverage.png", "training.png"]
+
+
+def test_failures_that_never_leave_their_peer(tmp_path):
+    """Truncated rollouts that are prefixes of their peer have credit, but no divergence position to put it at."""
+    save(tmp_path / "credit.json", measured([-1, -1]), [MIXED])
+    metrics(tmp_path)
+    text = write(tmp_path)
+    assert "2 failing rollouts with a peer" in text
+    assert "No failing rollout leaves its peer: there is no credit profile to show." in text
+    assert "nan" not in text
+    drawn = ["credit_silence.png", "coverage.png", "training.png"]
+    assert [name for name in PICTURES if (tmp_path / name).exists()] == drawn
+
+
+def test_without_metrics_there_is_no_training_picture(tmp_path):
+    save(tmp_path / "credit.json", None, [FAILED])
+    assert "training.png" not in write(tmp_path)
