@@ -6,7 +6,7 @@ and its mutants, 1,000 hostile inputs, verdicts a second.
 Other graders: math-verify, and verl's and lm-eval's from FOLDER, filled by
 `pip install --no-deps --target FOLDER verl lm-eval`.
 
-Data: GSM8K, MATH-500, AIME and HumanEval in $HSD_SHARED_DATA, or in shared/data beside the repository. About 20 minutes on
+Data: GSM8K, MATH-500, AIME and HumanEval in $HSD_SHARED_DATA, or in shared/data beside it. About 20 minutes on
 two cores. The hostile part runs in a "strong" sandbox only. The cases are in `verifier_cases.py`, `hostile_inputs.py`.
 """
 
