@@ -47,7 +47,7 @@ _COPULA = re.compile(
 )
 _FILLER = re.compile(
     r"(?i:\s*(?:equal|to|about|approximately|roughly|around|exactly|precisely|simply|just|only|now|thus|therefore|then|at|the|a"
-    r"|an|value|number|point|interval|set|total|of|given|by|option|choice|that|we|have|also|still|indeed|it)\b[\s:,]*)+"
+    r"|an|value|number|point|interval|set|total|of|given|by|option|choice|that|we|have|also|still|indeed|it|us|me)\b[\s:,]*)+"
 )
 # A sign counts only where no operand stands before it ("7-5" ends in 5).
 SIGNED = (
@@ -59,7 +59,7 @@ _IN_SENTENCE = re.compile(
     rf"|\s+\d+/\d+|\s*\\frac\{{\d+\}}\{{\d+\}}|/\d+(?:,\d{{3}})*|:\d\d)?)(?:\s*(\\?%)|([a-zA-Z]+))?(?!\w|/|\^(?!\\circ))",
     re.ASCII,
 )
-_CONTINUES = re.compile(r"[\s,]*(?:(?:or|and|to)\b.*\d|/|[-+*^=<>]|\\(?!text)|,\s*-?\d)", re.DOTALL)
+_CONTINUES = re.compile(r"[\s,]*(?:(?:or|and|to|through|until)\b.*\d|/|[-+*^=<>]|\\(?!text)|,\s*-?\d)", re.DOTALL)
 
 
 def extract_answer(text: str) -> str | None:
@@ -163,7 +163,7 @@ def _of_line(line: str) -> str | None:
             return f"{joined} {unit[1]}"
         negated = re.search(r"\bnot\s*$", line[: formulas[0].start()]) is not None
         return line if negated else number[-1] if number and "$" not in after else joined or None
-    return _of_sentence(re.sub(r"(?<!\.)\.\s*$|(?<=[a-z])!+\s*$", "", line))
+    return _of_sentence(re.sub(r"(?<!\.)\.\s*$|(?<=[a-z]{2})!+\s*$", "", line))
 
 
 def _inner(formula: re.Match[str]) -> str:
@@ -179,6 +179,16 @@ def _wordy(text: str) -> bool:
     return any(w.lower() not in _MATH_WORDS and (len(w) > 3 or w.lower() in _SMALL_WORDS) for w in words)
 
 
+_CHOSEN = re.compile(
+    r"(?i:answer|choice|option)\b[^.]{0,20}?\bis\s+(?:option\s+)?\(?([A-J])\)?(?![\w'])(?!\s*[-=+*/^<>])(?! or)"
+)
+_NO_ANSWER = re.compile(
+    r"(?i:\bnot|n't)\s+$|\u2260\s*$|\\neq\s*$"
+    r"|(?i:figure|step|case|problem|question|chapter|section|table|example|equation|page)\s+$"
+)
+_SPAN = re.compile(r"(?i:\b(?:after|in|within|every|for|over|during)\s+(?:the\s+)?$)")
+_TIME = re.compile(r"\s*(?:more |full )?(?:second|minute|hour|day|week|month|year)s?\b")
+
 _MATH_WORDS = set("sin cos tan log ln exp sqrt max min mod gcd lcm pi or and sinh cosh tanh frac".split())
 _SMALL_WORDS = set("so is it we to of in the for has are not but no as at by be he she per all day".split())
 
@@ -187,6 +197,8 @@ def _of_sentence(line: str) -> str | None:
     said = re.match(r"(?i:\(?\s*([A-J])\s*[).:]\s)", line)
     if not _wordy(line) or said:
         return line.strip() or None
+    if chosen := _CHOSEN.search(line):
+        return chosen[1]
     rest = line
     copulas = [m for m in _COPULA.finditer(line) if line[m.end() :].strip()]
     if copulas:
@@ -197,6 +209,8 @@ def _of_sentence(line: str) -> str | None:
     negated = re.match(r"(?i:not\b)", rest) or re.search(r"(?i:\bnot|cannot|n't)\s+$", before)
     if negated and before and not rest.lower().startswith("not"):
         return line.strip()
+    if not re.search(r"[\d\\]", rest) and _numbers(line):
+        return _numbers(line)[-1]
     if not _wordy(rest) and not negated:
         return rest.strip() or None
     first = _IN_SENTENCE.match(rest)
@@ -221,12 +235,11 @@ def _of_sentence(line: str) -> str | None:
 
 
 def _numbers(text: str) -> list[str]:
-    kept = [
-        m
-        for m in _IN_SENTENCE.finditer(text)
-        if not re.search(r"(?i:\bnot\s+|\u2260\s*|n't\s+)$", text[: m.start()][-12:])
-    ]
-    return [shown for m in kept if (shown := _shown(m))]
+    """The numbers of a sentence that may be its answer: not after "not", no label, no time span if there are others."""
+    found = [(m, shown) for m in _IN_SENTENCE.finditer(text) if (shown := _shown(m))]
+    found = [(m, shown) for m, shown in found if not _NO_ANSWER.search(text[max(0, m.start() - 12) : m.start()])]
+    spans = [_SPAN.search(text[max(0, m.start() - 12) : m.start()]) and _TIME.match(text, m.end()) for m, _ in found]
+    return [shown for (_, shown), span in zip(found, spans, strict=True) if not span or all(spans)]
 
 
 def _shown(m: re.Match[str]) -> str | None:

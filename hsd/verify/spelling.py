@@ -100,6 +100,8 @@ def normalized(answer: str) -> str:
     s = _TEXT.sub(r" \1 ", s)
     s = re.sub(r"(?<=[\w)])\s*\*\*\s*(?=[\w({-])", "^", s)
     s = re.sub(r"(?<=\d)\s*:\s*(?=\d)", ":", s)
+    s = re.sub(r"\\dot\{(\d)\}(\d*)\\dot\{(\d)\}", r"\\overline{\1\2\3}", s)
+    s = re.sub(r"(?<=\d)\s*([apAP])\.?\s?[mM]\b\.?\s*$", lambda m: f" {m[1].lower()}m", s) if ":" in s else s
     for pattern, other in _SPELLINGS:
         s = pattern.sub(other, s)
     s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s)

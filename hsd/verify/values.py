@@ -72,9 +72,14 @@ def _number(s: str) -> Number | None:
         return Number(-value if m["sign"] == "-" else value, decimal)
     if m["sign"] == "-":
         value = -value
-    if rest == r"\ldots" and decimal and (cycle := re.search(r"(\d+?)\1\1+$", s.removesuffix(r"\ldots"))) and "." in s:
+    if (
+        rest == r"\ldots"
+        and decimal
+        and (cycle := re.search(r"(\d+?)\1\1+$|(\d{3,}?)\2$", s.removesuffix(r"\ldots")))
+        and "." in s
+    ):
         lead = s[: s.index(cycle[0])] if "." in s[: s.index(cycle[0])] else ""
-        return _number(f"{lead}\\overline{{{cycle[1]}}}") if lead else None
+        return _number(f"{lead}\\overline{{{cycle[1] or cycle[2]}}}") if lead else None
     word = re.match(r"([a-z]+)\b\s*", rest)
     if word and word[1] in SCALES:
         value, rest = value * SCALES[word[1]], rest[word.end() :]
@@ -181,7 +186,7 @@ _RELATION = re.compile(r"\\leq|\\geq|\\neq|<|>|=|\\in(?![a-zA-Z])")
 _SYMBOL = r"(?:[A-Za-z]|\\(?!leq|geq|neq|frac|sqrt|in\b)[a-zA-Z]+)(?:_(?:\{[^{}]*\}|\w))?(?:\^(?:\{[^{}]*\}|\w|\*))?'*"
 _ASSIGNED = re.compile(
     rf"(?P<name>{_SYMBOL}|{_SYMBOL}\({_SYMBOL}(?:, {_SYMBOL})*\)|\({_SYMBOL}(?:, {_SYMBOL})+\)"
-    r"|[A-Z]{2,3}|P\([^=]*\)|\\angle ?[A-Z]+|[A-Za-z][a-z]+(?: [a-z]+)*)="
+    r"|[A-Z]{2,3}|P\([^=]*\)|\\angle ?[A-Z]+|[A-Za-z][a-z]+(?: [a-z]+)*)(?:=|\\in(?=\\\{))"
 )
 
 
@@ -249,7 +254,8 @@ def _relational(s: str) -> bool:
 
 
 def _assigned(s: str) -> str:
-    return s.rpartition("=")[2].strip()
+    name = _ASSIGNED.match(s)
+    return s[name.end() if name else 0 :].rpartition("=")[2].strip()
 
 
 def same_number(gold: Number, answer: Number, tolerance: float | None = None) -> bool:
@@ -280,7 +286,7 @@ class Items:
 
 def _items(s: str) -> Items | None:
     """A list, tuple, interval, set, ratio or matrix of two items or more, or a set of one."""
-    matrix = re.fullmatch(r"\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", s, re.DOTALL)
+    matrix = re.fullmatch(r"[(\[]?\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}[)\]]?", s, re.DOTALL)
     if matrix and matrix[1] not in ("vmatrix", "Vmatrix"):
         rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
         cells = [cell.strip() for row in rows for cell in row.split("&")]

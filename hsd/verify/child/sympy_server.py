@@ -120,17 +120,35 @@ def compare(gold: str, answer: str, tolerance: float | None = None) -> dict[str,
     try:
         left: Any = latex2sympy(gold, normalization_config=config)
         right: Any = latex2sympy(answer, normalization_config=config)
+        left, right = with_complex_unit(left, right)
         close = near(left, right, tolerance or CLOSE)
         if close is not None and isinstance(left, Basic) and isinstance(right, Basic):
             decimal = left.has(Float) or right.has(Float)
             constant = not (left.free_symbols | right.free_symbols)
-            if not close or tolerance or (constant and (decimal or near(left, right, 1e-25))):
+            if not close or tolerance or (constant and decimal):
                 return {"equal": close}
+            if constant:
+                exact = [x.doit() for x in (left, right)]
+                return {"equal": exact[0] == exact[1] if all(x.is_Rational for x in exact) else near(*exact, 1e-25)}
         if isinstance(left, Set | MatrixBase) != isinstance(right, Set | MatrixBase):
             return {"equal": False}
         return {"equal": bool(sympy_expr_eq(left, right, 6, 15))}
     except Exception as error:
         return {"error": type(error).__name__}
+
+
+def with_complex_unit(left: Any, right: Any) -> tuple[Any, Any]:
+    """Where the only letter is i, it is the complex unit."""
+    from sympy import Expr, I
+
+    if not (isinstance(left, Expr) and isinstance(right, Expr)):
+        return left, right
+    symbols = left.free_symbols | right.free_symbols
+    return (
+        tuple(x.subs(dict.fromkeys(symbols, I)) for x in (left, right))
+        if {str(x) for x in symbols} == {"i"}
+        else (left, right)
+    )
 
 
 def near(left: Any, right: Any, allowed: float) -> bool | None:
