@@ -184,7 +184,9 @@ def verifiers() -> Facts:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a weak sandbox is a line here
         here = isolation()
-    return found | {"code sandbox": str(here), "level": here.level, "layers": list(here.layers)}
+    stopped = {answer: [what for what, stops in here.stops.items() if stops is answer] for answer in (True, False)}
+    found |= {"code sandbox": str(here), "level": here.level, "layers": list(here.layers), "stops": stopped[True]}
+    return found | ({"does not stop": stopped[False], "remedy": here.remedy} if stopped[False] else {})
 
 
 def render(report: Facts) -> str:
