@@ -60,7 +60,7 @@ def transformers_engine(path: str, dtype: str) -> Engine:
 
 
 def vllm_engine(path: str, dtype: str) -> Engine:
-    """vLLM's offline engine. It has not run here (no GPU): what it is given is tested, what it answers is not."""
+    """vLLM's offline engine."""
     import vllm  # type: ignore[import-not-found]
     from transformers import AutoTokenizer, GenerationConfig
 
