@@ -15,7 +15,7 @@ from torch import Tensor
 
 MEMORY_BYTES = {"cuda": 2 << 30}
 DEFAULT_MEMORY_BYTES = 704 << 20
-# Rows of logits at a time: the fastest of benchmarks/results/gpu_h200.md and kernel_cpu.md. More only cost memory.
+# Rows of logits at a time. More only cost memory.
 CHUNK_ROWS = {"cuda": 512}
 DEFAULT_CHUNK_ROWS = 128
 STATISTICS_ROWS = 1024  # at most, where there is no gradient
