@@ -144,11 +144,10 @@ def with_complex_unit(left: Any, right: Any) -> tuple[Any, Any]:
     if not (isinstance(left, Expr) and isinstance(right, Expr)):
         return left, right
     symbols = left.free_symbols | right.free_symbols
-    return (
-        tuple(x.subs(dict.fromkeys(symbols, I)) for x in (left, right))
-        if {str(x) for x in symbols} == {"i"}
-        else (left, right)
-    )
+    if {str(x) for x in symbols} != {"i"}:
+        return left, right
+    unit: Any = dict.fromkeys(symbols, I)
+    return left.subs(unit), right.subs(unit)
 
 
 def near(left: Any, right: Any, allowed: float) -> bool | None:
