@@ -129,7 +129,11 @@ def compare(gold: str, answer: str, tolerance: float | None = None) -> dict[str,
                 return {"equal": close}
             if constant:
                 exact = [x.doit() for x in (left, right)]
-                return {"equal": exact[0] == exact[1] if all(x.is_Rational for x in exact) else near(*exact, 1e-25)}
+                return {
+                    "equal": exact[0] == exact[1]
+                    if all(x.is_Rational for x in exact)
+                    else near(exact[0], exact[1], 1e-25)
+                }
         if isinstance(left, Set | MatrixBase) != isinstance(right, Set | MatrixBase):
             return {"equal": False}
         return {"equal": bool(sympy_expr_eq(left, right, 6, 15))}
