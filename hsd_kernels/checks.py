@@ -74,7 +74,7 @@ def check_no_tangent(name: str, *tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     for t in tensors:
-        if t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
+        if t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None:  # pyright: ignore[reportUnknownMemberType]
             raise RuntimeError(
                 f"{name}: expected tensors without a tangent, got one; it has no forward-mode derivative"
             )

@@ -223,6 +223,7 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     found = Gradients(None, None, None)
     if upstream is not None and ctx.options.reruns:
         t = Tensors(*ctx.saved_tensors)
+        assert t.token_weights is not None
         weights = t.token_weights * _of_counted(upstream, t.token_weights)
         op = torch.ops.hsd_kernels.fused_hsd_kl_backward
         made = Gradients(*op(*t._replace(token_weights=weights), **ctx.given))
@@ -258,7 +259,7 @@ def _problem(t: Tensors, divergence: Divergence, o: Options, target_ids: Tensor 
         reference = Side(t.reference_hidden, reference_head, RowSpec.of(Divergence("reverse_kl"), reference_head))
     shards = None
     if o.group_name is not None:
-        group = torch.distributed.distributed_c10d._resolve_process_group(o.group_name)  # pyright: ignore[reportPrivateImportUsage]
+        group = torch.distributed.distributed_c10d._resolve_process_group(o.group_name)  # pyright: ignore
         shards = Shards.meet(group, t.weight, live)
     return Problem(
         student_hidden=t.student_hidden,

@@ -440,6 +440,7 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     found = Gradients(None, None, None)
     if upstream is not None and ctx.options.reduction == "none":
         t = Tensors(*ctx.saved_tensors)
+        assert t.token_weights is not None
         slopes = t.token_weights * upstream.masked_fill(t.token_weights == 0, 0.0)
         op = torch.ops.hsd_kernels.fused_token_loss_backward
         made = Gradients(*op(*t._replace(token_weights=slopes), **ctx.given))

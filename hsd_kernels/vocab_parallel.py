@@ -96,8 +96,7 @@ def merge_parts(parts: RowStats, spec: RowSpec) -> RowStats:
         teacher_log_sum=teacher.log_sum,
         grad_sum=grad_sum,
     )
-    narrow = {name: None if t is None else t.to(parts.kl.dtype) for name, t in found._asdict().items()}
-    return RowStats(**narrow | {"rows": parts.rows})
+    return RowStats.unstack(found.stack().to(parts.kl.dtype), parts.rows, parts.student_logps is not None)
 
 
 class _Merged(NamedTuple):

@@ -1,5 +1,5 @@
-"""``hsd doctor``: what is installed, which kernels and attention backends a run would use and why, how shut the sandbox
-is. Works without the ``[train]`` extras; what is missing is named."""
+"""``hsd doctor``: versions, the kernels and attention backends that a run would use and why, how isolated code runs.
+Works without the ``[train]`` extras and names what is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-HELP = "what is installed, which kernels and attention backends will be used and why, how shut the sandbox is"
+HELP = "what is installed, which kernels and attention backends will be used and why, how isolated code runs"
 PACKAGES = {
     "kernel": ("torch", "triton"),
     "trainer": ("transformers", "trl", "accelerate", "datasets", "peft", "math-verify", "sympy", "matplotlib"),

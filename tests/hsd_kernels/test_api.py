@@ -291,7 +291,10 @@ def test_public_names():
         "HSDKLOutput",
         "Head",
         "RowStats",
+        "TokenLossOutput",
         "fused_hsd_kl",
+        "fused_token_logps",
+        "fused_token_loss",
         "gathered",
     }
     assert all(hasattr(hsd_kernels, name) for name in hsd_kernels.__all__)
