@@ -1,4 +1,4 @@
-"""Inputs of the kernel benchmarks: (student_hidden (N, D), teacher_hidden (N, D), lm_head_weight (V, D)).
+"""Inputs of the kernel benchmarks: (student_hidden (N, D), teacher_hidden (N, D), head weight (V, D)).
 
 Drawn on the device: a head of (151,936, 4,096) would take seconds on a CPU, for every contender.
 """

@@ -59,7 +59,7 @@ def draw(
 def small_problem(
     tokens: int = 10, dim: int = 16, vocab: int = 61, dtype: torch.dtype = torch.float32, near: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(student_hidden, teacher_hidden, lm_head_weight); the teacher within ``near`` of the student if given."""
+    """(student_hidden, teacher_hidden, head weight); the teacher within ``near`` of the student if given."""
     student = draw(tokens, dim, dtype=dtype)
     teacher = draw(tokens, dim, seed=1) if near is None else student.float() + near * draw(tokens, dim, seed=1)
     return student, teacher.to(dtype), draw(vocab, dim, dtype=dtype, scale=0.5, seed=2)

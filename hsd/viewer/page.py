@@ -28,7 +28,7 @@ NATS, PROBABILITY = 1e-3, 1e-4  # units
 def write_page(
     path: str | Path, tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit], *, title: str, note: str
 ) -> None:
-    """Write the page of ``read``, all rollouts of ``groups`` in order (`hsd.viewer.measure.read_tokens`).
+    """Write the page of ``read``, all rollouts of ``groups`` in order (`hsd.viewer.measure.measure`).
 
     Args:
         title: heading of the page, plain text.

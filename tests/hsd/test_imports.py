@@ -1,7 +1,12 @@
-"""The pure functions of the method run without the training stack."""
+"""The pure functions of the method run without the training stack, and imports have a direction."""
 
+import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 BLOCKED = """
 import sys
@@ -26,3 +31,34 @@ def test_the_trainer_is_exported():
     import hsd
 
     assert hsd.HSDTrainer.__module__ == "hsd.train.trainer" and hsd.HSDConfig.__module__ == "hsd.train.config"
+
+
+def imports(path: Path, modules: set[str]) -> set[str]:
+    """Modules of ours that a file imports, wherever the statement stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & modules if inside <= modules else inside & modules | {node.module}
+    return found & modules
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle, or none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert circle({"a": {"b"}, "b": {"c"}}) == [] and set(circle({"a": {"b"}, "b": {"a"}})) == {"a", "b"}
+    files = {}
+    for path in (p for package in ("hsd", "hsd_kernels", "benchmarks") for p in (ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    assert circle({name: imports(path, set(files)) - {name} for name, path in files.items()}) == []

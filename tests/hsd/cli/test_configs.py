@@ -76,7 +76,7 @@ def test_reference_coefficients_are_the_papers_where_they_are_supported():
 
 def test_what_the_config_refuses_is_named_with_its_file():
     path = ROOT / "configs" / "cpu_demo.yaml"
-    with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train\.teacher: expected one of"):
-        run_of(path, "--teacher", "frozen")
+    with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train\.kl_temperature: expected a number in \(0, inf\)"):
+        run_of(path, "--kl_temperature", "0")
     with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train\.beta: expected 0"):
         run_of(path, "--beta", "0.1")

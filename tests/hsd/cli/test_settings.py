@@ -65,7 +65,7 @@ def test_every_field_of_the_config_is_a_key():
         ("learning_rate: 1", float, 1.0),
         ("max_steps: 1000.0", int, 1000),
         ("bf16: no", bool, False),
-        ("kl_clip: null", type(None), None),
+        ("reference_refresh_steps: null", type(None), None),
         ("report_to: none", str, "none"),  # text is allowed here, and means none to transformers
         ("report_to: [tensorboard]", list, ["tensorboard"]),
         ("chat_template_kwargs: {enable_thinking: false}", dict, {"enable_thinking": False}),
@@ -145,8 +145,10 @@ def test_overrides(load, words):
 
 
 def test_overrides_take_the_type_of_their_field(load):
-    words = ["--run_name", "12", "--max_steps", "5", "--bf16", "true", "--kl_clip", "none", "--reward", "a.b:c"]
+    words = ["--run_name", "12", "--max_steps", "5", "--bf16", "true", "--reward", "a.b:c"]
     words += [
+        "--reference_refresh_steps",
+        "none",
         "--model.path",
         "other",
         "--lora",
@@ -164,7 +166,7 @@ def test_overrides_take_the_type_of_their_field(load):
         "bf16": True,
         "run_name": "12",
         "max_steps": 5,
-        "kl_clip": None,
+        "reference_refresh_steps": None,
         "report_to": ["tensorboard"],
         "policy_coef": [1.0, 0.0, 50.0],
     }
@@ -181,6 +183,8 @@ def test_overrides_take_the_type_of_their_field(load):
         (["--learning_rate"], "--learning_rate: expected a value, got none"),
         (["--learning_rate", "--bf16", "true"], "--learning_rate: expected a value, got none"),
         (["--learning_rate", "fast"], "--learning_rate: train.learning_rate: expected a valid number"),
+        (["--teacher", "frozen"], "--teacher: train.teacher: expected 'live', 'ema', 'fixed' or 'trust_region'"),
+        (["--kl_clip", "none"], "--kl_clip: train.kl_clip: expected a valid number"),  # 0 is none
         (["other.yaml"], "arguments: expected --key value, got 'other.yaml'"),
     ],
 )

@@ -1,6 +1,6 @@
 """`hsd train`: whose folder it is, what it refuses before training, and its metrics in tensorboard.
 
-Training, a stop and a resume through the command line are in tests/hsd/test_resume.py.
+Training, a stop and a resume through the command line are in tests/hsd/train/test_resume.py.
 """
 
 import json
