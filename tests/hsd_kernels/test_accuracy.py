@@ -49,7 +49,7 @@ def test_saturated_rows_keep_their_gradient(temperature, divergence):
         assert ours <= 1e-5 + 4.0 * theirs, (ours, theirs)
 
 
-def confident_rows(margin, offset, temperature, vocab=2000, count=6):
+def confident_rows(margin, offset, temperature, count, vocab=2000):
     """fp32 logits of a student and of a teacher within 0.1 of it; one token leads by ``margin`` nats."""
     student = draw(count, vocab)
     student[:, 7] = student.amax(-1) + margin
@@ -77,7 +77,7 @@ def test_confident_rows_lose_what_the_best_fp32_form_loses(impl, temperature, of
     if impl == "triton":
         pytest.importorskip("triton")
     for margin in (0.0, 4.0, 8.0, 12.0, 16.0, 20.0):
-        student, teacher = confident_rows(margin, offset, temperature)
+        student, teacher = confident_rows(margin, offset, temperature, 4 if impl == "triton" else 24)
         z = student.double() / temperature
         exact = (z.softmax(-1) - (teacher.double() / temperature).softmax(-1)) / temperature
         backend, spec = rows.resolve(impl, student.device, student.dtype), row_spec(temperature=temperature)
@@ -88,7 +88,10 @@ def test_confident_rows_lose_what_the_best_fp32_form_loses(impl, temperature, of
             ((g - exact).abs().sum() / exact.abs().sum()).item()
             for g in (found, best_fp32_gradient(student, teacher, temperature))
         )
-        assert ours <= 2.0 * best + 1e-7, (margin, 1.0 - z.softmax(-1)[:, 7].max().item(), ours, best)
+        # Another exponential than the best form's rounds the leading probability of each side otherwise: half a unit in
+        # its last place, which is all of the gradient where 1 - p is 1e-8.
+        band = 2.0**-24 / temperature * len(student) / exact.abs().sum().item() if impl == "triton" else 0.0
+        assert ours <= 2.0 * best + band + 1e-7, (margin, 1.0 - z.softmax(-1)[:, 7].max().item(), ours, best)
 
 
 @every_divergence
