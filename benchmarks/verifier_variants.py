@@ -50,13 +50,18 @@ Made = Iterator[tuple[bool, str, dict[str, str]]]
 
 
 def _scientific(n: int) -> Made:
-    for power in (-19, -4, 6, 11):
+    for power, gold in (
+        (-19, rf"{n} \times 10^{{-19}}"),
+        (-4, f"{n}e-4"),
+        (6, f"{n}e6"),
+        (11, rf"{n} \times 10^{{11}}"),
+    ):
         value = Decimal(n).scaleb(power)
         mantissa, _, exponent = f"{value:e}".partition("e")
         x = int(exponent)
-        wrong = ((False, mantissa, x + 1), (False, mantissa, -x), (False, str(Decimal(mantissa) + 1), x))
+        wrong = ((False, mantissa, x + 1), (False, mantissa, -x or 2), (False, str(Decimal(mantissa) + 1), x))
         for right, m, e in ((True, mantissa, x), *wrong):
-            yield right, f"{n}e{power}", {
+            yield right, gold, {
                 "boxed times": rf"\boxed{{{m} \times 10^{{{e}}}}}",
                 "boxed e": rf"\boxed{{{m}e{e}}}",
                 "boxed cdot": rf"\boxed{{{m}\cdot 10^{{{e}}}}}",
@@ -67,7 +72,11 @@ def _scientific(n: int) -> Made:
                 "E at the end": f"This gives\n{m}E{e:+03d}",
                 "dollars": f"The value is ${m}\\times10^{{{e}}}$ J.",
             }  # fmt: skip
-        yield False, f"{n}e{power}", {"mantissa alone": rf"\boxed{{{mantissa}}}", "Euler": rf"\boxed{{e{exponent}}}"}
+        yield (
+            False,
+            gold,
+            {"mantissa alone": rf"\boxed{{{mantissa}{'' if x else '1'}}}", "Euler": rf"\boxed{{e{exponent}}}"},
+        )
 
 
 def _mixed(n: int) -> Made:

@@ -34,7 +34,7 @@ def _separated(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: expected a whole gzip file, got {error}") from error
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = next(lines, [])
+        header = [name.strip() for name in next(lines, [])]
         if len(set(header)) < len(header) or not all(header):
             raise ValueError(f"{path}: expected a first line with a name for each column, got {header}")
         for cells in lines:

@@ -71,8 +71,10 @@ def svamp(raw: dict[str, Any]) -> Row:
     return _row(f"{body}{stop} {raw['Question'].strip()}", answer, id=raw.get("ID"), level=raw.get("Type"))
 
 
-def _row(question: str, answer: Any, **rest: Any) -> Row:
-    question = bare_question(question)
+def _row(question: Any, answer: Any, **rest: Any) -> Row:
+    if not isinstance(question, str | None):
+        raise TypeError(f"question: expected a string, got {question!r:.200}")
+    question = bare_question(question or "")
     if not question:
         raise Unusable("no question")
     row = {"prompt": math_prompt(question), "answer": accepted(answer), "question": question, "kind": "math"}

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from hsd.data.prompts import bare_question
-from hsd.data.rows import Row, Unusable, accepted, check_row, last_user_text
+from hsd.data.rows import TEXTS, Row, Unusable, accepted, check_row, last_user_text
 
 
 def ready(raw: dict[str, Any]) -> Row:
-    """The row form of `hsd.data.rows`. Numbers as answers become text; columns without a value go."""
+    """The row form of `hsd.data.rows`. Numbers become text, a mapping of tests its JSON; columns without a value go."""
     row = {"kind": "code" if raw.get("tests") else "math"} | {c: value for c, value in raw.items() if value is not None}
+    row |= {c: str(row[c]) for c in TEXTS if type(row.get(c)) in (int, float)}
+    if isinstance(row.get("tests"), Mapping):
+        row["tests"] = json.dumps(row["tests"])
     if row["kind"] == "math" or row.get("answer"):
         row["answer"] = accepted(row.get("answer"))
     if isinstance(row.get("prompt"), str) and not row["prompt"].strip():

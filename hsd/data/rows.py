@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def answer_text(answer: Any) -> str:
         raise TypeError(f"answer: expected a string or a number, got {answer!r:.200}")
     if answer is None or answer != answer or not str(answer).strip():  # NaN is a table's None
         raise Unusable("no answer")
+    if isinstance(answer, float | Decimal) and not isfinite(answer):
+        raise Unusable("no finite answer")
     return str(answer).strip()
 
 
@@ -130,7 +133,7 @@ def _object(text: bytes, where: str) -> dict[str, Any]:
 def decoded(text: bytes, where: str) -> str:
     """UTF-8, with or without a byte order mark. Raises ValueError that names another encoding."""
     if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in text:
-        raise ValueError(f"{where}: expected UTF-8, got what looks like UTF-16 or UTF-32")
+        raise ValueError(f"{where}: expected UTF-8, got what looks like UTF-16, UTF-32 or a binary file")
     try:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:

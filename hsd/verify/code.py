@@ -56,8 +56,8 @@ def verify_code(
     """Whether the program in `text` (`extract_code`) passes `tests` (`hsd.verify.suites.read_tests`) within `limits`.
 
     The first test that fails decides. Tests and expected outputs never enter the program's process: its functions are
-    called from another one, by value, and a script's stdout is compared here. With `official` the program finds what
-    LiveCodeBench's harness gives it: imports and a recursion depth of 50,000.
+    called from another one, by value, and a script's stdout is compared here. With `official` the program of a test
+    with inputs and outputs finds what LiveCodeBench's harness gives it: imports and a recursion depth of 50,000.
     ``verifier_failed``: the sandbox did not start or was killed from outside, the machine is busy, the tests are no
     Python, ask nothing of the program or pass it what cannot cross. Raises ValueError for tests of no known form.
     """
@@ -70,7 +70,7 @@ def verify_code(
     if isinstance(suite, Script):
         return _verify_script(code, suite, limits, official)
     beside = {"setup": suite.setup, "source": suite.source, "names": list(suite.names), "cases": suite.cases}
-    return _result(run_tests(suite.program(code), beside, limits, official=official))
+    return _result(run_tests(suite.program(code), beside, limits, official=official and suite.cases is not None))
 
 
 def extract_code(text: str, suite: Script | Suite | None = None) -> str:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from hsd.process import settle
 from hsd.verify.child.confine import NOBODY, landlock_abi
 from hsd.verify.syscalls import filter_program
 
@@ -197,6 +198,7 @@ def _run(
     expected: tuple[str, ...] | None = None,
     official: bool = False,
 ) -> Outcome:
+    settle()
     limits = limits or Limits(timeout=20.0)
     nonce = secrets.token_hex(16)
     job: dict[str, Any] = {

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from hsd.process import settle
+
 Item = TypeVar("Item")
 Completion = str | Sequence[Mapping[str, Any]]
 
@@ -52,6 +54,7 @@ def in_order(judge: Callable[[Item], Result], items: Iterable[Item], workers: in
         except Exception as error:  # one bad row must not end a training run
             return Result(Status.VERIFIER_FAILED, f"{type(error).__name__}: {error}"[:500])
 
+    settle()
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         return list(pool.map(guarded, items))
 

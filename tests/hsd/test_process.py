@@ -6,13 +6,12 @@ import sys
 import pytest
 
 JUDGE = r"""
-import os, sys
-from hsd.process import settle
-settle(); settle()
-from hsd.verify import verify_code, verify_math
+import sys
+from hsd.verify import code_reward, math_reward
 tests = '{"inputs": ["1"], "outputs": ["2"]}'
-found = [verify_math("\\boxed{\\sqrt{8}}", "2\\sqrt{2}").reward, verify_math("\\boxed{\\sqrt{7}}", "2\\sqrt{2}").reward]
-found += [verify_code(f"```python\nprint(int(input()) + {n})\n```", tests).reward for n in (1, 2)]
+programs = [f"```python\nprint(int(input()) + {n})\n```" for n in (1, 2)]
+found = math_reward(["\\boxed{\\sqrt{8}}", "\\boxed{\\sqrt{7}}"], ["2\\sqrt{2}"] * 2)
+found += code_reward(programs, [tests] * 2)
 assert sys.stdin is not None and sys.stdout is not None and sys.stderr is not None
 with open(sys.argv[1], "w") as file:
     file.write(repr(found))

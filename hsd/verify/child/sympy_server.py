@@ -129,7 +129,11 @@ def compare(gold: str, answer: str, tolerance: float | None = None) -> dict[str,
                 return {"equal": close}
             if constant:
                 exact = [x.doit() for x in (left, right)]
-                return {"equal": exact[0] == exact[1] if all(x.is_Rational for x in exact) else near(*exact, 1e-25)}
+                return {
+                    "equal": exact[0] == exact[1]
+                    if all(x.is_Rational for x in exact)
+                    else near(exact[0], exact[1], 1e-25)
+                }
         if isinstance(left, Set | MatrixBase) != isinstance(right, Set | MatrixBase):
             return {"equal": False}
         return {"equal": bool(sympy_expr_eq(left, right, 6, 15))}
@@ -144,11 +148,10 @@ def with_complex_unit(left: Any, right: Any) -> tuple[Any, Any]:
     if not (isinstance(left, Expr) and isinstance(right, Expr)):
         return left, right
     symbols = left.free_symbols | right.free_symbols
-    return (
-        tuple(x.subs(dict.fromkeys(symbols, I)) for x in (left, right))
-        if {str(x) for x in symbols} == {"i"}
-        else (left, right)
-    )
+    if {str(x) for x in symbols} != {"i"}:
+        return left, right
+    unit: Any = dict.fromkeys(symbols, I)
+    return left.subs(unit), right.subs(unit)
 
 
 def near(left: Any, right: Any, allowed: float) -> bool | None:

@@ -167,9 +167,13 @@ def test_what_is_no_answer(answer, error, message):
     with pytest.raises(Unusable, match="no finite answer"):
         convert_row(svamp | {"Answer": "inf"})
     assert converted({"question": "x?", "answer": 7})["answer"] == "7"
-    for blank in ("", " ", BOXED):
+    with pytest.raises(Unusable, match="no finite answer"):
+        convert_row({"question": "x?", "answer": float("-inf")})
+    for blank in ("", " ", BOXED, None):
         with pytest.raises(Unusable, match="no question"):
             convert_row({"question": blank, "answer": "7"})
+    with pytest.raises(TypeError, match=r"question: expected a string, got \['x'\]"):
+        convert_row({"question": ["x"], "answer": "7"})
 
 
 def test_humaneval():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.groups import Group, Rollout, members
 
 
 def make_group(*rewards: float, success_reward: float = 1.0) -> Group:
@@ -86,3 +86,13 @@ def test_rollout_errors(fields: dict[str, Any], error: type[Exception], message:
 def test_group_errors(fields: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=rf"^{message}"):
         Group(**({"prompt": "q", "answer": "a", "rollouts": (Rollout((1,), 0.0),)} | fields))
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"), [("7", "7"), (None, ""), (7, "7"), (["7", "seven"], "7"), ([""], ""), ("[7, 8]", "[7, 8]")]
+)
+def test_a_teacher_reads_the_first_of_several_accepted_answers(answer, shown):
+    rollouts = [Rollout((1,), 0.0), Rollout((2,), 1.0)]
+    rows = [{"prompt": "q", "answer": answer}] * 2
+    found = members(rows, rollouts, first=0, group_size=2, success_reward=1.0)
+    assert [member.group.answer for member in found] == [shown, shown]

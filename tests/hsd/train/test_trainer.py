@@ -323,10 +323,30 @@ def test_the_teacher_reads_without_dropout(tmp_path):
     assert (False, False) in modes and (True, True) in modes  # TRL itself samples in training mode
 
 
-@pytest.mark.parametrize("option", [{"loss_type": "grpo"}, {"importance_sampling_level": "sequence"}, {"epsilon": 0.3}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"loss_type": "grpo"},
+        {"importance_sampling_level": "sequence"},
+        {"epsilon": 0.3},
+        {"vllm_importance_sampling_correction": True},
+        {"vllm_importance_sampling_mode": "token_mask"},
+        {"use_bias_correction_kl": False},
+        {"sync_ref_model": True},
+        {"entropy_target": 0.5},
+    ],
+)
 def test_options_without_effect_are_refused(option, tmp_path):
     with pytest.raises(ValueError, match=next(iter(option))):
         make(qwen3(), tmp_path, **option)
+
+
+@pytest.mark.parametrize("method", ["hsd", "grpo"])
+def test_a_model_with_fewer_rows_than_tokens_is_refused(method, tmp_path):
+    said = f"model: expected at least {len(TOKENIZER)} embedding rows, one for each token of its tokenizer, got"
+    with pytest.raises(ValueError, match=said):
+        make(qwen3(vocab_size=len(TOKENIZER) - 1), tmp_path, method=method)
+    make(qwen3(vocab_size=len(TOKENIZER) + 1), tmp_path, method=method)
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path):

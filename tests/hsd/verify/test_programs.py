@@ -211,6 +211,7 @@ def test_as_the_official_harness():
         assert judged(program, tests, official=True) is Status.CORRECT, program
         assert judged(program, tests) is not Status.CORRECT, program
     assert judged(imports.replace("gcd", "lcm"), leet, official=True) is Status.INCORRECT
+    assert judged("def f(x): return gcd(x, 6)", {"asserts": ["assert f(4) == 2"]}, official=True) is Status.CRASHED
 
 
 def test_tests_as_json_with_long_integers():
