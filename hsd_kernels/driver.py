@@ -207,7 +207,7 @@ def _chunk(
         out.reference_stats[:, at] = stats.stack()
         largest = torch.maximum(largest, ready.abs())
         if dz is not None:
-            dz += part
+            dz += space.reference_dz[: len(student)]
     if out.grad_bias is not None and dz is not None:
         out.grad_bias += dz.sum(0, dtype=p.wide)
     return largest
@@ -264,6 +264,7 @@ def _statistics(
     if b.strange is not None:
         strange = b.strange[here]
         student_logps, teacher_logps = stats.student_logps, stats.teacher_logps
+        assert student_logps is not None and teacher_logps is not None
         if p.shards is not None:  # a part without mass has no log-probs of its own; in the whole row they are -inf
             student_logps = student_logps.masked_fill(stats.student_lse == -torch.inf, -torch.inf)
             teacher_logps = teacher_logps.masked_fill(stats.teacher_lse == -torch.inf, -torch.inf)

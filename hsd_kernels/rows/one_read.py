@@ -13,8 +13,8 @@ Exponents are in units of log 2, ``p = 2 ** (k (y - top) - log2(sum))`` with ``k
 `triton_rows`.
 """
 
-# Triton's reductions are inferred to return tuples:
-# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+# Triton's reductions are inferred to return tuples, and a literal for a constexpr is refused:
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def one_read_kernel(
     SLOTS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    IS_KL: tl.constexpr = DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL
-    ONE_EXCHANGE: tl.constexpr = IS_KL and not HAS_CLIP
+    IS_KL: tl.constexpr = DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL  # pyright: ignore
+    ONE_EXCHANGE: tl.constexpr = IS_KL and not HAS_CLIP  # pyright: ignore
     if WAITS:
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
     else:
