@@ -1,8 +1,12 @@
-"""What the verifiers accept, reject and survive: gold answers, HumanEval and its mutants, 1,000 hostile inputs.
+"""What the verifiers accept, reject and survive: gold answers, made variants of them beside other graders, HumanEval
+and its mutants, 1,000 hostile inputs, verdicts a second.
 
-    python benchmarks/bench_verifiers.py [--only gold|humaneval|hostile] [--json PATH] [--workers N]
+    python benchmarks/bench_verifiers.py [--only gold|variants|humaneval|hostile|speed] [--peers FOLDER]
 
-Data: GSM8K, MATH-500 and HumanEval in $HSD_SHARED_DATA, or in shared/data beside the repository. About 20 minutes on
+Other graders: math-verify, and verl's and lm-eval's from FOLDER, filled by
+`pip install --no-deps --target FOLDER verl lm-eval`.
+
+Data: GSM8K, MATH-500, AIME and HumanEval in $HSD_SHARED_DATA, or in shared/data beside it. About 20 minutes on
 two cores. The hostile part runs in a "strong" sandbox only. The cases are in `verifier_cases.py`, `hostile_inputs.py`.
 """
 
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import os
 import platform
@@ -24,9 +29,12 @@ from typing import Any
 
 from hostile_inputs import Hostile, hostile_answers, hostile_programs
 from verifier_cases import EQUIVALENT, UNNOTICED, math_forms, mutants, number_forms, wrong_number_forms
+from verifier_peers import graders
+from verifier_variants import KINDS, Pair, expressions, variants
 
 from hsd.verify import Limits, Result, Status, isolation, verify_code, verify_math
-from hsd.verify.math import _SERVERS
+from hsd.verify.code import code_reward
+from hsd.verify.math import SERVERS, math_reward
 from hsd.verify.status import in_order
 
 ROOT = Path(__file__).parents[1]
@@ -45,11 +53,7 @@ def rows(name: str) -> list[Facts]:
 
 
 def gold_answers(workers: int) -> Facts:
-    numbers = [
-        row["answer"].rpartition("####")[2].strip()
-        for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl")
-        for row in rows(name)
-    ]
+    numbers = [row["answer"].rpartition("####")[2].strip() for row in rows("gsm8k_test.jsonl")]
     answers = [row["answer"] for row in rows("math500.jsonl")]
     others = [(gold, answers[i - 1]) for i, gold in enumerate(answers) if gold != answers[i - 1]]
     return {
@@ -82,13 +86,54 @@ def _sympy_alone(answers: list[str], workers: int) -> Facts:
     """Golds that math-verify does not find equal to themselves: these rest on the comparison of text."""
 
     def judge(gold: str) -> Result:
-        reply = _SERVERS.ask(gold, gold, 5.0)
+        reply = SERVERS.ask(gold, gold, 5.0)
         return Result(Status.CORRECT if reply.get("equal") else Status.INCORRECT, str(reply))
 
     results = in_order(judge, answers, workers)
     named = [{"gold": g, "form": "SymPy", "text": g, "status": r.detail} for g, r in zip(answers, results, strict=True)]
     kept = [case for case, r in zip(named, results, strict=True) if r.status is not Status.CORRECT]
     return {"wanted": "correct", "forms": {"boxed": dict(Counter(str(r.status) for r in results))}, "not": kept}
+
+
+# -- made variants ----------------------------------------------------------------------------------------------------
+
+
+def made_variants(workers: int, peers: Path | None) -> Facts:
+    """Every grader on the same pairs: of GSM8K every 180th answer, of AIME every tenth, of MATH-500 every fourth."""
+    numbers = [row["answer"].rpartition("####")[2].strip().replace(",", "") for row in rows("gsm8k_test.jsonl")][::180]
+    numbers += [str(row["answer"]) for name in ("aime24.jsonl", "aime25.jsonl") for row in rows(name)[::10]]
+    pairs = [p for n in dict.fromkeys(numbers) if n.isdigit() and int(n) > 1 for p in variants(int(n))]
+    answers = [row["answer"] for row in rows("math500.jsonl")]
+    differ = [(a, b) for a, b in itertools.pairwise(answers) if a.rpartition("=")[2] != b.rpartition("=")[2]]
+    pairs += [p for gold, other in differ[::4] for p in expressions(gold, other)]
+    results = in_order(lambda p: verify_math(p.text, p.gold), pairs, workers)
+    verdicts: dict[str, list[bool | None] | str] = {"this library": [r.status is Status.CORRECT for r in results]}
+    for name, grade in graders(peers).items():
+        verdicts[name] = grade if isinstance(grade, str) else grade([(p.text, p.gold) for p in pairs])
+    missed = [
+        {"kind": p.kind, "form": p.form, "gold": p.gold, "text": p.text, "right": p.right, "status": str(r.status)}
+        for p, r in zip(pairs, results, strict=True)
+        if (r.status is Status.CORRECT) is not p.right or r.status is Status.VERIFIER_FAILED
+    ]
+    table = {name: v if isinstance(v, str) else _accepted(pairs, v) for name, v in verdicts.items()}
+    ours = verdicts["this library"]
+    assert isinstance(ours, list)
+    forms: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for p, verdict in zip(pairs, ours, strict=True):
+        count = forms[f"{p.kind} | {p.form} | {'right' if p.right else 'wrong'}"]
+        count[0] += 1
+        count[1] += bool(verdict) is p.right
+    return {"pairs": len(pairs), "graders": table, "forms": dict(forms), "missed": missed}
+
+
+def _accepted(pairs: list[Pair], verdicts: list[bool | None]) -> dict[str, list[int]]:
+    """By kind: right ones, of these accepted; wrong ones, of these rejected."""
+    found: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for p, verdict in zip(pairs, verdicts, strict=True):
+        at = 0 if p.right else 2
+        found[p.kind][at] += 1
+        found[p.kind][at + 1] += bool(verdict) is p.right
+    return dict(found)
 
 
 # -- HumanEval --------------------------------------------------------------------------------------------------------
@@ -132,13 +177,13 @@ def hostile(workers: int) -> Facts:
         canary.write_text("sings")
         canary.chmod(0o666)
         cases = [*hostile_answers(), *hostile_programs(str(canary), os.getpid())]
-        _SERVERS.close()  # of the parts before: ended meanwhile, they would count as a change
+        SERVERS.close()  # of the parts before: ended meanwhile, they would count as a change
         before = _state(canary)
         peak_before = _peak_mib()
         start = time.monotonic()
         judged = in_order(_hostile_case, cases, workers)
         seconds = time.monotonic() - start
-        _SERVERS.close()
+        SERVERS.close()
         time.sleep(0.5)
         after = _state(canary)
     kinds: dict[str, Counter] = defaultdict(Counter)
@@ -216,6 +261,38 @@ def _peak_mib() -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+def speed(workers: int) -> Facts:
+    """Verdicts a second through the reward functions, after a warm-up; meaningful on an idle machine only."""
+    golds = [row["answer"].rpartition("####")[2].strip() for row in rows("gsm8k_test.jsonl")][:400]
+    answers = [row["answer"] for row in rows("math500.jsonl")]
+    script = {"inputs": ["41\n"], "outputs": ["42\n"]}
+    function = {"asserts": ["assert f(1) == 2"]}
+    sympy = ["x + x", "(x+1)^2", r"\\sqrt{8}", r"\\frac{2x}{4}"] * 25
+    same = ["2x", "x^2+2x+1", r"2\\sqrt{2}", r"\\frac{x}{2}"] * 25
+    work: dict[str, tuple[Callable[..., Any], list[str], list[Any]]] = {
+        "unboxed numbers": (math_reward, [f"So there are {g} apples in total." for g in golds], golds),
+        "boxed MATH-500 answers": (math_reward, [rf"\\boxed{{{a}}}" for a in answers], answers),
+        "unboxed MATH-500 answers": (math_reward, [f"The answer is ${a}$." for a in answers], answers),
+        "answers that need SymPy": (math_reward, [rf"\\boxed{{{a}}}" for a in sympy], same),
+        "scripts": (code_reward, ["print(int(input()) + 1)"] * 100, [script] * 100),
+        "functions": (code_reward, ["def f(x): return x + 1"] * 100, [function] * 100),
+    }
+    found = {}
+    for name, (reward, texts, columns) in work.items():
+        reward(texts[: 2 * workers], columns[: 2 * workers], workers=workers)
+        start = time.monotonic()
+        rewards = reward(texts, columns, workers=workers)
+        found[name] = {
+            "a second": round(len(texts) / (time.monotonic() - start), 1),
+            "correct": rewards.count(1.0),
+            "of": len(texts),
+        }
+    return {"workers": workers, "load before": os.getloadavg()[0], "verdicts": found}
+
+
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -223,8 +300,10 @@ def report(facts: Facts) -> str:
     lines = [", ".join(f"{k} {v}" for k, v in facts["environment"].items()), ""]
     lines += ["Commits: " + ", ".join(f"{part} {at}" for part, at in facts["commits"].items()), ""]
     lines += _gold_report(facts["gold"]) if "gold" in facts else []
+    lines += _variants_report(facts["variants"]) if "variants" in facts else []
     lines += _human_eval_report(facts["humaneval"]) if "humaneval" in facts else []
     lines += _hostile_report(facts["hostile"]) if "hostile" in facts else []
+    lines += _speed_report(facts["speed"]) if "speed" in facts else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -239,6 +318,39 @@ def _gold_report(gold: Facts) -> list[str]:
         lines += ["", *(f"- `{c['gold']}` against `{c['text'][:100]}`: {c['status']}" for c in part["not"][:40])]
         lines += [""] if part["not"] else []
     return lines
+
+
+def _variants_report(found: Facts) -> list[str]:
+    kinds = list(found["graders"]["this library"])
+    lines = [f"## Made variants: {found['pairs']:,} pairs, the same for every grader", ""]
+    lines += [f"Right ones accepted / wrong ones rejected, in percent. Named by the targets: {', '.join(KINDS)}.", ""]
+    lines += ["| grader | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
+    for name, table in found["graders"].items():
+        if isinstance(table, str):
+            lines.append(f"| {name} | {table} |" + " |" * (len(kinds) - 1))
+            continue
+        cells = [f"{100 * a[1] / a[0]:.1f} / {100 * a[3] / a[2]:.1f}" for a in (table[kind] for kind in kinds)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    first = found["graders"]["this library"]
+    lines.append("| pairs, right / wrong | " + " | ".join(f"{first[k][0]:,} / {first[k][2]:,}" for k in kinds) + " |")
+    lines += ["", "### This library by form", "", "| kind | form | side | pairs | as wanted |", "|---|---|---|---|---|"]
+    lines += [f"| {form} | {count[0]:,} | {count[1]:,} |" for form, count in found["forms"].items()]
+    lines += ["", f"Not as wanted: {len(found['missed'])}, the first 40:", ""]
+    lines += [
+        f"- {c['kind']}, {c['form']}: `{c['gold']}` against {json.dumps(c['text'][:100])}: {c['status']}"
+        for c in found["missed"][:40]
+    ]
+    return [*lines, ""]
+
+
+def _speed_report(found: Facts) -> list[str]:
+    lines = [f"## Verdicts a second: {found['workers']} workers, load {found['load before']:.1f} before", ""]
+    lines += ["| what | a second | correct |", "|---|---|---|"]
+    return [
+        *lines,
+        *(f"| {k} | {v['a second']} | {v['correct']} of {v['of']} |" for k, v in found["verdicts"].items()),
+        "",
+    ]
 
 
 def _human_eval_report(found: Facts) -> list[str]:
@@ -289,9 +401,16 @@ def commit() -> str:
 
 
 def main() -> None:
-    parts = {"gold": gold_answers, "humaneval": human_eval, "hostile": hostile}
+    parts = {
+        "gold": gold_answers,
+        "variants": made_variants,
+        "humaneval": human_eval,
+        "hostile": hostile,
+        "speed": speed,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=tuple(parts), help="the other parts are kept from the file that is there")
+    parser.add_argument("--peers", type=Path, help="a folder with verl and lm_eval")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "verifiers.json")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -300,7 +419,7 @@ def main() -> None:
     for name, part in parts.items():
         if args.only in (None, name):
             start = time.monotonic()
-            facts[name] = part(args.workers)
+            facts[name] = made_variants(args.workers, args.peers) if name == "variants" else part(args.workers)  # type: ignore[call-arg]
             facts.setdefault("commits", {})[name] = commit()
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The law: the same losses in eager PyTorch on full logits, differentiated by autograd. Any device, fp64-capable.
+"""The definition: the losses in eager PyTorch on full logits, differentiated by autograd. Any device, fp64-capable.
 
 Nothing optimized imports this module and it imports nothing optimized. It materializes (T, V) several times over.
 """

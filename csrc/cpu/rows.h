@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 2048;
-constexpr int64_t TERMS = 128;  // 512 in a lane cost 4 eps of the log-sum
+constexpr int64_t TERMS = 128;  // the rounding error of a log-sum grows with it
 // Each loop asks for the next block while it computes on one, since the hardware's own prefetching stops at a page.
 constexpr float INF = __builtin_inff();
 // Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.

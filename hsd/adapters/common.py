@@ -1,4 +1,4 @@
-"""What the adapters share: a version check, and the loss on a model that is read as its own forward would read it."""
+"""Shared by the adapters: a version check, and the loss on a model under the contexts of its own forward."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def hsd_loss_from_ids(
     Under autocast call it in the context (``with accelerator.autocast():``): a wrapper around ``model.forward`` is not
     passed through.
 
-    Raises ValueError naming the argument for lists that do not fit together, a model that cannot be taken apart, a
+    Raises ValueError naming the argument for lists that do not fit together, a model without separate body and head, a
     teacher whose logits are made differently, or another term of the objective.
     """
     check_version("transformers", *TESTED)

@@ -13,6 +13,8 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
+from hsd.process import settle
+
 COMMANDS = ("train", "eval", "credit", "compare", "data", "doctor", "demo")
 
 
@@ -28,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
     ``--traceback`` or HSD_TRACEBACK=1 shows where it came from.
     """
+    settle()
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words or os.environ.get("HSD_TRACEBACK", "0") not in ("", "0")
     try:

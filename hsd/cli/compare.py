@@ -1,4 +1,4 @@
-"""`hsd compare RUN RUN ...`: a table of runs, what their settings differ in, and a picture of their learning curves.
+"""`hsd compare RUN RUN ...`: a table of runs, the settings that differ, and a picture of their learning curves.
 
 Reads each folder's metrics.jsonl and config.yaml, and report.json where `hsd demo` wrote one.
 Success is that of the training rollouts, as a mean over ``--window`` steps; success on held-out questions stands beside

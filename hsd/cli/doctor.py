@@ -1,5 +1,5 @@
-"""``hsd doctor``: what is installed, which kernels and attention backends a run would use and why, how shut the sandbox
-is. Works without the ``[train]`` extras; what is missing is named."""
+"""``hsd doctor``: versions, the kernels and attention backends that a run would use and why, how isolated code runs.
+Works without the ``[train]`` extras and names what is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-HELP = "what is installed, which kernels and attention backends will be used and why, how shut the sandbox is"
+HELP = "what is installed, which kernels and attention backends will be used and why, how isolated code runs"
 PACKAGES = {
     "kernel": ("torch", "triton"),
     "trainer": ("transformers", "trl", "accelerate", "datasets", "peft", "math-verify", "sympy", "matplotlib"),
@@ -184,7 +184,9 @@ def verifiers() -> Facts:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a weak sandbox is a line here
         here = isolation()
-    return found | {"code sandbox": str(here), "level": here.level, "layers": list(here.layers)}
+    stopped = {answer: [what for what, stops in here.stops.items() if stops is answer] for answer in (True, False)}
+    found |= {"code sandbox": str(here), "level": here.level, "layers": list(here.layers), "stops": stopped[True]}
+    return found | ({"does not stop": stopped[False], "remedy": here.remedy} if stopped[False] else {})
 
 
 def render(report: Facts) -> str:

@@ -72,7 +72,8 @@ def _train_config() -> type:
 
 def _hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls) if f.init}
+    # None stands for a default of None: HSDConfig leaves these to the method.
+    return {f.name: hints[f.name] | None if f.default is None else hints[f.name] for f in fields(cls) if f.init}
 
 
 @cache

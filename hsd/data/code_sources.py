@@ -13,9 +13,8 @@ import pickle
 import zlib
 from typing import Any
 
-from hsd.data.math_sources import Unusable
 from hsd.data.prompts import function_prompt, program_prompt
-from hsd.data.rows import Row
+from hsd.data.rows import Row, Unusable
 
 
 def humaneval(raw: dict[str, Any]) -> Row:

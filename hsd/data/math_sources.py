@@ -7,12 +7,8 @@ from math import isfinite
 from typing import Any
 
 from hsd.data.prompts import bare_question, math_prompt
-from hsd.data.rows import Row
-from hsd.verify.answers import extract_answer, is_boxed
-
-
-class Unusable(Exception):
-    """The row cannot be verified: a proof, no answer, no tests. The message is the reason, counted by the loader."""
+from hsd.data.rows import Row, Unusable, accepted, answer_text
+from hsd.verify.answers import extract_answer, is_boxed, normalized
 
 
 def last_boxed(text: str) -> str | None:
@@ -22,11 +18,12 @@ def last_boxed(text: str) -> str | None:
 
 def gsm8k(raw: dict[str, Any]) -> Row:
     """openai/gsm8k: ``question``, ``answer`` (worked, ends in ``#### n``). Without ``####`` it is the answer itself."""
-    text = answer_text(raw["answer"])
-    solution, mark, final = text.rpartition("####")
-    answer = re.sub(r"(?<=\d),(?=\d{3})", "", final.strip()) if mark else text
+    answer = accepted(raw["answer"])
+    if isinstance(answer, list) or "####" not in answer:
+        return _row(raw["question"], answer)
+    solution, _, final = answer.rpartition("####")
     # <<48/2=24>> is a note for a calculator, not part of the text.
-    return _row(raw["question"], answer, solution=re.sub(r"<<[^<>]*>>", "", solution).strip() if mark else None)
+    return _row(raw["question"], normalized(final), solution=re.sub(r"<<[^<>]*>>", "", solution).strip())
 
 
 def math(raw: dict[str, Any]) -> Row:
@@ -74,16 +71,9 @@ def svamp(raw: dict[str, Any]) -> Row:
     return _row(f"{body}{stop} {raw['Question'].strip()}", answer, id=raw.get("ID"), level=raw.get("Type"))
 
 
-def answer_text(answer: Any) -> str:
-    """The answer without space around it. Raises `Unusable` where there is none, TypeError for a list and the like."""
-    if answer is not None and (isinstance(answer, bool) or not isinstance(answer, str | int | float)):
-        raise TypeError(f"answer: expected a string or a number, got {answer!r:.200}")
-    if answer is None or answer != answer or not str(answer).strip():  # NaN is a table's None
-        raise Unusable("no answer")
-    return str(answer).strip()
-
-
 def _row(question: str, answer: Any, **rest: Any) -> Row:
-    answer, question = answer_text(answer), bare_question(question)
-    row = {"prompt": math_prompt(question), "answer": answer, "question": question, "kind": "math"}
+    question = bare_question(question)
+    if not question:
+        raise Unusable("no question")
+    row = {"prompt": math_prompt(question), "answer": accepted(answer), "question": question, "kind": "math"}
     return row | {key: str(value) for key, value in rest.items() if value is not None}

@@ -1,24 +1,45 @@
 """The one row form of questions, the JSONL files that hold it, and JSON files beside them.
 
-A row is a dict with ``prompt`` (a string or chat messages) and ``answer`` (a string), and where the data has them
-``question`` (the bare question, without instructions), ``solution``, ``demonstration``, ``tests`` (a JSON string),
-``kind`` ("math" or "code"), ``source``, ``id``, ``level`` and ``date``.
+A row is a dict with ``prompt`` (a string or chat messages) and ``answer`` (a string, or a list of strings of which
+each is right), and where the data has them ``question`` (the bare question, without instructions), ``solution``,
+``demonstration``, ``tests`` (a JSON string), ``kind`` ("math" or "code"), ``source``, ``id``, ``level`` and ``date``.
 """
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import gzip
 import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from hsd.files import replacing
+
 Row = dict[str, Any]
 
-TEXTS = ("answer", "question", "solution", "demonstration", "tests", "kind", "source", "id", "level", "date")
+TEXTS = ("question", "solution", "demonstration", "tests", "kind", "source", "id", "level", "date")
+# What a trainer passes to a reward function beside the columns of the data.
+TRAINER_COLUMNS = frozenset(
+    (
+        "prompts",
+        "completion",
+        "completions",
+        "completion_ids",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+        "environments",
+    )
+)
+MOST_DIGITS = 4_300  # of an integer, to Python
+
+
+class Unusable(Exception):
+    """The row cannot be verified: a proof, no answer, no tests. The message is the reason, counted by the loader."""
 
 
 def check_row(row: Row) -> Row:
@@ -26,17 +47,39 @@ def check_row(row: Row) -> Row:
     for column in ("prompt", "answer"):
         if column not in row:
             raise ValueError(f"row: expected a column {column!r}, got {sorted(row)}")
-    prompt = row["prompt"]
+    prompt, answer = row["prompt"], row["answer"]
     if not isinstance(prompt, str):
         messages = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
         if not messages or prompt[-1]["role"] != "user":
             raise TypeError(f"prompt: expected a string or messages that end with the user's text, got {prompt!r:.200}")
+    accepted = answer if isinstance(answer, list) else [answer]
+    if not accepted or not all(isinstance(one, str) for one in accepted):
+        raise TypeError(f"answer: expected a string, or a list of accepted strings, got {answer!r:.200}")
     for column in TEXTS:
         if not isinstance(row.get(column, ""), str):
             raise TypeError(f"{column}: expected a string, got {row[column]!r:.200}")
     if row.get("kind", "math") not in ("math", "code"):
         raise ValueError(f"kind: expected 'math' or 'code', got {row['kind']!r}")
     return row
+
+
+def answer_text(answer: Any) -> str:
+    """The answer without space around it. Raises `Unusable` where there is none, TypeError for a list and the like."""
+    if answer is not None and (isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal)):
+        raise TypeError(f"answer: expected a string or a number, got {answer!r:.200}")
+    if answer is None or answer != answer or not str(answer).strip():  # NaN is a table's None
+        raise Unusable("no answer")
+    return str(answer).strip()
+
+
+def accepted(answer: Any) -> str | list[str]:
+    """`answer_text`, also of each of several accepted answers; a list of one is that one."""
+    if not isinstance(answer, list | tuple):
+        return answer_text(answer)
+    texts = list(dict.fromkeys(map(answer_text, answer)))
+    if not texts:
+        raise Unusable("no answer")
+    return texts[0] if len(texts) == 1 else texts
 
 
 def _is_message(value: Any) -> bool:
@@ -46,6 +89,12 @@ def _is_message(value: Any) -> bool:
 def last_user_text(row: Row) -> str:
     """What the user says last in the prompt."""
     return row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+
+
+def reward_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """The columns as a trainer passes them to a reward function, without its own names; ``prompt`` is ``prompts``."""
+    columns = {c: [row.get(c) for row in rows] for c in dict.fromkeys(c for row in rows for c in row)}
+    return {"prompts": columns.pop("prompt")} | {c: v for c, v in columns.items() if c not in TRAINER_COLUMNS}
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -69,41 +118,54 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _object(text: bytes, where: str) -> dict[str, Any]:
-    shown = repr(text[:80].decode(errors="replace"))
     try:
-        value = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected a JSON object, got {shown}") from error
+        value = json.loads(decoded(text, where), parse_int=_integer)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: expected a JSON object, got {_named(text)}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {shown}")
+        raise ValueError(f"{where}: expected a JSON object, got {_named(text)}")
     return value
+
+
+def decoded(text: bytes, where: str) -> str:
+    """UTF-8, with or without a byte order mark. Raises ValueError that names another encoding."""
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in text:
+        raise ValueError(f"{where}: expected UTF-8, got what looks like UTF-16 or UTF-32")
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = text[error.start]
+        raise ValueError(
+            f"{where}: expected UTF-8, got the byte 0x{byte:02x} after {text[: error.start][-20:]!r} "
+            f"(in Latin-1 it is {chr(byte)!r})"
+        ) from error
+
+
+def _integer(digits: str) -> int | str:
+    """An integer that is too long for Python stays text."""
+    return int(digits) if len(digits) <= MOST_DIGITS else digits
+
+
+def _named(text: bytes) -> str:
+    kind = "a JSON array (JSON Lines has one object a line): " if text.lstrip().startswith(b"[") else ""
+    return kind + repr(text[:80].decode(errors="replace"))
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Writes the file whole or not at all; returns the number of rows."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    count, opened = 0, gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(part, "wt", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-        part.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    path, count = Path(path), 0
+    opened = gzip.open if path.suffix == ".gz" else open
+    with replacing(path) as part, opened(part, "wt", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
-    text = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()  # raises before there is a file
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(text)
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""Data sets by name, by hub name, or from a local JSONL file with the same fields.
+"""Data sets by name, by hub name, or from a local file (JSON Lines, CSV, Parquet) with the same columns.
 
 load("gsm8k", "train"); load("openai/gsm8k:train"); load("mine.jsonl")
 """
@@ -15,8 +15,9 @@ from typing import Any
 
 from hsd.data import code_sources as code
 from hsd.data import math_sources as math
-from hsd.data.math_sources import Unusable
-from hsd.data.rows import Row, check_row, read_jsonl
+from hsd.data.local_files import ENDINGS, read_rows
+from hsd.data.ready_rows import ready, verl
+from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable, read_jsonl
 
 Convert = Callable[[dict[str, Any]], Row]
 # What a converter meets in a row whose values are not those of its form; the last three are a packed test's.
@@ -65,7 +66,7 @@ SOURCES = {
     ),
 }
 
-# Fields that tell a local file's form; the first that a row has all of.
+# Columns that tell a local file's form; the first that a row has all of.
 _FORMS: tuple[tuple[frozenset[str], Convert], ...] = (
     (frozenset({"question_content", "public_test_cases", "private_test_cases"}), code.livecodebench),
     (frozenset({"question", "input_output", "difficulty"}), code.apps),
@@ -74,7 +75,8 @@ _FORMS: tuple[tuple[frozenset[str], Convert], ...] = (
     (frozenset({"problem", "solution", "source"}), math.numina),
     (frozenset({"problem", "answer"}), math.math),
     (frozenset({"problem", "solution"}), math.math),
-    (frozenset({"prompt", "answer"}), lambda row: check_row({"kind": "code" if "tests" in row else "math"} | row)),
+    (frozenset({"prompt", "reward_model"}), verl),
+    (frozenset({"prompt", "answer"}), ready),
     (frozenset({"question", "answer"}), math.gsm8k),
 )
 
@@ -87,10 +89,12 @@ class Loaded:
     name: str  # "openai/gsm8k main test", or the file's name
     total: int  # rows of the source, unusable ones included
     unusable: dict[str, int]
+    dropped: tuple[str, ...] = ()  # columns with names that a trainer uses itself
 
     def __str__(self) -> str:
         reasons = "".join(f", {count} left out: {reason}" for reason, count in self.unusable.items())
-        return f"{self.name}: {len(self.rows)} of {self.total} rows{reasons}"
+        dropped = "".join(f", without the column {name!r}: a trainer uses this name itself" for name in self.dropped)
+        return f"{self.name}: {len(self.rows)} of {self.total} rows{reasons}{dropped}"
 
 
 def load(name: str, split: str | None = None, limit: int | None = None) -> list[Row]:
@@ -102,19 +106,22 @@ def load_source(name: str, split: str | None = None, limit: int | None = None) -
     """The rows of a data set, its exact name and what was left out.
 
     Args:
-        name: A JSONL file, or a name of `SOURCES` or its hub repository.
+        name: A file, or a name of `SOURCES` or its hub repository.
         split: Of a named data set; ``name:split`` says the same. By default the first of its splits.
         limit: Only the first ``limit`` usable rows.
 
     Raises:
-        ValueError: An unknown name, an unknown split, or a file whose fields are not known.
+        ValueError: An unknown name, an unknown split, or a file whose columns are not known.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected a positive number of rows or None, got {limit}")
-    if Path(name).is_file():
+    path = Path(name).expanduser()
+    if path.is_file():
         if split is not None:
             raise ValueError(f"split: expected None for a file, got {split!r}")
-        return _collect(Path(name).name, read_jsonl(name), None, limit)
+        return _collect(path.name, read_rows(path), None, limit)
+    if path.is_dir() or path.name.removesuffix(".gz").endswith(ENDINGS) or name.startswith(("/", "./", "../", "~")):
+        raise ValueError(f"data: expected a file, got {name}, which is {'a folder' if path.is_dir() else 'not there'}")
     key, _, named = name.partition(":")
     by_repo = {source.repo.lower(): source for source in SOURCES.values()}
     source = SOURCES.get(key.lower()) or by_repo.get(key.lower())
@@ -129,33 +136,42 @@ def load_source(name: str, split: str | None = None, limit: int | None = None) -
 
 
 def convert_row(raw: dict[str, Any]) -> Row:
-    """A row of a local file in the row form; its fields tell what it is. Raises `Unusable` or ValueError."""
-    for fields, convert in _FORMS:
-        if fields <= raw.keys():
+    """A row of a local file in the row form; its columns tell what it is. Raises `Unusable` or ValueError."""
+    for columns, convert in _FORMS:
+        if columns <= raw.keys():
             return convert(raw)
-    known = "; ".join(", ".join(sorted(fields)) for fields, _ in _FORMS)
-    raise ValueError(f"row: expected fields of a known data set ({known}), got {', '.join(sorted(raw))}")
+    raise ValueError(
+        "columns: expected 'question' and 'answer', or 'prompt' and 'answer', or those of a known data set "
+        f"(docs/data.md), got {', '.join(map(repr, raw)) or 'none'}"
+    )
 
 
 def _collect(name: str, raws: Iterable[dict[str, Any]], convert: Convert | None, limit: int | None) -> Loaded:
     rows: list[Row] = []
     reasons: Counter[str] = Counter()
+    dropped: dict[str, None] = {}
     total = 0
     for raw in raws:
         total += 1
         if limit is not None and len(rows) == limit:
             continue  # counted all the same
         try:
-            row = (convert or convert_row)(raw)
+            row = {"source": name, "id": str(total - 1)} | (convert or convert_row)(raw)
         except Unusable as reason:
             reasons[str(reason)] += 1
             continue
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}, row {total}: {error}") from error
         except BAD_ROW as error:
             raise ValueError(f"{name}, row {total}: {type(error).__name__}: {error}") from error
-        rows.append({"source": name, "id": str(total - 1)} | row)
+        dropped |= dict.fromkeys(c for c in row if c in TRAINER_COLUMNS)
+        rows.append({c: value for c, value in row.items() if c not in TRAINER_COLUMNS})
     if not rows:
         raise ValueError(f"{name}: expected at least one usable row, got none of {total} ({dict(reasons)})")
-    return Loaded(rows, name, total, dict(reasons))
+    if any(isinstance(row["answer"], list) for row in rows):  # a column has one type
+        for row in rows:
+            row["answer"] = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    return Loaded(rows, name, total, dict(reasons), tuple(dropped))
 
 
 def _from_hub(source: Source, split: str) -> Iterator[dict[str, Any]]:

@@ -9,11 +9,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hsd.data.rows import Row, fingerprint, last_user_text, read_json, read_jsonl, write_json, write_jsonl
+from hsd.data.rows import (
+    Row,
+    fingerprint,
+    last_user_text,
+    read_json,
+    read_jsonl,
+    reward_columns,
+    write_json,
+    write_jsonl,
+)
 from hsd.data.sources import Loaded
 from hsd.evaluate.engines import Engine
-from hsd.evaluate.sampling import Sampling
-from hsd.evaluate.statistics import summarize
+from hsd.evaluate.pass_at_k import summarize
+from hsd.evaluate.sampling import Sampling, is_truncated
 from hsd.hindsight.context import tokenize_prompt
 
 Reward = Callable[..., Sequence[float | None]]
@@ -100,7 +109,7 @@ def evaluate(
                     "answer": data.rows[i]["answer"],
                     "completion": text,
                     "length": len(rollout),
-                    "truncated": rollout[-1] not in engine.end_ids,
+                    "truncated": is_truncated(rollout, engine.end_ids),
                     "reward": reward,
                     "status": status,
                 }
@@ -136,10 +145,8 @@ def judge(
                 statuses[:] = values
 
         scores = rewards[kind](
-            prompts=[rows[n]["prompt"] for n in mine],
+            **reward_columns([{"tests": None} | rows[n] for n in mine]),
             completions=[[{"role": "assistant", "content": texts[n]}] for n in mine],
-            answer=[rows[n]["answer"] for n in mine],
-            tests=[rows[n].get("tests") for n in mine],
             log_extra=log_extra,
         )
         for n, score, status in zip(mine, scores, statuses, strict=True):
@@ -163,8 +170,9 @@ def _prompt(tokenizer: Any, row: Row) -> Any:
 
 
 def _same_settings(path: Path, settings: dict[str, Any], but: Sequence[str]) -> None:
+    """Raises ValueError unless the evaluation in the folder of ``path`` has these settings, ``but`` for some keys."""
     if not path.exists():
-        return
+        raise ValueError(f"out: {path.parent} holds samples without the {path.name} they were made with")
     old, new = read_json(path), json.loads(json.dumps(settings))
     if changed := [key for key in sorted(old.keys() | new.keys()) if key not in but and old.get(key) != new.get(key)]:
         differences = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed)

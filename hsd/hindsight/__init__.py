@@ -1,1 +1,1 @@
-"""The method as pure functions: scored rollouts of a group -> what the teacher reads."""
+"""The method as pure functions: scored rollouts of a group -> the teacher's prompts."""

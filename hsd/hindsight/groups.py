@@ -144,9 +144,15 @@ def members(
     for i, row in enumerate(rows):
         number, index = divmod(first + i, group_size)
         whole = tuple(rollouts[number * group_size : (number + 1) * group_size])
-        answer = "" if row["answer"] is None else str(row["answer"])
-        found.append(Member(Group(row["prompt"], answer, whole, success_reward), index, number))
+        group = Group(row["prompt"], shown_answer(row["answer"]), whole, success_reward)
+        found.append(Member(group, index, number))
     return found
+
+
+def shown_answer(answer: Any) -> str:
+    """What a teacher reads of a data set's ``answer``: the text, the first of several accepted ones, "" for None."""
+    first = answer[0] if isinstance(answer, list) else answer
+    return "" if first is None else str(first)
 
 
 def _check_finite(name: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Which successful peer each rollout is shown (arXiv 2606.15576; the rules are its ablation)."""
+"""The successful peer in the teacher's prompt for each rollout (arXiv 2606.15576; the rules are its ablation)."""
 
 from __future__ import annotations
 

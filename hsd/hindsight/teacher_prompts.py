@@ -1,4 +1,4 @@
-"""From scored rollouts to what the teacher is given before each of them: peers, contexts, divergence positions."""
+"""From scored rollouts to the teacher's prompt for each of them: peers, contexts, divergence positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hsd.hindsight.peers import choose_peers, peer_rng
 
 @dataclass(frozen=True)
 class RolloutView:
-    """All that a method may look at to say what the teacher is shown for one rollout."""
+    """All that a method may use to choose the teacher's context for one rollout."""
 
     member: Member
     row: Mapping[str, Any]  # of the data set
@@ -52,7 +52,7 @@ class TeacherPrompts:
     """Makes the teacher's prompts of a run.
 
     Args:
-        context_of: What the teacher is shown, the method's.
+        context_of: The method's choice of the teacher's context.
         peer_rule: As in :func:`hsd.hindsight.peers.choose_peers`; None where the method draws no peers.
         template_for: The wording for a prompt.
         max_length, chat_template_kwargs: As in :func:`hsd.hindsight.context.build_context`.

@@ -1,4 +1,4 @@
-"""The self-distillation family, one file a method: equation, source, what the teacher is shown, defaults, own code."""
+"""The self-distillation family, one file a method: equation, source, the teacher's context, defaults, own code."""
 
 from hsd.methods import dapo, dr_grpo, grpo, grpo_opsd, gspo, hsd, opsd, rlsd, sdft, sdpo
 from hsd.methods.method import Method

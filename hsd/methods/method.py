@@ -1,4 +1,4 @@
-"""What tells one method of the family from another: what the teacher is shown, its own code, and its defaults."""
+"""A method of the family: the teacher's context, its own code and its defaults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Method:
 
     Args:
         name: As in ``HSDConfig.method``.
-        context_of: What the teacher is shown for a rollout. None: there is no teacher, and the loss is
+        context_of: The teacher's context for a rollout. None: there is no teacher, and the loss is
             `trl.GRPOTrainer`'s own.
         draws_peers: Whether ``context_of`` looks at the peer.
         uses_feedback: Whether it looks at the environment's feedback.

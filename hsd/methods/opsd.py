@@ -1,6 +1,6 @@
 """On-Policy Self-Distillation (OPSD, arXiv 2601.18734).
 
-The teacher is shown the answer and, where the data set has a ``solution`` column, the reference solution; its weights
+The teacher's prompt has the answer and, where the data set has a ``solution`` column, that solution; its weights
 are the initial policy's::
 
     L = 1/|tokens| sum_{i,t} sum_v min(q(v) log(q(v) / p(v)), 0.05)        # KL(teacher || student), clipped pointwise

@@ -1,4 +1,4 @@
-"""Self-Distillation Fine-Tuning (SDFT, arXiv 2601.19897): the teacher is shown a demonstration of the data set.
+"""Self-Distillation Fine-Tuning (SDFT, arXiv 2601.19897): the teacher's prompt has the data set's demonstration.
 
     L = 1/|tokens| sum_{i,t} JSD_0.5(p, q)
 

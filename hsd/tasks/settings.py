@@ -1,4 +1,4 @@
-"""What a run is told, in sections: a registered task, or a model, questions and a reward; and `hsd.HSDConfig`'s fields.
+"""Settings of a run, in sections: a registered task, or a model, questions and a reward; `hsd.HSDConfig`'s fields.
 
 model: {path: Qwen/Qwen3-1.7B, dtype: bfloat16, lora: {r: 16}}
 data:  {path: train.jsonl}

@@ -1,4 +1,4 @@
-"""`Task`: what a policy is trained on and judged by."""
+"""`Task`: a model, its questions and their verifier."""
 
 from __future__ import annotations
 

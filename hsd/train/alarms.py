@@ -1,11 +1,10 @@
-"""Naming a collapse: what went wrong with a run, read off its metrics.
+"""Alarms: signs in a run's metrics that training collapses.
 
-In the small world a live teacher lets success rise to 0.5 and then turns rollouts into one repeated digit; on
-SmolLM2 at too high a learning rate KL and success fall to 0. Each sign alone has innocent causes, so every alarm
-compares the last `WINDOW` steps with the run's own past.
+A live teacher at a high learning rate ends at success 0 (docs/teachers.md). Each sign alone has innocent causes, so
+every alarm compares the last `WINDOW` steps with the run's own past.
 
-The paper's run without a reference term ended in repeated trailing tokens (arXiv 2606.15576, beta = 0 at step 1,200):
-`repeated_tail` sees it in one rollout, and the share of such rollouts is the metric ``hsd/repeated_tail``.
+The paper's run without a reference term ends in repeated trailing tokens (arXiv 2606.15576, beta = 0 at step 1,200).
+`repeated_tail` detects them in one rollout; the share of such rollouts is the metric ``hsd/repeated_tail``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What rides in TRL's dictionary of a batch, where TRL splits and shuffles it, and the typed batch that comes out."""
+"""The tensors added to TRL's batch dictionary, which TRL splits and shuffles, and the typed batch made of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TeacherBatch:
 
     teacher_prompt_ids: Tensor  # (B, P), padded on the left
     teacher_prompt_mask: Tensor  # (B, P)
-    has_context: Tensor  # (B,) bool; a rollout whose teacher is shown nothing is left out of the divergence
+    has_context: Tensor  # (B,) bool; a rollout without a teacher's context is left out of the divergence
     divergence_position: Tensor  # (B,), -1 where the rollout has no peer or never leaves it
     success: Tensor  # (B,) bool
     tokens_per_micro_batch: Tensor  # (), what a micro-batch of one process holds on average
@@ -43,7 +43,7 @@ class RolloutBatch:
 
     @property
     def divergence_mask(self) -> Tensor:
-        """(B, T), the loss mask of the rollouts whose teacher is shown something."""
+        """(B, T), the loss mask of the rollouts whose teacher has a context."""
         return self.loss_mask * self.teacher.has_context.unsqueeze(-1)
 
     def targets(self, loss_mean: str) -> Targets:

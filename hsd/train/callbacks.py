@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a line per step, metrics.jsonl, alarms, and a clean stop on Ctrl-C."""
+"""Callbacks of a run: a line per step, metrics.jsonl, alarms, and a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 

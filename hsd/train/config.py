@@ -29,6 +29,12 @@ UNUSED = (
     "entropy_coef",
     "use_adaptive_entropy",
     "off_policy_mask_threshold",
+    *("sapo_temperature_neg", "sapo_temperature_pos"),
+    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    *("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+    *("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
+    *("vllm_importance_sampling_cap", "use_bias_correction_kl"),
+    *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
 )
 UNUSED_WITHOUT_POLICY_TERM = ("epsilon", "epsilon_high")
 # Options of GRPO that its variants decide, None until then; a user may also want TRL's own default.
@@ -149,6 +155,11 @@ class HSDConfig(GRPOConfig):
                         f"{name}: expected {inherited[name]!r}, GRPO's default, because the loss of method="
                         f"{self.method!r} does not use it, got {getattr(self, name)!r}"
                     )
+            if self.vllm_importance_sampling_correction:
+                raise ValueError(
+                    "vllm_importance_sampling_correction: expected False, because the loss of method="
+                    f"{self.method!r} does not use it, got True"
+                )
         else:
             for name, value in (METHODS["hsd"].defaults | {"reference_coef": 0.0}).items():
                 if getattr(self, name) != value:

@@ -1,4 +1,4 @@
-"""What is not supported under FSDP and DeepSpeed: all that the configuration alone tells, without a model."""
+"""Refused under FSDP and DeepSpeed, as far as the configuration alone shows it, without a model."""
 
 from __future__ import annotations
 

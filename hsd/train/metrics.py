@@ -1,4 +1,4 @@
-"""What is logged of a batch, by name and without "hsd/". NaN where there is nothing to measure."""
+"""Metrics of a batch, by name and without "hsd/". NaN where there is nothing to measure."""
 
 from __future__ import annotations
 

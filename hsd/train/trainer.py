@@ -41,6 +41,8 @@ from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.policy.forward import RolloutInputs
 from hsd.policy.frozen import in_eval_mode
 from hsd.policy.tree.check import try_tree, warn_unshared
+from hsd.policy.vocabulary import check_vocabulary
+from hsd.process import settle
 from hsd.train.alarms import repeated_tail
 from hsd.train.batch import collate, shuffle_groups, student_inputs, unpack
 from hsd.train.callbacks import RunFiles, steps_of_a_generation
@@ -90,6 +92,7 @@ class HSDTrainer(GRPOTrainer):
         feedback_fn: FeedbackFn | None = None,
         **kwargs: Any,
     ):
+        settle()  # reward functions have children
         _check_columns("train_dataset", train_dataset, args)
         _check_columns("eval_dataset", kwargs.get("eval_dataset"), args)
         for name in ("environment_factory", "rollout_func"):  # they may change the question after the data set
@@ -101,6 +104,7 @@ class HSDTrainer(GRPOTrainer):
         self.args: HSDConfig
         if self._is_vlm:
             raise ValueError("model: expected a text model, got a vision-language one")
+        check_vocabulary(self.accelerator.unwrap_model(self.model), self._tokenizer)
         if feedback_fn is not None and not args.method_spec.uses_feedback:
             raise ValueError(f"feedback_fn: expected None with method={args.method!r}, which shows no feedback")
         self.context_template = context_template

@@ -1,7 +1,7 @@
 """Verifiers: reward functions for any TRL trainer, and the judgements behind them, each with a status."""
 
 from hsd.verify.code import code_reward, verify_code
-from hsd.verify.math import math_reward, verify_math
+from hsd.verify.math import choice_reward, math_reward, verify_choice, verify_math
 from hsd.verify.numbers import final_answer, last_number, number_reward, numbers_equal
 from hsd.verify.sandbox import Isolation, Limits, isolation
 from hsd.verify.status import Result, Status
@@ -11,6 +11,7 @@ __all__ = [
     "Limits",
     "Result",
     "Status",
+    "choice_reward",
     "code_reward",
     "final_answer",
     "isolation",
@@ -18,6 +19,7 @@ __all__ = [
     "math_reward",
     "number_reward",
     "numbers_equal",
+    "verify_choice",
     "verify_code",
     "verify_math",
 ]

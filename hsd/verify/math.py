@@ -1,199 +1,168 @@
-"""Mathematical answers: last box, else last number; text first, then SymPy (math-verify) in a process that is killed
-when its time is over."""
+"""Mathematical answers: read in one order (`hsd.verify.answers`), compared in one order (`hsd.verify.values`), and by
+SymPy in a process that is killed when its time is over."""
 
 from __future__ import annotations
 
-import atexit
-import json
-import os
-import select
-import subprocess
-import sys
-import threading
+import re
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
-from hsd.verify.answers import extract_answer, is_boxed, is_words, plain_number, same_text
-from hsd.verify.numbers import last_number
+from hsd.verify.answers import extract_answer, final_part, is_boxed
+from hsd.verify.spelling import same_text
 from hsd.verify.status import (
     Completion,
     Result,
     Status,
     check_column,
     completion_text,
-    default_workers,
     in_order,
     rewards,
 )
+from hsd.verify.sympy_pool import SERVERS
+from hsd.verify.values import equal, read_choice, read_number, same_number
 
-SERVER = Path(__file__).parent / "child" / "sympy_server.py"
-TIMEOUT = 5.0  # seconds of wall clock for one comparison
-START_TIMEOUT = 120.0  # importing SymPy takes a second, more on a busy machine
-GRACE = 30.0  # for the server's own work around a comparison
-MEMORY = 2 << 30
+TIMEOUT = 5.0  # seconds of CPU time for one comparison
 MAX_ANSWER = 1_000  # characters; the longest gold answer of MATH-500 has 53
+MAX_DIGITS = 100_000
+Gold = str | int | float | Sequence[Any] | Mapping[str, Any]
 
 
 def math_reward(
     completions: Sequence[Completion],
-    answer: Sequence[str | int | float],
+    answer: Sequence[Gold],
     *,
     timeout: float = TIMEOUT,
+    tolerance: float | None = None,
     workers: int | None = None,
     **columns: Any,
 ) -> list[float | None]:
     """1.0 where the completion's answer equals `answer` (see `verify_math`), else 0.0; a TRL reward function.
 
-    None where the verifier failed on the gold answer itself, with a warning, and for rows of another kind: those that
-    have ``tests`` (`hsd.verify.code_reward`). The order is kept; `workers` processes, by default one per core.
+    None where the verifier failed, with a warning, and for rows of another kind: those that have ``tests``
+    (`hsd.verify.code_reward`). The order is kept; `workers` processes, by default one per core.
     """
     check_column("answer", answer, completions)
     texts = [completion_text(c) for c in completions]
     other = columns.get("tests") or [None] * len(texts)
     mine = [i for i, tests in enumerate(other) if not tests]
-    judged = in_order(lambda i: verify_math(texts[i], str(answer[i]), timeout=timeout), mine, workers)
+    judged = in_order(lambda i: verify_math(texts[i], answer[i], timeout=timeout, tolerance=tolerance), mine, workers)
     results = dict(zip(mine, judged, strict=True))
     return rewards("math", [results.get(i) for i in range(len(texts))], columns)
 
 
-def verify_math(text: str, gold: str, *, timeout: float = TIMEOUT) -> Result:
-    """Whether the answer in `text` equals `gold`, an answer or a solution that ends in one (``\\boxed{}``, ``####``).
+def choice_reward(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float | None]:
+    """1.0 where the completion chooses the letter `answer` (see `verify_choice`), else 0.0; a TRL reward function."""
+    check_column("answer", answer, completions)
+    texts = [completion_text(c) for c in completions]
+    return rewards("choice", in_order(lambda i: verify_choice(texts[i], str(answer[i])), range(len(texts)), 1), columns)
 
-    Equal means, in this order: the same spelling after normalization, the same plain number, or equal to math-verify
-    0.9 (SymPy) within `timeout` seconds. A text answer is compared as text only. Where SymPy raises, dies or takes
-    too long, it is tried on the gold answer alone: if it fails there too the status is ``verifier_failed``, else the
-    answer was at fault (``incorrect``, ``crashed``, ``timeout``). The last box counts, and only if it is closed.
+
+def verify_math(text: str, gold: Gold, *, timeout: float = TIMEOUT, tolerance: float | None = None) -> Result:
+    """Whether the answer in `text` equals `gold`: an answer, or a solution that ends in one (``\\boxed{}``, ``####``);
+    a list of accepted answers, of which one is enough; a mapping with ``ground_truth`` (verl) or ``target``.
+
+    Equal means, in this order: the same spelling after normalization; the same exact number, list, interval or words;
+    equal to math-verify 0.9 (SymPy) within `timeout` seconds of CPU time, and then, if both are numbers, within a
+    relative difference of 1e-6. Where SymPy cannot read one of the two, the comparison before it decides.
+    `tolerance` is a relative difference that two numbers may have, by default none.
+    ``verifier_failed``: no gold answer, or the process that asks SymPy did not start, was killed or got no CPU time.
     """
-    target = extract_answer(gold) if is_boxed(gold) or "####" in gold else gold.strip()
-    if not target or len(target) > MAX_ANSWER:
-        return Result(Status.VERIFIER_FAILED, f"gold: expected an answer of 1 to {MAX_ANSWER} characters")
+    try:
+        targets = [t for t in map(_target, accepted_answers(gold)) if t]
+    except (TypeError, ValueError) as error:
+        return Result(Status.VERIFIER_FAILED, str(error)[:500])
+    if not targets:
+        return Result(Status.VERIFIER_FAILED, "gold: expected an answer, got a blank one")
     answer = extract_answer(text)
-    number = plain_number(target)
-    if number is not None and not is_boxed(text):
-        last = last_number(text)
-        if last is not None and plain_number(last) == number:
-            return Result(Status.CORRECT)
     if answer is None:
         return Result(Status.NO_ANSWER)
-    if len(answer) > MAX_ANSWER:
-        return Result(Status.TOO_LONG, f"an answer of {len(answer)} characters")
-    if same_text(target, answer):
-        return Result(Status.CORRECT)
-    if is_words(target):
-        return Result(Status.INCORRECT)
-    if number is not None and (other := plain_number(answer)) is not None:
-        return Result(Status.CORRECT if number == other else Status.INCORRECT)
-    return _ask_sympy(target, answer, timeout)
+    results = []
+    for target in targets:
+        results.append(_compare(target, answer, timeout, tolerance))
+        if results[-1].status is Status.CORRECT:
+            return results[-1]
+    failed = [r for r in results if r.status is Status.VERIFIER_FAILED]
+    return (failed or results)[0]
 
 
-def _ask_sympy(gold: str, answer: str, timeout: float) -> Result:
-    reply = _SERVERS.ask(gold, answer, timeout)
-    if "equal" in reply:
-        return Result(Status.CORRECT if reply["equal"] else Status.INCORRECT)
-    alone = {} if "lost" in reply else _SERVERS.ask(gold, gold, timeout)
-    if not alone.get("equal"):
-        return Result(Status.VERIFIER_FAILED, f"SymPy on the gold answer {gold[:100]!r}: {alone}, before: {reply}")
-    if "error" in reply:
-        return Result(Status.INCORRECT, f"SymPy cannot compare it: {reply['error']}")
-    return Result(Status.TIMEOUT if reply["ended"] == "timeout" else Status.CRASHED, "in SymPy")
-
-
-class _Server:
-    """One child process (`child/sympy_server.py`): `ask` returns its reply, or ``lost`` if it is of no more use."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(SERVER), str(MEMORY)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is the trainer's
+def verify_choice(text: str, gold: str) -> Result:
+    """Whether `text` chooses the letter of `gold`: "C", "(C)", "(C) 12". Options that are named must agree."""
+    target = read_choice(_target(gold))
+    if target is None:
+        return Result(Status.VERIFIER_FAILED, f"gold: expected a letter, got {gold!r:.100}")
+    answer = extract_answer(text)
+    given = read_choice(answer) if answer else None
+    if given is None:
+        part = (final_part(text) or "").strip().splitlines()
+        letters = (
+            set(re.findall(r"(?<![\w'])\(?([A-J])\)?(?![\w'])(?!(?<=[AI])\s+(?!or\b|and\b)[a-z])", part[-1]))
+            if part
+            else set()
         )
-        self.buffer = b""
-        reply = self._reply(time.monotonic() + START_TIMEOUT)
-        if "ready" not in reply:
-            self.kill()
-            raise RuntimeError(f"math-verify: expected the child process to start, got {reply}; is it installed?")
-
-    def ask(self, gold: str, answer: str, timeout: float) -> dict[str, Any]:
-        line = json.dumps({"gold": gold, "answer": answer, "timeout": timeout}).encode() + b"\n"
-        try:
-            assert self.process.stdin is not None
-            self.process.stdin.write(line)
-            self.process.stdin.flush()
-        except OSError:
-            return {"lost": "the server had ended"}
-        return self._reply(time.monotonic() + timeout + GRACE)
-
-    def _reply(self, deadline: float) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        fd = self.process.stdout.fileno()
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        while b"\n" not in self.buffer:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
-                return {"lost": "the server did not answer"}
-            part = os.read(fd, 1 << 16)
-            if not part:
-                return {"lost": "the server ended"}
-            self.buffer += part
-        line, self.buffer = self.buffer.split(b"\n", 1)
-        return json.loads(line)
-
-    def kill(self) -> None:
-        self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            try:
-                assert pipe is not None
-                pipe.close()
-            except OSError:  # an unsent request in the buffer
-                pass
-        self.process.wait()
+        letters |= set(re.findall(r"(?i:option|choice)\s+\(?([A-J])\b", part[-1])) if part else set()
+        if len(letters) != 1:
+            return Result(Status.NO_ANSWER)
+        given = (letters.pop(), "")
+    right = target[0] == given[0] and (not target[1] or not given[1] or same_text(target[1], given[1]))
+    return Result(Status.CORRECT if right else Status.INCORRECT)
 
 
-class _Servers:
-    """Idle children of this process, kept because importing SymPy takes a second."""
-
-    def __init__(self) -> None:
-        self.idle: list[_Server] = []
-        self.owner = os.getpid()
-        self.lock = threading.Lock()
-        self.starting = threading.BoundedSemaphore(default_workers())
-
-    def ask(self, gold: str, answer: str, timeout: float) -> dict[str, Any]:
-        if self.owner != os.getpid():  # forked: the pipes are the parent's
-            self.__init__()
-        with self.starting:
-            server = self._take() or _Server()
-            reply: dict[str, Any] = {"lost": "interrupted"}
-            try:
-                reply = server.ask(gold, answer, timeout)
-            finally:
-                if "lost" in reply:
-                    server.kill()
-                else:
-                    with self.lock:
-                        self.idle.append(server)
-            return reply
-
-    def _take(self) -> _Server | None:
-        with self.lock:
-            while self.idle:
-                server = self.idle.pop()
-                if server.process.poll() is None:
-                    return server
-                server.kill()  # someone else ended it
-        return None
-
-    def close(self) -> None:
-        if self.owner == os.getpid():
-            with self.lock:
-                while self.idle:
-                    self.idle.pop().kill()
+def accepted_answers(gold: Gold) -> list[str]:
+    """The accepted answers as text: of a list each, of verl's ``{"ground_truth": ...}`` what it holds."""
+    if isinstance(gold, Mapping):
+        for name in ("ground_truth", "target", "answer"):
+            if name in gold:
+                return accepted_answers(gold[name])
+        raise TypeError(f"gold: expected a mapping with ground_truth, got the keys {sorted(map(str, gold))}")
+    if isinstance(gold, int) and not isinstance(gold, bool):
+        return [f"{Decimal(gold):f}"]  # str() refuses more than 4,300 digits
+    if isinstance(gold, str | float):
+        return [str(gold)]
+    if isinstance(gold, Sequence):
+        return [text for one in gold for text in accepted_answers(one)]
+    raise TypeError(f"gold: expected a string, a number or a list of them, got {type(gold).__name__}")
 
 
-_SERVERS = _Servers()
-atexit.register(_SERVERS.close)
+def _target(gold: str) -> str:
+    return (extract_answer(gold) or "" if is_boxed(gold) or "####" in gold else gold).strip()
+
+
+class _Ended(Exception):
+    def __init__(self, result: Result):
+        self.result = result
+
+
+def _compare(target: str, answer: str, timeout: float, tolerance: float | None) -> Result:
+    if max(len(target), len(answer)) > MAX_ANSWER:
+        return _compare_long(target, answer)
+    deadline = time.monotonic() + 3 * timeout  # a list asks more than once
+
+    def ask(left: str, right: str) -> bool:
+        reply = SERVERS.ask(left, right, timeout, tolerance)
+        if "equal" in reply:
+            if time.monotonic() > deadline and not reply["equal"]:
+                raise _Ended(Result(Status.TIMEOUT, "in SymPy"))
+            return reply["equal"]
+        if "error" in reply:  # what SymPy cannot read is compared as text, and was
+            return False
+        status = {"timeout": Status.TIMEOUT, "died": Status.CRASHED}.get(reply.get("ended", ""), Status.VERIFIER_FAILED)
+        raise _Ended(Result(status, f"in SymPy: {reply}"))
+
+    try:
+        return Result(Status.CORRECT if equal(target, answer, ask, tolerance) else Status.INCORRECT)
+    except _Ended as ended:
+        return ended.result
+
+
+def _compare_long(target: str, answer: str) -> Result:
+    """Answers over 1,000 characters: numbers digit by digit, others by their spelling."""
+    digits = re.compile(r"[-+]?[\d,]*\.?\d+")
+    if len(target) > MAX_ANSWER and not (digits.fullmatch(target) and len(target) <= MAX_DIGITS):
+        return Result(Status.VERIFIER_FAILED, f"gold: expected at most {MAX_ANSWER} characters, got {len(target)}")
+    if len(answer) > MAX_ANSWER and not (digits.fullmatch(answer) and len(answer) <= MAX_DIGITS):
+        return Result(Status.TOO_LONG, f"an answer of {len(answer)} characters")
+    left, right = read_number(target), read_number(answer)
+    same = left is not None and right is not None and same_number(left, right)
+    return Result(Status.CORRECT if same else Status.INCORRECT)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hsd.evaluate import sample, score
 from hsd.files import replacing
-from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.groups import Group, Rollout, shown_answer
 from hsd.progress import counter
 from hsd.tasks.task import Policy, Question, Task
 from hsd.viewer.measure import draw_peers, failing_with_peer, gather, measure
@@ -24,10 +24,12 @@ def sample_groups(task: Task, policy: Policy, questions: Sequence[Question], see
     prompts = [q["prompt"] for q in repeated]
     rollouts = sample(*policy, prompts, task.sampling, seed=seed + 1, progress=counter("sampled"))
     rewards = score(policy.tokenizer, repeated, rollouts, task.reward)
-    scored = [Rollout(tuple(ids), r) for ids, r in zip(rollouts, rewards, strict=True)]
-    groups = [tuple(scored[g * size : (g + 1) * size]) for g in range(len(questions))]
     least = task.success_reward
-    return [Group(q["prompt"], q["answer"], group, least) for q, group in zip(questions, groups, strict=True)]
+    unjudged = least - 1.0  # a rollout without a verdict is no success
+    scored = [Rollout(tuple(ids), unjudged if r is None else r) for ids, r in zip(rollouts, rewards, strict=True)]
+    groups = [tuple(scored[g * size : (g + 1) * size]) for g in range(len(questions))]
+    answers = [shown_answer(q["answer"]) for q in questions]
+    return [Group(q["prompt"], a, g, least) for q, a, g in zip(questions, answers, groups, strict=True)]
 
 
 def make_credit(

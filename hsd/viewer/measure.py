@@ -1,4 +1,4 @@
-"""Credit on real rollouts: what the peer teacher and the answer-only teacher say, by rollout and token by token.
+"""Credit on real rollouts under the peer teacher and the answer-only teacher, by rollout and token by token.
 
 The teacher has the student's weights and sees a privileged context. `measure` makes the forward passes, `gather` the
 tables behind the paper's statistics, `coverage_by_difficulty` tells how many rollouts fail and have a peer.

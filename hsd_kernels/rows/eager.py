@@ -36,8 +36,8 @@ def statistics(
         ls, lt = student.log_probs(y_s, kappa), teacher.log_probs(y_t, kappa)
         ps, pt = ls.exp(), lt.exp()
         f, g = _summands(spec, ls, lt, ps, pt)
-        # The rounding of a log-sum shifts a row's log-probs, and the sums of ps and pt are not quite 1. That was 7 %
-        # of the gradient where one token has nearly all of ps (jsd, temperature 0.1, fp32), and 0.4 % of a KL of 1e-4.
+        # The rounding of a log-sum shifts a row's log-probs, and the sums of ps and pt are not quite 1. The shift is a
+        # visible part of the gradient where one token has nearly all of ps, and of a KL near 0.
         sum_s, sum_t = ps.sum(-1), pt.sum(-1)
         kl = f.sum(-1)
         if divergence.clip is None and divergence.kind != "jsd":

@@ -24,8 +24,8 @@ from hsd.policy.tree.view import Scores, TreeView
 
 PREFIX = "hsd_tree_"
 BACKENDS = ("auto", "dense", "gather", "varlen", "flex")
-BLOCK = 256  # query rows per SDPA call: skips most of the masked triangle; 128 to 256 were the fastest of 64 to 1,000
-SMALL = 5_000  # scores that cost as much as one more SDPA call; measured on groups of 100 to 1,500 nodes
+BLOCK = 256  # query rows per SDPA call: few enough to skip most of the masked triangle
+SMALL = 5_000  # masked scores that cost about as much as one more SDPA call on a CPU
 # What layers pass besides and what does not change attention here: positions are in the rotated keys already.
 HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "position_embeddings", "output_attentions"})
 

@@ -1,4 +1,4 @@
-"""Tree attention for CUDA; the index bookkeeping is tested on a CPU, with plain attention in place of the kernel."""
+"""Tree attention for CUDA: variable-length kernels and FlexAttention."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def build_trie(sequences: Sequence[Sequence[int]], shareable: Sequence[int] | No
     """The trie of ``sequences``, of one group or of several.
 
     In sorted order a sequence shares with all before it exactly what it shares with its predecessor, so sorting gives
-    the trie and its preorder at once: 8 sequences of 8,000 tokens take about 10 ms.
+    the trie and its preorder at once.
 
     Args:
         sequences: token ids; may repeat, may be empty, may be prefixes of each other.

@@ -1,4 +1,4 @@
-"""The sandbox from inside: `python -I -B harness.py JOB SECRET VERDICT`, three open files. Never imported.
+"""The sandbox from inside: `python -S -s -P -B harness.py JOB SECRET VERDICT`, three open files. Never imported.
 
 This process is the keeper. It forks the program, which gets its own source and, for tests, one socket; then it shuts
 itself in too, reads the tests (SECRET) and runs them here, where the program's functions are stand-ins that ask the
@@ -11,8 +11,10 @@ import builtins
 import json
 import linecache
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 import types
 from typing import Any
@@ -27,12 +29,13 @@ sys.path.pop(0)
 def main() -> None:
     job_fd, secret_fd, verdict_fd = map(int, sys.argv[1:])
     job = json.loads(_read(job_fd))
-    confine.lower_limits(job["timeout"], job["memory"], job["file_size"])
+    inside = "bubblewrap" in job["layers"]
+    confine.lower_limits(job["timeout"], job["memory"], job["file_size"], confine.THREADS if inside else None)
     _die_first()
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # one buffer per core would not fit into the address space
-    separated = confine.separate(job["layers"])
+    _look_like_python(job["packages"])
+    separated = (["bubblewrap"] if inside else []) + confine.become_nobody(job["layers"])
     confine.die_with_parent()
-    outer = separated + confine.shut_files(job["layers"])
+    outer = separated + confine.shut_files(job["layers"], job["readable"])
     here, there = socket.socketpair()
     granted, grants = os.pipe()
     pid = os.fork()
@@ -40,7 +43,7 @@ def main() -> None:
         _program(job, there, grants, separated)
     there.close()
     os.close(grants)
-    mine = outer + confine.shut_calls(job["layers"], separated)
+    mine = outer + confine.shut_calls(job["layers"], bytes.fromhex(job["filter"]))
     secret = json.loads(_read(secret_fd))
     verdict: dict[str, Any] = {"nonce": secret["nonce"], "layers": mine}
     theirs = os.read(granted, 100).decode().split()  # written before the program runs
@@ -50,8 +53,22 @@ def main() -> None:
         detail = f"sandbox: expected {job['expected']}, got {mine}"
         _finish(verdict_fd, verdict | {"status": "verifier_failed", "detail": detail})
     _append(verdict_fd, verdict | {"status": "started"})
-    outcome = _run_tests(secret, here) if job["mode"] == "tests" else _wait(pid)
+    sys.set_int_max_str_digits(0)
+    outcome = _run_tests(secret, here) if job["mode"] == "tests" else {"gone": True, "wait": True}
+    if outcome.pop("gone", False):  # how the program ended says more
+        outcome |= _ended(pid, job["timeout"], outcome.pop("wait", False))
     _finish(verdict_fd, verdict | outcome)
+
+
+def _look_like_python(packages: list[str]) -> None:
+    """What `site` would have done (this runs with -S: it takes 17 ms), without ``.pth`` files."""
+    import _sitebuiltins
+
+    sys.path += packages
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # one buffer per core would not fit into the address space
+    os.environ.pop("PYTHONHASHSEED", None)
 
 
 def _read(fd: int) -> bytes:
@@ -77,11 +94,35 @@ def _die_first() -> None:
         pass
 
 
-def _wait(pid: int) -> dict[str, Any]:
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    ended = "" if code == 0 else f"exit code {code}" if code > 0 else f"killed by signal {-code}"
-    return {"status": "crashed" if ended else "finished", "detail": ended}
+def _ended(pid: int, limit: float, wait: bool) -> dict[str, Any]:
+    """How the program ended, and its CPU time; nothing where it still runs."""
+    for _ in range(1 if wait else 50):
+        done, status, used = os.wait4(pid, 0 if wait else os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.02)  # it closed its channel, and may be on its way out
+    else:
+        return {}
+    code, cpu = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+    if code == -signal.SIGXCPU or (code == -signal.SIGKILL and cpu >= limit):
+        return {"status": "timeout", "detail": f"{limit:g} s of CPU time"}
+    if code == -signal.SIGKILL:  # it cannot do that itself
+        return {"status": "verifier_failed", "detail": "the program was killed from outside: out of memory?"}
+    if not wait:
+        return {}
+    if code == 0:
+        return {"status": "finished", "cpu": cpu}
+    return {"status": "crashed", "detail": f"exit code {code}" if code > 0 else f"killed by signal {-code}"}
+
+
+# What LiveCodeBench's harness has imported when a program starts, and its recursion depth.
+_MODULES = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
+    *("itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing"),
+)
+OFFICIAL = "\n".join(
+    [*(f"from {m} import *" for m in _MODULES), f"import {', '.join(_MODULES)}", "sys.setrecursionlimit(50_000)"]
+)
 
 
 # -- the program's side -----------------------------------------------------------------------------------------------
@@ -92,7 +133,8 @@ def _program(job: dict[str, Any], channel: socket.socket, grants: int, separated
     try:
         confine.die_with_parent()
         tests = job["mode"] == "tests"
-        granted = separated + confine.shut_files(job["layers"]) + confine.shut_calls(job["layers"], separated)
+        granted = separated + confine.shut_files(job["layers"], job["readable"])
+        granted += confine.shut_calls(job["layers"], bytes.fromhex(job["filter"]))
         os.write(grants, " ".join(granted).encode())
         rpc = os.dup2(channel.fileno(), 3) if tests else 2
         kept = [grants, channel.fileno(), *map(int, sys.argv[1:])]  # the keeper's files
@@ -102,6 +144,9 @@ def _program(job: dict[str, Any], channel: socket.socket, grants: int, separated
         module = types.ModuleType("program" if tests else "__main__")
         module.__dict__["__builtins__"] = builtins
         sys.modules[module.__name__] = module
+        sys.set_int_max_str_digits(0)
+        if job["official"]:
+            exec(OFFICIAL, module.__dict__)
         if tests:
             _serve(socket.socket(fileno=rpc), module, job["program"])
         code = _run(module, job["program"])
@@ -119,7 +164,7 @@ def _run(module: types.ModuleType, source: str) -> int:
 
     code = 0
     try:
-        exec(compile(source, "program.py", "exec"), module.__dict__)
+        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 1
     except BaseException:
@@ -148,7 +193,7 @@ def _serve(channel: socket.socket, module: types.ModuleType, source: str) -> Non
     def answer(ask: list[Any]) -> Any:
         what, *rest = ask
         if what == "load":
-            exec(compile(source, "program.py", "exec"), module.__dict__)
+            exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
             return [name for name in vars(module) if isinstance(name, str)]
         if what == "get":
             return getattr(module, rest[0])
@@ -189,7 +234,11 @@ class Remote:
         self._program, self._number = program, number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        encoded = [wire.encode(x, _number_of) for x in (list(args), kwargs)]
+        try:
+            encoded = [wire.encode(x, _number_of) for x in (list(args), kwargs)]
+        except (Unsupported, RecursionError) as error:
+            self._program.unsupported = str(error)
+            raise Unsupported(str(error)) from None
         return self._program.ask("call", self._number, *encoded)
 
     def __getattr__(self, name: str) -> Any:
@@ -200,11 +249,18 @@ class Remote:
     def __next__(self) -> Any:
         return self._program.ask("next", self._number)
 
+    def __bool__(self) -> bool:  # and no __contains__: `assert x in f()` is answered here, item by item
+        raise TypeError("expected plain data from the program, got an object, whose truth is its own")
+
+
+class Unsupported(BaseException):
+    """The tests pass what cannot cross. Not an Exception: a test's ``except`` lets it pass."""
+
 
 def _number_of(value: Any) -> int:
     if isinstance(value, Remote):
         return value._number
-    raise TypeError(f"expected plain arguments for the program, got {type(value).__name__}")
+    raise Unsupported(f"the tests pass the program a {type(value).__name__}; only plain data can cross")
 
 
 def _forward(name: str) -> Any:
@@ -218,15 +274,16 @@ def _forward(name: str) -> Any:
     return method
 
 
-for _name in ("__iter__", "__len__", "__getitem__", "__contains__", "__str__", "__repr__"):
+for _name in ("__iter__", "__len__", "__getitem__", "__str__", "__repr__"):
     setattr(Remote, _name, _forward(_name))
 
 
 class _Program:
     def __init__(self, channel: socket.socket):
-        self.channel, self.gone = channel, ""
+        self.channel, self.gone, self.unsupported, self.asked = channel, "", "", 0
 
     def ask(self, *message: Any) -> Any:
+        self.asked += message[0] not in ("load", "get")
         try:
             wire.send(self.channel, message)
             kind, *rest = wire.receive(self.channel)
@@ -254,21 +311,27 @@ class _Program:
 
 def _run_tests(secret: dict[str, Any], channel: socket.socket) -> dict[str, Any]:
     try:
-        setup = compile(secret["setup"], "setup.py", "exec")
-        source = compile(secret["source"], "tests.py", "exec")
+        setup = compile(secret["setup"], "setup.py", "exec", dont_inherit=True)
+        source = compile(secret["source"], "tests.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         return {"status": "verifier_failed", "detail": f"tests: {type(error).__name__}: {error}"}
     linecache.cache["tests.py"] = (0, None, secret["source"].splitlines(True), "tests.py")
     program = _Program(channel)
     outcome = _verdict(program, secret, setup, source)
     if program.gone:  # whatever the tests made of it
-        outcome = {"status": "crashed", "detail": program.gone}
+        return {"status": "crashed", "detail": program.gone, "gone": True}
+    if program.unsupported:
+        return {"status": "verifier_failed", "detail": program.unsupported}
+    if outcome["status"] == "correct" and not program.asked:
+        return {"status": "verifier_failed", "detail": "the tests ask nothing of the program"}
     return outcome
 
 
 def _verdict(program: _Program, secret: dict[str, Any], setup: Any, source: Any) -> dict[str, Any]:
     try:
         space: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
+        if secret.get("cases") is not None:
+            space["CASES"] = wire.decode(secret["cases"], list().__getitem__)
         exec(setup, space)
     except BaseException as error:
         return {"status": "verifier_failed", "detail": f"setup: {_describe(error)}"}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import hsd.verify
 from hsd.data import load
 from hsd.data.decontaminate import LONG, answers_equal, decontaminate, ngrams, stem, words
 from hsd.data.prompts import math_prompt
@@ -49,6 +48,68 @@ def verdict(question: str, answer: str, against: str, against_answer: str, **kwa
 def test_stem(question, against, same):
     assert (stem(question) == stem(against)) is same
     assert verdict(question, "1", against, "2") == ("exact_stem" if same else None)
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        "H\u0430ve \u0430 c\u0430t",  # Cyrillic
+        "\u0397ave \u03b1 cat",  # Greek
+        "Ha\u200bve a\u2060 c\u00adat\ufeff",  # category Cf
+        "Ha\u034fve a c\ufe0fat\U000e0101",  # no glyph, but not Cf
+        "Ha\x00ve a\x08 cat",  # category Cc
+        "\uff28ave \U0001d41a cat",  # full width, mathematical bold
+        "H\u00e1ve a\u0323 c\u0251t",  # accents, a Latin look-alike
+        "HAVE\u00a0a\u3000cat",
+        "Have\ta\r\ncat",
+    ],
+)
+def test_a_disguise_is_no_other_question(disguise):
+    tail = " with three legs and how many legs have seven such cats on a wall then?"
+    assert words(disguise) == ["have", "a", "cat"]
+    assert verdict(disguise + "?", "1", "have a cat", "2") == "exact_stem"
+    assert verdict(f"Say: {disguise}{tail} Now!", "1", "Have a cat" + tail, "2") == "ngram_13"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("5\u22123", "5-3", True),  # minus signs and dashes
+        ("5\u20133", "5 - 3", True),
+        ("\u0665+1", "5+1", True),  # digits of another script
+        ("0.3\u0305", "0.3", False),  # a repeating decimal is another number
+        ("5\u00f73", "5-3", False),
+        ("\u0413\u0434\u0435 \u0434\u043e\u043c?", "\u0433\u0434\u0435 \u0414\u041e\u041c", True),
+        ("\u0413\u0434\u0435 \u0434\u043e\u043c?", "\u0433\u0434\u0435 \u0434\u044b\u043c?", False),
+        ("\u4e00\u4e8c", "\u4e00\u4e09", False),
+    ],
+)
+def test_look_alikes_and_what_only_comes_near(a, b, same):
+    assert (stem(a) == stem(b)) is same
+
+
+PRIMES = "where $m$ and $n$ are relatively prime positive integers."
+FORMULAS = [
+    f"The probability can be written in the form $\\frac{{m}}{{n}}$, {PRIMES} Find $m+n$.",
+    "Express your answer in the form $a\\sqrt{b}+c$, where $a$, $b$ and $c$ are integers and $b$ is not divisible by "
+    "the square of any prime. Find $a+b+c$.",
+]
+BALLS = "A jar holds five red and three blue marbles, and two are drawn without putting the first one back."
+TRIANGLE = "In triangle $ABC$ the bisector of the angle at $A$ meets the opposite side in $D$, with $BD=4$ and $CD=6$."
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("ending", ["", " Compute $100m+n$."])
+def test_a_formula_that_two_questions_share_removes_nothing(formula, ending):
+    cut = formula.rpartition(". ")[0] + "." if ending else formula
+    for first, second in ((BALLS, TRIANGLE), (BALLS, "Compute $\\sin 15^\\circ$."), (BALLS * 4, TRIANGLE)):
+        for a, b in ((first, second), (second, first)):
+            assert verdict(f"{a} {formula}", "7", f"{b} {cut}{ending}", "9") is None
+            assert verdict(f"{formula} {a}", "7", f"{formula} {b}", "9") is None  # at the beginning
+    # The same question in front of it is a copy, also with another ending or beginning.
+    assert verdict(f"{BALLS} {formula}", "7", f"{BALLS} {cut}{ending}", "9") in ("exact_stem", "ngram_13")
+    reworded = BALLS.replace("A jar holds", "There are")
+    assert verdict(f"{reworded} {formula}", "7", f"{BALLS} {formula}", "9") == "ngram_13"
 
 
 def test_thirteen_words_in_common_and_not_twelve():
@@ -111,10 +172,13 @@ def test_instructions_do_not_count():
         ("$5", "5", True),
         ("3", "4", False),
         ("```python\npass\n```", "7", False),
+        ("```python\npass\n```", "```python\npass\n```", True),
+        (["3", "1/2"], "0.5", True),
+        ("0.5", ["3", "1/2"], True),
+        (["3", "4"], ["5", "6"], False),
     ],
 )
-def test_answers_equal_without_sympy(a, b, equal, monkeypatch):
-    monkeypatch.setattr(hsd.verify, "verify_math", None)  # must not be asked
+def test_answers_equal(a, b, equal):
     assert answers_equal(a, b) is equal
 
 
@@ -146,8 +210,8 @@ def test_gsm8k_against_five_real_sets():
     against = {name: load(str(SHARED / f"{name}.jsonl")) for name in names}
     train = load(str(SHARED / "gsm8k_train.jsonl"))
     kept, report = decontaminate(train, against)
-    assert report["removed"] == {"exact_stem": 0, "ngram_13": 4, "equal_answer": 0}
-    assert report["removed_by_set"] == {name: 4 * (name == "gsm8k_test") for name in names}
-    assert len(kept) == 7469
+    assert report["removed"] == {"exact_stem": 0, "ngram_13": 3, "equal_answer": 0}
+    assert report["removed_by_set"] == {name: 3 * (name == "gsm8k_test") for name in names}
+    assert len(kept) == 7470
     # A leaked copy of each set falls whole.
     assert decontaminate(against["math500"], against)[0] == []

@@ -1,7 +1,6 @@
 """Row converters on rows as the hub repositories document them, and on the real files where they are."""
 
 import base64
-import gzip
 import json
 import os
 import pickle
@@ -15,7 +14,7 @@ from hsd.data import SOURCES, load, to_dataset
 from hsd.data.code_sources import private_tests
 from hsd.data.math_sources import Unusable, last_boxed
 from hsd.data.prompts import BOXED, bare_question
-from hsd.data.rows import check_row, fingerprint, last_user_text, read_jsonl, write_jsonl
+from hsd.data.rows import check_row, fingerprint, last_user_text, write_jsonl
 from hsd.data.sources import convert_row, load_source
 
 SHARED = Path(os.environ.get("HSD_SHARED_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
@@ -155,7 +154,8 @@ def test_svamp(body, question, answer, text, expected):
         (None, Unusable, "no answer"),
         (float("nan"), Unusable, "no answer"),
         (" ", Unusable, "no answer"),
-        (["2"], TypeError, r"answer: expected a string or a number, got \['2'\]"),
+        ([], (Unusable, TypeError), "no answer|answer: expected"),
+        ([["2"]], TypeError, r"answer: expected a string or a number, got \[\[?'2'\]"),
         (True, TypeError, "answer: expected a string or a number, got True"),
     ],
 )
@@ -167,6 +167,9 @@ def test_what_is_no_answer(answer, error, message):
     with pytest.raises(Unusable, match="no finite answer"):
         convert_row(svamp | {"Answer": "inf"})
     assert converted({"question": "x?", "answer": 7})["answer"] == "7"
+    for blank in ("", " ", BOXED):
+        with pytest.raises(Unusable, match="no question"):
+            convert_row({"question": blank, "answer": "7"})
 
 
 def test_humaneval():
@@ -245,7 +248,10 @@ def test_ready_rows_and_their_checks():
     assert row == {"prompt": "1+1=", "answer": "2", "mine": 3, "kind": "math"}
     assert converted({"prompt": "f", "answer": "", "tests": "{}"})["kind"] == "code"
     for change, error, message in (
-        ({"answer": 2}, TypeError, "answer: expected a string"),
+        ({"answer": {"a": 2}}, TypeError, "answer: expected a string"),
+        ({"answer": "", "kind": "math"}, Unusable, "no answer"),
+        ({"prompt": " "}, Unusable, "no question"),
+        ({"tests": ["x"]}, TypeError, "tests: expected a string"),
         ({"prompt": [{"role": "assistant", "content": "x"}]}, TypeError, "prompt: expected"),
         ({"prompt": []}, TypeError, "prompt: expected"),
         ({"prompt": [{"content": "x"}, {"role": "user", "content": "y"}]}, TypeError, "prompt: expected"),
@@ -254,8 +260,75 @@ def test_ready_rows_and_their_checks():
     ):
         with pytest.raises(error, match=message):
             convert_row({"prompt": "1+1=", "answer": "2"} | change)
-    with pytest.raises(ValueError, match="expected fields of a known data set"):
-        convert_row({"text": "x"})
+    assert converted({"prompt": "1+1=", "answer": 2, "tests": None}) == {
+        "prompt": "1+1=",
+        "answer": "2",
+        "kind": "math",
+    }
+    assert converted({"prompt": "1+1=", "answer": ["2", 2, "two"]})["answer"] == ["2", "two"]
+    said = "columns: expected 'question' and 'answer', or 'prompt' and 'answer', or .*, got 'text', 'label'"
+    with pytest.raises(ValueError, match=said):
+        convert_row({"text": "x", "label": 1})
+
+
+VERL = {
+    "data_source": "openai/gsm8k",
+    "prompt": [{"role": "user", "content": "How many? Output the final answer after ####."}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "72"},
+    "extra_info": {"split": "train", "index": 5, "question": "How many?", "answer": "36 + 36 = 72\n#### 72"},
+}
+
+
+def test_verl():
+    row = converted(VERL)
+    assert row == {
+        "prompt": VERL["prompt"],
+        "answer": "72",
+        "question": "How many?",
+        "solution": "36 + 36 = 72\n#### 72",
+        "source": "openai/gsm8k",
+        "id": "5",
+        "kind": "math",
+    }
+    bare = converted({"prompt": "2+2?", "reward_model": json.dumps({"ground_truth": 4})})  # as a CSV cell has it
+    assert (bare["prompt"], bare["answer"], bare["question"]) == ("2+2?", "4", "2+2?")
+    several = converted(VERL | {"reward_model": {"ground_truth": ["72", "72.0"]}})
+    assert several["answer"] == ["72", "72.0"]
+    tests = json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})
+    for truth in (tests, json.loads(tests)):
+        row = converted(VERL | {"reward_model": {"ground_truth": truth}, "extra_info": None})
+        assert (row["kind"], row["tests"], row["answer"]) == ("code", tests, "")
+    for change, error, said in (
+        ({"reward_model": {"style": "model"}}, Unusable, "no answer"),
+        ({"reward_model": {"ground_truth": None}}, Unusable, "no answer"),
+        ({"reward_model": "72"}, TypeError, "reward_model, extra_info: expected mappings"),
+        ({"prompt": []}, TypeError, "prompt: expected"),
+        ({"prompt": None}, ValueError, "row: expected a column 'prompt'"),
+    ):
+        with pytest.raises(error, match=said):
+            convert_row(VERL | change)
+    assert (
+        converted(VERL | {"reward_model": {"ground_truth": "[1, 2]"}})["answer"] == "[1, 2]"
+    )  # an answer that is JSON
+
+
+def test_several_accepted_answers_make_the_column_one_of_lists(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", [{"question": "a?", "answer": ["1", "one"]}, {"question": "b?", "answer": "2"}])
+    rows = load(str(tmp_path / "x.jsonl"))
+    assert [r["answer"] for r in rows] == [["1", "one"], ["2"]]
+    assert to_dataset(rows)["answer"][:] == [["1", "one"], ["2"]]
+    write_jsonl(tmp_path / "again.jsonl", rows)
+    assert [r["answer"] for r in load(str(tmp_path / "again.jsonl"))] == [["1", "one"], ["2"]]
+
+
+def test_columns_with_a_trainers_own_names_are_left_out_and_said(tmp_path):
+    row = {"prompt": "1+1=", "answer": "2", "completions": ["x"], "prompts": "y", "mine": 1}
+    write_jsonl(tmp_path / "x.jsonl", [row])
+    loaded = load_source(str(tmp_path / "x.jsonl"))
+    assert loaded.rows[0].keys() == {"prompt", "answer", "kind", "source", "id", "mine"}
+    assert "without the column 'completions': a trainer uses this name itself" in str(loaded)
+    assert "'prompts'" in str(loaded) and "mine" not in str(loaded)
 
 
 def test_files_and_errors(tmp_path):
@@ -274,7 +347,7 @@ def test_files_and_errors(tmp_path):
     with pytest.raises(ValueError, match="line 2: expected a JSON object"):
         load(str(path))
     path.write_text('{"question": "x", "answer": "1"}\n\n{"problem": "x"}\n')
-    with pytest.raises(ValueError, match=r"mixed.jsonl, row 2: .*expected fields"):
+    with pytest.raises(ValueError, match=r"mixed.jsonl, row 2: columns: expected 'question' and 'answer', .*'problem'"):
         load(str(path))
     for name, message in (("gsm9k", "expected a file or one of"), ("gsm8k:dev", "expected a split of gsm8k")):
         with pytest.raises(ValueError, match=message):
@@ -301,30 +374,6 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, row):
     write_jsonl(tmp_path / "x.jsonl", [GSM8K, row])
     with pytest.raises(ValueError, match=r"^x.jsonl, row 2: "):
         load(str(tmp_path / "x.jsonl"))
-
-
-GOOD = b'{"question": "x?", "answer": "1"}\n'
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("x.jsonl", GOOD + b'{"question": "\xe9?", "answer": "1"}\n'),
-        ("x.jsonl", GOOD + b"[" * 100_000),
-        ("x.jsonl.gz", gzip.compress(GOOD)[:-8]),
-        ("x.jsonl.gz", gzip.compress(GOOD) + b"trailing"),
-    ],
-    ids=["latin-1", "deep", "cut", "trailing"],
-)
-def test_a_line_that_cannot_be_read_is_named(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name}, line 2: expected "):
-        load(str(tmp_path / name))
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)
-    assert load(str(tmp_path / "x.jsonl"))[0]["question"] == "x?"
 
 
 def test_hub_names(monkeypatch, tmp_path):
@@ -387,16 +436,3 @@ def test_the_real_files(file, count):
         if "gsm8k" in file or "svamp" in file:
             assert re.fullmatch(r"-?\d+", row["answer"])
             assert "<<" not in row.get("solution", "")
-
-
-def test_jsonl_is_whole_or_absent(tmp_path):
-    def rows():
-        yield GSM8K
-        raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError):
-        write_jsonl(tmp_path / "x.jsonl", rows())
-    assert not list(tmp_path.iterdir())
-    write_jsonl(tmp_path / "x.jsonl.gz", [{"a": "é"}])
-    assert gzip.open(tmp_path / "x.jsonl.gz", "rt", encoding="utf-8").read() == '{"a": "é"}\n'
-    assert list(read_jsonl(tmp_path / "x.jsonl.gz")) == [{"a": "é"}]

@@ -7,6 +7,11 @@ from hsd.verify.answers import extract_answer, normalized, plain_number, same_te
     ("text", "answer"),
     [
         (r"so \boxed{5} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"x = \boxed{5} or $x = \boxed{6}$", "5, 6"),
+        (r"\boxed{4}" + "\n" + r"\boxed{5}", "5"),
+        ("<think>\\boxed{5}</think> so 6", "6"),
+        ("<think>\\boxed{5}", None),
+        ("<answer>\n6\n</answer> 7", "6"),
         (r"\boxed{\{1, 2\}} is it", r"\{1, 2\}"),
         (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
         (r"\boxed 7$", "7"),
@@ -19,10 +24,10 @@ from hsd.verify.answers import extract_answer, normalized, plain_number, same_te
         ("Final Answer: **(3, 4)**", "(3, 4)"),
         ("first\nso $a$ and then $b + 1$", "b + 1"),
         (r"so \(\frac12\)", r"\frac12"),
-        (r"\(a\) and \[b\]", "b"),
+        (r"\(a\) and \[b\]", "a, b"),
         (r"\(\(\( so \(x^2\)", "x^2"),
         (r"it is $\$32,\!348$.", r"\$32,\!348"),
-        ("the answer is:", "the answer is:"),
+        ("the answer is:", None),
         ("  \n", None),
         ("", None),
     ],
@@ -36,26 +41,24 @@ def test_extract_answer(text, answer):
     [
         (r"\dfrac{1}{2}", r"\frac12"),
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
-        (r"\$18.90", "18.90"),
         ("$5$", "5"),
         (r"\text{Evelyn}", "evelyn"),
         (r"\text{(A)}", "A"),
         ("1,234", "1234"),
         (r"11,\! 111", "11111"),
-        (r"10\text{ cm}^2", "10"),
-        ("18 dollars.", "18"),
-        (r"45^\circ", "45"),
-        (r"45^{\circ}", "45"),
-        ("x = 5", "5"),
-        (r"x \in [-2,7]", "[-2,7]"),
         (r"\sqrt3", r"\sqrt{3}"),
         ("\u22125", "-5"),
         (r"5\%", "5%"),
-        (r"1\frac{4}{5}", "1 4/5"),
+        (r"\$5", "5 dollars"),
+        (r"45^\circ", "45 degrees"),
+        (r"\varnothing", r"\{\}"),
+        ("x\u00b2", "x^{2}"),
+        ("\uff11\uff12", "12"),
     ],
 )
 def test_same_text(a, b):
     assert same_text(a, b) and same_text(b, a)
+    assert normalized(normalized(a)) == normalized(a)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,8 @@ def test_same_text(a, b):
         ("5x", "5"),
         ("(1,2)", "[1,2]"),
         ("1,2", "12"),
+        ("32, 349", "32349"),
+        ("1 1/4", "11/4"),
         (r"\text{Evelyn}", r"\text{Eve}"),
         ("nylevE", "Evelyn"),
         ("", ""),
@@ -85,7 +90,8 @@ def test_plain_number():
     assert plain_number(".5") == plain_number("0.5") and plain_number("-0") == plain_number("0")
     assert plain_number("1" * 40) != plain_number("1" * 39 + "2"), "28 digits are not enough"
     assert plain_number("0." + "1" * 39) != plain_number("0." + "1" * 38)
-    for text in ("1/2", "1e3", "5x", "", ".", "-", "12,34", "1.2.3", r"\frac12", "\u0663"):
+    assert plain_number("1e3") == plain_number(r"10^3") == 1000 and plain_number(r"1\tfrac14") == plain_number("5/4")
+    for text in ("5x", "", ".", "-", "12,34", "1.2.3", "1/0", "e-5", "1e99999", "2_5", "\u0663"):
         assert plain_number(text) is None, text
 
 
@@ -94,8 +100,9 @@ def test_hostile_text_is_read_in_linear_time():
 
     start = time.perf_counter()
     openers = (r"\boxed{" * 20_000, "{" * 100_000, "$" * 100_000, r"\(" * 50_000, r"\[" * 50_000, r"$\(" * 30_000)
-    for text in (*openers, "answer is" * 20_000, r"\text{" * 20_000):
+    more = ("answer is" * 20_000, r"\text{" * 20_000, "\n" * 100_000, "$1$ " * 30_000, r"\boxed{1}" * 20_000)
+    for text in (*openers, *more):
         extract_answer(text)
     for text in ("5 " + "a " * 500, "\\text{" * 160, "1," * 500, "\\left" * 200, " " * 1000, "5" + " a" * 499):
         normalized(text)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 10

@@ -43,7 +43,7 @@ def test_hostile_text_is_read_in_linear_time():
     start = time.perf_counter()
     for text in ("`" * 100_000, "```" + "a" * 100_000, "~" * 100_000, "```\n" * 30_000, " " * 100_000 + "```"):
         extract_code(text)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 10
 
 
 def test_right_and_wrong_in_every_form():

@@ -121,8 +121,8 @@ def test_the_self_check_finds_a_layer_that_keeps_its_window_to_itself(build, mon
     model = build("mistral")
     original = attention._attend
 
-    def windowless(tree, q, k, v, scaling, window, softcap, sinks):
-        return original(tree, q, k, v, scaling, None, softcap, sinks)
+    def windowless(tree, q, k, v, scores):
+        return original(tree, q, k, v, scores._replace(window=None))
 
     monkeypatch.setattr(attention, "_attend", windowless)
     with pytest.warns(UserWarning, match="differ by"):

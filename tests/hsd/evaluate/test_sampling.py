@@ -1,11 +1,15 @@
 """Sampling and scoring outside of training: ends, seeds, batches, and the interval of a success rate."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hsd.evaluate import Sampling, end_token_ids, sample, score, success
+from hsd.evaluate.interval import interval
+from hsd.evaluate.sampling import is_truncated
 from hsd.tasks import small_world
 
 TOKENIZER = small_world.build_tokenizer()
@@ -80,6 +84,20 @@ def test_end_tokens_are_the_tokenizers_and_the_models(model, declared, expected)
     assert end_token_ids(model, TOKENIZER) == expected
 
 
+@pytest.mark.parametrize("declared", [None, 7])
+def test_a_tokenizer_without_an_end_token(model, declared):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    model.generation_config.eos_token_id = declared
+    model.generation_config.pad_token_id = None
+    ends = [] if declared is None else [declared]
+    assert end_token_ids(model, tokenizer) == ends
+    rollouts = sample(model, tokenizer, PROMPTS, Sampling(6), seed=0)
+    assert all(len(r) == 6 or r[-1] in ends for r in rollouts)
+    assert [is_truncated(r, ends) for r in rollouts] == [r[-1] not in ends for r in rollouts]
+    assert is_truncated([], ends)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_seed_fixes_the_rollouts_and_nothing_else_changes(model, training):
     model.train(training)
@@ -128,16 +146,12 @@ def test_success_over_questions():
     assert result.mean == pytest.approx(0.5)
     assert result.truncated == pytest.approx(2 / 6)  # 7 is an end token too
     assert result.mean_length == pytest.approx(13 / 6)
-    assert result.low <= 0.5 <= result.high
-    # Over questions, whose rates are 0.5, 1 and 0: the extremes are three times the same one.
-    assert (result.low, result.high) == (0.0, 1.0)
-    assert str(result) == "0.500 [0.000, 1.000]"
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_equal_questions_have_an_interval_of_no_width(value):
-    result = success([value] * 12, [[EOS]] * 12, 3, [EOS])
-    assert (result.low, result.mean, result.high) == (value, value, value)
+    # Over questions, whose rates are 0.5, 1 and 0.
+    assert (result.low, result.high) == interval([0.5, 1.0, 0.0], 2)
+    assert str(result) == f"0.500 [{result.low:.3f}, {result.high:.3f}]"
+    unsure = success([1.0, None, 0.0], [[EOS], [], [5]], 1, [EOS])
+    assert (unsure.mean, unsure.truncated) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert (unsure.low, unsure.high) == (interval([1.0, 0.0, 0.0])[0], interval([1.0, 1.0, 0.0])[1])
 
 
 def test_more_questions_narrow_the_interval_and_more_samples_of_the_same_do_not():
@@ -184,7 +198,8 @@ def test_score_passes_every_column_and_takes_no_questions():
         seen.update(columns, tests=tests)
         return [1.0] * len(completions)
 
-    question = {"prompt": "1+2=", "answer": "3", "tests": "assert"}
+    question = {"prompt": "1+2=", "answer": "3", "tests": "assert", "completions": "mine", "prompts": 1, "log_extra": 2}
     assert score(TOKENIZER, [question], [[2]], reward) == [1.0]
     assert seen["tests"] == ["assert"] and seen["answer"] == ["3"]
+    assert seen["prompts"] == ["1+2="] and "log_extra" not in seen  # the data's columns of such names are left out
     assert score(TOKENIZER, [], [], reward) == []

@@ -78,6 +78,20 @@ def test_transformers(folder):
     assert greedy == cold
 
 
+@pytest.mark.parametrize("rows", [-1, 0, 3])
+def test_a_model_with_fewer_rows_than_tokens_is_refused(folder, tmp_path, rows):
+    model = Qwen3ForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(TOKENIZER) + rows, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    if rows >= 0:
+        assert engines.load_engine("transformers", str(tmp_path)).end_ids
+        return
+    said = f"model: expected at least {len(TOKENIZER)} embedding rows, .* got {len(TOKENIZER) - 1} "
+    with pytest.raises(ValueError, match=said):
+        engines.load_engine("transformers", str(tmp_path))
+
+
 def test_what_vllm_is_given(folder, monkeypatch):
     given = {}
 

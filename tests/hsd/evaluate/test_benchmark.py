@@ -139,6 +139,16 @@ def test_samples_of_something_else_are_refused(tmp_path, change):
         run(tmp_path)
 
 
+def test_samples_without_their_settings_are_refused(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    (tmp_path / "settings.json").unlink()
+    for change in ({}, {"seed": 6}, {"judge_again": True}):
+        with pytest.raises(ValueError, match=r"out: .* holds samples without the settings.json they were made with"):
+            run(tmp_path, **change)
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+
+
 def test_settings_that_cannot_be_read_are_named(tmp_path):
     run(tmp_path)
     (tmp_path / "settings.json").write_text("{")

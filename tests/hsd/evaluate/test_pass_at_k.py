@@ -1,10 +1,11 @@
-"""pass@k, intervals, and samples that the verifier failed on."""
+"""pass@k, and samples that the verifier failed on."""
 
 from itertools import combinations
 
 import pytest
 
-from hsd.evaluate.statistics import bootstrap, pass_at_k, summarize
+from hsd.evaluate.interval import interval
+from hsd.evaluate.pass_at_k import pass_at_k, summarize
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 8])
@@ -22,20 +23,10 @@ def test_pass_at_k_errors(case):
         pass_at_k(*case)
 
 
-def test_bootstrap():
-    low, high = bootstrap([1.0] * 50 + [0.0] * 150)
-    assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 200) ** 0.5, rel=0.06)  # the normal approximation
-    assert (low + high) / 2 == pytest.approx(0.25, abs=0.01)
-    assert bootstrap([1.0] * 50 + [0.0] * 150) == (low, high)
-    assert bootstrap([0.0] * 9) == (0.0, 0.0)
-    narrow = bootstrap([1.0] * 50 + [0.0] * 150, level=0.5)
-    assert low < narrow[0] < narrow[1] < high
-
-
-def test_the_interval_is_over_problems():
+def test_the_interval_is_over_questions():
     once = summarize([[1.0], [0.0], [1.0], [0.0]] * 10)
     copies = summarize([[1.0] * 8, [0.0] * 8, [1.0] * 8, [0.0] * 8] * 10)
-    assert copies["interval"] == once["interval"] and copies["pass@1"] == once["pass@1"] == 0.5
+    assert copies["interval"] == pytest.approx(once["interval"]) and copies["pass@1"] == once["pass@1"] == 0.5
     assert copies["pass@8"]["value"] == 0.5  # eight copies of an answer find nothing new
 
 
@@ -48,14 +39,22 @@ def test_summary_of_several_samples():
     assert {k for k in summarize([[1.0] * 16]) if k.startswith("pass@")} == {f"pass@{k}" for k in (1, 2, 4, 8, 16)}
 
 
-def test_a_failed_verifier_is_neither_right_nor_wrong():
+def test_a_failed_verifier_makes_no_success():
     summary = summarize([[1.0, None], [0.0, 0.0], [None, None], [1.0, 1.0]])
-    assert summary["verifier_failures"] == 3 and summary["problems_judged"] == 3
-    assert summary["pass@1"] == pytest.approx((1 + 0 + 1) / 3)
-    assert summary["pass@1_bounds"] == pytest.approx([(0.5 + 0 + 0 + 1) / 4, (1 + 0 + 1 + 1) / 4])
-    assert summary["pass@2"]["value"] == pytest.approx((0 + 1) / 2)  # of the two that have two judged samples
+    wrong, right = [0.5, 0.0, 0.0, 1.0], [1.0, 0.0, 1.0, 1.0]
+    assert summary["verifier_failures"] == 3
+    assert summary["pass@1"] == pytest.approx(sum(wrong) / 4)
+    assert summary["pass@1_bounds"] == pytest.approx([sum(wrong) / 4, sum(right) / 4])
+    assert summary["interval"] == (interval(wrong, 2)[0], interval(right, 2)[1])
+    assert summary["pass@2"]["value"] == pytest.approx((1 + 0 + 0 + 1) / 4)
     nothing = summarize([[None]])
-    assert nothing["pass@1"] is None and nothing["interval"] is None and nothing["pass@1_bounds"] == [0.0, 1.0]
+    assert nothing["pass@1"] is None and nothing["interval"] is None and nothing["verifier_failures"] == 1
+
+
+def test_a_gold_that_only_right_answers_are_judged_by_does_not_read_as_all_right():
+    summary = summarize([[1.0]] + [[None]] * 9)
+    assert summary["pass@1"] == pytest.approx(0.1) and summary["pass@1_bounds"] == pytest.approx([0.1, 1.0])
+    assert summary["interval"][0] < 0.1 and summary["interval"][1] == 1.0
 
 
 @pytest.mark.parametrize("reward", [0.5, 2.0, -1.0, float("nan")])
