@@ -97,11 +97,11 @@ def _settings(runs: Sequence[dict]) -> list[str]:
         by_seed = rows(runs, "main", method)
         if by_seed:
             s = next(iter(by_seed.values()))["settings"]
-            spec = METHODS[method]
-            hidden = set(shown[1:12] if spec.trl_loss else ["loss_type"])  # what this method does not use
-            hidden |= set() if spec.trl_loss or s["policy_coef"] else {"scale_rewards"}
+            used = METHODS[method]
+            hidden = set(["loss_type"] if used.has_teacher else shown[1:12])  # what this method does not use
+            hidden |= set() if not used.has_teacher or s["policy_coef"] else {"scale_rewards"}
             hidden |= set() if s["teacher"] == "ema" else {"teacher_ema_rate"}
-            hidden |= set() if spec.demonstration == "peer" else {"peer_rule"}
+            hidden |= set() if used.draws_peers else {"peer_rule"}
             lines.append(f"| {method} | " + " | ".join("-" if k in hidden else str(s[k]) for k in shown) + " |")
     return lines if len(lines) > 4 else []
 
