@@ -82,7 +82,7 @@ def statistics_and_gradient_(
     stats = RowStats.unstack(table, rows, with_targets=target_ids is not None)
     if n == 0:
         return stats
-    config = configs.row_config("one_read", triton_rows.capability(x_student.device))
+    config = row_config(spec, triton_rows.capability(x_student.device))
     parts, slots = slices(vocab, config.block_v)
     partial = torch.empty(n, SUMS, slots, dtype=torch.float32, device=x_student.device)
     in_scale, kappa = spec.scales
@@ -128,6 +128,11 @@ def statistics_and_gradient_(
         triton_rows.statistics(*given, target_ids, rows, table, strange)
         triton_rows.gradient_(*given, stats, weights, out, strange)
     return stats
+
+
+def row_config(spec: RowSpec, capability: int) -> configs.RowConfig:
+    simple = spec.divergence.kind != "jsd" and spec.divergence.clip is None and spec.softcap is None
+    return configs.row_config("one_read" if simple else "one_read_twice", capability)
 
 
 def slices(vocab: int, block: int) -> tuple[int, int]:

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from hsd_kernels import fused_hsd_kl, reference
+from hsd_kernels import fused_hsd_kl, memory, reference
 from hsd_kernels.row_stats import COLUMNS
 from hsd_kernels.testing import draw, grads, rows_of_bytes, small_problem
 
 F64, NAN = torch.float64, float("nan")
 
 
-def test_token_weight_fn_sees_its_rows_and_multiplies_the_weights():
+def test_token_weight_fn_sees_its_rows_and_multiplies_the_weights(monkeypatch):
+    monkeypatch.setattr(memory, "sizes", lambda *args, **options: memory.Sizes(chunk=4, buffer=8, stride=64))
     student, teacher, weight = small_problem(12)
     kept = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, -1.0, 1.0, 3.0])
     ids = torch.arange(12) * 5
@@ -22,7 +23,7 @@ def test_token_weight_fn_sees_its_rows_and_multiplies_the_weights():
         chunks.append(stats)
         return stats.teacher_entropy * table[stats.rows]
 
-    options = {"target_ids": ids, "memory_bytes": rows_of_bytes(4, 61)}
+    options = {"target_ids": ids}
     found = {}
     for reduction in ("none", "sum", "mean"):
         chunks.clear()

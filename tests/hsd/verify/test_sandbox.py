@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -17,6 +18,8 @@ pytestmark = [
     pytest.mark.usefixtures("no_leftovers"),
 ]
 LIMITS = Limits(timeout=20.0, output=1 << 20)
+# Of an earlier program. The folder itself is in the sandbox where the environment that runs the tests lies below it.
+NOTE = tempfile.NamedTemporaryFile()
 FORBIDDEN = {
     "fork": "import os; os.fork()",
     "fork bomb": "import os\nwhile True: os.fork()",
@@ -57,7 +60,7 @@ FORBIDDEN = {
     "owner": "import os; os.chown(os.__file__, 0, 0)",
     "stat of the trainer's files": f"import os; os.stat({os.path.abspath(__file__)!r})",
     "stat of a system file": "import os; os.stat('/etc/passwd')",
-    "a note in the temporary folder": "import os; os.stat('/tmp')",
+    "a note in the temporary folder": f"import os; os.stat({NOTE.name!r})",
     "owner of a signal": "import fcntl, os; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, 1)",
     "signal of a file": "import fcntl, os; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETSIG, 9)",
     "owner by ioctl": "import fcntl, os, struct; r, w = os.pipe(); fcntl.ioctl(r, 0x8901, struct.pack('i', 1))",
