@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.small_world import __main__ as experiment
 from benchmarks.small_world import before
@@ -17,6 +18,14 @@ from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, FULL, MAIN, QUICK, 
 from benchmarks.small_world.queue import Job, drain
 from benchmarks.small_world.results import coverage_bins, interval, paired
 from hsd.tasks import small_world
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+    """The experiment quietens transformers for its whole process: TrainingArguments.disable_tqdm follows that."""
+    before = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(before)
 
 
 def note(path, text, result=None, status=None):
