@@ -187,6 +187,7 @@ _NO_ANSWER = re.compile(
     r"|(?i:figure|step|case|problem|question|chapter|section|table|example|equation|page)\s+$"
 )
 _SPAN = re.compile(r"(?i:\b(?:after|in|within|every|for|over|during)\s+(?:the\s+)?$)")
+_WORD = re.compile(r"\s+([a-z]+)\b")
 _TIME = re.compile(r"\s*(?:more |full )?(?:second|minute|hour|day|week|month|year)s?\b")
 
 _MATH_WORDS = set("sin cos tan log ln exp sqrt max min mod gcd lcm pi or and sinh cosh tanh frac".split())
@@ -200,7 +201,8 @@ def _of_sentence(line: str) -> str | None:
     if chosen := _CHOSEN.search(line):
         return chosen[1]
     rest = line
-    copulas = [m for m in _COPULA.finditer(line) if line[m.end() :].strip()]
+    end = len(line.rstrip())
+    copulas = [m for m in _COPULA.finditer(line) if m.end() < end]
     if copulas:
         rest = line[copulas[-1].end() :]
     filler = _FILLER.match(rest)
@@ -249,5 +251,5 @@ def _shown(m: re.Match[str]) -> str | None:
         return f"{number}%"
     if m[3]:
         return f"{number} {m[3]}" if m[3] in UNITS else None
-    word = re.match(r"\s+([a-z]+)\b", m.string[m.end() :])
+    word = _WORD.match(m.string, m.end())
     return f"{number} {word[1]}" if word and (word[1] in SCALES or word[1] == "percent") else number

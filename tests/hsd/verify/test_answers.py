@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from hsd.verify.answers import extract_answer, normalized, plain_number, same_text
@@ -106,3 +108,11 @@ def test_hostile_text_is_read_in_linear_time():
     for text in ("5 " + "a " * 500, "\\text{" * 160, "1," * 500, "\\left" * 200, " " * 1000, "5" + " a" * 499):
         normalized(text)
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("said", ["The answer is " + "maybe " * 9, "1,234.5 ", "7 and then ", "not 7 ", "answer: "])
+def test_a_long_text_is_read_in_linear_time(said):
+    """Half a million characters; what copied the rest of the text at each word took minutes under Python's lock."""
+    started = time.process_time()
+    extract_answer(said * (500_000 // len(said)) + "so on")
+    assert time.process_time() - started < 5.0
