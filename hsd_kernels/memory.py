@@ -22,8 +22,8 @@ STATISTICS_ROWS = 1024  # at most, where there is no gradient
 ROW_ALIGNMENT = 64  # elements: rows begin at a multiple of 16 bytes whatever V is, and cuBLAS keeps its aligned kernels
 TILE_ROWS = 128  # of a product
 
-# The last workspace of a CPU call, at most DEFAULT_MEMORY_BYTES: fresh pages cost as much as using them
-# (benchmarks/results/products_cpu.md). CUDA's allocator keeps memory by itself.
+# The last workspace of a CPU call, at most DEFAULT_MEMORY_BYTES: the system clears fresh pages, which costs a pass over
+# them. CUDA's allocator keeps memory by itself.
 _spare: list[Tensor] = []
 
 

@@ -61,10 +61,17 @@ def test_readme_blocks():
 
 
 def test_the_readme_has_blocks_that_compile():
-    blocks = check.python_blocks((ROOT / "README.md").read_text())
-    assert blocks, "the kernel's; the excerpt of a loop is fenced as py"
+    readme = (ROOT / "README.md").read_text()
+    blocks = check.python_blocks(readme)
+    excerpts = re.findall(r"^```py\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert blocks and len(blocks) + len(excerpts) >= 2
     for line, block in blocks:
         compile(block, f"README.md:{line}", "exec")
+    loop = (ROOT / "examples" / "accelerate_loop.py").read_text()
+    for excerpt in excerpts:  # of the loop: what it calls, the loop calls
+        compile(excerpt, "README.md", "exec")
+        called = set(re.findall(r"(\w+)\(", re.sub(r"#.*", "", excerpt)))
+        assert called and {name for name in called if f"{name}(" not in loop} == set()
 
 
 def test_the_version_is_in_one_place():
