@@ -116,7 +116,6 @@ def _compile(variant: Variant, arch: int) -> Line:
         "HAS_CLIP": variant.clip,
         "LINEAR": variant.logits == "bf16",
         "NONNEGATIVE": variant.clip and variant.bias,  # in one variant of each kernel that clips
-        "HAS_ONLY": False,
         "HAS_SCALE": variant.softcap,
         "WAITS": True,
         "PARTS": parts,
@@ -126,7 +125,6 @@ def _compile(variant: Variant, arch: int) -> Line:
     }
     if not variant.bias:
         constants |= {"bias_ptr": None, "teacher_bias_ptr": None}
-    constants["only_ptr"] = None
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: _argument_type(name, variant) for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -68,7 +68,7 @@ class Result:
 
     stats: Tensor  # (len(COLUMNS), T), zero in rows that were dropped
     reference_stats: Tensor | None  # the same, with the reference policy for the teacher
-    factor: Tensor  # (T,) what the hook returned, 1 without one
+    factor: Tensor | None  # (T,) what the hook returned, None without one
     grad_hidden: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
@@ -77,6 +77,17 @@ class Result:
     @property
     def gradients(self) -> Gradients:
         return Gradients(self.grad_hidden, self.grad_weight, self.grad_bias)
+
+    def put(self, name: str, at: slice | Tensor, value: Tensor) -> None:
+        """``value`` for the token positions ``at`` of ``stats`` or ``reference_stats`` (..., T), or of ``grad_hidden``
+        (T, D): the tensor itself where it is for all of them."""
+        held = getattr(self, name)
+        if value.shape == held.shape:
+            setattr(self, name, value)
+        elif name == "grad_hidden":
+            held[at] = value
+        else:
+            held[:, at] = value
 
 
 def run(
@@ -118,7 +129,7 @@ class _Buffer:
 def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tensor | None, wanted: Wanted) -> Result:
     sides = [Side(p.student_hidden, p.head, p.teacher.spec), p.teacher, *([p.reference] if p.reference else [])]
     size = _sizes(p, len(sides), rows.numel(), wanted)
-    out = _empty_result(p, wanted, one_buffer=size.buffer >= rows.numel())
+    out = _empty_result(p, wanted, factor is not None, rows.numel(), size)
     if rows.numel() == 0:
         if out.grad_weight is not None:
             out.grad_weight.zero_()
@@ -129,8 +140,8 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
     dz_size = sum(gradient_rows) * size.stride * dz_dtype.itemsize
     vocab = p.head.weight.shape[0]
     with memory.borrowed(logits_size + dz_size, p.student_hidden.device) as block:
-        logits = block[:logits_size].view(p.logits_dtype).view(-1, size.stride)[:, :vocab]
-        dz, reference_dz = block[logits_size:].view(dz_dtype).view(-1, size.stride)[:, :vocab].split(gradient_rows)
+        logits = _table(block[:logits_size], p.logits_dtype, size.stride, vocab)
+        dz, reference_dz = _table(block[logits_size:], dz_dtype, size.stride, vocab).split(gradient_rows)
         space = _Workspace(logits, dz, reference_dz)
         for start in range(0, rows.numel(), size.buffer):
             buffer = _buffer(p, sides, rows, weights, slice(start, start + size.buffer))
@@ -139,11 +150,13 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
                 for first in range(0, buffer.rows.numel(), size.chunk)
             ]
             if any(wanted):
-                largest = torch.cat(magnitudes)
                 h_s = buffer.hidden[0]
+                largest = None if p.filter_eps is None and factor is None else torch.cat(magnitudes)
                 if factor is not None:  # dW = dz^T h: 0 times the NaN of a row that the hook dropped would be NaN
+                    assert largest is not None
                     h_s = h_s.masked_fill((largest == 0).unsqueeze(-1), 0.0)
-                _backward_gemms(p, dz[: len(largest)], h_s, buffer.at, out, largest, first=start == 0, spare=logits)
+                used = _part(dz, slice(0, len(h_s)))
+                _backward_gemms(p, used, h_s, buffer.at, out, largest, first=start == 0, spare=logits)
     if p.shards is not None:
         p.shards.sum_(out.filtered)
         if out.grad_hidden is not None:
@@ -151,16 +164,27 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
     return out
 
 
+def _table(block: Tensor, dtype: torch.dtype, stride: int, vocab: int) -> Tensor:
+    """A block of bytes as rows of ``vocab`` numbers that begin ``stride`` apart."""
+    rows = block.view(dtype).view(-1, stride)
+    return rows if stride == vocab else rows[:, :vocab]
+
+
+def _part(x: Tensor, here: slice) -> Tensor:
+    """``x[here]``, without a call where that is all of it: a small problem is bound by its calls."""
+    return x if here.start == 0 and here.stop >= x.shape[0] else x[here]
+
+
 def _buffer(p: Problem, sides: list[Side], rows: Tensor, weights: Tensor, here: slice) -> _Buffer:
     at = here if rows.numel() == p.student_hidden.shape[0] else rows[here]  # all tokens: views instead of copies
-    hidden = [side.hidden[at] for side in sides]
+    hidden = [side.hidden[at] if isinstance(at, Tensor) else _part(side.hidden, at) for side in sides]
     silent = [_silent(p, side, hidden[0], h) for side, h in zip(sides[1:], hidden[1:], strict=True)]
     target_ids = strange = None
     if p.target_ids is not None:
         given = p.target_ids[at] if p.shards is None else p.target_ids[at] - p.shards.start
         target_ids = given.clamp(0, p.head.weight.shape[0] - 1)
         strange = given != target_ids
-    return _Buffer(at, rows[here], hidden, weights[here].to(p.wide), silent, target_ids, strange)
+    return _Buffer(at, _part(rows, here), hidden, _part(weights, here).to(p.wide), silent, target_ids, strange)
 
 
 def _chunk(
@@ -174,37 +198,39 @@ def _chunk(
 ) -> Tensor:
     """Statistics of the rows ``here`` (n,) of a buffer, and their dz if there is a gradient. Returns the largest
     magnitude of their weights in any term, (n,): where it is 0, dz is."""
-    hidden = [h[here] for h in b.hidden]
+    hidden = [_part(h, here) for h in b.hidden]
     student = hidden[0] - hidden[1] if p.teacher.spec.linear else hidden[0]
     x = _logits(sides, [student, *hidden[1:]], space.logits)
-    dz = space.dz[here][: len(student)] if space.dz.numel() else None
+    dz = _part(space.dz, slice(here.start, here.start + len(student))) if space.dz.numel() else None
     at = (
         slice(b.at.start + here.start, b.at.start + here.start + len(student))
         if isinstance(b.at, slice)
         else b.at[here]
     )
 
-    weights = b.weights[here]
+    weights, silent = _part(b.weights, here), _part(b.silent[0], here)
     if callable(factor):
-        stats = _statistics(p, p.teacher, b, here, x[0], x[1], b.silent[0], None, None)
+        assert out.factor is not None
+        stats = _statistics(p, p.teacher, b, here, x[0], x[1], silent, None, None)
         out.factor[at] = _hook_weights(factor, stats)
-        ready = (weights * out.factor[at]).masked_fill(b.silent[0][here], 0.0)
+        ready = (weights * out.factor[at]).masked_fill(silent, 0.0)
         if dz is not None:
             p.rows_impl.gradient_(x[0], x[1], p.teacher.spec, p.head.bias, p.teacher.head.bias, stats, ready, dz)
     else:
         if factor is not None:
+            assert out.factor is not None
             out.factor[at] = factor[at]
             weights = weights * factor[at]
-        ready = weights.masked_fill(b.silent[0][here], 0.0)
-        stats = _statistics(p, p.teacher, b, here, x[0], x[1], b.silent[0], ready, dz)
-    out.stats[:, at] = stats.stack()
-    largest = ready.abs()
+        ready = weights.masked_fill(silent, 0.0)
+        stats = _statistics(p, p.teacher, b, here, x[0], x[1], silent, ready, dz)
+    out.put("stats", at, stats.stack())
+    largest = ready if p.filter_eps is None and factor is None else ready.abs()
     if p.reference is not None:
-        ready = (b.weights[here] * p.reference_coef).masked_fill(b.silent[1][here], 0.0)
+        silent = _part(b.silent[1], here)
+        ready = (_part(b.weights, here) * p.reference_coef).masked_fill(silent, 0.0)
         part = None if dz is None else space.reference_dz[: len(student)]
-        stats = _statistics(p, p.reference, b, here, x[0], x[2], b.silent[1], ready, part)
-        assert out.reference_stats is not None
-        out.reference_stats[:, at] = stats.stack()
+        stats = _statistics(p, p.reference, b, here, x[0], x[2], silent, ready, part)
+        out.put("reference_stats", at, stats.stack())
         largest = torch.maximum(largest, ready.abs())
         if dz is not None:
             dz += space.reference_dz[: len(student)]
@@ -254,13 +280,14 @@ def _statistics(
     gradient, into ``dz``: in one read of the logits where the backend has one."""
     biases = (p.head.bias, side.head.bias)
     given = (x_s, x_side, side.spec, *biases)
-    target_ids = None if b.target_ids is None else b.target_ids[here]
+    target_ids = None if b.target_ids is None else _part(b.target_ids, here)
+    rows = _part(b.rows, here)
     gradient = weights is not None and dz is not None
     both = row_backends.both_in_one_read(p.rows_impl, x_s) if gradient and p.shards is None else None
     if both is not None:
-        stats = both(*given, target_ids, b.rows[here], weights, dz)
+        stats = both(*given, target_ids, rows, weights, dz)
     else:
-        stats = p.rows_impl.statistics(*given, target_ids, b.rows[here])
+        stats = p.rows_impl.statistics(*given, target_ids, rows)
     if b.strange is not None:
         strange = b.strange[here]
         student_logps, teacher_logps = stats.student_logps, stats.teacher_logps
@@ -276,31 +303,39 @@ def _statistics(
         stats = p.shards.merge(stats, side.spec, x_s, x_side, *biases)
     if side.spec.divergence.is_nonnegative:
         stats = stats._replace(kl=stats.kl.clamp_min(0.0))  # rounding; a NaN stays
-    stats = stats._replace(kl=stats.kl.masked_fill(silent[here], 0.0))
+    stats = stats._replace(kl=stats.kl.masked_fill(silent, 0.0))
     if gradient and both is None:
         p.rows_impl.gradient_(*given, stats, weights, dz)
     return stats
 
 
 def _backward_gemms(
-    p: Problem, dz: Tensor, h_s: Tensor, at: slice | Tensor, out: Result, largest: Tensor, first: bool, spare: Tensor
+    p: Problem,
+    dz: Tensor,
+    h_s: Tensor,
+    at: slice | Tensor,
+    out: Result,
+    largest: Tensor | None,
+    first: bool,
+    spare: Tensor,
 ) -> None:
     """``spare`` may be overwritten, as dz may."""
     weight, columns = p.head.weight, None
     if p.filter_eps is not None:
+        assert largest is not None
         active = active_columns(dz, p.filter_eps, largest.amax(), p.student_hidden.dtype)
         out.filtered += torch.stack([active.dropped, active.total]).to(out.filtered)
         columns = active.columns
     if columns is None:
         if out.grad_hidden is not None:
-            out.grad_hidden[at] = gemm.backproject(dz, weight, out.grad_hidden.dtype)
+            out.put("grad_hidden", at, gemm.backproject(dz, weight, out.grad_hidden.dtype))
         if out.grad_weight is not None:
             gemm.accumulate_(out.grad_weight, dz, h_s, first)
         return
     dz, shape = take_columns_(dz, columns), (columns.numel(), weight.shape[1])
     if out.grad_hidden is not None:
         weight = torch.index_select(weight, 0, columns, out=_within(spare, shape, weight.dtype))
-        out.grad_hidden[at] = gemm.backproject(dz, weight, out.grad_hidden.dtype)
+        out.put("grad_hidden", at, gemm.backproject(dz, weight, out.grad_hidden.dtype))
     if out.grad_weight is not None:
         part = _within(spare, shape, out.grad_weight.dtype)
         gemm.accumulate_(part, dz, h_s, first=True)
@@ -319,22 +354,33 @@ def _within(spare: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
     return whole.view(torch.uint8)[start : start + size].view(dtype).view(shape)
 
 
-def _empty_result(p: Problem, wanted: Wanted, one_buffer: bool) -> Result:
+def _empty_result(p: Problem, wanted: Wanted, has_factor: bool, rows: int, size: memory.Sizes) -> Result:
     tokens, weight = p.student_hidden.shape[0], p.head.weight
 
-    def zeros(*shape: int) -> Tensor:
-        return p.student_hidden.new_zeros(shape, dtype=p.wide)
+    def zeros(*shape: int, unless: bool = False) -> Tensor:
+        return (
+            p.student_hidden.new_empty(shape, dtype=p.wide)
+            if unless
+            else p.student_hidden.new_zeros(shape, dtype=p.wide)
+        )
+
+    everything = rows == tokens > 0  # no row keeps what it is given here
 
     # fp16 has no room for a gradient that is yet to be divided by the token count and multiplied by a loss scale; the
     # parts of a vocabulary's shards are summed before they are rounded.
     wide = p.student_hidden.dtype == torch.float16 or p.shards is not None
     narrow = p.wide if wide else p.student_hidden.dtype
-    head = p.student_hidden.dtype if one_buffer and gemm.torch_leads(p.student_hidden) else p.wide
+    head = p.student_hidden.dtype if size.buffer >= rows and gemm.sums_narrow(weight) else p.wide
+    grad_hidden = None
+    if wanted.hidden and everything and size.buffer >= rows:  # to be replaced as a whole: the shape without the memory
+        grad_hidden = p.student_hidden.new_empty(1, dtype=narrow).expand(p.student_hidden.shape)
+    elif wanted.hidden:
+        grad_hidden = p.student_hidden.new_zeros(p.student_hidden.shape, dtype=narrow)
     return Result(
-        stats=zeros(len(COLUMNS), tokens),
-        reference_stats=None if p.reference is None else zeros(len(COLUMNS), tokens),
-        factor=zeros(tokens) + 1.0,
-        grad_hidden=p.student_hidden.new_zeros(p.student_hidden.shape, dtype=narrow) if wanted.hidden else None,
+        stats=zeros(len(COLUMNS), tokens, unless=everything),
+        reference_stats=None if p.reference is None else zeros(len(COLUMNS), tokens, unless=everything),
+        factor=zeros(tokens) + 1.0 if has_factor else None,
+        grad_hidden=grad_hidden,
         grad_weight=p.student_hidden.new_empty(weight.shape, dtype=head) if wanted.weight else None,
         grad_bias=zeros(weight.shape[0]) if wanted.bias else None,
         filtered=zeros(2),
@@ -342,7 +388,9 @@ def _empty_result(p: Problem, wanted: Wanted, one_buffer: bool) -> Result:
 
 
 def _sizes(p: Problem, sides: int, rows: int, wanted: Wanted) -> memory.Sizes:
-    own = p.head.weight.shape[0]
+    weight = p.head.weight
+    own = weight.shape[0]
+    sum_bytes = weight.numel() * (p.wide.itemsize - weight.element_size()) if wanted.weight else 0
     return memory.sizes(
         rows,
         own if p.shards is None else p.shards.largest,  # ranks must take the same chunks
@@ -352,6 +400,7 @@ def _sizes(p: Problem, sides: int, rows: int, wanted: Wanted) -> memory.Sizes:
         p.memory_bytes,
         # A filter keeps the columns that any row of a buffer needs.
         one_level=p.filter_eps is not None,
+        sum_bytes=sum_bytes if gemm.sums_narrow(weight) and p.shards is None else 0,
     )
 
 

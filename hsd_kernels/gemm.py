@@ -21,6 +21,7 @@ from torch import Tensor
 from hsd_kernels import native
 
 UPCAST_ROWS = 8192
+UNSPLIT = 1 << 24  # elements of an output that has a tile for each multiprocessor, four times over
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS's names for them
 
 ProductName = Literal["logits", "dH", "dW"]
@@ -126,9 +127,12 @@ def gradient_dtype(operand: Tensor, wide: torch.dtype) -> torch.dtype:
     return operand.dtype if narrow else wide
 
 
-def torch_leads(operand: Tensor) -> bool:
-    """Whether dW of a single chunk is best rounded to bf16 by torch's product, which accumulates in fp32 too."""
-    return operand.device.type == "cpu" and operand.dtype == torch.bfloat16 and machine().bf16 == "avx512"
+def sums_narrow(weight: Tensor) -> bool:
+    """Whether dW (V, D) of a single buffer is best rounded to bf16 by its product, which accumulates in fp32. cuBLAS
+    splits a small one by rows, and may add up the parts in bf16."""
+    if weight.dtype != torch.bfloat16:
+        return False
+    return weight.numel() >= UNSPLIT if weight.is_cuda else machine().bf16 == "avx512"
 
 
 def machine() -> Machine:

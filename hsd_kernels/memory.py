@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MEMORY_BYTES = {"cuda": 2 << 30}
+MEMORY_BYTES = {"cuda": 1640 << 20}  # with the fp32 sum of a head of 152,000 x 4,096, 3 GB above inputs and gradients
 DEFAULT_MEMORY_BYTES = 704 << 20
 # Rows of logits at a time. More only cost memory.
 CHUNK_ROWS = {"cuda": 512}
@@ -42,9 +42,11 @@ def sizes(
     dz_bytes: int,
     budget: int | None = None,
     one_level: bool = False,
+    sum_bytes: int = 0,
 ) -> Sizes:
     """Fills the budget: ``logits_bytes`` of all sides together and ``dz_bytes``, 0 without a gradient, per token and
-    column. ``one_level``: a buffer is one chunk. At least one row of each, whatever the budget."""
+    column. ``one_level``: a buffer is one chunk. At least one row of each, whatever the budget. ``sum_bytes``: what the
+    wide sum of dW takes beyond its gradient. A single buffer makes no sum, and may fill that memory too."""
     stride = _up(vocab, ROW_ALIGNMENT)
     logits_row, dz_row = stride * logits_bytes, stride * dz_bytes
     budget = budget or MEMORY_BYTES.get(device, DEFAULT_MEMORY_BYTES)
@@ -59,11 +61,10 @@ def sizes(
     chunk = max(1, min(rows, CHUNK_ROWS.get(device, DEFAULT_CHUNK_ROWS)))
     while chunk > 1 and 2 * chunk * logits_row > budget:
         chunk //= 2
-    half = chunk // 2
-    if half >= TILE_ROWS // 2 and buffer_beside(chunk) < rows <= buffer_beside(half):
-        chunk = half  # room for the one buffer that reads and writes dW once
-    most = buffer_beside(chunk)
-    buffer = _even(rows, most // chunk * chunk, tile=chunk)
+    for part in (chunk, chunk // 2):
+        if rows <= buffer_beside(part) + sum_bytes // dz_row and part >= min(chunk, TILE_ROWS // 2):
+            return Sizes(_even(rows, part), rows, stride)  # the one buffer that writes dW once
+    buffer = _even(rows, buffer_beside(chunk) // chunk * chunk, tile=chunk)
     return Sizes(_even(buffer, chunk), buffer, stride)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from hsd_kernels import rows as row_backends
 from hsd_kernels.divergence import Divergence, RowSpec
@@ -29,14 +30,15 @@ from hsd_kernels.op_support import (
     finished,
     first_order_only,
     live_rows,
+    register_autograd,
     stored,
     stored_fake,
     times,
-    times_upstream,
     wide_dtype,
 )
 from hsd_kernels.row_stats import COLUMNS
 from hsd_kernels.schema import Packer, option_arguments, tensor_arguments
+from hsd_kernels.upstream import times_upstream
 from hsd_kernels.vocab_parallel import Shards
 
 
@@ -94,7 +96,7 @@ class Outputs(NamedTuple):
     loss: Tensor  # () or (T,)
     stats: Tensor  # (len(COLUMNS), T), of student and teacher
     reference_stats: Tensor  # the same of student and reference policy; (0,) without one
-    effective: Tensor  # (2, T), weights of the divergence and of the reference term
+    effective: Tensor  # (2, T), weights of the divergence and of the reference term, for reduction "none"; else (0,)
     filtered: Tensor  # (2,), L1 mass of dz left out by the filter, and all of it
     grad_hidden: Tensor  # (T, D), (0,) where not made
     grad_weight: Tensor  # (V, D)
@@ -151,10 +153,12 @@ def _forward(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
     before = _FP16_ROOM if t.student_hidden.dtype == torch.float16 else scale
     result = run(problem, rows, weights * before, _hooks.get(o.hook), o.made)
 
-    full = torch.zeros_like(result.factor)
-    full[rows] = weights
-    effective = torch.stack([full * result.factor, full * problem.reference_coef])
-    of_teacher, of_reference = effective.unbind(0)
+    full = weights
+    if t.token_weights is not None:
+        full = torch.zeros_like(t.token_weights, dtype=weights.dtype)
+        full[rows] = weights
+    of_teacher, of_reference = full if result.factor is None else full * result.factor, full * problem.reference_coef
+    effective = torch.stack([of_teacher, of_reference]) if o.reduction == "none" else weights.new_empty(0)
     terms = times(of_teacher, _kl(result.stats))
     reference_stats = result.stats.new_empty(0)
     if result.reference_stats is not None:
@@ -191,7 +195,7 @@ def _forward_fake(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
         empty(tokens) if o.reduction == "none" else empty(),
         empty(*table),
         empty(0) if t.reference_hidden is None else empty(*table),
-        empty(2, tokens),
+        empty(2, tokens) if o.reduction == "none" else empty(0),
         empty(2),
         *stored_fake(Gradients(t.student_hidden, t.weight, t.bias), o.made),
     )
@@ -208,13 +212,30 @@ torch.library.register_fake("hsd_kernels::fused_hsd_kl", _forward_fake, lib=_lib
 torch.library.register_fake("hsd_kernels::fused_hsd_kl_backward", _backward_fake, lib=_library)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
-) -> None:
-    t, out, o = Tensors(*inputs), Outputs(*output), _OPTIONS.unpack(keyword_only_inputs)
+@register_flop_formula(torch.ops.hsd_kernels.fused_hsd_kl)  # pyright: ignore
+def _flops(*shapes: Any, **given: Any) -> int:
+    """Of the products: 2U for both sides, U for a reference and for each of dH and dW, U = 2 N D V. A counter of FLOPs
+    does not see inside an operator."""
+    o = _OPTIONS.unpack({name: given[name] for name in _OPTIONS.convert})
+    return _products(shapes, o.made)
+
+
+@register_flop_formula(torch.ops.hsd_kernels.fused_hsd_kl_backward)  # pyright: ignore
+def _backward_flops(*shapes: Any, **given: Any) -> int:
+    return _products(shapes, _OPTIONS.unpack({name: given[name] for name in _OPTIONS.convert}).wanted)
+
+
+def _products(shapes: Any, made: Wanted) -> int:
+    t = Tensors(*shapes[: len(Tensors._fields)])
+    (tokens, dim), vocab = t.student_hidden, t.weight[0]
+    return 2 * tokens * dim * vocab * (2 + (t.reference_hidden is not None) + made.hidden + made.weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], given: dict[str, Any], output: tuple[Tensor, ...]) -> None:
+    t, out, o = Tensors(*inputs), Outputs(*output), _OPTIONS.unpack(given)
     ctx.mark_non_differentiable(*out._replace(loss=out.stats))
     ctx.set_materialize_grads(False)
-    ctx.given, ctx.options, ctx.dtype = keyword_only_inputs, o, t.student_hidden.dtype
+    ctx.given, ctx.options, ctx.dtype = given, o, t.student_hidden.dtype
     # Through autograd, so that an in-place change before the backward is an error, not a wrong gradient.
     if o.reruns:
         ctx.save_for_backward(*t._replace(target_ids=None, token_weights=out.effective))
@@ -242,7 +263,7 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return tuple(grads.values())
 
 
-torch.library.register_autograd("hsd_kernels::fused_hsd_kl", _autograd, setup_context=_setup_context, lib=_library)
+register_autograd(_library, "fused_hsd_kl", _setup_context, _autograd)
 
 
 def _of_counted(upstream: Tensor, weights: Tensor) -> Tensor:

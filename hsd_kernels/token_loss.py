@@ -26,15 +26,16 @@ from hsd_kernels.op_support import (
     finished,
     first_order_only,
     live_rows,
+    register_autograd,
     stored,
     stored_fake,
     times,
-    times_upstream,
     wide_dtype,
     without_autocast,
 )
 from hsd_kernels.rows import eager
 from hsd_kernels.schema import Packer, option_arguments, tensor_arguments
+from hsd_kernels.upstream import times_upstream
 from hsd_kernels.values import check_choice, check_not_negative, check_positive
 
 CHUNK_BYTES = 256 << 20  # of logits
@@ -420,13 +421,11 @@ torch.library.register_fake("hsd_kernels::fused_token_loss", _forward_fake, lib=
 torch.library.register_fake("hsd_kernels::fused_token_loss_backward", _backward_fake, lib=_library)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
-) -> None:
-    t, out, o = Tensors(*inputs), Outputs(*output), _OPTIONS.unpack(keyword_only_inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], given: dict[str, Any], output: tuple[Tensor, ...]) -> None:
+    t, out, o = Tensors(*inputs), Outputs(*output), _OPTIONS.unpack(given)
     ctx.mark_non_differentiable(out.logps, out.slopes, out.grad_hidden, out.grad_weight, out.grad_bias)
     ctx.set_materialize_grads(False)
-    ctx.given, ctx.options, ctx.dtype = keyword_only_inputs, o, t.hidden.dtype
+    ctx.given, ctx.options, ctx.dtype = given, o, t.hidden.dtype
     # Through autograd, so that an in-place change before the backward is an error, not a wrong gradient.
     if o.reduction == "none":
         of_loss = dict.fromkeys(("advantages", "old_logps", "reference_logps"))
@@ -452,4 +451,4 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return tuple((grads | {"hidden": found.hidden, "weight": found.weight, "bias": found.bias}).values())
 
 
-torch.library.register_autograd("hsd_kernels::fused_token_loss", _autograd, setup_context=_setup_context, lib=_library)
+register_autograd(_library, "fused_token_loss", _setup_context, _autograd)

@@ -8,9 +8,8 @@ No program waits for one that has not started: programs take their place in the 
 so that those of the oldest unfinished row all run as long as the device holds one row's slices at a time (`fits`). The
 sums of slices are merged in one order, whoever comes last: results are bitwise repeatable.
 
-Exponents are in units of log 2, ``p = 2 ** (k (y - top) - log2(sum))`` with ``k = kappa log2(e)``. Products
-``0 * -inf`` of a row with infinite logits make its sums NaN. Such a row is marked, and made again by the kernels of
-`triton_rows`.
+Exponents are in units of log 2, ``p = 2 ** (k (y - top) - log2(sum))`` with ``k = kappa log2(e)``. What few slices
+need is done where a first sum asks for it: ``0 * -inf = 0``, and a sum without the 1 of a likely token.
 """
 
 # Triton's reductions are inferred to return tuples, and a literal for a constexpr is refused:
@@ -49,13 +48,16 @@ from hsd_kernels.rows.triton_rows import (
     _log1p,
     _summands,
     _tanh,
+    _times,
 )
 
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
 # Stands for a logit beyond V: finite, since 0 times it must be 0.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
-SUMS = 10  # of a slice: seven of the first exchange, three of the second
+SUMS: tl.constexpr = tl.constexpr(12)  # of a slice: nine of the first exchange, three of the second
+PEAKED: tl.constexpr = tl.constexpr(0.25)  # a slice whose likeliest token has four fifths of it is summed with care,
+FEW: tl.constexpr = tl.constexpr(128)  # so many columns at a time
 
 
 def fits(x: Tensor) -> bool:
@@ -84,14 +86,14 @@ def statistics_and_gradient_(
         return stats
     config = row_config(spec, triton_rows.capability(x_student.device))
     parts, slots = slices(vocab, config.block_v)
-    partial = torch.empty(n, SUMS, slots, dtype=torch.float32, device=x_student.device)
+    partial = torch.empty(n, SUMS.value, slots, dtype=torch.float32, device=x_student.device)
     in_scale, kappa = spec.scales
     # An interpreter runs programs one after the other: there nothing may wait, and each of three launches reads what
     # the one before it has published.
     waits = x_student.is_cuda
     with torch.cuda.device_of(x_student):
         for _ in range(1 if waits else 3):
-            sync = torch.zeros(1 + 3 * n, dtype=torch.int32, device=x_student.device)
+            sync = torch.zeros(1 + 2 * n, dtype=torch.int32, device=x_student.device)
             kernel: Any = one_read_kernel[(n * parts,)]
             kernel(
                 x_student,
@@ -124,9 +126,6 @@ def statistics_and_gradient_(
                 BLOCK_V=config.block_v,
                 **config.options,
             )
-        strange, given = sync[1 + 2 * n :], (x_student, x_teacher, spec, bias, teacher_bias)
-        triton_rows.statistics(*given, target_ids, rows, table, strange)
-        triton_rows.gradient_(*given, stats, weights, out, strange)
     return stats
 
 
@@ -154,8 +153,8 @@ def one_read_kernel(
     teacher_bias_ptr,  # (V,)
     target_ptr,  # (C,)
     weights_ptr,  # (C,)
-    partial_ptr,  # (C, 10, SLOTS)
-    sync_ptr,  # (1 + 3 C,) zeros: the ticket; of each row the arrivals at both exchanges, and the mark
+    partial_ptr,  # (C, SUMS, SLOTS)
+    sync_ptr,  # (1 + 2 C,) zeros: the ticket; of each row the arrivals at both exchanges
     table_ptr,  # (len(COLUMNS), C)
     dz_ptr,  # (C, V)
     C,
@@ -194,7 +193,7 @@ def one_read_kernel(
     row64 = row.to(tl.int64)
     xs_ptr += row64 * stride_xs
     xt_ptr += row64 * stride_xt
-    partial_ptr += row64 * (10 * SLOTS)
+    partial_ptr += row64 * (SUMS * SLOTS)
     table_ptr += row
     sync_ptr += 1 + row
     cols = part * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -237,45 +236,99 @@ def one_read_kernel(
     u_t = (y_t - top_t) * k
     e_s = tl.exp2(u_s)
     e_t = tl.exp2(u_t)
+    more_s = tl.sum(e_s, 0) - 1.0
+    more_t = tl.sum(e_t, 0) - 1.0
+    ones_s = 1.0
+    ones_t = 1.0
+    a_s = tl.sum(e_s * u_s, 0)
+    a_t = tl.sum(e_t * u_t, 0)
+    if DIVERGENCE == REVERSE_KL:
+        d = tl.sum(e_s * (u_s - u_t), 0)
+    else:
+        d = tl.sum(e_t * (u_t - u_s), 0)
+    strange = a_s + a_t + d
+    if (strange != strange) | (more_s < PEAKED) | (more_t < PEAKED):
+        # With 0 * -inf = 0, and without the 1 of the maximum, beside which a sum loses its last bits. From memory: to
+        # hold more in registers would be paid by every slice.
+        more_s = 0.0
+        more_t = 0.0
+        ones_s = 0.0
+        ones_t = 0.0
+        a_s = 0.0
+        a_t = 0.0
+        d = 0.0
+        for start in range(0, BLOCK_V, FEW):
+            few_s, few_t = _pair(
+                xs_ptr,
+                xt_ptr,
+                bias_ptr,
+                teacher_bias_ptr,
+                part * BLOCK_V + start + tl.arange(0, FEW),
+                V,
+                in_scale,
+                HAS_BIAS,
+                HAS_TEACHER_BIAS,
+                HAS_SOFTCAP,
+                HAS_SCALE,
+                LINEAR,
+                False,
+            )
+            few_s = (few_s - top_s) * k
+            few_t = (few_t - top_t) * k
+            p_s = tl.exp2(few_s)
+            p_t = tl.exp2(few_t)
+            more_s += tl.sum(tl.where(p_s == 1.0, 0.0, p_s), 0)
+            more_t += tl.sum(tl.where(p_t == 1.0, 0.0, p_t), 0)
+            ones_s += tl.sum(tl.where(p_s == 1.0, 1.0, 0.0), 0)
+            ones_t += tl.sum(tl.where(p_t == 1.0, 1.0, 0.0), 0)
+            a_s += tl.sum(_times(p_s, few_s), 0)
+            a_t += tl.sum(_times(p_t, few_t), 0)
+            if DIVERGENCE == REVERSE_KL:
+                d += tl.sum(_times(p_s, few_s - few_t), 0)
+            else:
+                d += tl.sum(_times(p_t, few_t - few_s), 0)
     slot = partial_ptr + part
     tl.store(slot, top_s)
     tl.store(slot + SLOTS, top_t)
-    tl.store(slot + 2 * SLOTS, tl.sum(e_s, 0))
-    tl.store(slot + 3 * SLOTS, tl.sum(e_t, 0))
-    tl.store(slot + 4 * SLOTS, tl.sum(e_s * u_s, 0))
-    tl.store(slot + 5 * SLOTS, tl.sum(e_t * u_t, 0))
-    if DIVERGENCE == REVERSE_KL:
-        tl.store(slot + 6 * SLOTS, tl.sum(e_s * (u_s - u_t), 0))
-    else:
-        tl.store(slot + 6 * SLOTS, tl.sum(e_t * (u_t - u_s), 0))
+    tl.store(slot + 2 * SLOTS, more_s)
+    tl.store(slot + 3 * SLOTS, more_t)
+    tl.store(slot + 4 * SLOTS, a_s)
+    tl.store(slot + 5 * SLOTS, a_t)
+    tl.store(slot + 6 * SLOTS, d)
+    tl.store(slot + 7 * SLOTS, ones_s)
+    tl.store(slot + 8 * SLOTS, ones_t)
     _exchange(sync_ptr, PARTS, WAITS)
-    row_top_s, row_top_t, r_s, r_t, l_s, l_t, d = _merged(partial_ptr, k, DIVERGENCE, PARTS, SLOTS)
+    row_top_s, row_top_t, r_s, r_t, more_s, more_t, d = _merged(partial_ptr, k, DIVERGENCE, PARTS, SLOTS)
+    l_s = 1.0 + more_s
+    l_t = 1.0 + more_t
     # By a division: 2 ** -log2(sum) would lose the last bits of a row with one likely token.
     shift_s = (top_s - row_top_s) * k
     shift_t = (top_t - row_top_t) * k
     p_s = e_s * tl.div_rn(tl.exp2(shift_s), l_s)
     p_t = e_t * tl.div_rn(tl.exp2(shift_t), l_t)
-    log_s = _log1p(l_s - 1.0)
-    log_t = _log1p(l_t - 1.0)
+    log_s = _log1p(more_s)
+    log_t = _log1p(more_t)
     shift_s -= log_s * LOG2E
     shift_t -= log_t * LOG2E
     grad_sum = 0.0
     if DIVERGENCE == REVERSE_KL:
         # With the logarithms as in `shift`: p_s (log p_s - log p_t - G) does not see what is in both.
         grad_sum = (d / l_s - (log_s * LOG2E - log_t * LOG2E)) * LN2
-    if DIVERGENCE == FORWARD_KL and not HAS_CLIP:
-        dz = p_s - p_t
+    if ONE_EXCHANGE:
+        if DIVERGENCE == FORWARD_KL:
+            dz = p_s - p_t
+        else:
+            dz = _times(p_s, ((u_s - u_t) + (shift_s - shift_t)) * LN2 - grad_sum)
     else:
         f, dz = _summands(
             (u_s + shift_s) * LN2, (u_t + shift_t) * LN2, p_s, p_t, beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE
         )
-        if not ONE_EXCHANGE:
-            tl.store(slot + 7 * SLOTS, tl.sum(f, 0))
-            tl.store(slot + 8 * SLOTS, tl.sum(dz, 0))
-            tl.store(slot + 9 * SLOTS, tl.sum(p_s, 0))
-            _exchange(sync_ptr + C, PARTS, WAITS)
-            grad_sum = tl.sum(_slots(partial_ptr, 8, 0.0, PARTS, SLOTS), 0)
-            grad_sum /= tl.sum(_slots(partial_ptr, 9, 0.0, PARTS, SLOTS), 0)  # 1 but for rounding
+        tl.store(slot + 9 * SLOTS, tl.sum(f, 0))
+        tl.store(slot + 10 * SLOTS, tl.sum(dz, 0))
+        tl.store(slot + 11 * SLOTS, tl.sum(p_s, 0))
+        _exchange(sync_ptr + C, PARTS, WAITS)
+        grad_sum = tl.sum(_slots(partial_ptr, 10, 0.0, PARTS, SLOTS), 0)
+        grad_sum /= tl.sum(_slots(partial_ptr, 11, 0.0, PARTS, SLOTS), 0)  # 1 but for rounding
         dz -= p_s * grad_sum
     weight = tl.load(weights_ptr + row).to(tl.float32)
     dz *= weight * chain
@@ -286,21 +339,18 @@ def one_read_kernel(
     tl.store(dz_ptr + row64 * stride_dz + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
 
     if part == PARTS - 1:  # the last to start
-        a_s = tl.exp2(r_s) * (
-            _slots(partial_ptr, 4, 0.0, PARTS, SLOTS) + r_s * _slots(partial_ptr, 2, 0.0, PARTS, SLOTS)
-        )
-        a_t = tl.exp2(r_t) * (
-            _slots(partial_ptr, 5, 0.0, PARTS, SLOTS) + r_t * _slots(partial_ptr, 3, 0.0, PARTS, SLOTS)
-        )
-        entropy_s = log_s - tl.sum(a_s, 0) / l_s * LN2
-        entropy_t = log_t - tl.sum(a_t, 0) / l_t * LN2
+        in_s = _slots(partial_ptr, 2, 0.0, PARTS, SLOTS) + _slots(partial_ptr, 7, 0.0, PARTS, SLOTS)
+        in_t = _slots(partial_ptr, 3, 0.0, PARTS, SLOTS) + _slots(partial_ptr, 8, 0.0, PARTS, SLOTS)
+        whole_s = tl.exp2(r_s) * (_slots(partial_ptr, 4, 0.0, PARTS, SLOTS) + r_s * in_s)
+        whole_t = tl.exp2(r_t) * (_slots(partial_ptr, 5, 0.0, PARTS, SLOTS) + r_t * in_t)
+        entropy_s = log_s - tl.sum(whole_s, 0) / l_s * LN2
+        entropy_t = log_t - tl.sum(whole_t, 0) / l_t * LN2
         if DIVERGENCE == REVERSE_KL:
-            kl = d / l_s * LN2 - _log1p((l_s - l_t) / l_t)
+            kl = d / l_s * LN2 - _log1p((more_s - more_t) / l_t)
         else:
-            kl = d / l_t * LN2 - _log1p((l_t - l_s) / l_s)
-        total = kl + entropy_s + entropy_t
+            kl = d / l_t * LN2 - _log1p((more_t - more_s) / l_s)
         if not ONE_EXCHANGE:
-            kl = tl.sum(_slots(partial_ptr, 7, 0.0, PARTS, SLOTS), 0)
+            kl = tl.sum(_slots(partial_ptr, 9, 0.0, PARTS, SLOTS), 0)
         tl.store(table_ptr + KL * stride_table, kl)
         tl.store(table_ptr + STUDENT_ENTROPY * stride_table, entropy_s)
         tl.store(table_ptr + TEACHER_ENTROPY * stride_table, entropy_t)
@@ -311,11 +361,9 @@ def one_read_kernel(
         tl.store(table_ptr + STUDENT_LOG_SUM * stride_table, log_s)
         tl.store(table_ptr + TEACHER_LOG_SUM * stride_table, log_t)
         tl.store(table_ptr + GRAD_SUM * stride_table, grad_sum)
-        if total != total:
-            tl.store(sync_ptr + 2 * C, 1)
         if HAS_TARGET:
             target = tl.load(target_ptr + row).to(tl.int64)
-            y_s1, y_t1 = _pair(
+            y_s2, y_t2 = _pair(
                 xs_ptr,
                 xt_ptr,
                 bias_ptr,
@@ -330,8 +378,8 @@ def one_read_kernel(
                 LINEAR,
                 True,
             )
-            tl.store(table_ptr + STUDENT_LOGPS * stride_table, (y_s1 - row_top_s) * k * LN2 - log_s)
-            tl.store(table_ptr + TEACHER_LOGPS * stride_table, (y_t1 - row_top_t) * k * LN2 - log_t)
+            tl.store(table_ptr + STUDENT_LOGPS * stride_table, (y_s2 - row_top_s) * k * LN2 - log_s)
+            tl.store(table_ptr + TEACHER_LOGPS * stride_table, (y_t2 - row_top_t) * k * LN2 - log_t)
 
 
 @triton.jit
@@ -410,11 +458,13 @@ def _slots(partial_ptr, n, other, PARTS: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def _merged(partial_ptr, k, DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):
-    """Of the row: both maxima; how far below them each slice's lie; both sums and that of the divergence."""
+    """Of the row: both maxima; how far below them each slice's lie; both sums but for a 1; that of the divergence."""
     y_s = _slots(partial_ptr, 0, LOWEST, PARTS, SLOTS)
     y_t = _slots(partial_ptr, 1, LOWEST, PARTS, SLOTS)
-    l_s = _slots(partial_ptr, 2, 0.0, PARTS, SLOTS)
-    l_t = _slots(partial_ptr, 3, 0.0, PARTS, SLOTS)
+    more_s = _slots(partial_ptr, 2, 0.0, PARTS, SLOTS)
+    more_t = _slots(partial_ptr, 3, 0.0, PARTS, SLOTS)
+    ones_s = _slots(partial_ptr, 7, 0.0, PARTS, SLOTS)
+    ones_t = _slots(partial_ptr, 8, 0.0, PARTS, SLOTS)
     d = _slots(partial_ptr, 6, 0.0, PARTS, SLOTS)
     top_s = tl.max(y_s, 0)
     top_t = tl.max(y_t, 0)
@@ -423,7 +473,17 @@ def _merged(partial_ptr, k, DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, SLOTS
     w_s = tl.exp2(r_s)
     w_t = tl.exp2(r_t)
     if DIVERGENCE == REVERSE_KL:
-        d = w_s * (d + (r_s - r_t) * l_s)
+        d = _times(w_s, d + (r_s - r_t) * (more_s + ones_s))
     else:
-        d = w_t * (d + (r_t - r_s) * l_t)
-    return top_s, top_t, r_s, r_t, tl.sum(w_s * l_s, 0), tl.sum(w_t * l_t, 0), tl.sum(d, 0)
+        d = _times(w_t, d + (r_t - r_s) * (more_t + ones_t))
+    more_s = _beyond_one(top_s, w_s, r_s, more_s, ones_s)
+    more_t = _beyond_one(top_t, w_t, r_t, more_t, ones_t)
+    return top_s, top_t, r_s, r_t, more_s, more_t, tl.sum(d, 0)
+
+
+@triton.jit
+def _beyond_one(top, w, r, more, ones):
+    """The row's sum of exponentials but for one 1 of its maximum. NaN where no logit is finite."""
+    lower = r < 0.0
+    total = tl.sum(w * more + tl.where(lower, w * ones, 0.0), 0) + (tl.sum(tl.where(lower, 0.0, ones), 0) - 1.0)
+    return tl.where(top > LOWEST, total, float("nan"))

@@ -9,6 +9,7 @@ maximum is exact for large probabilities, and the temperature multiplies that di
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -47,13 +48,9 @@ def statistics(
     teacher_bias: Tensor | None,
     target_ids: Tensor | None,
     rows: Tensor,
-    table: Tensor | None = None,
-    only: Tensor | None = None,
 ) -> RowStats:
-    """With ``table`` and ``only`` (C,), replaces the statistics in the table of the rows where ``only`` is not 0."""
     n, vocab = x_student.shape
-    if table is None:
-        table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
+    table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
     if n > 0:
         config = configs.row_config("statistics", capability(x_student.device))
         in_scale, kappa = _scales(spec)
@@ -65,7 +62,6 @@ def statistics(
                 contiguous(bias),
                 contiguous(teacher_bias),
                 contiguous(target_ids),
-                only,
                 table,
                 vocab,
                 row_stride(x_student),
@@ -77,7 +73,6 @@ def statistics(
                 float(spec.divergence.clip or 0.0),
                 **flags(spec, bias, teacher_bias),
                 HAS_TARGET=target_ids is not None,
-                HAS_ONLY=only is not None,
                 LANES=config.lanes(x_student.element_size()),
                 BLOCK_V=config.block_v,
                 **config.options,
@@ -94,7 +89,6 @@ def gradient_(
     stats: RowStats,
     weights: Tensor,
     out: Tensor,
-    only: Tensor | None = None,
 ) -> None:
     n, vocab = x_student.shape
     if n == 0:
@@ -114,7 +108,6 @@ def gradient_(
             contiguous(stats.teacher_log_sum),
             contiguous(stats.grad_sum),
             contiguous(weights),
-            only,
             out,
             vocab,
             row_stride(x_student),
@@ -126,7 +119,6 @@ def gradient_(
             float(spec.divergence.beta),
             float(spec.divergence.clip or 0.0),
             **flags(spec, bias, teacher_bias),
-            HAS_ONLY=only is not None,
             BLOCK_V=config.block_v,
             **config.options,
         )
@@ -150,6 +142,7 @@ def flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> di
     }
 
 
+@functools.cache
 def capability(device: torch.device) -> int:
     """10 * major + minor; for the interpreter that of the oldest pinned architecture."""
     if device.type != "cuda":
@@ -178,7 +171,6 @@ def statistics_kernel(
     bias_ptr,  # (V,)
     teacher_bias_ptr,  # (V,)
     target_ptr,  # (C,)
-    only_ptr,  # (C,)
     out_ptr,  # (len(COLUMNS), C)
     V,
     stride_xs,
@@ -196,7 +188,6 @@ def statistics_kernel(
     HAS_CLIP: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
-    HAS_ONLY: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -206,9 +197,6 @@ def statistics_kernel(
     K: tl.constexpr = BLOCK_V // LANES
     # int64 before the multiply: row * stride passes 2^31 at row 14,135 for V = 151,936.
     row = tl.program_id(0).to(tl.int64)
-    if HAS_ONLY:
-        if tl.load(only_ptr + row) == 0:
-            return
     xs_ptr += row * stride_xs
     xt_ptr += row * stride_xt
     block = tl.arange(0, K)[:, None] * LANES + tl.arange(0, LANES)[None, :]
@@ -324,7 +312,6 @@ def gradient_kernel(
     log_t_ptr,  # (C,)
     grad_sum_ptr,  # (C,)
     weights_ptr,  # (C,)
-    only_ptr,  # (C,)
     out_ptr,  # (C, V)
     V,
     stride_xs,
@@ -342,13 +329,9 @@ def gradient_kernel(
     HAS_CLIP: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
-    HAS_ONLY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    if HAS_ONLY:
-        if tl.load(only_ptr + row) == 0:
-            return
     xs_ptr += row * stride_xs
     xt_ptr += row * stride_xt
     out_ptr += row * stride_out

@@ -71,26 +71,35 @@ def best_fp32_gradient(student, teacher, temperature):
 
 @pytest.mark.parametrize("offset", [0.0, 30.0, 100.0])
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("impl", ["cpp", "torch", "triton"])
+@pytest.mark.parametrize("impl", ["cpp", "torch", "triton", "one read"])
 def test_confident_rows_lose_what_the_best_fp32_form_loses(impl, temperature, offset):
     """1 - p of the leading token from 0.9 down to 1e-8, and logits with a common offset."""
-    if impl == "triton":
+    in_triton = impl in ("triton", "one read")
+    if in_triton:
         pytest.importorskip("triton")
     for margin in (0.0, 4.0, 8.0, 12.0, 16.0, 20.0):
-        student, teacher = confident_rows(margin, offset, temperature, 4 if impl == "triton" else 24)
+        student, teacher = confident_rows(
+            margin, offset, temperature, 4 if in_triton else 24, 5000 if impl == "one read" else 2000
+        )
         z = student.double() / temperature
         exact = (z.softmax(-1) - (teacher.double() / temperature).softmax(-1)) / temperature
-        backend, spec = rows.resolve(impl, student.device, student.dtype), row_spec(temperature=temperature)
-        stats = backend.statistics(student, teacher, spec, None, None, None, torch.arange(len(student)))
-        found = torch.empty_like(student)
-        backend.gradient_(student, teacher, spec, None, None, stats, torch.ones(len(student)), found)
+        backend = rows.resolve("triton" if in_triton else impl, student.device, student.dtype)
+        given = (student, teacher, row_spec(temperature=temperature), None, None)
+        positions, ones, found = torch.arange(len(student)), torch.ones(len(student)), torch.empty_like(student)
+        if impl == "one read":
+            both = rows.both_in_one_read(backend, student)
+            assert both is not None
+            both(*given, None, positions, ones, found)
+        else:
+            stats = backend.statistics(*given, None, positions)
+            backend.gradient_(*given, stats, ones, found)
         ours, best = (
             ((g - exact).abs().sum() / exact.abs().sum()).item()
             for g in (found, best_fp32_gradient(student, teacher, temperature))
         )
         # Another exponential than the best form's rounds the leading probability of each side otherwise: half a unit in
         # its last place, which is all of the gradient where 1 - p is 1e-8.
-        band = 2.0**-24 / temperature * len(student) / exact.abs().sum().item() if impl == "triton" else 0.0
+        band = 2.0**-24 / temperature * len(student) / exact.abs().sum().item() if in_triton else 0.0
         assert ours <= 2.0 * best + band + 1e-7, (margin, 1.0 - z.softmax(-1)[:, 7].max().item(), ours, best)
 
 

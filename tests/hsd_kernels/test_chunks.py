@@ -17,10 +17,11 @@ INSIDE = {"hsd_kernels::fused_hsd_kl": ops._forward, "hsd_kernels::fused_hsd_kl_
 
 
 class Recorder(TorchDispatchMode):
-    """Counts GEMMs and remembers the size of the largest tensor made, in units of 4 bytes."""
+    """Counts calls and GEMMs, and remembers the size of the largest tensor made, in units of 4 bytes."""
 
     def __init__(self):
         super().__init__()
+        self.calls = 0
         self.gemms = 0
         self.largest = 0
 
@@ -29,6 +30,7 @@ class Recorder(TorchDispatchMode):
             with self:
                 return INSIDE[func.overloadpacket._qualified_op_name](*args, **kwargs)
         out = func(*args, **(kwargs or {}))
+        self.calls += 1
         self.gemms += func.overloadpacket._qualified_op_name in ("aten::mm", "aten::addmm", "aten::addmm_")
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor):
@@ -73,13 +75,15 @@ def test_sizes_fill_the_budget_and_no_more(device, dz_bytes, one_level):
 
 
 def test_sizes_of_the_shapes_in_the_tables():
-    """(rows, V, device, bytes of both sides' logits, bytes of dz, budget) -> rows of logits and of dz."""
-    for given, chunk, buffer in (
-        ((32768, 151936, "cuda", 8, 2, 2 << 30), 512, 4096),
-        ((1024, 151936, "cpu", 8, 4, 704 << 20), 64, 1024),
-        ((1024, 151936, "cpu", 8, 2, 704 << 20), 128, 1024),
+    """(rows, V, device, bytes of both sides' logits, bytes of dz, budget, D) -> rows of logits and of dz."""
+    for (rows, vocab, *given, dim), chunk, buffer in (
+        ((32768, 151936, "cuda", 8, 2, 2 << 30, 4096), 512, 4096),
+        ((8192, 151936, "cuda", 8, 2, 2 << 30, 4096), 512, 8192),  # one buffer, in the memory of the sum that it spares
+        ((8192, 151936, "cuda", 8, 2, 2 << 30, 0), 512, 4096),
+        ((1024, 151936, "cpu", 8, 4, 704 << 20, 0), 64, 1024),
+        ((1024, 151936, "cpu", 8, 2, 704 << 20, 512), 128, 1024),
     ):
-        size = memory.sizes(*given)
+        size = memory.sizes(rows, vocab, *given, sum_bytes=2 * vocab * dim)
         assert (size.chunk, size.buffer) == (chunk, buffer)
 
 
@@ -133,6 +137,15 @@ def test_full_logits_are_never_made():
                     )
                 # The workspace holds both sides of a chunk; dW and W are the only others of this size.
                 assert record.largest <= max(2 * rows * vocab, dim * vocab) < tokens * vocab / 4
+
+
+def test_a_small_problem_makes_few_calls():
+    """It is bound by them: there were 118, views included."""
+    student, teacher, weight = small_problem(16, dtype=BF16)
+    for _ in range(2):  # the first also asks what the machine can do
+        with Recorder() as record:
+            grads(fused_hsd_kl, student, teacher, weight)
+    assert record.calls <= 75
 
 
 def test_gradients_are_not_made_when_nobody_asked(monkeypatch):

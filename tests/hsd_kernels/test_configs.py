@@ -35,7 +35,7 @@ def test_pinned_configurations_compile_without_spills(tmp_path):
     assert summary == f"{len(lines)} variants compiled, 0 spill"
     assert all(line.split()[-2] == "16" for line in lines), "loads are not vectorised"
     plain = next(line for line in lines if line.startswith("one_read") and " sm_90 " in line)
-    assert float(plain.split()[-1]) <= 56, "instructions a pair of logits, the merge of slices included"
+    assert float(plain.split()[-1]) <= 66, "instructions a pair of logits: the merge of slices and the rare branch too"
 
 
 def test_import_needs_no_triton():

@@ -10,6 +10,7 @@ import torch
 
 from hsd_kernels import fused_hsd_kl, reference, testing
 from hsd_kernels.divergence import DIVERGENCES
+from hsd_kernels.upstream import times_upstream
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 RELATIVE_L1 = {torch.float32: 1e-4, torch.bfloat16: 4e-3, torch.float16: 2e-3}
@@ -124,6 +125,23 @@ def test_no_synchronization_without_weights_and_one_with_them():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchronizing" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_upstream_gradient_is_multiplied_in_fp32_and_rounded_once(dtype):
+    g, scale = torch.randn(9001, device="cuda", dtype=dtype), torch.tensor(0.123456789, device="cuda")
+    assert torch.equal(times_upstream(g, scale, torch.bfloat16), (g.float() * scale).bfloat16())
+
+
+@pytest.mark.parametrize("left", [1e-1, 1e-4])
+def test_one_buffer_rounds_the_head_gradient_once(left):
+    """A large head's dW of a single buffer is written in bf16 by its product: no worse than a sum in fp32, rounded."""
+    student, teacher = (torch.randn(1024, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    teacher = student + left * teacher
+    weight = torch.randn(1 << 16, 256, device="cuda", dtype=torch.bfloat16) / 16
+    exact = grads(reference.hsd_kl, *(t.double() for t in (student, teacher, weight)))
+    one, two = (grads(fused_hsd_kl, student, teacher, weight, memory_bytes=m) for m in (1 << 30, 16 << 20))
+    assert relative_l1(one[2], exact[2]) <= 1.1 * relative_l1(two[2], exact[2])
 
 
 def test_cuda_graph_of_the_default_path():

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hsd_kernels import Divergence, Head, fused_hsd_kl, ops
 
@@ -208,3 +209,17 @@ def test_hooks_may_nest():
     got = fused_hsd_kl(student, teacher, weight, token_weight_fn=outer)
     assert torch.equal(seen[0], inner)
     torch.testing.assert_close(got, 2.0 * fused_hsd_kl(student, teacher, weight))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "reference", "reduction", "units"),
+    [(False, False, "mean", 4), (True, False, "mean", 3), (False, True, "mean", 5), (False, False, "none", 6)],
+)
+def test_a_counter_of_flops_sees_the_products(frozen, reference, reduction, units):
+    student, teacher, reference_hidden, weight, _ = operands()
+    extra = {"reference_hidden": reference_hidden, "reference_coef": 0.1} if reference else {}
+    with FlopCounterMode(display=False) as counter:
+        fused_hsd_kl(
+            student, teacher, weight.detach() if frozen else weight, reduction=reduction, **extra
+        ).sum().backward()
+    assert counter.get_total_flops() == units * 2 * T * D * V

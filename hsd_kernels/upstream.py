@@ -1,0 +1,46 @@
+"""A stored gradient times its upstream gradient, the one thing that is left for a backward."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("hsd_kernels", "FRAGMENT")
+_library.define("times_scalar(Tensor g, Tensor upstream, ScalarType dtype) -> Tensor")
+
+
+def times_upstream(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """g (R, ...) times a scalar or (R,) in the precision of ``upstream``, rounded once: an upstream gradient rounded
+    to bf16 would be off by up to 0.2 % in every entry alike."""
+    # Also by 1: the saved tensor itself would become a leaf's .grad, and the next accumulation would change it.
+    if upstream.dim() == 0 and g.is_cuda and g.dtype != torch.float64 and _has_triton():
+        return torch.ops.hsd_kernels.times_scalar(g, upstream, dtype)
+    if upstream.dim() == 0 and g.dtype == dtype and not g.is_cuda:
+        return g * upstream  # a CPU takes a scalar in fp32: one pass, without `out`
+    upstream = upstream.reshape(-1, *(1,) * (g.dim() - 1))
+    return torch.mul(g, upstream, out=torch.empty_like(g, dtype=dtype))
+
+
+def _times_scalar(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """CUDA's torch.mul of a bf16 tensor and an fp32 scalar tensor casts element by element, at a third of the
+    bandwidth of this kernel ("upstream" in benchmarks/results/gpu_h200.md)."""
+    from hsd_kernels.rows import triton_scale
+
+    return triton_scale.scaled(g, upstream, dtype)
+
+
+def _times_scalar_fake(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(g, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+_library.impl("times_scalar", _times_scalar, "CompositeExplicitAutograd")
+torch.library.register_fake("hsd_kernels::times_scalar", _times_scalar_fake, lib=_library)
+
+
+@functools.cache
+def _has_triton() -> Any:
+    return importlib.util.find_spec("triton") is not None
