@@ -61,18 +61,21 @@ def sizes(
     chunk = max(1, min(rows, CHUNK_ROWS.get(device, DEFAULT_CHUNK_ROWS)))
     while chunk > 1 and 2 * chunk * logits_row > budget:
         chunk //= 2
-    for part in (chunk, chunk // 2):
-        if rows <= buffer_beside(part) + sum_bytes // dz_row and part >= min(chunk, TILE_ROWS // 2):
-            return Sizes(_even(rows, part), rows, stride)  # the one buffer that writes dW once
-    buffer = _even(rows, buffer_beside(chunk) // chunk * chunk, tile=chunk)
+
+    def passes_over_dw(chunk: int) -> int:
+        return 1 if rows <= buffer_beside(chunk) + sum_bytes // dz_row else -(-rows // buffer_beside(chunk))
+
+    shorter = [part for part in (chunk * 3 // 4, chunk // 2) if part >= TILE_ROWS // 2]
+    chunk = min((chunk, *shorter), key=passes_over_dw)  # the tallest that saves a pass
+    buffer = rows if passes_over_dw(chunk) == 1 else _even(rows, buffer_beside(chunk))
     return Sizes(_even(buffer, chunk), buffer, stride)
 
 
-def _even(rows: int, most: int, tile: int = TILE_ROWS) -> int:
+def _even(rows: int, most: int) -> int:
     """Parts of one size, at most ``most``: a small last one would waste its products. Of whole tiles where they fit."""
     part = -(-rows // max(1, -(-rows // most)))
-    tiled = _up(part, tile)
-    return max(1, min(tiled, rows) if part > tile and tiled <= most else part)
+    tiled = _up(part, TILE_ROWS)
+    return max(1, min(tiled, rows) if part > TILE_ROWS and tiled <= most else part)
 
 
 def _up(n: int, multiple: int) -> int:

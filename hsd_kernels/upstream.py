@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGE = 1 << 22  # elements: below it a launch costs more than the pass
+
 _library = torch.library.Library("hsd_kernels", "FRAGMENT")
 _library.define("times_scalar(Tensor g, Tensor upstream, ScalarType dtype) -> Tensor")
 
@@ -17,7 +19,7 @@ def times_upstream(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """g (R, ...) times a scalar or (R,) in the precision of ``upstream``, rounded once: an upstream gradient rounded
     to bf16 would be off by up to 0.2 % in every entry alike."""
     # Also by 1: the saved tensor itself would become a leaf's .grad, and the next accumulation would change it.
-    if upstream.dim() == 0 and g.is_cuda and g.dtype != torch.float64 and _has_triton():
+    if upstream.dim() == 0 and g.is_cuda and g.numel() >= LARGE and g.dtype != torch.float64 and _has_triton():
         return torch.ops.hsd_kernels.times_scalar(g, upstream, dtype)
     if upstream.dim() == 0 and g.dtype == dtype and not g.is_cuda:
         return g * upstream  # a CPU takes a scalar in fp32: one pass, without `out`

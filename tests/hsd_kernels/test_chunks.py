@@ -77,9 +77,11 @@ def test_sizes_fill_the_budget_and_no_more(device, dz_bytes, one_level):
 def test_sizes_of_the_shapes_in_the_tables():
     """(rows, V, device, bytes of both sides' logits, bytes of dz, budget, D) -> rows of logits and of dz."""
     for (rows, vocab, *given, dim), chunk, buffer in (
-        ((32768, 151936, "cuda", 8, 2, 2 << 30, 4096), 512, 4096),
+        ((32768, 151936, "cuda", 8, 2, 2 << 30, 4096), 384, 5504),
+        ((32768, 151936, "cuda", 8, 2, None, 4096), 384, 4096),
         ((8192, 151936, "cuda", 8, 2, 2 << 30, 4096), 512, 8192),  # one buffer, in the memory of the sum that it spares
         ((8192, 151936, "cuda", 8, 2, 2 << 30, 0), 512, 4096),
+        ((8192, 151936, "cuda", 8, 2, None, 4096), 384, 8192),
         ((1024, 151936, "cpu", 8, 4, 704 << 20, 0), 64, 1024),
         ((1024, 151936, "cpu", 8, 2, 704 << 20, 512), 128, 1024),
     ):

@@ -129,7 +129,7 @@ def test_no_synchronization_without_weights_and_one_with_them():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_upstream_gradient_is_multiplied_in_fp32_and_rounded_once(dtype):
-    g, scale = torch.randn(9001, device="cuda", dtype=dtype), torch.tensor(0.123456789, device="cuda")
+    g, scale = torch.randn((1 << 22) + 9, device="cuda", dtype=dtype), torch.tensor(0.123456789, device="cuda")
     assert torch.equal(times_upstream(g, scale, torch.bfloat16), (g.float() * scale).bfloat16())
 
 

@@ -272,7 +272,10 @@ def test_equal_rows_give_exactly_zero(rows, divergence, form):
     inputs.x_student[:, 250:] = -math.inf
     inputs = inputs._replace(x_teacher=inputs.x_student.clone())
     stats, dz = run(rows, inputs, row_spec(divergence, **form))
-    assert (stats.kl == 0).all() and (stats.grad_sum == 0).all() and (dz == 0).all()
+    # Compiled, a product is fused into a difference and leaves its own rounding there. The driver drops such rows.
+    rounding = 0.0 if DEVICE == "cpu" else 2.0**-20
+    assert (stats.kl.abs() <= rounding).all() and (stats.grad_sum.abs() <= rounding).all()
+    assert (dz.abs() <= rounding * inputs.weights.abs().amax()).all()
     assert torch.equal(stats.student_lse, stats.teacher_lse)
 
 
@@ -300,8 +303,10 @@ def test_strided_rows(rows):
     strided = inputs._replace(x_student=wide[:, 0, :300], x_teacher=wide[:, 1, :300])
     stats, dz = run(rows, strided, row_spec(), out[:, :300])
     like_stats, like_dz = run(rows, inputs, row_spec())
-    assert torch.equal(dz, like_dz) and out[:, 300:].isnan().all()
-    torch.testing.assert_close(tuple(stats), tuple(like_stats), rtol=0.0, atol=0.0)
+    assert out[:, 300:].isnan().all()
+    # Compiled, rows that are not 16 bytes apart are loaded and summed in another order.
+    limits = {"rtol": 0.0, "atol": 0.0} if DEVICE == "cpu" else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close((dz, *stats), (like_dz, *like_stats), **limits)
 
 
 @pytest.mark.parametrize("n", [0, 1])
