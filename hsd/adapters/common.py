@@ -71,8 +71,8 @@ class ImportanceRatio:
         return ratio
 
 
-def take_apart(model: nn.Module) -> BodyAndHead:
-    """Body and head of ``model``; at first sight also proof that they give its logits (not if it is sharded).
+def checked_body_and_head(model: nn.Module) -> BodyAndHead:
+    """`body_and_head`, and once for each model `check_body_and_head`, which sharded weights rule out.
 
     Raises ValueError naming the model class, as `hsd.policy.body_and_head` does.
     """

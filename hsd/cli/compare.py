@@ -1,6 +1,6 @@
 """`hsd compare RUN RUN ...`: a table of runs, the settings that differ, and a picture of their learning curves.
 
-Reads each folder's metrics.jsonl and config.yaml, and report.json where `hsd demo` wrote one.
+Loads each folder's metrics.jsonl and config.yaml, and report.json where `hsd demo` wrote one.
 Success is that of the training rollouts, as a mean over ``--window`` steps; success on held-out questions stands beside
 it, with its interval, where report.json has it.
 """
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.viewer.plots import plot_runs
+    from hsd.viewer.plots import plot_curves
 
     if args.window < 1:
         raise ValueError(f"--window: expected a positive number of steps, got {args.window}")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if not curves:
         raise ValueError(f"RUN: expected a run that logged one of {', '.join(CURVES)}, got none")
     args.png.parent.mkdir(parents=True, exist_ok=True)
-    plot_runs(args.png, curves, xlabel="step" if args.window == 1 else f"step (means of {args.window})")
+    plot_curves(args.png, curves, xlabel="step" if args.window == 1 else f"step (means of {args.window})")
     print(f"\nlearning curves: {args.png}")
     return 0
 

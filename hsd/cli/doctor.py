@@ -142,7 +142,7 @@ def matrix_products() -> Facts:
 
 
 def tree_attention() -> Facts:
-    """What ``backend="auto"`` takes where a group's sequences are read as one tree."""
+    """What ``backend="auto"`` takes for the forward pass over a group's prefix tree."""
     import torch
 
     try:
@@ -161,7 +161,7 @@ def tree_attention() -> Facts:
         "cpu, few branches": {"backend": chosen("cpu", wide, 1), "why": "a full mask costs less than gathering"},
         "cpu, many branches": {
             "backend": chosen("cpu", wide, 16),
-            "why": "each branch reads the keys on its path only",
+            "why": "each branch gathers the keys on its path only",
         },
         "cuda float32": {"backend": chosen("cuda", wide, 16), "why": "the kernels for CUDA take half precision only"},
         "cuda bfloat16": {"backend": chosen("cuda", half, 16), "why": "half precision"},

@@ -50,7 +50,7 @@ class Run:
         return Path(str(self.config.output_dir))
 
     def task(self) -> Task:
-        """Reads the questions, and for those of a file the tokenizer."""
+        """Loads the questions, and for those of a file the tokenizer."""
         return complete(self.settings, self.base, self.config)
 
     def initial_policy(self, task: Task) -> Policy:

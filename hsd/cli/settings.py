@@ -142,7 +142,7 @@ def _full_name(word: str) -> str:
 
 
 def _value(text: str, hint: Any) -> Any:
-    """The first reading of an option's text that its type allows: YAML's, the text itself, none."""
+    """The first of an option's values that its type allows: the text as YAML, the text itself, none."""
     try:
         as_yaml = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):

@@ -204,7 +204,7 @@ def _whole_batches(path: Path, batch_size: int, rows: int, samples: int) -> list
 
 
 def _is_record(record: Record) -> bool:
-    """Whether the columns that are read again are there, each of its type."""
+    """Whether the columns that a resumed evaluation needs are there, each of its type."""
     types = {"row": int, "sample": int, "completion": str, "length": int, "truncated": bool}
     if any(type(record.get(column)) is not kind for column, kind in types.items()):
         return False

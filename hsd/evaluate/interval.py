@@ -45,9 +45,6 @@ class Share:
     high: float
     most: float
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
 
 def share(grid: Grid, estimate: Callable[[list[float]], float] = fmean, draws: int | None = None) -> Share:
     """``estimate`` of each question's samples, averaged; ``draws`` independent ones a question, by default all."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.evaluate import Sampling
 from hsd.hindsight.context import ContextTemplate
+from hsd.padding import padded
 from hsd.progress import Progress, counter, say
 from hsd.tasks.task import Task
 
@@ -33,7 +34,7 @@ PAD, EOS = "<pad>", "$"
 VOCABULARY = (PAD, EOS, *"0123456789+=;#[|]")
 EOS_ID = VOCABULARY.index(EOS)
 
-# Privileged contexts, appended to the question: the teacher reads [q ; c ; o].
+# Privileged contexts, appended to the question: the teacher's sequence is [q ; c ; o].
 WITH_PEER = "[{answer}|{demonstration}]"
 ANSWER_ONLY = "[{answer}]"
 TEMPLATE = ContextTemplate(WITH_PEER, ANSWER_ONLY)
@@ -131,17 +132,17 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM(config).float()
 
 
-def make_questions(n: int, *, seed: int, held_out: bool = False, exclude: Iterable[str] = ()) -> list[dict[str, str]]:
+def make_questions(n: int, *, seed: int, held_out: bool = False) -> list[dict[str, str]]:
     """`n` different questions, the same for the same arguments.
 
     `held_out` chooses the side of the split (`is_held_out`): neither the warm start nor a call with
-    `held_out=False` ever draws a held-out question. `exclude`: further prompts to leave out.
+    `held_out=False` ever draws a held-out question.
 
     Returns a list of `{"prompt": "47+38+25+61=", "answer": "171"}`.
     """
     if n < 0:
         raise ValueError(f"n: expected a number of questions >= 0, got {n}")
-    rng, seen, questions = random.Random(f"questions-{seed}"), set(exclude), []
+    rng, seen, questions = random.Random(f"questions-{seed}"), set(), []
     while len(questions) < n:
         numbers = _draw_numbers(rng, held_out=held_out)
         prompt = _prompt(numbers)
@@ -276,12 +277,10 @@ def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerF
     fp32, both on the CPU. `targets[b, t]` is what token `t` is trained on, 0 on the prompt and the padding.
     """
     encoded = tokenizer([e.prompt + e.solution for e in examples], add_special_tokens=False)["input_ids"]
-    longest = max(len(ids) for ids in encoded)
-    input_ids = torch.full((len(examples), longest), VOCABULARY.index(PAD))
-    targets = torch.zeros(len(examples), longest, len(VOCABULARY))
+    input_ids, _ = padded(encoded, VOCABULARY.index(PAD))
+    targets = torch.zeros(*input_ids.shape, len(VOCABULARY))
     for row, (example, ids) in enumerate(zip(examples, encoded, strict=True)):
         start = len(example.prompt)
-        input_ids[row, : len(ids)] = torch.tensor(ids)
         targets[row, torch.arange(start, len(ids)), input_ids[row, start : len(ids)]] = 1.0
         for index, distribution in example.targets.items():
             targets[row, start + index] = 0.0

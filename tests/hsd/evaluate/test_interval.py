@@ -63,4 +63,3 @@ def test_a_sample_without_a_verdict_is_wrong_below_and_right_above():
     found = share([[1.0, None], [0.0, 0.0]])
     assert (found.mean, found.most) == (0.25, 0.5)
     assert found.low == interval([0.5, 0.0], 2)[0] and found.high == interval([1.0, 0.0], 2)[1]
-    assert str(share([[1.0], [0.0]])) == "0.500 [0.095, 0.905]"
