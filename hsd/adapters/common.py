@@ -84,6 +84,13 @@ def checked_body_and_head(model: nn.Module) -> BodyAndHead:
     return parts
 
 
+def unwrapped(accelerator: Any, model: nn.Module) -> tuple[Any, BodyAndHead]:
+    """What a prepared model wraps, and its body and head."""
+    inner = accelerator.unwrap_model(model)
+    with accelerator.autocast():  # the prepared model's own forward is in it
+        return inner, checked_body_and_head(inner)
+
+
 def forward(parts: BodyAndHead, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden states (B, S, D) behind the logits of ``model(input_ids=..., attention_mask=...)``.
 

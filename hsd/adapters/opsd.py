@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from hsd.adapters.common import (
     check_version,
-    checked_body_and_head,
     divergence,
     forward,
     inside_forward,
+    unwrapped,
     with_whole_head,
 )
 from hsd.policy.forward import FrozenStates
@@ -54,9 +54,7 @@ class FusedOPSD:
             check_version(package, *tested)
         if self.top_k_loss or self.use_thinking_machines_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        policy = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():  # the prepared model's own forward is in it
-            parts = checked_body_and_head(policy)
+        policy, parts = unwrapped(self.accelerator, model)
 
         def states(side: str) -> Tensor:
             hidden = forward(parts, inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"])

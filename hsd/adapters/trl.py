@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from hsd.adapters.common import (
     ImportanceRatio,
     check_version,
-    checked_body_and_head,
     divergence,
     forward,
     inside_forward,
+    unwrapped,
     with_whole_head,
 )
 from hsd.policy.body_and_head import BodyAndHead
@@ -120,10 +120,8 @@ def _gkd(theirs: Any) -> Any:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        student_model = self.accelerator.unwrap_model(model)
-        teacher_model = self.accelerator.unwrap_model(self.teacher_model)
-        with self.accelerator.autocast():  # the prepared models' own forward is in it
-            student, teacher = checked_body_and_head(student_model), checked_body_and_head(teacher_model)
+        student_model, student = unwrapped(self.accelerator, model)
+        teacher_model, teacher = unwrapped(self.accelerator, self.teacher_model)
         reason = None
         if return_outputs:
             reason = "return_outputs=True"
@@ -192,10 +190,8 @@ def _self_distillation(theirs: Any) -> Any:
     def compute_self_distillation_loss(self: Any, model: nn.Module, inputs: Any, sides: Any) -> Tensor:
         if not isinstance(sides, Deferred):
             return theirs(self, model, inputs, sides)
-        student_model = self.accelerator.unwrap_model(model)
-        teacher_model = self.accelerator.unwrap_model(sides.teacher_model)
-        with self.accelerator.autocast():  # the prepared models' own forward is in it
-            student, teacher = checked_body_and_head(student_model), checked_body_and_head(teacher_model)
+        student_model, student = unwrapped(self.accelerator, model)
+        teacher_model, teacher = unwrapped(self.accelerator, sides.teacher_model)
         targets, mask = inputs["completion_ids"], sides.loss_mask.float()
         length = targets.shape[1]
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hsd.train.alarms import WINDOW
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -67,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_run(folder: Path, name: str) -> Run:
+    from hsd.cli.settings import load_yaml
     from hsd.data.rows import read_json
     from hsd.evaluate import Success
     from hsd.train.callbacks import load_metrics
@@ -87,27 +86,14 @@ def read_run(folder: Path, name: str) -> Run:
             raise ValueError(f"{path}, step {row['step']}: alarms: expected an object, got {row['alarms']!r}")
     settings, evaluated = {}, ""
     if (path := folder / "config.yaml").exists():
-        settings = flat(_mapping(_yaml(path), path))
+        settings = flat(load_yaml(path))
     if (path := folder / "report.json").exists():
-        after = _mapping(read_json(path).get("after") or {}, f"{path}: after")
+        after = read_json(path).get("after")
         try:
             evaluated = str(Success(**after)) if after else ""
         except (TypeError, ValueError):
             raise ValueError(f"{path}: after: expected a success with its interval, got {after!r:.200}") from None
     return Run(name, rows, settings, evaluated)
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
-
-
-def _mapping(value: Any, where: str | Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected keys and values, got {value!r:.200}")
-    return value
 
 
 def table(runs: Sequence[Run], window: int) -> list[str]:
