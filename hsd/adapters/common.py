@@ -112,7 +112,7 @@ def with_whole_head(head: Head, hidden: Tensor) -> FrozenStates:
             return found.clone() if hasattr(t, "ds_id") else found.detach()
 
     bias = None if head.bias is None else whole(head.bias)
-    return FrozenStates(hidden.detach(), Head(whole(head.weight), bias, head.logit_scale, head.softcap))
+    return FrozenStates(hidden.detach(), head.with_tensors(whole(head.weight), bias))
 
 
 def divergence(student: Head, hidden: Tensor, teacher: FrozenStates, **options: Any) -> HSDKLOutput:
@@ -123,8 +123,7 @@ def divergence(student: Head, hidden: Tensor, teacher: FrozenStates, **options: 
     dtype = torch.promote_types(hidden.dtype, teacher.hidden.dtype)
 
     def head(weight: Tensor, bias: Tensor | None) -> Head:
-        bias = None if bias is None else bias.to(dtype)
-        return Head(weight.to(dtype), bias, student.logit_scale, student.softcap)
+        return student.with_tensors(weight.to(dtype), None if bias is None else bias.to(dtype))
 
     with ExitStack() as stack:
         weight = stack.enter_context(gathered(student.weight))

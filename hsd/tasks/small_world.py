@@ -181,19 +181,18 @@ def warm_start(
     seed: int,
     steps: int = 2600,
     batch_size: int = 16,
-    learning_rate: float = 4e-3,
     progress: Progress | None = None,
 ) -> list[float]:
     """Supervised training on `draw_example`, in place; repeats exactly for one seed, device and thread count.
 
-    AdamW (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
+    AdamW at 4e-3 (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
     cosine decay to 0. `progress(done, steps)` is called after each step. Returns the losses, cross-entropy in
     nats per character of the solutions.
     """
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps, batch_size: expected positive integers, got {steps} and {batch_size}")
     rng = random.Random(f"warm-start-{seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

@@ -32,6 +32,7 @@ from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
 WINDOWS = (2, 4, 8, 16, 32)
 DIFFICULTY = (0.2, 0.5, 0.8)  # pass rates between the bins; below 0.2 is the paper's "hard", above 0.5 its "easy"
 TOKEN_BUDGET = 16_384
+TOP_K = 5
 TOP_CHUNK = 256  # tokens whose full logits exist at once: 156 MB in fp32 at V = 151,936
 
 Peers = list[list[int | None]]
@@ -40,7 +41,7 @@ Place = tuple[int, int]  # index of a group, and of a rollout in it
 
 @dataclass(frozen=True)
 class Top:
-    """The k likeliest tokens at each position: ids (T, k) and probabilities (T, k), falling."""
+    """The `TOP_K` likeliest tokens at each position: ids (T, k) and probabilities (T, k), falling."""
 
     ids: Tensor
     probs: Tensor
@@ -133,17 +134,14 @@ def measure(
     places: Sequence[Place],
     *,
     shown: Collection[int] = (),
-    top_k: int = 5,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[TokenCredit]:
     """The rollouts at ``places``, in order, each beside its peer (`draw_peers`); teacher = the same weights.
 
     Three forward passes a rollout: the prompt alone, the context of its peer, the context of the answer alone. Several
-    rollouts share a batch as long as their tokens, padded, stay within ``token_budget``. The ``top_k`` likeliest tokens
+    rollouts share a batch as long as their tokens, padded, stay within ``token_budget``. The `TOP_K` likeliest tokens
     are kept for the groups in ``shown``; their full logits exist for `TOP_CHUNK` tokens at a time.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
     model, tokenizer = policy
     parts = body_and_head(model)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -169,8 +167,8 @@ def measure(
                 tau = None if peer is None else divergence_position(rollouts[b], groups[g].rollouts[peer].token_ids)
                 here = TokenCredit(g, i, peer, tau, a_BT[b, :n], alone_BT[b, :n], kl_BT[b, :n], logps_BT[b, :n])
                 if g in shown:
-                    student_top = _top(parts, student_BTD[b, :n], out.student_lse[b, :n], top_k)
-                    teacher_top = _top(parts, teacher_BTD[b, :n], out.teacher_lse[b, :n], top_k)
+                    student_top = _top(parts, student_BTD[b, :n], out.student_lse[b, :n])
+                    teacher_top = _top(parts, teacher_BTD[b, :n], out.teacher_lse[b, :n])
                     here = replace(here, student_top=student_top, teacher_top=teacher_top)
                 measured.append(here)
     return measured
@@ -265,12 +263,12 @@ def _credit(out: RowStats) -> Tensor:
     return credit(out.teacher_logps, out.student_logps).cpu()
 
 
-def _top(parts: BodyAndHead, hidden: Tensor, lse: Tensor, k: int) -> Top:
+def _top(parts: BodyAndHead, hidden: Tensor, lse: Tensor) -> Top:
     """Of (T, D) states and the log-normalizers (T,) that the fused pass returned for them."""
     ids, probs = [], []
     for h, z in zip(hidden.split(TOP_CHUNK), lse.split(TOP_CHUNK), strict=True):
         logits = parts.logits(h)
-        best = logits.topk(min(k, logits.shape[-1]))
+        best = logits.topk(min(TOP_K, logits.shape[-1]))
         ids.append(best.indices.cpu())
         probs.append((best.values - z[:, None]).exp().clamp_max(1.0).cpu())
     return Top(torch.cat(ids), torch.cat(probs))

@@ -1,4 +1,7 @@
-"""Pictures of credit and training. matplotlib is imported on use and draws to a file, without a display."""
+"""Pictures of credit and training. matplotlib is imported on use and draws to a file, without a display.
+
+``path`` is the file to write, whose suffix picks the format; ``title`` stands above the picture.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,7 @@ def plot_credit_profile(
     """Mean ``|A|`` (nats) around the divergence position, one curve for each teacher.
 
     Args:
-        path: The picture to write; its suffix picks the format.
         profiles: ``{teacher: (offsets, mean_abs)}``, as :func:`hsd.hindsight.credit.credit_profile` returns them.
-        title: Stands above the picture.
     """
     fig, axes = _figure(6.4, 3.8)
     axes.axvline(0, color=_GREY, linewidth=1, linestyle="--", zorder=1)
@@ -57,10 +58,8 @@ def plot_credit_mass(
     """Share of the credit within ``w`` tokens of the divergence position, one curve for each teacher.
 
     Args:
-        path: The picture to write; its suffix picks the format.
         masses: ``{teacher: shares}`` with shares in [0, 1], as :func:`hsd.hindsight.credit.credit_mass` returns them.
         windows: The half-widths ``w`` in tokens, positive.
-        title: Stands above the picture.
     """
     fig, axes = _figure(6.4, 3.8)
     for i, (name, shares) in enumerate(masses.items()):
@@ -85,13 +84,11 @@ def plot_coverage(
     """Coverage, the share of all rollouts that fail and have a successful peer, over the success rate.
 
     Args:
-        path: The picture to write; its suffix picks the format.
         bins: ``(success, coverage, error, groups)`` of questions of like difficulty: two shares, the standard error of
             the second (NaN where there is none) and the number of groups. Drawn with 95 % intervals beside ``f(p, G)``
             of :func:`hsd.hindsight.credit.coverage`.
         overall: ``(success, coverage)`` of all questions together.
         group_size: G.
-        title: Stands above the picture.
     """
     fig, axes = _figure(6.4, 3.8)
     ps = [i / 200 for i in range(201)]
@@ -116,9 +113,7 @@ def plot_silence(path: str | Path, with_peer: Sequence[float], answer_only: Sequ
     Below the diagonal the answer alone says less than a peer. Logarithmic; values under 1e-4 nats are drawn there.
 
     Args:
-        path: The picture to write; its suffix picks the format.
         with_peer, answer_only: One value for each rollout, nats.
-        title: Stands above the picture.
     """
     fig, axes = _figure(4.8, 4.4)
     floor = 1e-4
@@ -140,7 +135,6 @@ def plot_curves(
     """Metrics over the training steps: a panel for each metric, a line for each run.
 
     Args:
-        path: The picture to write; its suffix picks the format.
         curves: ``{metric: {run: (steps, values)}}``; NaN leaves a gap. A metric's name holds its unit.
             Several runs get a legend.
         xlabel: What the steps are.

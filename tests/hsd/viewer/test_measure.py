@@ -1,14 +1,14 @@
 """Credit of failing rollouts against full logits of the model, one sequence at a time."""
 
 import pytest
+import tiny_runs
 import torch
+from tiny_runs import SMALLER, TEMPLATE, TOKENIZER, group
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.credit import coverage
 from hsd.hindsight.groups import Group, Rollout
-from hsd.tasks import small_world
 from hsd.tasks.task import Policy
 from hsd.viewer.measure import (
     WINDOWS,
@@ -20,16 +20,9 @@ from hsd.viewer.measure import (
     measure,
 )
 
-TOKENIZER = small_world.build_tokenizer()
-TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
-
 
 def encode(text: str) -> list[int]:
     return TOKENIZER(text)["input_ids"]
-
-
-def group(prompt: str, answer: str, **rollouts: float) -> Group:
-    return Group(prompt, answer, tuple(Rollout(tuple(encode(t)), r) for t, r in rollouts.items()))
 
 
 MIXED = group("12+34=", "46", **{"12+34=46;#46$": 1.0, "12+34=56;#56$": 0.0, "#46$": 1.0, "12+34": 0.0, "9$": 0.0})
@@ -39,9 +32,7 @@ SOLVED = group("7+9=", "16", **{"#16$": 1.0, "16#16$": 1.0})
 
 
 def qwen3() -> nn.Module:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.5}
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(TOKENIZER), **sizes, **heads))
+    return tiny_runs.qwen3(**SMALLER | {"num_hidden_layers": 2}, attention_dropout=0.5, tie_word_embeddings=False)
 
 
 def gpt2() -> nn.Module:
@@ -140,11 +131,12 @@ def test_tables_of_a_measurement():
 @pytest.mark.parametrize("token_budget", [1, 30, 10_000])
 def test_tokens_equal_full_logits_one_sequence_at_a_time(make, token_budget, monkeypatch):
     monkeypatch.setattr("hsd.viewer.measure.TOP_CHUNK", 3)
+    monkeypatch.setattr("hsd.viewer.measure.TOP_K", 4)
     model = build(make).train()
     groups = [FAILED, MIXED]
     peers = draw_peers(TOKENIZER, groups, seed=0)
     assert peers[0] == [None, None] and all(j in (0, 2) and j != i for i, j in enumerate(peers[1]))
-    options = {"shown": [1], "top_k": 4, "token_budget": token_budget}
+    options = {"shown": [1], "token_budget": token_budget}
     read = measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, every(groups), **options)
     assert [(r.group, r.rollout) for r in read] == [(0, 0), (0, 1), *((1, i) for i in range(5))]
     assert model.training
@@ -190,11 +182,6 @@ def test_a_measurement_is_the_same_alone_and_among_others():
 def test_a_peer_that_says_nothing_is_none():
     silent = group("1+1=", "2", **{"$": 1.0, "3$": 0.0})
     assert draw_peers(TOKENIZER, [silent], seed=0) == [[None, None]]
-
-
-def test_no_likeliest_token_is_refused():
-    with pytest.raises(ValueError, match=r"^top_k: expected at least 1, got 0"):
-        measure(Policy(build(), TOKENIZER), [OTHER], [[None, 0]], TEMPLATE, [], top_k=0)
 
 
 def outcomes(question: int, successes: int, size: int = 4) -> Group:

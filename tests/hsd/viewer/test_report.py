@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import TOKENIZER, group
 
 from hsd.evaluate import Success
-from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.groups import Group
 from hsd.tasks import small_world
 from hsd.viewer import report, summary
 from hsd.viewer.measure import TokenCredit
 
-TOKENIZER = small_world.build_tokenizer()
 BEFORE = Success(0.258, 0.221, 0.297, 512, 1, 0.0312, 32.51)
 AFTER = Success(0.717, 0.678, 0.756, 512, 1, 0.0078, 33.94)
 TASK = replace(
@@ -26,11 +26,6 @@ TASK = replace(
 COMMAND = "hsd demo small --seed 3 --max_steps 3"
 SETTINGS = {"learning_rate": 1e-4, "teacher": "ema"}
 PICTURES = ["credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png", "training.png"]
-
-
-def group(prompt: str, answer: str, **rollouts: float) -> Group:
-    made = (Rollout(tuple(TOKENIZER(text)["input_ids"]), r) for text, r in rollouts.items())
-    return Group(prompt, answer, tuple(made))
 
 
 MIXED = group("12+34=", "46", **{"12+34=46;#46$": 1.0, "12+34=56;#56$": 0.0, "12+34": 0.0, "#46$": 1.0})
