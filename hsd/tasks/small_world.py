@@ -74,9 +74,9 @@ def task(seed: int) -> Task:
     )
 
 
-def warm_started(seed: int, cache: Path | None = None) -> str:
-    """The folder of the warm-started policy of ``seed``, below ``cache`` (.cache); trained there if it is missing."""
-    folder = (cache or CACHE) / f"small_world-seed{seed}"
+def warm_started(seed: int) -> str:
+    """The folder of the warm-started policy of ``seed``, below `CACHE`; trained there if it is missing."""
+    folder = CACHE / f"small_world-seed{seed}"
     if not (folder / "config.json").exists():
         say("warm start: teaching a fresh Qwen3 to add, with slips")
         model, tokenizer = build_model(seed), build_tokenizer()

@@ -134,20 +134,19 @@ def measure(
     places: Sequence[Place],
     *,
     shown: Collection[int] = (),
-    token_budget: int = TOKEN_BUDGET,
 ) -> list[TokenCredit]:
     """The rollouts at ``places``, in order, each beside its peer (`draw_peers`); teacher = the same weights.
 
     Three forward passes a rollout: the prompt alone, the context of its peer, the context of the answer alone. Several
-    rollouts share a batch as long as their tokens, padded, stay within ``token_budget``. The `TOP_K` likeliest tokens
+    rollouts share a batch as long as their tokens, padded, stay within `TOKEN_BUDGET`. The `TOP_K` likeliest tokens
     are kept for the groups in ``shown``; their full logits exist for `TOP_CHUNK` tokens at a time.
     """
     model, tokenizer = policy
     parts = body_and_head(model)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked
     measured: list[TokenCredit] = []
     with in_eval_mode(model):
-        for start, stop in _within_budget([len(groups[g].rollouts[i].token_ids) for g, i in places], token_budget):
+        for start, stop in _within_budget([len(groups[g].rollouts[i].token_ids) for g, i in places]):
             part = places[start:stop]
             rollouts = [groups[g].rollouts[i].token_ids for g, i in part]
             prompts = {
@@ -183,9 +182,7 @@ def credit_tables(measured: Sequence[TokenCredit]) -> dict[str, CreditTable]:
     return {name: CreditTable(pad(rows), mask_BT, tau_B) for name, rows in credits.items()}
 
 
-def coverage_by_difficulty(
-    first: Sequence[Group], second: Sequence[Group], edges: Sequence[float] = DIFFICULTY
-) -> list[CoverageBin]:
+def coverage_by_difficulty(first: Sequence[Group], second: Sequence[Group]) -> list[CoverageBin]:
     """Coverage, the share of all rollouts that fail and have a successful peer, in bins of the question's pass rate.
 
     Each question has two independent groups. One says how hard the question is, the other is measured, and then they
@@ -201,7 +198,7 @@ def coverage_by_difficulty(
     """
     if [g.prompt for g in first] != [g.prompt for g in second]:
         raise ValueError("second: expected one group for each question of first, in the same order")
-    bounds = [-math.inf, *edges, math.inf]
+    bounds = [-math.inf, *DIFFICULTY, math.inf]
     bins = []
     for low, high in itertools.pairwise(bounds):
         pairs = [*zip(first, second, strict=True), *zip(second, first, strict=True)]
@@ -274,10 +271,10 @@ def _top(parts: BodyAndHead, hidden: Tensor, lse: Tensor) -> Top:
     return Top(torch.cat(ids), torch.cat(probs))
 
 
-def _within_budget(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges whose padded size stays within the budget; a rollout above it goes alone."""
+def _within_budget(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges whose padded size stays within `TOKEN_BUDGET`; a rollout above it goes alone."""
     start = 0
     for stop in range(1, len(lengths) + 1):
-        if stop == len(lengths) or max(lengths[start : stop + 1]) * (stop + 1 - start) > budget:
+        if stop == len(lengths) or max(lengths[start : stop + 1]) * (stop + 1 - start) > TOKEN_BUDGET:
             yield start, stop
             start = stop

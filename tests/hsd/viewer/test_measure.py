@@ -51,10 +51,10 @@ def every(groups: list[Group]) -> list[tuple[int, int]]:
     return [(g, i) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
 
 
-def measure_failing(model: nn.Module, groups: list[Group], seed: int = 0, **options) -> list[TokenCredit]:
+def measure_failing(model: nn.Module, groups: list[Group], seed: int = 0) -> list[TokenCredit]:
     peers = draw_peers(TOKENIZER, groups, seed)
     places = failing_with_peer(groups, peers)
-    return measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, places, **options)
+    return measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, places)
 
 
 @torch.no_grad()
@@ -136,8 +136,8 @@ def test_tokens_equal_full_logits_one_sequence_at_a_time(make, token_budget, mon
     groups = [FAILED, MIXED]
     peers = draw_peers(TOKENIZER, groups, seed=0)
     assert peers[0] == [None, None] and all(j in (0, 2) and j != i for i, j in enumerate(peers[1]))
-    options = {"shown": [1], "token_budget": token_budget}
-    read = measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, every(groups), **options)
+    monkeypatch.setattr("hsd.viewer.measure.TOKEN_BUDGET", token_budget)
+    read = measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, every(groups), shown=[1])
     assert [(r.group, r.rollout) for r in read] == [(0, 0), (0, 1), *((1, i) for i in range(5))]
     assert model.training
     model.eval()
@@ -189,10 +189,11 @@ def outcomes(question: int, successes: int, size: int = 4) -> Group:
     return Group(f"question {question}", "0", made)
 
 
-def test_coverage_is_measured_on_the_group_that_did_not_grade():
+def test_coverage_is_measured_on_the_group_that_did_not_grade(monkeypatch):
+    monkeypatch.setattr("hsd.viewer.measure.DIFFICULTY", (0.2, 0.6))
     first = [outcomes(0, 0), outcomes(1, 4), outcomes(2, 2)]
     second = [outcomes(0, 1), outcomes(1, 3), outcomes(2, 2)]
-    hard, middle, easy = coverage_by_difficulty(first, second, edges=(0.2, 0.6))
+    hard, middle, easy = coverage_by_difficulty(first, second)
     # 0 of 4 grades question 0 hard; measured there: 1 of 4, three failures with a peer
     assert (hard.groups, hard.success, hard.coverage) == (1, 0.25, 0.75)
     # 1 of 4 grades it middling; measured: 0 of 4, no peer. Question 2 twice: half fail, with a peer
