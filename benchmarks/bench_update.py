@@ -82,8 +82,8 @@ def make_group(shape: tuple[int, ...], vocabulary: int) -> tuple[list[list[int]]
     return [question] * g, rollouts, [question + shown[0 if i else 1] for i in range(g)]
 
 
-def read(model: Any, prompts: list[list[int]], rollouts: list[list[int]]) -> Tensor:
-    """(G, o, D) as the trainer reads without sharing; all sequences are of one length, so nothing is padding."""
+def states(model: Any, prompts: list[list[int]], rollouts: list[list[int]]) -> Tensor:
+    """(G, o, D) as the trainer computes them without sharing; sequences of one length need no padding."""
     parts = body_and_head(model)
     ids = torch.tensor([p + o for p, o in zip(prompts, rollouts, strict=True)], device=parts.linear.weight.device)
     return hidden_states(parts.body, ids, torch.ones_like(ids))[:, -(len(rollouts[0]) + 1) : -1]
@@ -97,13 +97,13 @@ def update(contender: str, model: Any, group: tuple[list[list[int]], ...]) -> Te
     if contender == "grpo":
         from trl.trainer.utils import selective_log_softmax
 
-        logits = parts.linear(read(model, prompts, rollouts))
+        logits = parts.linear(states(model, prompts, rollouts))
         loss = -selective_log_softmax(logits, targets).mean()
     else:
         if contender == "unshared":
-            student = read(model, prompts, rollouts)
+            student = states(model, prompts, rollouts)
             with torch.no_grad():
-                teacher = read(model, teacher_prompts, rollouts)
+                teacher = states(model, teacher_prompts, rollouts)
         else:
             sides = tree_hidden_states(model, prompts, rollouts, teacher_prompts, sharing=contender)
             student, teacher = (pad_sequence(side, batch_first=True) for side in sides)

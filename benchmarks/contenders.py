@@ -1,7 +1,7 @@
 """Everyone who computes this loss: mean over tokens of KL(teacher || student) from hidden states and a shared head.
 
 A contender is a function (student, teacher, weight) -> scalar loss; its backward gives dH and dW. A yardstick is the
-same for cross-entropy with `target_ids` as labels, which reads no teacher: it is compared with GEMMs of 3U.
+same for cross-entropy with `target_ids` as labels, which has no teacher: it is compared with GEMMs of 3U.
 """
 
 from __future__ import annotations

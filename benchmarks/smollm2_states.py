@@ -3,10 +3,10 @@
     python benchmarks/smollm2_states.py runs/smollm2_states.pt [--tokens 1024]
     python benchmarks/smollm2_states.py .states/smollm2_8k.pt --tokens 512 --vocabulary 8192
 
-Rollouts are sampled, graded and paired as in `make demo-smollm2`; every failing rollout with a successful peer is read
-twice, by the student (prompt alone) and by the teacher (peer and answer in context). The file holds the states that
-predict its tokens, "student" and "teacher" (N, 576), and the head, "weight" (49,152, 576), in fp32. --vocabulary keeps
-the tokens with the largest mass under both sides and stores bf16: 10 MB, small enough to be carried to a GPU.
+Rollouts are sampled, graded and paired as in `make demo-smollm2`. Every failing rollout with a successful peer gets two
+forward passes, the student's (prompt alone) and the teacher's (peer and answer in context). The file holds the states
+that predict its tokens, "student" and "teacher" (N, 576), and the head, "weight" (49,152, 576), in fp32. --vocabulary
+keeps the tokens with the largest mass under both sides and stores bf16: 10 MB, small enough to be carried to a GPU.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     accelerate launch examples/accelerate_loop.py   # the same loop on several processes
 
 The model is a random Qwen3 of 40 k parameters, so there is nothing in it that could use a demonstration: the loop is
-real, what it learns is not. Watch the divergence between the policy and its privileged reading fall. Put your model,
-tokenizer, questions and verifier in its place.
+real, what it learns is not. Watch the divergence between the policy with and without the privileged context fall. Put
+your model, tokenizer, questions and verifier in its place.
 """
 
 from __future__ import annotations

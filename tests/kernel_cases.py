@@ -130,7 +130,7 @@ def check(case, dtype, reduction="mean", upstream=None):
         magnitude = noise * case.sharpness * _largest(other) * eps * token_weight + _largest(exact_grads[name])
         assert_within_budget(name, grad, eager_grads[name], exact_grads[name], scale=magnitude)
         # Where the rows are saturated the whole gradient is rounding, eager or not.
-        ours, theirs = (_relative_l1(g, exact_grads[name]) for g in (grad, eager_grads[name].to(dtype)))
+        ours, theirs = (relative_l1(g, exact_grads[name]) for g in (grad, eager_grads[name].to(dtype)))
         assert ours <= max(RELATIVE_L1[dtype], 2.0 * theirs), f"{name}: relative L1 {ours:.1e}, eager {theirs:.1e}"
 
 
@@ -153,5 +153,5 @@ def _largest(t):
     return 1.0 if t is None else t.abs().max().item()
 
 
-def _relative_l1(t, exact):
-    return ((t.double() - exact).abs().sum() / exact.abs().sum()).item()
+def relative_l1(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want.double()).abs().sum() / want.double().abs().sum()).item()

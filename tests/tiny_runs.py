@@ -6,6 +6,7 @@ from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hsd.hindsight.context import ContextTemplate
+from hsd.hindsight.groups import Group, Rollout
 from hsd.tasks import small_world
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
@@ -58,6 +59,11 @@ def start_adapters(model, std=0.05):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=std, generator=generator)
+
+
+def group(prompt, answer, **rollouts):
+    """A group of the small world's texts and their rewards."""
+    return Group(prompt, answer, tuple(Rollout(tuple(TOKENIZER(t)["input_ids"]), r) for t, r in rollouts.items()))
 
 
 def half(completion_ids, **kwargs):

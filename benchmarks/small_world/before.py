@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from hsd.hindsight.peers import choose_peers
 from hsd.tasks import small_world
 from hsd.tasks.task import Policy
 from hsd.viewer.make import sample_groups
-from hsd.viewer.measure import WINDOWS, draw_peers, failing_with_peer, gather, measure
+from hsd.viewer.measure import WINDOWS, credit_tables, draw_peers, failing_with_peer, measure
 
 GREEDY = replace(SAMPLING, temperature=1e-3)
 
@@ -65,14 +66,14 @@ def credit_facts(model: Any, tokenizer: Any, groups: Sequence[Group], seed: int)
         "formula": coverage(p, GROUP_SIZE),
     }
     peers = draw_peers(tokenizer, groups, seed)
-    read = measure(Policy(model, tokenizer), groups, peers, TEMPLATE, failing_with_peer(groups, peers))
-    measured = gather(groups, read)
-    if measured is None or not (measured.tau >= 0).any():
+    measured = measure(Policy(model, tokenizer), groups, peers, TEMPLATE, failing_with_peer(groups, peers))
+    taus = [r.tau for r in measured if r.tau is not None]
+    if not taus:
         return facts
-    tau, tables = measured.tau[measured.tau >= 0], measured.teachers
+    tables = credit_tables(measured)
     return facts | {
-        "failing_with_peer": len(measured.rollout),
-        "median_tau": tau.float().median().item(),
+        "failing_with_peer": len(measured),
+        "median_tau": float(median_low(taus)),
         "windows": list(WINDOWS),
         "mass": {n: [rounded(m) for m in table.mass()] for n, table in tables.items()},
         "mean_abs": {n: rounded(table.mean_abs()) for n, table in tables.items()},

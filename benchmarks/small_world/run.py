@@ -1,4 +1,4 @@
-"""One training run: from a seed's warm start to the facts that the report reads."""
+"""One training run: from a seed's warm start to the facts in the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hsd.train.trainer import HSDTrainer
 
 TEMPLATE = small_world.TEMPLATE
 SAMPLING = Sampling(max_new_tokens=small_world.MAX_COMPLETION, batch_size=128)
-# Of each step's metrics, what the report reads.
+# Of each step's metrics, those in the report.
 KEPT = (
     "hsd/success_rate",
     "hsd/coverage",

@@ -71,8 +71,8 @@ class ImportanceRatio:
         return ratio
 
 
-def take_apart(model: nn.Module) -> BodyAndHead:
-    """Body and head of ``model``; at first sight also proof that they give its logits (not if it is sharded).
+def checked_body_and_head(model: nn.Module) -> BodyAndHead:
+    """`body_and_head`, and once for each model `check_body_and_head`, which sharded weights rule out.
 
     Raises ValueError naming the model class, as `hsd.policy.body_and_head` does.
     """
@@ -82,6 +82,13 @@ def take_apart(model: nn.Module) -> BodyAndHead:
             check_body_and_head(model, parts)
         _checked.add(model)
     return parts
+
+
+def unwrapped(accelerator: Any, model: nn.Module) -> tuple[Any, BodyAndHead]:
+    """What a prepared model wraps, and its body and head."""
+    inner = accelerator.unwrap_model(model)
+    with accelerator.autocast():  # the prepared model's own forward is in it
+        return inner, checked_body_and_head(inner)
 
 
 def forward(parts: BodyAndHead, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -105,7 +112,7 @@ def with_whole_head(head: Head, hidden: Tensor) -> FrozenStates:
             return found.clone() if hasattr(t, "ds_id") else found.detach()
 
     bias = None if head.bias is None else whole(head.bias)
-    return FrozenStates(hidden.detach(), Head(whole(head.weight), bias, head.logit_scale, head.softcap))
+    return FrozenStates(hidden.detach(), head.with_tensors(whole(head.weight), bias))
 
 
 def divergence(student: Head, hidden: Tensor, teacher: FrozenStates, **options: Any) -> HSDKLOutput:
@@ -116,8 +123,7 @@ def divergence(student: Head, hidden: Tensor, teacher: FrozenStates, **options: 
     dtype = torch.promote_types(hidden.dtype, teacher.hidden.dtype)
 
     def head(weight: Tensor, bias: Tensor | None) -> Head:
-        bias = None if bias is None else bias.to(dtype)
-        return Head(weight.to(dtype), bias, student.logit_scale, student.softcap)
+        return student.with_tensors(weight.to(dtype), None if bias is None else bias.to(dtype))
 
     with ExitStack() as stack:
         weight = stack.enter_context(gathered(student.weight))

@@ -50,12 +50,11 @@ def liger_fused_linear_jsd(
 
     Raises ValueError, naming the argument of `fused_hsd_kl`, for shapes and options that it refuses.
     """
-    check_version("liger-kernel", *TESTED)
     if accum_dtype not in (None, torch.float32):
         raise ValueError(f"accum_dtype: expected None or torch.float32, got {accum_dtype}")
-    return _jsd(
-        student_input, student_weight, teacher_input, teacher_weight, shift_labels, ignore_index, jsd_beta, temperature
-    )
+    counted = None if shift_labels is None else shift_labels != ignore_index
+    jsd = Divergence("jsd", beta=jsd_beta, temperature=temperature)
+    return _mean(jsd, student_input, Head(student_weight), teacher_input, Head(teacher_weight), counted)
 
 
 class LigerFusedLinearJSD(nn.Module):
@@ -69,8 +68,7 @@ class LigerFusedLinearJSD(nn.Module):
         accum_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if temperature == 0:
-            raise ValueError("temperature: expected a number other than 0, got 0")
+        Divergence("jsd", beta=jsd_beta, temperature=temperature)  # checks the two
         self.jsd_beta, self.ignore_index, self.temperature = jsd_beta, ignore_index, temperature
         self.accum_dtype = accum_dtype
 
@@ -117,10 +115,9 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return_soft_hard_loss: bool = False,
     ):
         super().__init__()
-        if temperature == 0:
-            raise ValueError("temperature: expected a number other than 0, got 0")
-        self.weight_hard_loss, self.weight_soft_loss, self.beta = weight_hard_loss, weight_soft_loss, beta
-        self.ignore_index, self.temperature, self.chunk_size = ignore_index, temperature, chunk_size
+        self.weight_hard_loss, self.weight_soft_loss = weight_hard_loss, weight_soft_loss
+        self.divergence = Divergence("jsd", beta=beta, temperature=temperature)
+        self.ignore_index, self.chunk_size = ignore_index, chunk_size
         self.return_soft_hard_loss = return_soft_hard_loss
 
     def forward(
@@ -133,28 +130,18 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        check_version("liger-kernel", *TESTED)
-        soft = _jsd(
-            student_input,
-            student_weight,
-            teacher_input,
-            teacher_weight,
-            true_labels,
-            self.ignore_index,
-            self.beta,
-            self.temperature,
-            student_bias,
-            teacher_bias,
-        )
+        student, teacher = Head(student_weight, student_bias), Head(teacher_weight, teacher_bias)
+        counted = true_labels != self.ignore_index
+        soft = _mean(self.divergence, student_input, student, teacher_input, teacher, counted)
         loss, hard = self.weight_soft_loss * soft, torch.zeros_like(soft)
         if self.weight_hard_loss != 0 or self.return_soft_hard_loss:
-            hard = self._cross_entropy(student_input, student_weight, student_bias, true_labels)
+            hard = self._cross_entropy(student_input, student, true_labels)
             loss = loss + self.weight_hard_loss * hard
         return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
 
-    def _cross_entropy(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         def chunk(h: Tensor, y: Tensor) -> Tensor:
-            logits = F.linear(h, weight, bias).float()
+            logits = F.linear(h, head.weight, head.bias).float()
             return F.cross_entropy(logits, y, ignore_index=self.ignore_index, reduction="sum")
 
         parts = zip(hidden.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
@@ -162,27 +149,21 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return total / (labels != self.ignore_index).sum().clamp_min(1)
 
 
-def _jsd(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    beta: float,
-    temperature: float,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+def _mean(
+    divergence: Divergence, student: Tensor, head: Head, teacher: Tensor, teacher_head: Head, counted: Tensor | None
 ) -> Tensor:
+    """The mean over the ``counted`` tokens, (N,) bool; None counts all."""
+    check_version("liger-kernel", *TESTED)
+    bias = None if teacher_head.bias is None else teacher_head.bias.detach()
     # One head for both sides, biases included, is told by its memory inside: one GEMM then serves both. (Not under
     # autocast, which makes a copy of each.)
     loss = fused_hsd_kl(
-        hidden,
-        teacher_hidden.detach(),
-        Head(weight, bias),
-        divergence=Divergence("jsd", beta=beta, temperature=temperature),
-        teacher_head=Head(teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()),
-        token_weights=None if labels is None else (labels != ignore_index).to(torch.float32),
+        student,
+        teacher.detach(),
+        head,
+        divergence=divergence,
+        teacher_head=teacher_head.with_tensors(teacher_head.weight.detach(), bias),
+        token_weights=None if counted is None else counted.float(),
     )
     assert isinstance(loss, Tensor)
     return loss

@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsd.adapters.common import check_version, divergence, forward, inside_forward, take_apart, with_whole_head
+from hsd.adapters.common import (
+    check_version,
+    divergence,
+    forward,
+    inside_forward,
+    unwrapped,
+    with_whole_head,
+)
 from hsd.policy.forward import FrozenStates
 from hsd_kernels import Divergence
 
@@ -41,15 +48,13 @@ class FusedOPSD:
                 ``teacher_attention_mask`` (B, P' + T), ``labels`` (B, P + T) with -100 where a token does not
                 count, and the padded prompts' lengths ``student_prompt_length`` P and ``teacher_prompt_length`` P'.
 
-        Raises ValueError for a model that `hsd.policy.body_and_head` cannot take apart.
+        Raises ValueError for a model that `hsd.policy.body_and_head` refuses.
         """
         for package, tested in TESTED.items():
             check_version(package, *tested)
         if self.top_k_loss or self.use_thinking_machines_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        policy = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():  # the prepared model's own forward is in it
-            parts = take_apart(policy)
+        policy, parts = unwrapped(self.accelerator, model)
 
         def states(side: str) -> Tensor:
             hidden = forward(parts, inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"])

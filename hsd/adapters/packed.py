@@ -112,8 +112,8 @@ def response_rows(attention_mask: Tensor, length: int) -> Tensor:
     """(nnz,) bool: which states of a packed batch predict a token of its responses.
 
     ``attention_mask`` (B, S) is that of the padded batch, prompts left and responses of at most ``length`` tokens
-    right, as in verl. Student and teacher read the same responses behind other prompts, so that the states so
-    picked are the same tokens in the same order, those of ``responses[attention_mask[:, -length:].bool()]``.
+    right, as in verl. The student's and the teacher's prompts differ and their responses do not, so that the states
+    so picked are of the same tokens in the same order, those of ``responses[attention_mask[:, -length:].bool()]``.
     """
     predicts = torch.zeros_like(attention_mask, dtype=torch.bool)
     predicts[:, -length - 1 : -1] = attention_mask[:, -length:].bool()

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hsd.adapters.common import check_version, divergence, inside_forward, take_apart, with_whole_head
+from hsd.adapters.common import check_version, checked_body_and_head, divergence, inside_forward, with_whole_head
 from hsd.hindsight.context import check_alignment
+from hsd.padding import padded
 from hsd.policy.body_and_head import BodyAndHead, hidden_states
 from hsd.policy.forward import FrozenStates
 from hsd.policy.frozen import in_eval_mode
@@ -71,8 +72,8 @@ def hsd_loss_from_ids(
             raise ValueError(f"objective: expected {field.name}={field.default}, got {value}; only {USED} count here")
     _check_lists(student_ids, teacher_ids, lengths)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    parts = take_apart(inner)
-    other = parts if teacher is None else take_apart(teacher)
+    parts = checked_body_and_head(inner)
+    other = parts if teacher is None else checked_body_and_head(teacher)
     if (parts.logit_scale, parts.softcap) != (other.logit_scale, other.softcap):
         raise ValueError(
             f"teacher: expected logit scale {parts.logit_scale} and softcap {parts.softcap}, the model's, got "
@@ -108,13 +109,8 @@ def hsd_loss_from_ids(
 
 
 def _states(parts: BodyAndHead, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
-    """(sum(lengths), D), the states that predict the last ``lengths[i]`` tokens. The last token is not read."""
-    width = max(len(x) for x in sequences) - 1
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, x in enumerate(sequences):
-        ids[row, : len(x) - 1] = torch.tensor(x[:-1])
-        mask[row, : len(x) - 1] = 1
+    """(sum(lengths), D), the states that predict the last ``lengths[i]`` tokens: the body needs all but the last."""
+    ids, mask = padded([x[:-1] for x in sequences])
     device = parts.linear.weight.device
     hidden = hidden_states(parts.body, ids.to(device), mask.to(device))
     ends = [len(x) - 1 for x in sequences]

@@ -10,7 +10,7 @@ with its ``temperature`` but compares at 1, as TRL does; the other three compare
 Left to TRL, with a warning that names the reason: ``distillation_mode`` other than "full_logits",
 0 < ``distillation_weight`` < 1 (its policy term needs logits), a teacher whose logit scale or softcap differs from the
 student's, and any call that asks for the model's outputs. A model that
-`hsd.policy.body_and_head` cannot take apart is an error.
+`hsd.policy.body_and_head` refuses is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hsd.adapters.common import (
     divergence,
     forward,
     inside_forward,
-    take_apart,
+    unwrapped,
     with_whole_head,
 )
 from hsd.policy.body_and_head import BodyAndHead
@@ -120,10 +120,8 @@ def _gkd(theirs: Any) -> Any:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        student_model = self.accelerator.unwrap_model(model)
-        teacher_model = self.accelerator.unwrap_model(self.teacher_model)
-        with self.accelerator.autocast():  # the prepared models' own forward is in it
-            student, teacher = take_apart(student_model), take_apart(teacher_model)
+        student_model, student = unwrapped(self.accelerator, model)
+        teacher_model, teacher = unwrapped(self.accelerator, self.teacher_model)
         reason = None
         if return_outputs:
             reason = "return_outputs=True"
@@ -163,7 +161,7 @@ def _gkd(theirs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Deferred:
-    """In the place of TRL's `DistillationLogits`: what it takes to read both sides when the loss is made."""
+    """In the place of TRL's `DistillationLogits`: what the forward passes of both sides need when the loss is made."""
 
     teacher_model: nn.Module
     loss_mask: Tensor  # (B, T)
@@ -192,10 +190,8 @@ def _self_distillation(theirs: Any) -> Any:
     def compute_self_distillation_loss(self: Any, model: nn.Module, inputs: Any, sides: Any) -> Tensor:
         if not isinstance(sides, Deferred):
             return theirs(self, model, inputs, sides)
-        student_model = self.accelerator.unwrap_model(model)
-        teacher_model = self.accelerator.unwrap_model(sides.teacher_model)
-        with self.accelerator.autocast():  # the prepared models' own forward is in it
-            student, teacher = take_apart(student_model), take_apart(teacher_model)
+        student_model, student = unwrapped(self.accelerator, model)
+        teacher_model, teacher = unwrapped(self.accelerator, sides.teacher_model)
         targets, mask = inputs["completion_ids"], sides.loss_mask.float()
         length = targets.shape[1]
 

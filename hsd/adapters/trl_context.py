@@ -20,6 +20,7 @@ from hsd.adapters.trl import TESTED
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, build_context
 from hsd.hindsight.groups import Group, Prompt, Rollout
 from hsd.hindsight.peers import PEER_RULES, choose_peers, peer_rng
+from hsd.padding import padded
 
 RULES = tuple(rule for rule in PEER_RULES if not rule.endswith("perplexity"))  # SDPO keeps no log-probs of a group
 
@@ -89,14 +90,9 @@ class PeerAndAnswer:
             "self_distillation/reprompt_sample_fraction": 1.0,
         }
         completion_ids, device = output["completion_ids"], output["completion_ids"].device
-        width = max(len(c.prompt_ids) for c in contexts)
-        ids = torch.full((len(contexts), width), trainer._tokenizer.pad_token_id, device=device)
-        mask = torch.zeros_like(ids)
-        for row, context in enumerate(contexts):
-            ids[row, width - len(context.prompt_ids) :] = torch.tensor(context.prompt_ids, device=device)
-            mask[row, width - len(context.prompt_ids) :] = 1
+        ids, mask = padded([c.prompt_ids for c in contexts], trainer._tokenizer.pad_token_id, "left")
         return {
-            "teacher_input_ids": torch.cat([ids, completion_ids], 1),
-            "teacher_attention_mask": torch.cat([mask, output["completion_mask"]], 1),
+            "teacher_input_ids": torch.cat([ids.to(device), completion_ids], 1),
+            "teacher_attention_mask": torch.cat([mask.to(device), output["completion_mask"]], 1),
             "self_distillation_mask": torch.ones(len(contexts), device=device),
         }

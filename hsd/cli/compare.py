@@ -1,6 +1,6 @@
 """`hsd compare RUN RUN ...`: a table of runs, the settings that differ, and a picture of their learning curves.
 
-Reads each folder's metrics.jsonl and config.yaml, and report.json where `hsd demo` wrote one.
+Loads each folder's metrics.jsonl and config.yaml, and report.json where `hsd demo` wrote one.
 Success is that of the training rollouts, as a mean over ``--window`` steps; success on held-out questions stands beside
 it, with its interval, where report.json has it.
 """
@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from hsd.train.alarms import WINDOW
 
@@ -46,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.viewer.plots import plot_runs
+    from hsd.viewer.plots import plot_curves
 
     if args.window < 1:
         raise ValueError(f"--window: expected a positive number of steps, got {args.window}")
@@ -61,12 +59,13 @@ def run(args: argparse.Namespace) -> int:
     if not curves:
         raise ValueError(f"RUN: expected a run that logged one of {', '.join(CURVES)}, got none")
     args.png.parent.mkdir(parents=True, exist_ok=True)
-    plot_runs(args.png, curves, xlabel="step" if args.window == 1 else f"step (means of {args.window})")
+    plot_curves(args.png, curves, xlabel="step" if args.window == 1 else f"step (means of {args.window})")
     print(f"\nlearning curves: {args.png}")
     return 0
 
 
 def read_run(folder: Path, name: str) -> Run:
+    from hsd.cli.settings import load_yaml
     from hsd.data.rows import read_json
     from hsd.evaluate import Success
     from hsd.train.callbacks import load_metrics
@@ -87,27 +86,14 @@ def read_run(folder: Path, name: str) -> Run:
             raise ValueError(f"{path}, step {row['step']}: alarms: expected an object, got {row['alarms']!r}")
     settings, evaluated = {}, ""
     if (path := folder / "config.yaml").exists():
-        settings = flat(_mapping(_yaml(path), path))
+        settings = flat(load_yaml(path))
     if (path := folder / "report.json").exists():
-        after = _mapping(read_json(path).get("after") or {}, f"{path}: after")
+        after = read_json(path).get("after")
         try:
             evaluated = str(Success(**after)) if after else ""
         except (TypeError, ValueError):
             raise ValueError(f"{path}: after: expected a success with its interval, got {after!r:.200}") from None
     return Run(name, rows, settings, evaluated)
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
-
-
-def _mapping(value: Any, where: str | Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected keys and values, got {value!r:.200}")
-    return value
 
 
 def table(runs: Sequence[Run], window: int) -> list[str]:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from hsd.tasks.task import load_policy
     from hsd.train.callbacks import load_metrics
     from hsd.viewer import report, summary
-    from hsd.viewer.make import make_credit, sample_groups
+    from hsd.viewer.make import make_credit
 
     for name, least in LEAST.items():
         if (value := vars(args)[name]) is not None and value < least:
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or (args.run / "credit" if args.run else Path("credit"))
     out.mkdir(parents=True, exist_ok=True)
     print(f"{task.title}: {model}, {len(questions)} questions x {args.rollouts} rollouts, twice", flush=True)
-    groups, again = (sample_groups(task, policy, questions, args.seed + n, args.rollouts) for n in (0, 1))
     note = f"Model {model}, seed {args.seed}. The teacher has the same weights."
-    credit = make_credit(out, task, policy, groups, again, seed=args.seed, note=note, shown=args.shown)
+    numbers = {"seed": args.seed, "size": args.rollouts, "shown": args.shown}
+    credit = make_credit(out, task, policy, questions, note=note, **numbers)
     pictures = summary.draw(out, credit)
     if args.run and (rows := load_metrics(args.run / "metrics.jsonl")):
         pictures += report.training_picture(out, rows)

@@ -13,6 +13,11 @@ import datetime
 from collections import Counter
 from pathlib import Path
 
+from hsd.data.decontaminate import decontaminate
+from hsd.data.mix import mix, with_difficulty
+from hsd.data.rows import read_jsonl, write_json, write_jsonl
+from hsd.data.sources import load_source
+
 HELP = "prepare, decontaminate, bin and mix questions"
 
 
@@ -51,9 +56,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from hsd.data.rows import write_jsonl
-    from hsd.data.sources import load_source
-
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit: expected a positive number of rows, got {args.limit}")
     since, before = _day("--since", args.since), _day("--before", args.before)
@@ -81,10 +83,6 @@ def _day(name: str, text: str | None) -> str | None:
 
 
 def _decontaminate(args: argparse.Namespace) -> int:
-    from hsd.data.decontaminate import decontaminate
-    from hsd.data.rows import write_json, write_jsonl
-    from hsd.data.sources import load_source
-
     for name, path in (("--out", args.out), ("--report", args.report)):
         if path.is_dir():
             raise ValueError(f"{name}: expected a file, got the folder {path}")
@@ -111,10 +109,6 @@ def _decontaminate(args: argparse.Namespace) -> int:
 
 
 def _bins(args: argparse.Namespace) -> int:
-    from hsd.data.mix import with_difficulty
-    from hsd.data.rows import read_jsonl, write_jsonl
-    from hsd.data.sources import load_source
-
     rows = with_difficulty(load_source(args.data).rows, read_jsonl(args.samples))
     write_jsonl(args.out, rows)
     counts = Counter(row.get("difficulty", "not judged") for row in rows)
@@ -123,10 +117,6 @@ def _bins(args: argparse.Namespace) -> int:
 
 
 def _mix(args: argparse.Namespace) -> int:
-    from hsd.data.mix import mix
-    from hsd.data.rows import write_jsonl
-    from hsd.data.sources import load_source
-
     try:
         ratio = [int(part) for part in args.ratio.split(":")]
     except ValueError:

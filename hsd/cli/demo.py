@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from hsd.progress import counter, say
     from hsd.tasks.task import Policy, evaluate, load_policy
     from hsd.viewer import report
-    from hsd.viewer.make import make_credit, sample_groups
+    from hsd.viewer.make import make_credit
 
     settings = parse({"task": TASKS[args.name], "train": {"seed": 0}}, args.overrides)
     seed = settings.train["seed"]
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     claim(job, task)
 
     def success(name: str, policy: Policy) -> Success:
-        """Measured once: a resumed run reads it back."""
+        """Measured once: a resumed run loads it."""
         if not (out / name).exists():
             measured = evaluate(task, policy.on_accelerator(), seed, counter("sampled"))
             with replacing(out / name) as part:
@@ -53,10 +53,9 @@ def run(args: argparse.Namespace) -> int:
     say(f"success before: {before}")
     if not (out / "credit.json").exists():
         questions = task.evaluated[: task.credit_questions]
-        groups, again = (sample_groups(task, policy, questions, seed + n) for n in (0, 1))
         say("measuring credit on the failing rollouts of held-out groups")
         note = f"Before training, {command}. Rollouts of held-out questions; the teacher has the same weights."
-        make_credit(out, task, policy, groups, again, seed=seed, note=note)
+        make_credit(out, task, policy, questions, seed=seed, note=note)
     del policy
     if code := train(job):
         return code

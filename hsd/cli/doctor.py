@@ -142,7 +142,7 @@ def matrix_products() -> Facts:
 
 
 def tree_attention() -> Facts:
-    """What ``backend="auto"`` takes where a group's sequences are read as one tree."""
+    """What ``backend="auto"`` takes for the forward pass over a group's prefix tree."""
     import torch
 
     try:
@@ -150,27 +150,20 @@ def tree_attention() -> Facts:
     except ImportError as error:
         return {"all": {"backend": None, "why": f"{error}: the trainer's extras are not installed"}}
 
-    def chosen(
-        device: str, dtype: torch.dtype, runs: int, softcap: float | None = None, has_sinks: bool = False
-    ) -> str:
-        rows = [500] * runs
-        return choose_backend(device, dtype, rows, rows, sum(rows), softcap, has_sinks)
-
     half, wide = torch.bfloat16, torch.float32
-    found: Facts = {
-        "cpu, few branches": {"backend": chosen("cpu", wide, 1), "why": "a full mask costs less than gathering"},
-        "cpu, many branches": {
-            "backend": chosen("cpu", wide, 16),
-            "why": "each branch reads the keys on its path only",
-        },
-        "cuda float32": {"backend": chosen("cuda", wide, 16), "why": "the kernels for CUDA take half precision only"},
-        "cuda bfloat16": {"backend": chosen("cuda", half, 16), "why": "half precision"},
-        "cuda bfloat16, soft cap": {"backend": chosen("cuda", half, 16, softcap=30.0), "why": "varlen has no soft cap"},
-        "cuda bfloat16, sinks": {
-            "backend": chosen("cuda", half, 16, has_sinks=True),
-            "why": "neither kernel has sinks",
-        },
+    cases = {  # device, dtype, branches, soft cap, sinks, what the choice follows from
+        "cpu, few branches": ("cpu", wide, 1, None, False, "a full mask costs less than gathering"),
+        "cpu, many branches": ("cpu", wide, 16, None, False, "each branch gathers the keys on its path only"),
+        "cuda float32": ("cuda", wide, 16, None, False, "the kernels for CUDA take half precision only"),
+        "cuda bfloat16": ("cuda", half, 16, None, False, "half precision"),
+        "cuda bfloat16, soft cap": ("cuda", half, 16, 30.0, False, "varlen has no soft cap"),
+        "cuda bfloat16, sinks": ("cuda", half, 16, None, True, "neither kernel has sinks"),
     }
+    found: Facts = {}
+    for name, (device, dtype, branches, softcap, sinks, why) in cases.items():
+        rows = [500] * branches
+        backend = choose_backend(device, dtype, rows, rows, sum(rows), softcap, sinks)
+        found[name] = {"backend": backend, "why": why}
     if not torch.cuda.is_available():
         found["note"] = "no GPU here: the lines for cuda say what one would use"
     return found

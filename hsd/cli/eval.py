@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from hsd.data.rows import write_json
     from hsd.data.sources import load_source
-    from hsd.evaluate.benchmark import check_request, evaluate
+    from hsd.evaluate.benchmark import Request, evaluate
     from hsd.evaluate.engines import choose, load_engine
     from hsd.evaluate.sampling import Sampling
     from hsd.evaluate.table import markdown
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from hsd.progress import counter
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.batch_size)
-    check_request(sampling, args.samples, args.seed)
+    request = Request(sampling, args.samples, args.seed, args.chat_template_kwargs)
     choose(args.engine)  # whatever is wrong with the request is said before a model is loaded
     loaded: dict[str, Loaded] = {}
     for data in (load_source(name, limit=args.limit) for name in dict.fromkeys(args.data)):
@@ -83,10 +83,7 @@ def run(args: argparse.Namespace) -> int:
             data,
             rewards,
             args.out / folder,
-            sampling=sampling,
-            samples=args.samples,
-            seed=args.seed,
-            chat_template_kwargs=args.chat_template_kwargs,
+            request,
             judge_again=args.judge_again,
             progress=counter("sampled"),
         )

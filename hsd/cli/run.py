@@ -1,6 +1,6 @@
 """One training run: its settings, its folder, and what happens in it. `hsd train` and `hsd demo` share all of it.
 
-The folder (``train.output_dir``) holds config.yaml, from which `hsd credit` and `hsd compare` read the settings;
+The folder (``train.output_dir``) holds config.yaml, from which `hsd credit` and `hsd compare` load the settings;
 run.json, all that makes the run what it is; metrics.jsonl, a line a step; checkpoints and, at the end, ``model/``.
 """
 
@@ -50,7 +50,7 @@ class Run:
         return Path(str(self.config.output_dir))
 
     def task(self) -> Task:
-        """Reads the questions, and for those of a file the tokenizer."""
+        """Loads the questions, and for those of a file the tokenizer."""
         return complete(self.settings, self.base, self.config)
 
     def initial_policy(self, task: Task) -> Policy:

@@ -21,13 +21,18 @@ from hsd.tasks.settings import Settings
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
     """The settings in a YAML file with ``--key value`` pairs on top."""
+    return parse(load_yaml(path), overrides, str(path))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ValueError with the file's name where it holds something else."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: expected YAML in UTF-8, got {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected sections {', '.join(f.name for f in fields(Settings))}, got {raw!r:.80}")
-    return parse(raw, overrides, str(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected sections {', '.join(f.name for f in fields(Settings))}, got {found!r:.80}")
+    return found
 
 
 def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "settings") -> Settings:
@@ -142,7 +147,7 @@ def _full_name(word: str) -> str:
 
 
 def _value(text: str, hint: Any) -> Any:
-    """The first reading of an option's text that its type allows: YAML's, the text itself, none."""
+    """The first of an option's values that its type allows: the text as YAML, the text itself, none."""
     try:
         as_yaml = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,34 @@ Record = dict[str, Any]
 LARGEST_SEED = 2**43  # a batch's seed, about a million times this, fits into the 64 bits that torch takes
 
 
+@dataclass(frozen=True)
+class Request:
+    """How the rows of a benchmark are sampled. Raises ValueError for what no engine can do."""
+
+    sampling: Sampling
+    samples: int = 1  # of each row
+    seed: int = 0
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or (self.sampling.temperature == 0 and self.samples > 1):
+            raise ValueError(f"samples: expected a positive number, and 1 at temperature 0, got {self.samples}")
+        if abs(self.seed) > LARGEST_SEED:
+            raise ValueError(f"seed: expected a number from -2**43 to 2**43, got {self.seed}")
+
+
 def evaluate(
     engine: Engine,
     model: str,
     data: Loaded,
     rewards: Mapping[str, Reward],
     folder: Path,
+    request: Request,
     *,
-    sampling: Sampling,
-    samples: int = 1,
-    seed: int = 0,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     judge_again: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Samples every row ``samples`` times, judges, and returns the result, also in ``folder/result.json``.
+    """Samples every row as ``request`` says, judges, and returns the result, also in ``folder/result.json``.
 
     ``folder/samples.jsonl`` gets a line per sample after each batch. A later call with the same settings keeps whole
     batches and goes on; a batch's seed depends on its number alone, so the outcome is that of one uninterrupted run.
@@ -59,7 +72,7 @@ def evaluate(
     Raises:
         ValueError: The folder holds an evaluation that began with other settings, or a kind has no reward function.
     """
-    check_request(sampling, samples, seed)
+    sampling, samples = request.sampling, request.samples
     if missing := {row.get("kind", "math") for row in data.rows} - rewards.keys():
         raise ValueError(f"rewards: expected a function for the kinds {sorted(missing)}, got {sorted(rewards)}")
     prompts = [_prompt(engine.tokenizer, row) for row in data.rows]
@@ -73,10 +86,7 @@ def evaluate(
         "rows_unusable": data.unusable,
         "fingerprint": fingerprint(data.rows),
         "prompt_form": "text" if isinstance(prompts[0], str) else "chat",
-        "chat_template_kwargs": dict(chat_template_kwargs or {}),
-        "samples": samples,
-        "sampling": asdict(sampling),
-        "seed": seed,
+        **asdict(request),
         "verifiers": {
             kind: getattr(rewards[kind], "__name__", "?") for kind in sorted({r.get("kind", "math") for r in data.rows})
         },
@@ -95,10 +105,10 @@ def evaluate(
         for start in range(len(records), len(flat), sampling.batch_size):
             batch = flat[start : start + sampling.batch_size]
             ids = [
-                tokenize_prompt(engine.tokenizer, prompts[i], chat_template_kwargs=chat_template_kwargs)
+                tokenize_prompt(engine.tokenizer, prompts[i], chat_template_kwargs=request.chat_template_kwargs)
                 for i, _ in batch
             ]
-            rollouts = engine.generate(ids, sampling, seed * 1_000_003 + start)
+            rollouts = engine.generate(ids, sampling, request.seed * 1_000_003 + start)
             texts = engine.tokenizer.batch_decode(rollouts, skip_special_tokens=True)
             judged = judge([data.rows[i] for i, _ in batch], texts, rewards)
             for (i, j), text, rollout, (reward, status) in zip(batch, texts, rollouts, judged, strict=True):
@@ -121,14 +131,6 @@ def evaluate(
     result = {**settings, **_totals(records, samples)}
     write_json(folder / "result.json", result)
     return result
-
-
-def check_request(sampling: Sampling, samples: int, seed: int) -> None:
-    """Raises ValueError for what `evaluate` cannot do, whatever the model and the data are."""
-    if samples < 1 or (sampling.temperature == 0 and samples > 1):
-        raise ValueError(f"samples: expected a positive number, and 1 at temperature 0, got {samples}")
-    if abs(seed) > LARGEST_SEED:
-        raise ValueError(f"seed: expected a number from -2**43 to 2**43, got {seed}")
 
 
 def judge(
@@ -204,7 +206,7 @@ def _whole_batches(path: Path, batch_size: int, rows: int, samples: int) -> list
 
 
 def _is_record(record: Record) -> bool:
-    """Whether the columns that are read again are there, each of its type."""
+    """Whether the columns that a resumed evaluation needs are there, each of its type."""
     types = {"row": int, "sample": int, "completion": str, "length": int, "truncated": bool}
     if any(type(record.get(column)) is not kind for column, kind in types.items()):
         return False

@@ -10,10 +10,10 @@ from statistics import NormalDist, fmean, pvariance
 Grid = Sequence[Sequence[float | None]]  # questions x samples: 1 right, 0 wrong, None where the verifier failed
 
 
-def interval(shares: Sequence[float], samples: int = 1, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for the mean of ``shares``, one number from 0 to 1 a question.
+def interval(shares: Sequence[float], samples: int = 1) -> tuple[float, float]:
+    """Wilson's 95 % score interval for the mean of ``shares``, one number from 0 to 1 a question.
 
-    With one sample a question it is ``scipy.stats.binomtest(k, n).proportion_ci(level, "wilson")``. With several, the
+    With one sample a question it is ``scipy.stats.binomtest(k, n).proportion_ci(0.95, "wilson")``. With several, the
     samples of one question are no independent draws: Wilson's n is the effective number of samples,
     ``N q (1 - q) / variance``, at least the N questions and at most all ``N * samples``. Mean q and variance are those
     of the shares with one all-right and one all-wrong question added, because few successes say little about the
@@ -27,7 +27,7 @@ def interval(shares: Sequence[float], samples: int = 1, *, level: float = 0.95) 
     added = [*shares, 0.0, 1.0]
     q = fmean(added)
     n = min(max(questions * q * (1 - q) / pvariance(added), questions), questions * samples)
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf(0.975)
     middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
     return max(0.0, middle - half) if mean else 0.0, min(1.0, middle + half) if mean < 1 else 1.0
@@ -44,9 +44,6 @@ class Share:
     low: float
     high: float
     most: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def share(grid: Grid, estimate: Callable[[list[float]], float] = fmean, draws: int | None = None) -> Share:

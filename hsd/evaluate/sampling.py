@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hsd.hindsight.context import tokenize_prompt
+from hsd.padding import padded
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,20 @@ def sample_from_ids(
 def _sample_batch(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     end_ids = end_token_ids(model, tokenizer)
     pad_id = next(i for i in (tokenizer.pad_token_id, *end_ids, 0) if i is not None)  # masked: any token will do
-    width = max(map(len, ids))
+    input_ids, mask = padded(ids, pad_id, "left")
     choice: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     out = model.generate(
-        input_ids=torch.tensor([[pad_id] * (width - len(x)) + list(x) for x in ids], device=model.device),
-        attention_mask=torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=model.device),
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
         **choice,
         repetition_penalty=1.0,  # as in training: a model may declare another one
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=pad_id,
         eos_token_id=end_ids or None,
     )
-    return [_until_end(row, end_ids) for row in out[:, width:].tolist()]
+    return [_until_end(row, end_ids) for row in out[:, input_ids.shape[1] :].tolist()]
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:

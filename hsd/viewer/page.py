@@ -26,18 +26,18 @@ NATS, PROBABILITY = 1e-3, 1e-4  # units
 
 
 def write_page(
-    path: str | Path, tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit], *, title: str, note: str
+    path: str | Path, tokenizer: Any, groups: Sequence[Group], measured: Sequence[TokenCredit], *, title: str, note: str
 ) -> None:
-    """Write the page of ``read``, all rollouts of ``groups`` in order (`hsd.viewer.measure.measure`).
+    """Write the page of ``measured``, all rollouts of ``groups`` in order (`hsd.viewer.measure.measure`).
 
     Args:
         title: heading of the page, plain text.
         note: a line below it: which model and which questions these are, plain text.
 
     Raises:
-        ValueError: ``read`` is empty or does not hold every rollout of ``groups`` in order.
+        ValueError: ``measured`` is empty or does not hold every rollout of ``groups`` in order.
     """
-    Path(path).write_text(page(payload(tokenizer, groups, read), title=title, note=note), encoding="utf-8")
+    Path(path).write_text(page(payload(tokenizer, groups, measured), title=title, note=note), encoding="utf-8")
 
 
 def page(data: dict[str, Any], *, title: str, note: str) -> str:
@@ -55,13 +55,13 @@ def page(data: dict[str, Any], *, title: str, note: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)  # in one pass: parts are not searched
 
 
-def payload(tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit]) -> dict[str, Any]:
+def payload(tokenizer: Any, groups: Sequence[Group], measured: Sequence[TokenCredit]) -> dict[str, Any]:
     """What page.js draws, ready for JSON."""
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
-    if not read or [(r.group, r.rollout) for r in read] != places:
-        raise ValueError(f"read: expected the {len(places)} rollouts of the groups in order, got {len(read)}")
-    own = [groups[r.group].rollouts[r.rollout].token_ids for r in read]
-    used = sorted({t for ids in own for t in ids}.union(*(_used(top) for r in read for top in _tops(r))))
+    if not measured or [(r.group, r.rollout) for r in measured] != places:
+        raise ValueError(f"measured: expected the {len(places)} rollouts of the groups in order, got {len(measured)}")
+    own = [groups[r.group].rollouts[r.rollout].token_ids for r in measured]
+    used = sorted({t for ids in own for t in ids}.union(*(_used(top) for r in measured for top in _tops(r))))
     place = {token: n for n, token in enumerate(used)}
 
     def top(of: Top) -> dict[str, list[int]]:
@@ -72,8 +72,8 @@ def payload(tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit]
     return {
         "units": {"nats": NATS, "probability": PROBABILITY},
         "limits": LIMITS,
-        "limit": _limit(read),
-        "first": _first(read, groups),
+        "limit": _limit(measured),
+        "first": _first(measured, groups),
         "texts": token_texts(tokenizer, used),
         "bytes": {str(n): data.hex() for n, token in enumerate(used) if (data := partial_bytes(tokenizer, token))},
         "groups": [[_question(group.prompt), group.answer] for group in groups],
@@ -93,14 +93,14 @@ def payload(tokenizer: Any, groups: Sequence[Group], read: Sequence[TokenCredit]
                 "logp": _thousandths(r.student_logps),
                 "top": dict(zip(("student", "teacher"), map(top, _tops(r)), strict=True)),
             }
-            for r, tokens in zip(read, own, strict=True)
+            for r, tokens in zip(measured, own, strict=True)
         ],
     }
 
 
 def _tops(r: TokenCredit) -> tuple[Top, Top]:
     if r.student_top is None or r.teacher_top is None:
-        raise ValueError(f"read: expected the likeliest tokens of rollout {r.rollout} of group {r.group}, got none")
+        raise ValueError(f"measured: expected the likeliest tokens of rollout {r.rollout} of group {r.group}, got none")
     return r.student_top, r.teacher_top
 
 
@@ -108,20 +108,20 @@ def _used(top: Top) -> set[int]:
     return set(top.ids.flatten().tolist())
 
 
-def _limit(read: Sequence[TokenCredit]) -> float:
+def _limit(measured: Sequence[TokenCredit]) -> float:
     """Nats at full colour: the median over rollouts of the largest |A|, rounded up to a step of the page's scale. Where
     any leaves its peer, over those: a success beside a success has little credit."""
     peaks = sorted(
         r.credit[r.credit.isfinite()].abs().max().item()
-        for r in ([r for r in read if r.tau is not None] or read)
+        for r in ([r for r in measured if r.tau is not None] or measured)
         if r.credit.isfinite().any()
     )
     return next((step for step in LIMITS if peaks and step >= peaks[len(peaks) // 2]), LIMITS[-1])
 
 
-def _first(read: Sequence[TokenCredit], groups: Sequence[Group]) -> int:
+def _first(measured: Sequence[TokenCredit], groups: Sequence[Group]) -> int:
     """The rollout that the page opens with: the first failure that leaves its peer."""
-    failing = (n for n, r in enumerate(read) if r.tau is not None and r.rollout in groups[r.group].failures)
+    failing = (n for n, r in enumerate(measured) if r.tau is not None and r.rollout in groups[r.group].failures)
     return next(failing, 0)
 
 

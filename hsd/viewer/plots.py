@@ -1,4 +1,7 @@
-"""Pictures of credit and training. matplotlib is imported on use and draws to a file, without a display."""
+"""Pictures of credit and training. matplotlib is imported on use and draws to a file, without a display.
+
+``path`` is the file to write, whose suffix picks the format; ``title`` stands above the picture.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +29,12 @@ def plot_credit_profile(
     """Mean ``|A|`` (nats) around the divergence position, one curve for each teacher.
 
     Args:
-        path: The picture to write; its suffix picks the format.
         profiles: ``{teacher: (offsets, mean_abs)}``, as :func:`hsd.hindsight.credit.credit_profile` returns them.
-        title: Stands above the picture.
-
-    Raises:
-        ValueError: No profile, or offsets and values of different lengths.
     """
-    _check_lengths("profiles", {name: (offsets, values) for name, (offsets, values) in profiles.items()})
     fig, axes = _figure(6.4, 3.8)
     axes.axvline(0, color=_GREY, linewidth=1, linestyle="--", zorder=1)
     for i, (name, (offsets, values)) in enumerate(profiles.items()):
-        axes.plot(_floats(offsets), _floats(values), label=name, markersize=3, **_style(i))
+        axes.plot(offsets, values, label=name, markersize=3, **_style(i))
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
     axes.annotate(
@@ -61,18 +58,12 @@ def plot_credit_mass(
     """Share of the credit within ``w`` tokens of the divergence position, one curve for each teacher.
 
     Args:
-        path: The picture to write; its suffix picks the format.
         masses: ``{teacher: shares}`` with shares in [0, 1], as :func:`hsd.hindsight.credit.credit_mass` returns them.
         windows: The half-widths ``w`` in tokens, positive.
-        title: Stands above the picture.
-
-    Raises:
-        ValueError: No curve, or a curve that does not match ``windows`` in length.
     """
-    _check_lengths("masses", {name: (windows, shares) for name, shares in masses.items()})
     fig, axes = _figure(6.4, 3.8)
     for i, (name, shares) in enumerate(masses.items()):
-        axes.plot(_floats(windows), [100 * s for s in _floats(shares)], label=name, markersize=6, **_style(i))
+        axes.plot(windows, [100 * s for s in shares], label=name, markersize=6, **_style(i))
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(windows), labels=[str(w) for w in windows])
     axes.minorticks_off()
@@ -93,19 +84,12 @@ def plot_coverage(
     """Coverage, the share of all rollouts that fail and have a successful peer, over the success rate.
 
     Args:
-        path: The picture to write; its suffix picks the format.
         bins: ``(success, coverage, error, groups)`` of questions of like difficulty: two shares, the standard error of
             the second (NaN where there is none) and the number of groups. Drawn with 95 % intervals beside ``f(p, G)``
             of :func:`hsd.hindsight.credit.coverage`.
         overall: ``(success, coverage)`` of all questions together.
         group_size: G.
-        title: Stands above the picture.
-
-    Raises:
-        ValueError: No bin.
     """
-    if not bins:
-        raise ValueError("bins: expected at least one bin, got none")
     fig, axes = _figure(6.4, 3.8)
     ps = [i / 200 for i in range(201)]
     axes.plot(ps, [coverage(p, group_size) for p in ps], color=_GREY, linewidth=1.2, label=f"f(p, {group_size})")
@@ -129,21 +113,15 @@ def plot_silence(path: str | Path, with_peer: Sequence[float], answer_only: Sequ
     Below the diagonal the answer alone says less than a peer. Logarithmic; values under 1e-4 nats are drawn there.
 
     Args:
-        path: The picture to write; its suffix picks the format.
         with_peer, answer_only: One value for each rollout, nats.
-        title: Stands above the picture.
-
-    Raises:
-        ValueError: No rollout, or two different numbers of them.
     """
-    _check_lengths("answer_only", {"rollouts": (with_peer, answer_only)} if len(with_peer) else {})
     fig, axes = _figure(4.8, 4.4)
     floor = 1e-4
-    xs, ys = ([max(floor, v) for v in _floats(values)] for values in (with_peer, answer_only))
+    xs, ys = ([max(floor, v) for v in values] for values in (with_peer, answer_only))
     low, high = floor * 0.8, 1.5 * max(*xs, *ys, 1.0)
     axes.plot([low, high], [low, high], color=_GREY, linewidth=1, linestyle="--", label="equal")
     axes.scatter(xs, ys, s=14, color=_COLOURS[0], alpha=0.5, edgecolors="none", label=f"{len(xs)} rollouts")
-    mean_x, mean_y = (sum(_floats(values)) / len(values) for values in (with_peer, answer_only))
+    mean_x, mean_y = (sum(values) / len(values) for values in (with_peer, answer_only))
     axes.plot([max(floor, mean_x)], [max(floor, mean_y)], label=f"mean: {mean_x:.3f} and {mean_y:.3f}", **_star())
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.set_xlabel("peer teacher, mean $|A|$ of a rollout (nats)")
@@ -151,44 +129,25 @@ def plot_silence(path: str | Path, with_peer: Sequence[float], answer_only: Sequ
     _finish(fig, axes, path, title)
 
 
-def plot_training(path: str | Path, steps: Sequence[float], curves: Mapping[str, Sequence[float]]) -> None:
-    """Small multiples: one panel for each metric over the training steps.
-
-    Args:
-        path: The picture to write; its suffix picks the format.
-        steps: Training steps, shared by all curves.
-        curves: ``{metric: values}``; NaN leaves a gap. The name stands above the panel, so put the unit into
-            it.
-
-    Raises:
-        ValueError: No curve, or a curve that does not match ``steps`` in length.
-    """
-    _check_lengths("curves", {name: (steps, values) for name, values in curves.items()})
-    fig, panels = _panels(list(curves), "training step")
-    for axes, values in zip(panels, curves.values(), strict=True):
-        style = _style(0) | {"marker": "o" if len(steps) <= 40 else "", "markersize": 3}
-        axes.plot(_floats(steps), _floats(values), **style)
-        axes.margins(x=0.01)
-    fig.savefig(path, dpi=_DPI)
-
-
-def plot_runs(
+def plot_curves(
     path: str | Path, curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, xlabel: str
 ) -> None:
-    """Learning curves of several runs: a panel for each metric, a line for each run.
+    """Metrics over the training steps: a panel for each metric, a line for each run.
 
     Args:
-        path: The picture to write; its suffix picks the format.
-        curves: ``{metric: {run: (steps, values)}}``; NaN leaves a gap.
+        curves: ``{metric: {run: (steps, values)}}``; NaN leaves a gap. A metric's name holds its unit.
+            Several runs get a legend.
         xlabel: What the steps are.
     """
     fig, panels = _panels(list(curves), xlabel)
     for axes, lines in zip(panels, curves.values(), strict=True):
-        for i, (name, (steps, values)) in enumerate(lines.items()):
-            dashes = ("-", "--", ":")[i // len(_COLOURS) % 3]
-            style: dict[str, Any] = _style(i) | {"marker": "", "linestyle": dashes}
-            axes.plot(_floats(steps), _floats(values), label=name, **style)
-    panels[0].legend(fontsize=8, framealpha=0.9, edgecolor="none")
+        for i, (run, (steps, values)) in enumerate(lines.items()):
+            style = _style(i) | {"linestyle": ("-", "--", ":")[i // len(_COLOURS) % 3], "markersize": 3}
+            style["marker"] = style["marker"] if len(steps) <= 40 else ""
+            axes.plot(steps, values, label=run, **style)
+        axes.margins(x=0.01)
+    if len(next(iter(curves.values()))) > 1:
+        panels[0].legend(fontsize=8, framealpha=0.9, edgecolor="none")
     fig.savefig(path, dpi=_DPI)
 
 
@@ -240,15 +199,3 @@ def _finish(fig: Figure, axes: Axes, path: str | Path, title: str) -> None:
     axes.legend(framealpha=0.9, edgecolor="none")
     _clean(axes)
     fig.savefig(path, dpi=_DPI)
-
-
-def _floats(values: Sequence[float]) -> list[float]:
-    return [float(v) for v in values]  # tensors too
-
-
-def _check_lengths(name: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
-    if not curves:
-        raise ValueError(f"{name}: expected at least one curve, got none")
-    for curve, (xs, ys) in curves.items():
-        if len(xs) != len(ys):
-            raise ValueError(f"{name}[{curve!r}]: expected {len(xs)} values, got {len(ys)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hsd.files import replacing
 from hsd.tasks.task import Task
 from hsd.train.callbacks import load_metrics
 from hsd.viewer import summary
-from hsd.viewer.plots import plot_training
+from hsd.viewer.plots import plot_curves
 
 CURVES = {
     "loss": "loss (nats)",
@@ -86,9 +86,8 @@ def training_picture(folder: Path, rows: list[dict]) -> list[Path]:
     """Write training.png, unless there is no step to show."""
     if not rows:
         return []
-    nan = float("nan")
-    curves: dict[str, Sequence[float]] = {
-        label: [nan if row.get(key) is None else row[key] for row in rows] for key, label in CURVES.items()
-    }
-    plot_training(folder / "training.png", [row["step"] for row in rows], curves)
+    steps = [row["step"] for row in rows]
+    values = {key: [math.nan if row.get(key) is None else row[key] for row in rows] for key in CURVES}
+    curves = {title: {"run": (steps, values[key])} for key, title in CURVES.items()}
+    plot_curves(folder / "training.png", curves, xlabel="training step")
     return [folder / "training.png"]

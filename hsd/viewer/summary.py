@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from hsd.hindsight.credit import coverage
 from hsd.hindsight.groups import Group
-from hsd.viewer.measure import WINDOWS, MeasuredCredit, coverage_by_difficulty
+from hsd.viewer.measure import WINDOWS, TokenCredit, coverage_by_difficulty, credit_tables
 from hsd.viewer.plots import plot_coverage, plot_credit_mass, plot_credit_profile, plot_silence
 
 TEACHERS = {"with_peer": "peer + answer", "answer_only": "answer only"}
@@ -20,12 +21,12 @@ FIGURES = ("credit_profile.png", "credit_mass.png", "credit_silence.png", "cover
 
 
 def summarise(
-    measured: MeasuredCredit | None, groups: Sequence[Group], again: Sequence[Group], tokenizer: Any
+    measured: Sequence[TokenCredit], groups: Sequence[Group], again: Sequence[Group], tokenizer: Any
 ) -> dict[str, Any]:
     """All that the words and the figures need, ready for JSON; NaN is null.
 
     Args:
-        measured: credit on the failing rollouts of ``groups`` (`hsd.viewer.measure.gather`), None without any.
+        measured: the failing rollouts of ``groups`` that have a peer (`hsd.viewer.measure.failing_with_peer`).
         again: an independent second group for each question (`hsd.viewer.measure.coverage_by_difficulty`).
     """
     size = len(groups[0].rollouts)
@@ -36,19 +37,19 @@ def summarise(
         "success": sum(rates) / len(rates),
         "coverage": sum(len(g.failures) for g in groups if g.successes) / (size * len(groups)),
         "mixed_groups": sum(g.is_mixed for g in groups) / len(groups),
-        "failing_with_peer": 0 if measured is None else len(measured.rollout),
+        "failing_with_peer": len(measured),
         "by_difficulty": [asdict(b) for b in coverage_by_difficulty(groups, again)],
     }
-    if measured is not None:
-        tau = measured.tau[measured.tau >= 0]
-        kept["median_tau"] = tau.float().median().item() if tau.numel() else None
+    if measured:
+        taus = [r.tau for r in measured if r.tau is not None]
+        kept["median_tau"] = float(median_low(taus)) if taus else None
         kept["windows"] = WINDOWS
-        tables = measured.teachers
+        tables = credit_tables(measured)
         kept["mean_abs"] = {name: table.mean_abs() for name, table in tables.items()}
         kept["rollout_abs"] = {name: [round(a, 6) for a in table.rollout_abs()] for name, table in tables.items()}
         kept["mass"] = {name: table.mass() for name, table in tables.items()}
         kept["profile"] = {name: table.profile() for name, table in tables.items()}
-        kept["examples"] = [_example(measured, i, tokenizer) for i in _spread(measured)]
+        kept["examples"] = [_example(r, groups[r.group], tokenizer) for r in _spread(measured)]
     return _strict(kept)
 
 
@@ -149,31 +150,29 @@ def _example_lines(example: dict[str, Any]) -> list[str]:
     ]
 
 
-def _spread(measured: MeasuredCredit) -> list[int]:
-    """A few failing rollouts that part from their peer, from different questions."""
-    seen, chosen = set(), []
-    for i, group in enumerate(measured.groups):
-        if measured.tau[i] >= 0 and id(group) not in seen and len(chosen) < EXAMPLES:
-            seen.add(id(group))
-            chosen.append(i)
-    return chosen
+def _spread(measured: Sequence[TokenCredit]) -> list[TokenCredit]:
+    """A few rollouts that part from their peer, from different questions."""
+    first_of_group: dict[int, TokenCredit] = {}
+    for r in measured:
+        if r.tau is not None:
+            first_of_group.setdefault(r.group, r)
+    return list(first_of_group.values())[:EXAMPLES]
 
 
-def _example(measured: MeasuredCredit, i: int, tokenizer: Any) -> dict[str, Any]:
-    group, tau = measured.groups[i], int(measured.tau[i])
+def _example(r: TokenCredit, group: Group, tokenizer: Any) -> dict[str, Any]:
+    assert r.tau is not None and r.peer is not None
     question = group.prompt if isinstance(group.prompt, str) else group.prompt[-1]["content"]
 
     def marked(index: int) -> str:
         ids = list(group.rollouts[index].token_ids)
-        left = tokenizer.decode(ids[:tau], skip_special_tokens=True)
-        return (left + ">>" + tokenizer.decode(ids[tau:], skip_special_tokens=True)).replace("\n", "\\n")
+        left = tokenizer.decode(ids[: r.tau], skip_special_tokens=True)
+        return (left + ">>" + tokenizer.decode(ids[r.tau :], skip_special_tokens=True)).replace("\n", "\\n")
 
-    at = min(tau, int(measured.mask[i].sum()) - 1)
     return {
         "question": question.replace("\n", "\\n"),
         "answer": group.answer,
-        "rollout": marked(measured.rollout[i]),
-        "peer": marked(measured.peer[i]),
-        "credit": measured.with_peer[i, at].item(),
-        "credit_answer_only": measured.answer_only[i, at].item(),
+        "rollout": marked(r.rollout),
+        "peer": marked(r.peer),
+        "credit": r.credit[r.tau].item(),
+        "credit_answer_only": r.answer_only[r.tau].item(),
     }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_cases import relative_l1
 
 from hsd_kernels import fused_hsd_kl, reference, testing
 from hsd_kernels.divergence import DIVERGENCES
@@ -20,10 +21,6 @@ def tensors(distance, tokens=48, dim=64, vocab=2000):
 
 def grads(loss_fn, dtype, *tensors, **options):
     return double(*testing.grads(loss_fn, *(t.to(dtype) for t in tensors), **options))
-
-
-def relative_l1(got, want):
-    return ((got - want).abs().sum() / want.abs().sum()).item()
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 8.0}, {"temperature": 0.7, "logit_scale": -0.5}], ids=str)

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from kernel_cases import relative_l1
 
 from hsd_kernels import fused_hsd_kl, native
 from hsd_kernels.vocab_filter import (
@@ -34,10 +35,6 @@ def grads(student, teacher, weight, **options):
     out = fused_hsd_kl(leaves[0], teacher, leaves[1], return_stats=True, **options)
     out.loss.backward()
     return out, *(t.grad for t in leaves)
-
-
-def relative_l1(got, want):
-    return ((got - want).double().abs().sum() / want.double().abs().sum()).item()
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])

@@ -171,7 +171,7 @@ def test_what_it_refuses(case):
     *tensors, _ = case()
     with pytest.raises(ValueError, match=r"^accum_dtype: expected None or torch.float32, got torch.bfloat16"):
         LigerFusedLinearJSD(accum_dtype=torch.bfloat16)(*tensors, None)
-    with pytest.raises(ValueError, match=r"^temperature"):
+    with pytest.raises(ValueError, match=r"^divergence.temperature"):
         LigerFusedLinearJSD(temperature=0)
     with pytest.raises(ValueError, match=r"^teacher_head.weight: expected shape \(37"):
         liger_fused_linear_jsd(*tensors[:3], torch.randn(V + 3, E))

@@ -3,17 +3,15 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny_runs import QUIET, TOKENIZER, half
+from tiny_runs import QUIET, TEMPLATE, TOKENIZER, half
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from hsd.adapters.trl import patch_trl
 from hsd.adapters.trl_context import PeerAndAnswer
-from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.groups import Group, Rollout
 from hsd.hindsight.peers import choose_peers, peer_rng
 from hsd.tasks import small_world
 
-TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
 QUESTIONS = small_world.make_questions(2, seed=0)
 SETTINGS = QUIET | {
     "max_steps": 1,

@@ -85,9 +85,9 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     ("file", "text", "said"),
     [
         ("config.yaml", "a: [", "expected YAML"),
-        ("config.yaml", "[1]", "expected keys and values, got [1]"),
+        ("config.yaml", "[1]", "expected sections task, model, data, reward, train, got [1]"),
         ("report.json", "{", "expected a JSON object"),
-        ("report.json", '{"after": [1]}', "after: expected keys and values, got [1]"),
+        ("report.json", '{"after": [1]}', "after: expected a success with its interval, got [1]"),
         ("report.json", '{"after": {"mean": "x", "low": 0, "high": 1}}', "after: expected a success with its interval"),
         ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "line 2: expected a JSON object with a step"),
         ("metrics.jsonl", '{"step": 1, "hsd/kl": "x"}\n', "step 1: hsd/kl: expected a number, got 'x'"),

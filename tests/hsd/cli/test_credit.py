@@ -5,9 +5,9 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
+from tiny_runs import SMALLER, qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from hsd.cli import credit
 from hsd.cli.run import newest_model
@@ -26,10 +26,8 @@ def arguments(*words) -> argparse.Namespace:
 
 
 def save_model(folder, tokenizer) -> Policy:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": tokenizer.eos_token_id}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads))
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    model = qwen3(0, **SMALLER, vocab_size=len(tokenizer), **special)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Policy(model, tokenizer)

@@ -4,8 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tiny_runs import SMALLER, TOKENIZER, qwen3
+from transformers import AutoModelForCausalLM
 
 from hsd.cli.__main__ import main
 from hsd.evaluate import Sampling
@@ -16,14 +16,8 @@ from hsd.train.callbacks import load_metrics
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """The small world with a tiny model, eight questions and a verifier that it passes about half the time."""
-    tokenizer = small_world.build_tokenizer()
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    torch.manual_seed(0)
-    initial = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads, **special))
-    initial.save_pretrained(tmp_path / "initial")
-    tokenizer.save_pretrained(tmp_path / "initial")
+    qwen3(0, **SMALLER).save_pretrained(tmp_path / "initial")
+    TOKENIZER.save_pretrained(tmp_path / "initial")
     of_the_package = small_world.task
 
     def task(seed):

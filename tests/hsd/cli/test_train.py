@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_runs import SMALLER, TOKENIZER, qwen3
 
 from hsd.cli.__main__ import main
 from hsd.cli.run import BEFORE, claim, prepare
@@ -137,13 +136,8 @@ def test_check_prints_the_resolved_configuration_and_leaves_nothing(here, capsys
 
 @pytest.fixture
 def model(here):
-    tokenizer = small_world.build_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads, **special)).save_pretrained("model")
-    tokenizer.save_pretrained("model")
+    qwen3(0, **SMALLER).save_pretrained("model")
+    TOKENIZER.save_pretrained("model")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from hsd.cli.__main__ import main
 from hsd.data import load
 from hsd.data.rows import read_jsonl, write_jsonl
 from hsd.data.sources import Loaded
-from hsd.evaluate.benchmark import evaluate
+from hsd.evaluate.benchmark import Request, evaluate
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.sampling import Sampling
 from hsd.evaluate.table import markdown
@@ -54,8 +55,10 @@ def first_digit(completions, answer, log_extra, **columns):
 
 
 def run(folder: Path, *, samples: int = 3, rewards=None, **kwargs):
-    settings = {"engine": engine(), "model": "m", "data": DATA, "sampling": SAMPLING, "seed": 5} | kwargs
-    return evaluate(rewards=rewards or {"math": first_digit}, folder=folder, samples=samples, **settings)
+    asked = {"sampling": SAMPLING, "samples": samples, "seed": 5}
+    asked |= {f.name: kwargs.pop(f.name) for f in fields(Request) if f.name in kwargs}
+    settings = {"engine": engine(), "model": "m", "data": DATA} | kwargs
+    return evaluate(rewards=rewards or {"math": first_digit}, folder=folder, request=Request(**asked), **settings)
 
 
 def test_the_result(tmp_path):

@@ -4,34 +4,19 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_runs import SMALLER, TOKENIZER, qwen3
+from transformers import Qwen3ForCausalLM
 
 from hsd.evaluate import engines
 from hsd.evaluate.sampling import Sampling
-from hsd.tasks import small_world
 
-TOKENIZER = small_world.build_tokenizer()
 EOS = TOKENIZER.eos_token_id
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(TOKENIZER),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=TOKENIZER.pad_token_id,
-    )
     path = tmp_path_factory.mktemp("model")
-    model = Qwen3ForCausalLM(config)
+    model = qwen3(0, **SMALLER, bos_token_id=None)
     model.generation_config.eos_token_id = [EOS, 5]
     model.save_pretrained(path)
     TOKENIZER.save_pretrained(path)

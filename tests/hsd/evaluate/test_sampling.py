@@ -4,36 +4,22 @@ import copy
 
 import pytest
 import torch
+from tiny_runs import SMALLER, TOKENIZER, qwen3
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from hsd.evaluate import Sampling, end_token_ids, sample, score, success
 from hsd.evaluate.interval import interval
 from hsd.evaluate.sampling import is_truncated
 from hsd.tasks import small_world
 
-TOKENIZER = small_world.build_tokenizer()
 PAD, EOS = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id
 PROMPTS = [q["prompt"] for q in small_world.make_questions(3, seed=0)] + ["1+2=", "7="]
 
 
 @pytest.fixture
 def model() -> Qwen3ForCausalLM:
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=len(TOKENIZER),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        attention_dropout=0.5,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    model = Qwen3ForCausalLM(config).float()
+    model = qwen3(1, **SMALLER | {"num_hidden_layers": 2}, attention_dropout=0.5, bos_token_id=None)
     for p in model.parameters():
         nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.2)
     return model

@@ -1,37 +1,28 @@
 """Credit of failing rollouts against full logits of the model, one sequence at a time."""
 
-import dataclasses
-
 import pytest
+import tiny_runs
 import torch
+from tiny_runs import SMALLER, TEMPLATE, TOKENIZER, group
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.credit import coverage
 from hsd.hindsight.groups import Group, Rollout
-from hsd.tasks import small_world
 from hsd.tasks.task import Policy
 from hsd.viewer.measure import (
     WINDOWS,
-    MeasuredCredit,
+    TokenCredit,
     coverage_by_difficulty,
+    credit_tables,
     draw_peers,
     failing_with_peer,
-    gather,
     measure,
 )
-
-TOKENIZER = small_world.build_tokenizer()
-TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY)
 
 
 def encode(text: str) -> list[int]:
     return TOKENIZER(text)["input_ids"]
-
-
-def group(prompt: str, answer: str, **rollouts: float) -> Group:
-    return Group(prompt, answer, tuple(Rollout(tuple(encode(t)), r) for t, r in rollouts.items()))
 
 
 MIXED = group("12+34=", "46", **{"12+34=46;#46$": 1.0, "12+34=56;#56$": 0.0, "#46$": 1.0, "12+34": 0.0, "9$": 0.0})
@@ -41,9 +32,7 @@ SOLVED = group("7+9=", "16", **{"#16$": 1.0, "16#16$": 1.0})
 
 
 def qwen3() -> nn.Module:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.5}
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(TOKENIZER), **sizes, **heads))
+    return tiny_runs.qwen3(**SMALLER | {"num_hidden_layers": 2}, attention_dropout=0.5, tie_word_embeddings=False)
 
 
 def gpt2() -> nn.Module:
@@ -62,15 +51,10 @@ def every(groups: list[Group]) -> list[tuple[int, int]]:
     return [(g, i) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
 
 
-def measure_credit(model: nn.Module, groups: list[Group], seed: int = 0, **options) -> MeasuredCredit | None:
+def measure_failing(model: nn.Module, groups: list[Group], seed: int = 0) -> list[TokenCredit]:
     peers = draw_peers(TOKENIZER, groups, seed)
     places = failing_with_peer(groups, peers)
-    return gather(groups, measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, places, **options))
-
-
-def rows(measured: MeasuredCredit) -> list[tuple[Group, Rollout, Rollout]]:
-    found = zip(measured.groups, measured.rollout, measured.peer, strict=True)
-    return [(g, g.rollouts[i], g.rollouts[j]) for g, i, j in found]
+    return measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, places)
 
 
 @torch.no_grad()
@@ -85,38 +69,19 @@ def log_probs(model: nn.Module, prompt: str, rollout: Rollout) -> torch.Tensor:
     return full_log_probs(model, prompt, rollout)[torch.arange(len(ids)), ids]
 
 
-@pytest.mark.parametrize("make", [qwen3, gpt2])
-@pytest.mark.parametrize("token_budget", [1, 10_000])
-def test_credit_equals_full_logits_one_sequence_at_a_time(make, token_budget):
-    model = build(make).train()  # dropout must not enter
-    measured = measure_credit(model, [FAILED, MIXED, OTHER, SOLVED], token_budget=token_budget)
-    assert measured is not None and model.training
-    assert [g for g, _, _ in rows(measured)] == [MIXED, MIXED, MIXED, OTHER]
-    assert measured.rollout == [1, 3, 4, 1]
-    longest = max(len(r.token_ids) for _, r, _ in rows(measured))
-    assert measured.mask.shape == measured.with_peer.shape == measured.answer_only.shape == (4, longest)
-    model.eval()
-    for b, (g, rollout, peer) in enumerate(rows(measured)):
-        length = len(rollout.token_ids)
-        assert measured.mask[b].tolist() == [1] * length + [0] * (longest - length)
-        student = log_probs(model, g.prompt, rollout)
-        shown = TOKENIZER.decode(peer.token_ids, skip_special_tokens=True)
-        for name, context in (("with_peer", f"[{g.answer}|{shown}]"), ("answer_only", f"[{g.answer}]")):
-            expected = (log_probs(model, g.prompt + context, rollout) - student).float()
-            assert expected.abs().max() > 0.05
-            torch.testing.assert_close(getattr(measured, name)[b, :length], expected, rtol=1e-4, atol=1e-5)
+def test_the_failing_rollouts_with_a_peer_are_found():
+    groups = [FAILED, MIXED, OTHER, SOLVED]
+    peers = draw_peers(TOKENIZER, groups, seed=0)
+    assert failing_with_peer(groups, peers) == [(1, 1), (1, 3), (1, 4), (2, 1)]
 
 
 def test_peers_are_successes_of_the_same_group_drawn_by_the_seed():
-    model = build()
     seen = set()
     for seed in range(8):
-        measured = measure_credit(model, [MIXED], seed=seed)
-        again = measure_credit(model, [MIXED], seed=seed)
-        assert measured.peer == again.peer
-        assert torch.equal(measured.with_peer, again.with_peer)
-        assert set(measured.peer) <= {0, 2}
-        seen.add(tuple(measured.peer))
+        (peers,) = draw_peers(TOKENIZER, [MIXED], seed)
+        assert [peers] == draw_peers(TOKENIZER, [MIXED], seed)
+        assert {peers[i] for i in (1, 3, 4)} <= {0, 2}
+        seen.add(tuple(peers))
     assert len(seen) > 2
 
 
@@ -125,57 +90,54 @@ def test_tau_is_where_a_rollout_leaves_its_peer():
     expected = {  # (rollout, peer): tau
         ("12+34=56;#56$", "12+34=46;#46$"): 6,
         ("12+34=56;#56$", "#46$"): 0,
-        ("12+34", "12+34=46;#46$"): -1,  # a truncated rollout that never left its peer
+        ("12+34", "12+34=46;#46$"): None,  # a truncated rollout that never left its peer
         ("12+34", "#46$"): 0,
         ("9$", "12+34=46;#46$"): 0,
         ("9$", "#46$"): 0,
     }
     seen = set()
     for seed in range(8):
-        measured = measure_credit(model, [MIXED], seed=seed)
-        for (_, rollout, peer), tau in zip(rows(measured), measured.tau.tolist(), strict=True):
-            pair = (TOKENIZER.decode(rollout.token_ids), TOKENIZER.decode(peer.token_ids))
-            assert tau == expected[pair], pair
+        for r in measure_failing(model, [MIXED], seed=seed):
+            pair = tuple(TOKENIZER.decode(MIXED.rollouts[i].token_ids) for i in (r.rollout, r.peer))
+            assert r.tau == expected[pair], pair
             seen.add(pair)
     assert seen == expected.keys()
 
 
 @pytest.mark.parametrize("groups", [[], [FAILED], [SOLVED], [FAILED, SOLVED]])
-def test_nothing_to_measure_is_none(groups):
-    assert measure_credit(build(), groups) is None
+def test_without_a_failing_rollout_with_a_peer_nothing_is_measured(groups):
+    assert measure_failing(build(), groups) == []
 
 
-def test_summaries_of_a_measurement():
-    measured = MeasuredCredit(
-        groups=[MIXED, MIXED],
-        rollout=[1, 4],
-        peer=[0, 0],
-        with_peer=torch.tensor([[0.0, 0.0, -3.0, 1.0], [2.0, 0.0, 9.0, 9.0]]),
-        answer_only=torch.full((2, 4), 0.5),
-        mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
-        tau=torch.tensor([2, 0]),
-    )
-    with_peer, answer_only = (measured.teachers[name] for name in ("with_peer", "answer_only"))
+def test_tables_of_a_measurement():
+    def made(tau: int | None, *credit: float) -> TokenCredit:
+        values = torch.tensor(credit)
+        return TokenCredit(0, 1, 0, tau, values, torch.full_like(values, 0.5), values.abs(), values)
+
+    tables = credit_tables([made(2, 0.0, 0.0, -3.0, 1.0), made(0, 2.0, 0.0)])
+    with_peer, answer_only = tables["with_peer"], tables["answer_only"]
+    assert with_peer.mask_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert with_peer.mean_abs() == pytest.approx((4 / 4 + 2 / 2) / 2)  # rollout by rollout
     assert answer_only.mean_abs() == pytest.approx(0.5)
     assert with_peer.mass() == pytest.approx([1.0] * len(WINDOWS))
     offsets, mean_abs, count = with_peer.profile(before=1, after=2)
     assert (offsets, count) == ([-1, 0, 1, 2], [1, 2, 2, 0])
     assert mean_abs[:3] == pytest.approx([0.0, 2.5, 0.5])
-    late = dataclasses.replace(measured, tau=torch.tensor([0, -1]))
-    assert late.teachers["with_peer"].mass()[:2] == pytest.approx([0.75, 1.0])
+    late = credit_tables([made(0, 0.0, 0.0, -3.0, 1.0), made(None, 2.0, 0.0)])
+    assert late["with_peer"].mass()[:2] == pytest.approx([0.75, 1.0])
 
 
 @pytest.mark.parametrize("make", [qwen3, gpt2])
 @pytest.mark.parametrize("token_budget", [1, 30, 10_000])
 def test_tokens_equal_full_logits_one_sequence_at_a_time(make, token_budget, monkeypatch):
     monkeypatch.setattr("hsd.viewer.measure.TOP_CHUNK", 3)
+    monkeypatch.setattr("hsd.viewer.measure.TOP_K", 4)
     model = build(make).train()
     groups = [FAILED, MIXED]
     peers = draw_peers(TOKENIZER, groups, seed=0)
     assert peers[0] == [None, None] and all(j in (0, 2) and j != i for i, j in enumerate(peers[1]))
-    options = {"shown": [1], "top_k": 4, "token_budget": token_budget}
-    read = measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, every(groups), **options)
+    monkeypatch.setattr("hsd.viewer.measure.TOKEN_BUDGET", token_budget)
+    read = measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, every(groups), shown=[1])
     assert [(r.group, r.rollout) for r in read] == [(0, 0), (0, 1), *((1, i) for i in range(5))]
     assert model.training
     model.eval()
@@ -209,13 +171,12 @@ def test_tokens_equal_full_logits_one_sequence_at_a_time(make, token_budget, mon
 def test_a_measurement_is_the_same_alone_and_among_others():
     model = build()
     groups = [OTHER, FAILED, MIXED]
-    measured = measure_credit(model, groups, seed=5)
     peers = draw_peers(TOKENIZER, groups, 5)
-    read = measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, every(groups))
-    again = gather(groups, read)
-    assert (again.peer, again.rollout) == (measured.peer, measured.rollout)
-    torch.testing.assert_close(again.with_peer, measured.with_peer, rtol=1e-4, atol=1e-5)
-    assert torch.equal(again.tau, measured.tau) and torch.equal(again.mask, measured.mask)
+    among = {(r.group, r.rollout): r for r in measure(Policy(model, TOKENIZER), groups, peers, TEMPLATE, every(groups))}
+    for alone in measure_failing(model, groups, seed=5):
+        found = among[alone.group, alone.rollout]
+        assert (found.peer, found.tau) == (alone.peer, alone.tau)
+        torch.testing.assert_close(found.credit, alone.credit, rtol=1e-4, atol=1e-5)
 
 
 def test_a_peer_that_says_nothing_is_none():
@@ -223,20 +184,16 @@ def test_a_peer_that_says_nothing_is_none():
     assert draw_peers(TOKENIZER, [silent], seed=0) == [[None, None]]
 
 
-def test_no_likeliest_token_is_refused():
-    with pytest.raises(ValueError, match=r"^top_k: expected at least 1, got 0"):
-        measure(Policy(build(), TOKENIZER), [OTHER], [[None, 0]], TEMPLATE, [], top_k=0)
-
-
 def outcomes(question: int, successes: int, size: int = 4) -> Group:
     made = tuple(Rollout((1,), float(i < successes)) for i in range(size))
     return Group(f"question {question}", "0", made)
 
 
-def test_coverage_is_measured_on_the_group_that_did_not_grade():
+def test_coverage_is_measured_on_the_group_that_did_not_grade(monkeypatch):
+    monkeypatch.setattr("hsd.viewer.measure.DIFFICULTY", (0.2, 0.6))
     first = [outcomes(0, 0), outcomes(1, 4), outcomes(2, 2)]
     second = [outcomes(0, 1), outcomes(1, 3), outcomes(2, 2)]
-    hard, middle, easy = coverage_by_difficulty(first, second, edges=(0.2, 0.6))
+    hard, middle, easy = coverage_by_difficulty(first, second)
     # 0 of 4 grades question 0 hard; measured there: 1 of 4, three failures with a peer
     assert (hard.groups, hard.success, hard.coverage) == (1, 0.25, 0.75)
     # 1 of 4 grades it middling; measured: 0 of 4, no peer. Question 2 twice: half fail, with a peer

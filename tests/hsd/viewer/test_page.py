@@ -36,12 +36,12 @@ def group(made, tokenizer):
 
 
 @pytest.fixture
-def read(made, tokenizer, group):
+def measured(made, tokenizer, group):
     return made.made_up(tokenizer, group, [1, None, 1])
 
 
-def test_payload_holds_the_numbers(tokenizer, group, read):
-    data = payload(tokenizer, [group], read)
+def test_payload_holds_the_numbers(tokenizer, group, measured):
+    data = payload(tokenizer, [group], measured)
     failing, success, prefix = data["rollouts"]
     assert [r["ok"] for r in data["rollouts"]] == [False, True, False]
     assert (failing["tau"], success["tau"], prefix["tau"]) == (4, None, None)
@@ -50,41 +50,41 @@ def test_payload_holds_the_numbers(tokenizer, group, read):
     shown = [texts[i] for i in failing["tokens"]]
     assert shown[:2] == ["</script><script>document.title='broken'</script>", "\n"] and shown[-1] == "<|end|>"
     credit = torch.tensor(failing["credit"]) * data["units"]["nats"]
-    torch.testing.assert_close(credit, read[0].credit, rtol=0, atol=0.51e-3)
+    torch.testing.assert_close(credit, measured[0].credit, rtol=0, atol=0.51e-3)
     assert data["units"] == {"nats": 1e-3, "probability": 1e-4} and data["limit"] == 5  # 4 nats at tau
     top = torch.tensor(failing["top"]["teacher"]["probs"]).reshape(-1, 3) * data["units"]["probability"]
-    torch.testing.assert_close(top, read[0].teacher_top.probs, rtol=0, atol=0.51e-4)
+    torch.testing.assert_close(top, measured[0].teacher_top.probs, rtol=0, atol=0.51e-4)
     assert failing["top"]["student"]["ids"][::3] == failing["tokens"]
     assert failing["mean"] == [
-        round(read[0].credit.abs().mean().item(), 4),
-        round(read[0].answer_only.abs().mean().item(), 4),
+        round(measured[0].credit.abs().mean().item(), 4),
+        round(measured[0].answer_only.abs().mean().item(), 4),
     ]
 
 
-def test_large_and_infinite_credit(tokenizer, group, read):
-    loud = read[0].credit.clone()
+def test_large_and_infinite_credit(tokenizer, group, measured):
+    loud = measured[0].credit.clone()
     loud[0], loud[1] = -650.0, torch.nan
-    data = payload(tokenizer, [group], [dataclasses.replace(read[0], credit=loud), *read[1:]])
+    data = payload(tokenizer, [group], [dataclasses.replace(measured[0], credit=loud), *measured[1:]])
     values = data["rollouts"][0]["credit"]
     assert values[:2] == [-650_000, None]
     assert data["rollouts"][0]["mean"][0] is None
 
 
-def test_a_rollout_whose_likeliest_tokens_were_not_kept_is_refused(tokenizer, group, read):
-    with pytest.raises(ValueError, match=r"^read: expected the likeliest tokens of rollout 0 of group 0, got none"):
-        payload(tokenizer, [group], [dataclasses.replace(read[0], teacher_top=None), *read[1:]])
+def test_a_rollout_whose_likeliest_tokens_were_not_kept_is_refused(tokenizer, group, measured):
+    with pytest.raises(ValueError, match=r"^measured: expected the likeliest tokens of rollout 0 of group 0, got none"):
+        payload(tokenizer, [group], [dataclasses.replace(measured[0], teacher_top=None), *measured[1:]])
 
 
-def test_rollouts_that_do_not_fit_the_groups_are_refused(tokenizer, group, read):
-    for wrong in ([], read[:2], read[::-1]):
-        with pytest.raises(ValueError, match=r"^read: expected the 3 rollouts of the groups in order"):
+def test_rollouts_that_do_not_fit_the_groups_are_refused(tokenizer, group, measured):
+    for wrong in ([], measured[:2], measured[::-1]):
+        with pytest.raises(ValueError, match=r"^measured: expected the 3 rollouts of the groups in order"):
             payload(tokenizer, [group], wrong)
 
 
-def test_nothing_in_the_data_ends_its_element_and_nothing_is_fetched(tmp_path, tokenizer, group, read):
-    write_page(tmp_path / "page.html", tokenizer, [group], read, title="<b>T</b> {{js}}", note="</style>")
+def test_nothing_in_the_data_ends_its_element_and_nothing_is_fetched(tmp_path, tokenizer, group, measured):
+    write_page(tmp_path / "page.html", tokenizer, [group], measured, title="<b>T</b> {{js}}", note="</style>")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert data_of(text) == payload(tokenizer, [group], read)
+    assert data_of(text) == payload(tokenizer, [group], measured)
     assert text.count("</script>") == 2 and text.count("</style>") == 1
     assert "<h1>&lt;b&gt;T&lt;/b&gt; {{js}}</h1>" in text
     assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?:""", re.sub(r'id="data">.*?</script>', "", text))
@@ -114,8 +114,8 @@ def browse(tmp_path, text: str, probe: str, fragment: str = "") -> dict:
     return result
 
 
-def test_in_a_browser(tmp_path, tokenizer, group, read):
-    text = page(payload(tokenizer, [group], read), title="Credit", note="made up")
+def test_in_a_browser(tmp_path, tokenizer, group, measured):
+    text = page(payload(tokenizer, [group], measured), title="Credit", note="made up")
     seen = browse(
         tmp_path,
         text,

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import TOKENIZER, group
 
 from hsd.evaluate import Success
-from hsd.hindsight.groups import Group, Rollout
+from hsd.hindsight.groups import Group
 from hsd.tasks import small_world
 from hsd.viewer import report, summary
-from hsd.viewer.measure import MeasuredCredit
+from hsd.viewer.measure import TokenCredit
 
-TOKENIZER = small_world.build_tokenizer()
 BEFORE = Success(0.258, 0.221, 0.297, 512, 1, 0.0312, 32.51)
 AFTER = Success(0.717, 0.678, 0.756, 512, 1, 0.0078, 33.94)
 TASK = replace(
@@ -28,27 +28,23 @@ SETTINGS = {"learning_rate": 1e-4, "teacher": "ema"}
 PICTURES = ["credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png", "training.png"]
 
 
-def group(prompt: str, answer: str, **rollouts: float) -> Group:
-    made = (Rollout(tuple(TOKENIZER(text)["input_ids"]), r) for text, r in rollouts.items())
-    return Group(prompt, answer, tuple(made))
-
-
 MIXED = group("12+34=", "46", **{"12+34=46;#46$": 1.0, "12+34=56;#56$": 0.0, "12+34": 0.0, "#46$": 1.0})
 FAILED = group("7+8=", "15", **{"#14$": 0.0, "#16$": 0.0, "1$": 0.0, "2$": 0.0})
 
 
-def measured(tau: list[int]) -> MeasuredCredit:
-    """Rollouts 1 and 2 of MIXED against its rollout 0; 14 tokens, of which the second has 5."""
-    length = len(MIXED.rollouts[1].token_ids)
-    with_peer, answer_only = torch.zeros(2, length), torch.full((2, length), 0.25)
-    with_peer[0, 6], with_peer[0, 9] = -3.0, 1.0
-    answer_only[0, 6] = -0.75
-    mask = torch.ones(2, length, dtype=torch.long)
-    mask[1, 5:] = 0
-    return MeasuredCredit([MIXED, MIXED], [1, 2], [0, 0], with_peer, answer_only, mask, torch.tensor(tau))
+def measured(*taus: int | None) -> list[TokenCredit]:
+    """Rollouts 1 and 2 of MIXED, the first group, against its rollout 0; 13 tokens and 5."""
+    found = []
+    for i, tau in zip((1, 2), taus, strict=True):
+        n = len(MIXED.rollouts[i].token_ids)
+        credit, answer_only = torch.zeros(n), torch.full((n,), 0.25)
+        if i == 1:
+            credit[6], credit[9], answer_only[6] = -3.0, 1.0, -0.75
+        found.append(TokenCredit(0, i, 0, tau, credit, answer_only, credit.abs(), credit))
+    return found
 
 
-def save(path: Path, of: MeasuredCredit | None, groups: list[Group], again: list[Group] | None = None) -> None:
+def save(path: Path, of: list[TokenCredit], groups: list[Group], again: list[Group] | None = None) -> None:
     path.write_text(json.dumps(summary.summarise(of, groups, again or groups, TOKENIZER)))
 
 
@@ -79,7 +75,7 @@ def cells(text: str, label: str) -> list[list[str]]:
 
 def test_save_credit_keeps_coverage_and_credit(tmp_path):
     path = tmp_path / "credit.json"
-    save(path, measured([6, -1]), [MIXED, FAILED])
+    save(path, measured(6, None), [MIXED, FAILED])
     kept = json.loads(path.read_text())
     assert (kept["questions"], kept["group_size"], kept["failing_with_peer"]) == (2, 4, 2)
     assert kept["success"] == pytest.approx(0.25)
@@ -102,15 +98,13 @@ def test_save_credit_keeps_coverage_and_credit(tmp_path):
 
 def test_chat_questions_are_shown_by_their_last_message(tmp_path):
     chat = Group([{"role": "user", "content": "12+34=\n?"}], "46", MIXED.rollouts)
-    m = measured([6, -1])
-    m = MeasuredCredit([chat, chat], m.rollout, m.peer, m.with_peer, m.answer_only, m.mask, m.tau)
-    save(tmp_path / "credit.json", m, [chat])
+    save(tmp_path / "credit.json", measured(6, None), [chat])
     (example,) = json.loads((tmp_path / "credit.json").read_text())["examples"]
     assert example["question"] == "12+34=\\n?"
 
 
 def test_report_holds_the_numbers(tmp_path):
-    save(tmp_path / "credit.json", measured([6, -1]), [MIXED, FAILED])
+    save(tmp_path / "credit.json", measured(6, None), [MIXED, FAILED])
     metrics(tmp_path)
     text = write(tmp_path)
     assert text.startswith("# a made-up task\n")
@@ -137,7 +131,7 @@ def test_report_holds_the_numbers(tmp_path):
 
 
 def test_report_json_holds_the_same(tmp_path, no_pictures):
-    save(tmp_path / "credit.json", measured([6, -1]), [MIXED])
+    save(tmp_path / "credit.json", measured(6, None), [MIXED])
     metrics(tmp_path)
     write(tmp_path)
     facts = json.loads((tmp_path / "report.json").read_text())
@@ -148,7 +142,7 @@ def test_report_json_holds_the_same(tmp_path, no_pictures):
 
 
 def test_an_alarm_stands_in_the_report(tmp_path, no_pictures):
-    save(tmp_path / "credit.json", measured([6, -1]), [MIXED])
+    save(tmp_path / "credit.json", measured(6, None), [MIXED])
     metrics(tmp_path, alarms={"success": "success fell from 0.500 at best to 0.010"})
     text = write(tmp_path)
     assert "ALARM, step 3: success fell from 0.500 at best to 0.010." in text
@@ -156,14 +150,14 @@ def test_an_alarm_stands_in_the_report(tmp_path, no_pictures):
 
 
 def test_the_same_questions_for_training_and_evaluation_are_owned_up_to(tmp_path, no_pictures):
-    save(tmp_path / "credit.json", None, [FAILED])
+    save(tmp_path / "credit.json", [], [FAILED])
     metrics(tmp_path)
     text = write(tmp_path, replace(TASK, held_out=[]))
     assert "training questions (none is held out)" in text and "held-out" not in text
 
 
 def test_no_failing_rollout_with_a_peer_is_said(tmp_path):
-    save(tmp_path / "credit.json", None, [FAILED])
+    save(tmp_path / "credit.json", [], [FAILED])
     metrics(tmp_path)
     text = write(tmp_path)
     assert "0 failing rollouts with a peer" in text
@@ -174,7 +168,7 @@ def test_no_failing_rollout_with_a_peer_is_said(tmp_path):
 
 def test_failures_that_never_leave_their_peer(tmp_path):
     """Truncated rollouts that are prefixes of their peer have credit, but no divergence position to put it at."""
-    save(tmp_path / "credit.json", measured([-1, -1]), [MIXED])
+    save(tmp_path / "credit.json", measured(None, None), [MIXED])
     metrics(tmp_path)
     text = write(tmp_path)
     assert "2 failing rollouts with a peer" in text
@@ -185,5 +179,5 @@ def test_failures_that_never_leave_their_peer(tmp_path):
 
 
 def test_without_metrics_there_is_no_training_picture(tmp_path):
-    save(tmp_path / "credit.json", None, [FAILED])
+    save(tmp_path / "credit.json", [], [FAILED])
     assert "training.png" not in write(tmp_path)
