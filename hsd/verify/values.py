@@ -6,6 +6,7 @@ about two expressions; it is called only where no exact reading does.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from hsd.verify.spelling import is_words, normalized
 from hsd.verify.units import SCALES, Unit, read_unit
 
 CLOSE = Fraction(1, 10**6)  # the relative difference under which a decimal stands for a fraction or a root
+DIGITS = 6  # that it must have: 0.333333, but 0.000001 stands for no 1/1000001
 MAX_EXPONENT = 5000
 MAX_ITEMS = 60
 Ask = Callable[[str, str], bool]
@@ -39,7 +41,8 @@ _NUMBER = re.compile(
 @dataclass(frozen=True)
 class Number:
     value: Fraction
-    decimal: bool = True  # written as a decimal: another decimal must be equal, not close
+    decimal: bool = True  # written as a decimal, with so many significant digits if it has a point or an exponent
+    digits: int = 0
     percent: bool = False
     unit: Unit | None = None
 
@@ -68,8 +71,10 @@ def _number(s: str) -> Number | None:
     if read is None:
         return None
     value, decimal, rest = *read, m["rest"].strip()
+    shown = m["mantissa"] or m["decimal"] or ""
+    digits = len(re.sub(r"^[0.,]+|\D", "", shown)) if "." in shown else 0
     if rest == "" or (m["lead"] is not None and rest == r"\ldots"):
-        return Number(-value if m["sign"] == "-" else value, decimal)
+        return Number(-value if m["sign"] == "-" else value, decimal, digits)
     if m["sign"] == "-":
         value = -value
     if (
@@ -84,13 +89,13 @@ def _number(s: str) -> Number | None:
     if word and word[1] in SCALES:
         value, rest = value * SCALES[word[1]], rest[word.end() :]
         if not rest:
-            return Number(value, decimal)
+            return Number(value, decimal, digits)
     if rest.startswith("%"):
-        return Number(value, decimal, percent=True) if rest == "%" else None
+        return Number(value, decimal, digits, percent=True) if rest == "%" else None
     if re.match(r"[A-Za-z]$", rest) and not s[: len(s) - len(rest)].endswith(" "):
         return None  # a variable: 5m
     unit = read_unit(rest)
-    return None if unit is None else Number(value, decimal, unit=unit)
+    return None if unit is None else Number(value, decimal, digits, unit=unit)
 
 
 def _integer_power(m: re.Match[str]) -> str:
@@ -148,6 +153,9 @@ def _scaled(mantissa: str, exponent: str) -> Fraction:
 
 def equal(gold: str, answer: str, ask: Ask, tolerance: float | None = None) -> bool:
     """Whether `answer` equals `gold`; `tolerance` is a relative difference that two numbers may have."""
+    exact, _, rounded = re.sub(r"\\(?:simeq|doteq)(?![a-zA-Z])", r"\\approx", answer).rpartition(r"\approx")
+    if exact.strip() and r"\approx" not in gold:  # 2\sqrt{3} \approx 3.46 answers both
+        return any(equal(gold, one, ask, tolerance) for one in (rounded, exact))
     letter = read_choice(gold)
     if letter is not None and (letter[1] or len(normalized(gold)) == 1):
         return _same_choice(letter, answer, ask, tolerance)
@@ -158,7 +166,14 @@ def equal(gold: str, answer: str, ask: Ask, tolerance: float | None = None) -> b
         return True
     if is_words(gold) or is_words(answer) or (_all_words(left) and _all_words(right)):
         return _same_words(left, right)
-    return _equal(left, right, ask, tolerance)
+    return _equal(left, _one_value(right), ask, tolerance)
+
+
+def _one_value(answer: str) -> str:
+    """The first of several spellings of one number: ``\\frac{3}{8}, 0.375``."""
+    first, *others = _split(answer, words=True) or [answer]
+    one = _number(first) if others else None
+    return first if one and all((n := _number(other)) and same_number(one, n) for other in others) else answer
 
 
 def read_choice(answer: str) -> tuple[str, str] | None:
@@ -224,8 +239,8 @@ def _equal(a: str, b: str, ask: Ask, tolerance: float | None) -> bool:
         return True  # 13_5 for 13 in base 5
     if re.match(r"\w*\d_\{?\d", a) or re.match(r"\w*\d_\{?\d", b):
         return re.sub(r"[{}]", "", a) == re.sub(r"[{}]", "", b)
-    if not is_expression(a) or not is_expression(b):
-        return False
+    if not all(n or is_expression(s) for n, s in zip(numbers, (a, b), strict=True)):
+        return _same_words(a, b)
     one, two = (_without_unit(s) for s in (a, b))
     if one[1] and two[1] and not one[1].same(two[1]):
         return False
@@ -238,7 +253,7 @@ def _as_latex(number: Number) -> str:
     top, bottom = number.value.numerator, number.value.denominator
     return (
         _decimal(number.value)
-        if number.decimal or bottom == 1
+        if number.digits >= DIGITS or bottom == 1
         else rf"\frac{{{Decimal(top):f}}}{{{Decimal(bottom):f}}}"
     )
 
@@ -265,7 +280,7 @@ def same_number(gold: Number, answer: Number, tolerance: float | None = None) ->
             return False
         if gold.unit.powers == answer.unit.powers:
             a, b = a * gold.unit.factor, b * answer.unit.factor
-    exact = gold.decimal and answer.decimal
+    exact = gold.decimal == answer.decimal or max(gold.digits, answer.digits) < DIGITS
     if gold.percent != answer.percent and (answer.unit is None and gold.unit is None):
         whole = (a / 100, b) if gold.percent else (a, b / 100)
         bare = abs(answer.value if answer.percent else gold.value) >= 1  # 28% for 28, but not 0.28% for 0.28
@@ -343,7 +358,8 @@ def _same_items(a: Items, b: Items, ask: Ask, tolerance: float | None) -> bool:
         return False
     loose = {"", "{}"}
     unordered = a.brackets in loose and b.brackets in loose
-    as_list = (a.brackets == "" and b.brackets in ("()", "[]")) or (b.brackets == "" and a.brackets == "()")
+    square = b.brackets == "[]" and len(b.items) != 2  # two are an interval
+    as_list = (a.brackets == "" and (square or b.brackets == "()")) or (b.brackets == "" and a.brackets == "()")
     if not (unordered or as_list or a.brackets == b.brackets):
         return False
     if not unordered:
@@ -379,20 +395,15 @@ def _same_words(a: str, b: str) -> bool:
     return _plain_words(a) == _plain_words(b) != ""
 
 
-_EMPTY = {
-    "no solution",
-    "no solutions",
-    "empty set",
-    "the empty set",
-    "no real solution",
-    "no real solutions",
-    "none exist",
-}
+_EMPTY = re.compile(
+    r"(?:(?:the |this )?\w+ has |there (?:is|are) )?no (?:(?:real|integer|positive|valid|such) )?(?:solutions?|roots?)"
+    r"(?: exists?)?|(?:the )?empty set|none exist"
+)
 
 
 def _plain_words(s: str) -> str:
     words = re.sub(r"\s+", " ", re.sub(r"[\"'.!]", "", s)).strip().casefold()
-    return r"\emptyset" if words in _EMPTY else words.removeprefix("the ")
+    return r"\emptyset" if _EMPTY.fullmatch(words) else words.removeprefix("the ")
 
 
 def _all_words(s: str) -> bool:
@@ -432,6 +443,9 @@ def read_region(s: str) -> Region | None:
         if any(p is None for p in pairs):
             return None
         return Region(variable, tuple(p for p in pairs if p), len(pieces) > 1 or member is not None)
+    if excluded := re.fullmatch(rf"(.*?)(?:, | and |\\land)({_SYMBOL})\\neq ?([^,]*)", body):
+        region = read_region(s[: len(s) - len(body)] + excluded[1])
+        return _without_point(region, excluded[3]) if region and region.variable == excluded[2] else None
     pieces = re.split(r" or |\\cup|\\lor|\\vee|, ", body)
     read = [_chain(piece.strip()) for piece in pieces]
     both = re.split(r" and |\\cap|\\land|\\wedge", body)
@@ -446,6 +460,22 @@ def read_region(s: str) -> Region | None:
     if any(r is None for r in read) or len({r[0] for r in read if r}) != 1:
         return None
     return Region(read[0][0], tuple(p for r in read if r for p in r[1]), True)  # type: ignore[index]
+
+
+def _without_point(region: Region, point: str) -> Region | None:
+    """``1<x<3, x\\neq 2``: the part that has the point is two."""
+    at = plain_number(point)
+    if at is None:
+        return None
+    ends = {_FROM: -math.inf, _TO: math.inf}
+    parts = []
+    for part in region.parts:
+        low, high = (ends.get(end, plain_number(end)) for end in part[1:3])
+        if low is not None and high is not None and low < at < high:
+            parts += [(part[0], part[1], point, ")"), ("(", point, part[2], part[3])]
+        else:
+            parts.append(part)
+    return replace(region, parts=tuple(parts)) if len(parts) == len(region.parts) + 1 else None
 
 
 def _pair(s: str) -> tuple[str, str, str, str] | None:
@@ -543,7 +573,7 @@ def is_expression(s: str) -> bool:
     plain = re.sub(r"\\begin\{\w+\}|\\end\{\w+\}|\\[a-zA-Z]+", " ", s)
     if any(w.lower() not in _FUNCTIONS for w in re.findall(r"[A-Za-z]{4,}", plain)):
         return _without_unit(s)[1] is not None
-    return not re.search(r"\d\s+\d|\d\.\d+\.|\.\.|\\ldots|[?!]{2}|:|_\{?\d{4}", s) and "\\pmod" not in s
+    return not re.search(r"\d\s+\d|\d\.\d+\.|\.\.|\\ldots|[?!]{2}|:|\d'|_\{?\d{4}", s) and "\\pmod" not in s
 
 
 def _without_unit(s: str) -> tuple[str, Unit | None]:
