@@ -100,10 +100,8 @@ def normalized(answer: str) -> str:
     """One spelling for answers that are written differently: Unicode, spaces, ``\\dfrac``, ``\\text``, dollar signs,
     degrees, percent, thousands commas, a period after. A comma that separates is followed by a space, and only that."""
     s = ascii_math(answer.strip()).replace("{:}", ":")
-    s = re.sub(r"(?<=\d)(?:\\,|\\!|~)(?=\d{3}(?!\d))|\\!", "", s.replace("{,}", ",").replace(",\\!", ",")).replace(
-        "\\,", " "
-    )
-    s = re.sub(r"(?<=\d), ?(?=\d{3}(?!\d))", ",", s) if re.search(r"\{,\}|,\\!", answer) else s
+    s = re.sub(r"(?<=\d)\s*(?:\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ",", s).replace("{,}", ",")
+    s = re.sub(r"(?<=\d)(?:\\,|\\!|~)(?=\d{3}(?!\d))|\\!", "", s).replace("\\,", " ")
     s = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", s, flags=re.DOTALL)
     s = re.sub(r"\\\$\s*(-?)(?=\.?\d)|(?<![\d}])\$(?=\.?\d)(?!.*\$)", r"\\dollar \1", s)
     s = s.replace("\\$", "").replace("$", " ")

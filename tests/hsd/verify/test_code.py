@@ -40,10 +40,10 @@ def test_extract_code(text, code):
 
 
 def test_hostile_text_is_read_in_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in ("`" * 100_000, "```" + "a" * 100_000, "~" * 100_000, "```\n" * 30_000, " " * 100_000 + "```"):
         extract_code(text)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 2
 
 
 def test_right_and_wrong_in_every_form():

@@ -1004,6 +1004,7 @@ RIGHT["names without a backslash, braces, words beside brackets"] = [
     (r"\binom{n+1}{2}", r"\boxed{{n+1 \choose 2}}"),
     ("2516_8", r"\boxed{(2516)_8}"),
     ("3:2", r"\boxed{3{:}2}"),
+    (r"10,\!080", r"\boxed{ 10, \!080 }"),
     ("January 5", r"\boxed{\text{january 5}}"),
     (r"\sqrt{5}", "\\boxed{\u221a{5}}"),
     ("12", "\u206012\u200b"),
