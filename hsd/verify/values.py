@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Context, Decimal, InvalidOperation
 from fractions import Fraction
+from typing import TypeVar
 
 from hsd.verify.spelling import is_words, normalized
 from hsd.verify.units import SCALES, Unit, read_unit
@@ -21,6 +22,7 @@ DIGITS = 6  # that it must have: 0.333333, but 0.000001 stands for no 1/1000001
 MAX_EXPONENT = 5000
 MAX_ITEMS = 60
 Ask = Callable[[str, str], bool]
+Item = TypeVar("Item")
 _WIDE = Context(prec=200_000)
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?"
@@ -245,6 +247,8 @@ def _equal(a: str, b: str, ask: Ask, tolerance: float | None) -> bool:
     if one[1] and two[1] and not one[1].same(two[1]):
         return False
     left, right = (_as_latex(n) if n and not n.percent else s for n, (s, _) in zip(numbers, (one, two), strict=True))
+    if one[1] and two[1] and (times := two[1].factor / one[1].factor) != 1:
+        right = rf"({right})\cdot\frac{{{times.numerator}}}{{{times.denominator}}}"
     return ask(left, right)
 
 
@@ -366,29 +370,29 @@ def _same_items(a: Items, b: Items, ask: Ask, tolerance: float | None) -> bool:
         return len(a.items) == len(b.items) and all(
             _equal(x, y, ask, tolerance) for x, y in zip(a.items, b.items, strict=True)
         )
-    left, right = _distinct(_expanded(a.items)), _distinct(_expanded(b.items))
+    return _matched(_expanded(a.items), _expanded(b.items), lambda x, y: _equal(x, y, ask, tolerance))
+
+
+def _matched(left: list[Item], right: list[Item], same: Callable[[Item, Item], bool]) -> bool:
+    """Whether each of `left` has one of `right` for itself, and none is over."""
     if len(left) != len(right):
         return False
+    right = list(right)
     for x in left:
-        cheap = [y for y in right if x == y] or right
-        match = next((y for y in cheap if _equal(x, y, ask, tolerance)), None)
-        if match is None:
+        at = right.index(x) if x in right else next((i for i, y in enumerate(right) if same(x, y)), None)
+        if at is None:
             return False
-        right.remove(match)
+        del right[at]
     return True
 
 
 def _expanded(items: tuple[str, ...]) -> list[str]:
-    """`x=1, 2` names its variable once; `\\pm 2` is two items."""
+    """`x=1, 2` names its variable once; `\\pm 2` is two items; each once."""
     out = []
     for item in items:
         inner = _items(item) if "\\pm" in item else None
         out += inner.items if inner else [item]
-    return out
-
-
-def _distinct(items: list[str]) -> list[str]:
-    return list(dict.fromkeys(items))
+    return list(dict.fromkeys(out))
 
 
 def _same_words(a: str, b: str) -> bool:
@@ -413,10 +417,13 @@ def _all_words(s: str) -> bool:
 # -- intervals and inequalities ---------------------------------------------------------------------------------------
 
 
+Part = tuple[str, str, str, str]  # "[" or "(", lower end, upper end, "]" or ")"
+
+
 @dataclass(frozen=True)
 class Region:
     variable: str | None
-    parts: tuple[tuple[str, str, str, str], ...]  # "[" or "(", lower end, upper end, "]" or ")"
+    parts: tuple[Part, ...]
     relation: bool  # written with an inequality or a union, not as one pair in brackets
 
 
@@ -448,15 +455,13 @@ def read_region(s: str) -> Region | None:
         return _without_point(region, excluded[3]) if region and region.variable == excluded[2] else None
     pieces = re.split(r" or |\\cup|\\lor|\\vee|, ", body)
     read = [_chain(piece.strip()) for piece in pieces]
-    both = re.split(r" and |\\cap|\\land|\\wedge", body)
+    both = [_chain(half.strip()) for half in re.split(r" and |\\cap|\\land|\\wedge", body)]
     if len(both) == 2:
-        halves = [_chain(x.strip()) for x in both]
-        if all(h and len(h[1]) == 1 for h in halves):
-            (_, (p,)), (_, (q,)) = halves  # type: ignore[misc]
-            first, second = (p, q) if p[1] != _FROM else (q, p)
-            if first[2] == _TO and second[1] == _FROM and halves[0][0] == halves[1][0]:  # type: ignore[index]
-                return Region(halves[0][0], ((first[0], first[1], second[2], second[3]),), True)  # type: ignore[index]
-        return None
+        above, below = sorted((h for h in both if h), key=lambda h: h[1][0][1] == _FROM) if all(both) else (None, None)
+        if not above or not below or above[0] != below[0] or len(above[1]) + len(below[1]) > 2:
+            return None
+        (p,), (q,) = above[1], below[1]
+        return Region(above[0], ((p[0], p[1], q[2], q[3]),), True) if (p[2], q[1]) == (_TO, _FROM) else None
     if any(r is None for r in read) or len({r[0] for r in read if r}) != 1:
         return None
     return Region(read[0][0], tuple(p for r in read if r for p in r[1]), True)  # type: ignore[index]
@@ -478,7 +483,7 @@ def _without_point(region: Region, point: str) -> Region | None:
     return replace(region, parts=tuple(parts)) if len(parts) == len(region.parts) + 1 else None
 
 
-def _pair(s: str) -> tuple[str, str, str, str] | None:
+def _pair(s: str) -> Part | None:
     if len(s) < 5 or s[0] not in "([" or s[-1] not in ")]" or not _closes_last(s):
         return None
     ends = _split(s[1:-1])
@@ -489,39 +494,27 @@ def _end(s: str) -> str:
     return _TO if s in (r"+\infty", r"\infty") else s
 
 
-def _chain(s: str) -> tuple[str, tuple[tuple[str, str, str, str], ...]] | None:
-    if r"\neq" in s:
-        left, _, right = s.partition(r"\neq")
-        if not re.fullmatch(_SYMBOL, left.strip()):
-            return None
-        right = right.strip()
-        return left.strip(), (("(", _FROM, right, ")"), ("(", right, _TO, ")"))
-    signs = _ORDER.findall(s)
-    terms = [t.strip() for t in _ORDER.split(s)]
-    if "=" in s or len(terms) not in (2, 3) or not all(terms):
+def _chain(s: str) -> tuple[str, tuple[Part, ...]] | None:
+    """The variable of one relation, and where it holds: ``1<x\\leq 2``, ``x\\neq 3``."""
+    signs = re.findall(r"\\leq|\\geq|\\neq|<|>|=", s)
+    terms = [t.strip() for t in re.split(r"\\leq|\\geq|\\neq|<|>|=", s)]
+    if not all(terms) or "=" in signs:
         return None
-    down = [sign in (">", r"\geq") for sign in signs]
-    if len(set(down)) != 1:
+    if signs == [r"\neq"]:
+        name, point = terms
+        return (name, (("(", _FROM, point, ")"), ("(", point, _TO, ")"))) if re.fullmatch(_SYMBOL, name) else None
+    if all(sign in (">", r"\geq") for sign in signs):
+        terms, signs = terms[::-1], [{">": "<", r"\geq": r"\leq"}[sign] for sign in signs[::-1]]
+    if not all(sign in ("<", r"\leq") for sign in signs) or len(terms) not in (2, 3):
         return None
-    if down[0]:
-        terms, signs = terms[::-1], signs[::-1]
-    closed = [sign in (r"\leq", r"\geq") for sign in signs]
-    if len(terms) == 3:
-        if not re.fullmatch(_SYMBOL, terms[1]):
-            return None
-        return terms[1], (
-            (
-                "[" if closed[0] and terms[0] != _FROM else "(",
-                terms[0],
-                _end(terms[2]),
-                "]" if closed[1] and _end(terms[2]) != _TO else ")",
-            ),
-        )
-    if re.fullmatch(_SYMBOL, terms[0]) and not terms[0].startswith((r"\pi", "e\0")):
-        return terms[0], (("(", _FROM, terms[1], "]" if closed[0] else ")"),)
-    if re.fullmatch(_SYMBOL, terms[1]):
-        return terms[1], (("[" if closed[0] else "(", terms[0], _TO, ")"),)
-    return None
+    if len(terms) == 2:  # an open end
+        lower = re.fullmatch(_SYMBOL, terms[0]) and not terms[0].startswith(r"\pi")
+        terms, signs = ([_FROM, *terms], ["<", *signs]) if lower else ([*terms, _TO], [*signs, "<"])
+    low, name, high = terms
+    if not re.fullmatch(_SYMBOL, name):
+        return None
+    start = "[" if signs[0] == r"\leq" and low != _FROM else "("
+    return name, ((start, low, _end(high), "]" if signs[1] == r"\leq" and _end(high) != _TO else ")"),)
 
 
 def _same_regions(a: Region, b: Region, ask: Ask, tolerance: float | None) -> bool:
@@ -529,43 +522,19 @@ def _same_regions(a: Region, b: Region, ask: Ask, tolerance: float | None) -> bo
         return False
     if len(a.parts) != len(b.parts) or len(a.parts) > 20:
         return False
-    left = list(b.parts)
-    for part in a.parts:
-        match = next((p for p in left if _same_part(part, p, ask, tolerance)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return True
 
+    def same(p: Part, q: Part) -> bool:
+        ends = ((p[1], q[1]), (p[2], q[2]))
+        return (p[0], p[3]) == (q[0], q[3]) and all(
+            x == y or ({x, y}.isdisjoint((_FROM, _TO)) and _equal(x, y, ask, tolerance)) for x, y in ends
+        )
 
-def _same_part(p: tuple[str, str, str, str], q: tuple[str, str, str, str], ask: Ask, tolerance: float | None) -> bool:
-    if (p[0], p[3]) != (q[0], q[3]):
-        return False
-    return all(
-        x == y or (_FROM not in (x, y) and _TO not in (x, y) and _equal(x, y, ask, tolerance))
-        for x, y in ((p[1], q[1]), (p[2], q[2]))
-    )
+    return _matched(list(a.parts), list(b.parts), same)
 
 
 # -- what SymPy may read ----------------------------------------------------------------------------------------------
 
-_FUNCTIONS = {
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "log",
-    "exp",
-    "sqrt",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "sinh",
-    "cosh",
-    "tanh",
-}
+_FUNCTIONS = set("sin cos tan cot sec csc log exp sqrt arcsin arccos arctan sinh cosh tanh".split())
 
 
 def is_expression(s: str) -> bool:

@@ -992,6 +992,11 @@ RIGHT["spaces as thousands, currencies, temperatures, squared"] = [
     ("2.5 hours", "2.5 hrs"),
     (r"3 \times 10^{8} \text{ m/s}", r"The speed is $3\times10^8$ m/s."),
 ]
+RIGHT["a unit behind a root"] = [
+    (r"2\sqrt{3} \text{ m}", r"\boxed{200\sqrt{3}\text{ cm}}"),
+    (r"2\sqrt{3} \text{ cm}", r"\boxed{2\sqrt{3}\text{ cm}}"),
+    (r"9\pi \text{ cm}^2", r"\boxed{9\pi}"),
+]
 RIGHT["names without a backslash, braces, words beside brackets"] = [
     (r"-\frac{\pi}{6}", r"\boxed{-pi/6}"),
     (r"\ln 2", r"\boxed{ln(2)}"),
@@ -1054,6 +1059,11 @@ WRONG["spaces as thousands, currencies, temperatures, squared"] = [
     (r"9.8 \text{ m/s}^2", r"\boxed{9.8 \text{ meters per second}}"),
     (r"75^\circ", r"\boxed{75'}"),
     (r"3 \times 10^{8} \text{ m/s}", r"The speed is $3\times10^8$ km/s."),
+]
+WRONG["a unit behind a root"] = [
+    (r"2\sqrt{3} \text{ cm}", r"\boxed{2\sqrt{3}\text{ m}}"),
+    (r"2\sqrt{3} \text{ m}", r"\boxed{200\sqrt{3}\text{ mm}}"),
+    (r"9\pi \text{ cm}^2", r"\boxed{9\pi \text{ m}^2}"),
 ]
 WRONG["names without a backslash, braces, words beside brackets"] = [
     (r"-\frac{\pi}{6}", r"\boxed{pi/6}"),
