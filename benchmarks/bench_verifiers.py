@@ -56,7 +56,11 @@ def gold_answers(workers: int) -> Facts:
     numbers = [n for split in ("test", "train") for n in _gsm8k(split)]
     aime = [str(row["answer"]) for year in (24, 25) for row in rows(f"aime{year}.jsonl")]
     answers = [row["answer"] for row in rows("math500.jsonl")]
-    others = [(gold, answers[i - 1]) for i, gold in enumerate(answers) if gold != answers[i - 1]]
+    others = [
+        (gold, answers[i - 1])
+        for i, gold in enumerate(answers)
+        if gold.rpartition("=")[2] != answers[i - 1].rpartition("=")[2]
+    ]
     return {
         "GSM8K": _forms(numbers, number_forms, Status.CORRECT, workers),
         "GSM8K, wrong": _forms(numbers, wrong_number_forms, Status.INCORRECT, workers),

@@ -146,16 +146,20 @@ _POWER = r"(?:\s*\^\s*\{?-?\d\}?)?"
 _UNIT_WORDS = rf"[A-Za-z]+\b{_POWER}(?:(?:/| per )[A-Za-z]+{_POWER})?(?: squared| cubed)?"
 _WORDS = re.compile(r"[A-Za-z]+")
 _MARKUP = re.compile(r"^(?:#{1,6}\s+|[-\u2022]\s+(?=[A-Za-z*])|\d{1,2}[.)]\s+(?=[A-Za-z*$]))")
+_ROUNDED = re.compile(r"[\s,]*\b(?:or|which is)\s+(?:approximately|about|roughly)\s+(?=[$\d.])")
 
 
 def _of_line(line: str) -> str | None:
     line = re.sub(r"\*\*|__|`", "", _MARKUP.sub("", line.strip())).strip("* ")
     line = re.sub(r"\s*\(or ([^()]+)\)", r" or \1", line)
+    line = _ROUNDED.sub(r" \\approx ", line)
     formulas = [m for m in _MATH.finditer(line) if not _wordy(_inner(m))]
     if formulas:
         *earlier, last = formulas
         after = line[last.end() :]
         found, start = [_inner(last)], last.start()
+        if earlier and line[earlier[-1].end() : start].strip() == r"\approx":
+            return f"{_inner(earlier[-1])} \\approx {_inner(last)}"
         for m in reversed(earlier):
             if not _BETWEEN.fullmatch(line[m.end() : start]):
                 break

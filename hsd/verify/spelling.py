@@ -64,10 +64,10 @@ def _vulgar(c: str) -> str:
 
 _SPACES = re.compile(r"(?<!\\)\\[;: ]|~|\\q?quad(?![a-zA-Z])|\\hspace\*?\{[^{}]*\}")
 _NOTHING = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|limits|bigl?|bigr|Bigl?|Bigr|rm|bf|it)(?![a-zA-Z])|\\!|\\phantom\{[^{}]*\}"
+    r"\\(?:left|right|displaystyle|textstyle|limits|bigl?|bigr|Bigl?|Bigr|rm|bf|it|large|Large|LARGE|huge|Huge|small)(?![a-zA-Z])|\\(?:text)?color\s*\{[^{}]*\}|\\!|\\phantom\{[^{}]*\}"
 )
 _TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mbox|hbox|operatorname|unit|bm|boldsymbol)\*?\s*\{((?:[^{}]|\{[^{}]*\})*+)\}"
+    r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mbox|hbox|underline|operatorname|unit|bm|boldsymbol)\*?\s*\{((?:[^{}]|\{[^{}]*\})*+)\}"
 )
 _SAME = {
     r"\\[dtc]frac(?![a-zA-Z])": r"\\frac", r"\\(?:varnothing|empty)(?![a-zA-Z])|\\\{\s*\\\}|\{\s*\}$": r"\\emptyset ",
@@ -83,7 +83,7 @@ _SAME = {
 }  # fmt: skip
 _SPELLINGS = [(re.compile(pattern), other) for pattern, other in _SAME.items()]
 _BARE = re.compile(
-    r"(?<![a-zA-Z\\])(?:(sin|cos|tan|cot|csc|ln|log|arcsin|arccos|arctan|sinh|cosh|tanh|pi)|(infinity))(?![a-zA-Z])"
+    r"(?<![a-zA-Z\\])(?:(sin|cos|tan|cot|csc|ln|log|arcsin|arccos|arctan|sinh|cosh|tanh|pi|sqrt)|(infinity))(?![a-zA-Z])"
 )
 _CURRENCY = r"dollar|euro|pound|yen|rupee"
 _CODES = {"USD": "dollar", "EUR": "euro", "GBP": "pound", "JPY": "yen", "INR": "rupee", "Rs": "rupee", "US": "dollar"}
@@ -100,6 +100,7 @@ def normalized(answer: str) -> str:
     """One spelling for answers that are written differently: Unicode, spaces, ``\\dfrac``, ``\\text``, dollar signs,
     degrees, percent, thousands commas, a period after. A comma that separates is followed by a space, and only that."""
     s = ascii_math(answer.strip()).replace("{:}", ":")
+    s = re.sub(r"^(['\"])(.*)\1$", r"\2", s)
     s = re.sub(r"(?<=\d)\s*(?:\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ",", s).replace("{,}", ",")
     s = re.sub(r"(?<=\d)(?:\\,|\\!|~)(?=\d{3}(?!\d))|\\!", "", s).replace("\\,", " ")
     s = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", s, flags=re.DOTALL)
@@ -127,6 +128,8 @@ def normalized(answer: str) -> str:
     s = re.sub(rf"\\({_CURRENCY})", r" \1s", s.replace(r"\dollar", ""))
     s = re.sub(r"^\s*(?:\\sim|approximately|approx\.?|about|roughly|around)(?![a-zA-Z])", "", s)
     s = _BARE.sub(lambda m: rf"\{m[1] or 'infty'} ", s)
+    s = re.sub(r"\\sqrt\s*\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", s)
+    s = re.sub(r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}", s)
     s = s.strip().rstrip(".;,").strip()
     s = re.sub(r"(?<=\d) (?=\d{3}(?!\d))", "", s) if re.fullmatch(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?", s) else s
     s = "".join(_unthousand(part) if depth == 0 else part for depth, part in _by_depth(s))

@@ -242,7 +242,7 @@ def _equal(a: str, b: str, ask: Ask, tolerance: float | None) -> bool:
     if re.match(r"\w*\d_\{?\d", a) or re.match(r"\w*\d_\{?\d", b):
         return re.sub(r"[{}]", "", a) == re.sub(r"[{}]", "", b)
     if not all(n or is_expression(s) for n, s in zip(numbers, (a, b), strict=True)):
-        return _same_words(a, b)
+        return a.casefold() == b.casefold()
     one, two = (_without_unit(s) for s in (a, b))
     if one[1] and two[1] and not one[1].same(two[1]):
         return False
@@ -438,6 +438,10 @@ def read_region(s: str) -> Region | None:
     builder = re.fullmatch(r"\\\{\s*(.+?)(?:\\in\\mathbb\{R\})?\s*[|:]\s*(.+)\\\}", s)
     if builder:
         return read_region(builder[2])
+    if size := re.fullmatch(rf"\|({_SYMBOL})\|(<|>|\\leq|\\geq)(.+)", s):
+        name, sign, end = size.groups()
+        inside = sign in ("<", r"\leq")
+        return read_region(f"-{end}{sign}{name}{sign}{end}" if inside else f"{name}{sign}{end} or -{end}{sign}{name}")
     member = re.match(rf"({_SYMBOL})\\in ?(?=[(\[\\])", s)
     variable = member[1] if member else None
     body = s[member.end() :] if member else s
@@ -542,7 +546,7 @@ def is_expression(s: str) -> bool:
     plain = re.sub(r"\\begin\{\w+\}|\\end\{\w+\}|\\[a-zA-Z]+", " ", s)
     if any(w.lower() not in _FUNCTIONS for w in re.findall(r"[A-Za-z]{4,}", plain)):
         return _without_unit(s)[1] is not None
-    return not re.search(r"\d\s+\d|\d\.\d+\.|\.\.|\\ldots|[?!]{2}|:|\d'|_\{?\d{4}", s) and "\\pmod" not in s
+    return not re.search(r"\d\s+\d|\d\.\d+\.|\.\.|\\ldots|!!|[?\"#@:]|\d'|_\{?\d{4}", s) and "\\pmod" not in s
 
 
 def _without_unit(s: str) -> tuple[str, Unit | None]:

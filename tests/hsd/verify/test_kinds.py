@@ -1104,6 +1104,29 @@ WRONG["a point taken out, decimals that stand for fractions"] = [
     ("1/1000001", r"\boxed{0.000001}"),
     ("1000000/1000001", r"\boxed{1000001/1000002}"),
 ]
+RIGHT["fonts, over, bare roots, sizes, a rounded value in words"] = [
+    ("12", r"\boxed{\large 12}"),
+    ("12", r"\boxed{\textcolor{red}{12}}"),
+    ("12", r"\boxed{\underline{12}}"),
+    (r"\frac{7}{12}", r"\boxed{{7 \over 12}}"),
+    (r"2\sqrt{6}+\sqrt{2}", r"\boxed{2 sqrt(6) + sqrt(2)}"),
+    ("x<-3 or x>3", r"\boxed{|x|>3}"),
+    (r"[-2,2]", r"\boxed{|x| \le 2}"),
+    (r"\frac{7}{12}", "The answer is 7/12, or approximately 0.583."),
+    (r"\frac{7}{12}", r"The answer is $\frac{7}{12}$, or approximately $0.583$."),
+    ("0.583", r"The answer is $\frac{7}{12}$, or approximately $0.583$."),
+]
+WRONG["fonts, over, bare roots, sizes, a rounded value in words"] = [
+    ("12", r"\boxed{\underline{13}}"),
+    ("5", r"\boxed{5'}"),
+    ("5", '\\boxed{5"}'),
+    (r"\frac{7}{12}", r"\boxed{{12 \over 7}}"),
+    (r"2\sqrt{6}+\sqrt{2}", r"\boxed{2 sqrt(6) - sqrt(2)}"),
+    ("x<-3 or x>3", r"\boxed{|x|<3}"),
+    (r"[-2,2]", r"\boxed{|x| < 2}"),
+    (r"[-2,2]", r"\boxed{|x| \ge 2}"),
+    (r"\frac{7}{12}", "The answer is 7/13, or approximately 0.538."),
+]
 
 
 @pytest.mark.parametrize("kind", RIGHT)
