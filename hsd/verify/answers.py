@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import re
 
+from hsd.verify.quantities import plain_number, read_number, same_number
 from hsd.verify.spelling import ascii_math, normalized, same_text
 from hsd.verify.units import SCALES, UNITS
-from hsd.verify.values import plain_number, read_number, same_number
 
 __all__ = ["extract_answer", "final_part", "is_boxed", "normalized", "plain_number", "same_text"]
 

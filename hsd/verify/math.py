@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from hsd.verify.answers import extract_answer, final_part, is_boxed
+from hsd.verify.quantities import read_number, same_number
 from hsd.verify.spelling import same_text
 from hsd.verify.status import (
     Completion,
@@ -21,7 +22,7 @@ from hsd.verify.status import (
     rewards,
 )
 from hsd.verify.sympy_pool import SERVERS
-from hsd.verify.values import equal, read_choice, read_number, same_number
+from hsd.verify.values import equal, read_choice
 
 TIMEOUT = 5.0  # seconds of CPU time for one comparison
 MAX_ANSWER = 1_000  # characters; the longest gold answer of MATH-500 has 53
