@@ -33,8 +33,8 @@ from verifier_peers import graders
 from verifier_variants import KINDS, Pair, expressions, variants
 
 from hsd.verify import Limits, Result, Status, isolation, verify_code, verify_math
-from hsd.verify.code import code_reward
-from hsd.verify.math import SERVERS, math_reward
+from hsd.verify.code import code_reward_with
+from hsd.verify.math import SERVERS, math_reward_with
 from hsd.verify.status import in_order
 
 ROOT = Path(__file__).parents[1]
@@ -53,18 +53,29 @@ def rows(name: str) -> list[Facts]:
 
 
 def gold_answers(workers: int) -> Facts:
-    numbers = [row["answer"].rpartition("####")[2].strip() for row in rows("gsm8k_test.jsonl")]
+    numbers = [n for split in ("test", "train") for n in _gsm8k(split)]
+    aime = [str(row["answer"]) for year in (24, 25) for row in rows(f"aime{year}.jsonl")]
     answers = [row["answer"] for row in rows("math500.jsonl")]
-    others = [(gold, answers[i - 1]) for i, gold in enumerate(answers) if gold != answers[i - 1]]
+    others = [
+        (gold, answers[i - 1])
+        for i, gold in enumerate(answers)
+        if gold.rpartition("=")[2] != answers[i - 1].rpartition("=")[2]
+    ]
     return {
         "GSM8K": _forms(numbers, number_forms, Status.CORRECT, workers),
         "GSM8K, wrong": _forms(numbers, wrong_number_forms, Status.INCORRECT, workers),
+        "AIME": _forms(aime, number_forms, Status.CORRECT, workers),
+        "AIME, wrong": _forms(aime, wrong_number_forms, Status.INCORRECT, workers),
         "MATH-500": _forms(answers, math_forms, Status.CORRECT, workers),
         "MATH-500, another's answer": _judge(
             [(gold, "boxed", rf"\boxed{{{other}}}") for gold, other in others], Status.INCORRECT, workers
         ),
         "MATH-500, SymPy alone": _sympy_alone(answers, workers),
     }
+
+
+def _gsm8k(split: str) -> list[str]:
+    return [row["answer"].rpartition("####")[2].strip() for row in rows(f"gsm8k_{split}.jsonl")]
 
 
 def _forms(golds: Sequence[str], forms: Callable[[str], dict[str, str]], wanted: Status, workers: int) -> Facts:
@@ -100,7 +111,7 @@ def _sympy_alone(answers: list[str], workers: int) -> Facts:
 
 def made_variants(workers: int, peers: Path | None) -> Facts:
     """Every grader on the same pairs: of GSM8K every 180th answer, of AIME every tenth, of MATH-500 every fourth."""
-    numbers = [row["answer"].rpartition("####")[2].strip().replace(",", "") for row in rows("gsm8k_test.jsonl")][::180]
+    numbers = [number.replace(",", "") for number in _gsm8k("test")[::180]]
     numbers += [str(row["answer"]) for name in ("aime24.jsonl", "aime25.jsonl") for row in rows(name)[::10]]
     pairs = [p for n in dict.fromkeys(numbers) if n.isdigit() and int(n) > 1 for p in variants(int(n))]
     answers = [row["answer"] for row in rows("math500.jsonl")]
@@ -266,25 +277,26 @@ def _peak_mib() -> int:
 
 def speed(workers: int) -> Facts:
     """Verdicts a second through the reward functions, after a warm-up; meaningful on an idle machine only."""
-    golds = [row["answer"].rpartition("####")[2].strip() for row in rows("gsm8k_test.jsonl")][:400]
+    golds = _gsm8k("test")[:400]
     answers = [row["answer"] for row in rows("math500.jsonl")]
     script = {"inputs": ["41\n"], "outputs": ["42\n"]}
     function = {"asserts": ["assert f(1) == 2"]}
-    sympy = ["x + x", "(x+1)^2", r"\\sqrt{8}", r"\\frac{2x}{4}"] * 25
-    same = ["2x", "x^2+2x+1", r"2\\sqrt{2}", r"\\frac{x}{2}"] * 25
+    sympy = ["x + x", "(x+1)^2", r"\sqrt{8}", r"\frac{2x}{4}"] * 25
+    same = ["2x", "x^2+2x+1", r"2\sqrt{2}", r"\frac{x}{2}"] * 25
+    math_reward, code_reward = math_reward_with(workers=workers), code_reward_with(workers=workers)
     work: dict[str, tuple[Callable[..., Any], list[str], list[Any]]] = {
         "unboxed numbers": (math_reward, [f"So there are {g} apples in total." for g in golds], golds),
-        "boxed MATH-500 answers": (math_reward, [rf"\\boxed{{{a}}}" for a in answers], answers),
+        "boxed MATH-500 answers": (math_reward, [rf"\boxed{{{a}}}" for a in answers], answers),
         "unboxed MATH-500 answers": (math_reward, [f"The answer is ${a}$." for a in answers], answers),
-        "answers that need SymPy": (math_reward, [rf"\\boxed{{{a}}}" for a in sympy], same),
+        "answers that need SymPy": (math_reward, [rf"\boxed{{{a}}}" for a in sympy], same),
         "scripts": (code_reward, ["print(int(input()) + 1)"] * 100, [script] * 100),
         "functions": (code_reward, ["def f(x): return x + 1"] * 100, [function] * 100),
     }
     found = {}
     for name, (reward, texts, columns) in work.items():
-        reward(texts[: 2 * workers], columns[: 2 * workers], workers=workers)
+        reward(texts[: 2 * workers], columns[: 2 * workers])
         start = time.monotonic()
-        rewards = reward(texts, columns, workers=workers)
+        rewards = reward(texts, columns)
         found[name] = {
             "a second": round(len(texts) / (time.monotonic() - start), 1),
             "correct": rewards.count(1.0),

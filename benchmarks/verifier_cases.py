@@ -109,7 +109,7 @@ def math_forms(answer: str) -> dict[str, str]:
         "boxed": rf"So \boxed{{{answer}}}.",
         "boxed, period": rf"\boxed{{{answer}.}}",
         "boxed, dollars": rf"\boxed{{${answer}$}}",
-        "boxed, spaces": rf"\boxed{{ {answer.replace(',', ', ').replace('+', ' + ')} }}",
+        "boxed, spaces": rf"\boxed{{ {re.sub(r',(?![0-9]{3}(?![0-9]))', ', ', answer).replace('+', ' + ')} }}",
         "in math": f"The answer is ${answer}$.",
         "in brackets": f"The answer is \\({answer}\\)",
         "plain": answer,

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import re
 
+from hsd.verify.quantities import plain_number, read_number, same_number
 from hsd.verify.spelling import ascii_math, normalized, same_text
 from hsd.verify.units import SCALES, UNITS
-from hsd.verify.values import plain_number
 
 __all__ = ["extract_answer", "final_part", "is_boxed", "normalized", "plain_number", "same_text"]
 
@@ -32,11 +32,11 @@ _THOUGHT_STARTS = re.compile(
 )
 _SPECIAL = re.compile(r"(?:(?:<\|[a-z_]{1,20}\|>|</s>|<eos>|<end_of_turn>)\s?)++\Z")
 _SAYS = re.compile(
-    r"(?i:\banswers?\b(?:[^.\n:=$\\]{0,60}?\b(?:is|are|be|equals|becomes)\b|\W{0,6}?[:=]))[\s:*_]*([^\s:][^\n]*)"
+    r"(?i:\banswers?\b(?:(?:(?!not\b|n't)[^.\n:=$\\]){0,60}?\b(?:is|are|be|equals|becomes)\b|\W{0,6}?[:=]))[\s:*_]*([^\s:][^\n]*)"
 )
 # What is inside holds no second opener: with one, 10,000 tokens of "\(" were read for 15 s under Python's global lock.
 _MATH = re.compile(
-    r"(?<!\\)\$\$((?:\\.|[^$\\])++)\$\$|(?<!\\)\$((?:\\.|[^$\\\n])++)\$|\\\(((?:(?!\\[()]).)++)\\\)|\\\[((?:(?!\\[\[\]]).)++)\\\]",
+    r"(?<!\\)\$\$((?:\\.|[^$\\])++)\$\$|(?<!\\)\$((?:\\.|[^$\\\n])++)\$(?!\d)|\\\(((?:(?!\\[()]).)++)\\\)|\\\[((?:(?!\\[\[\]]).)++)\\\]",
     re.DOTALL,
 )
 _BETWEEN = re.compile(
@@ -51,7 +51,7 @@ _FILLER = re.compile(
 )
 # A sign counts only where no operand stands before it ("7-5" ends in 5).
 SIGNED = (
-    r"(?:(?<![\w)\]}%$])[-+]\s?(?=[$\u20ac\u00a3]?\.?\d))?(?:\\?[$\u20ac\u00a3]-?)?"
+    r"(?:(?<![\w)\]}%$])[-+]\s?(?=\$?\.?\d))?(?:(?:\\?\$|\\(?:euro|pound|yen|rupee) ?)-?)?"
     r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?"
 )
 _IN_SENTENCE = re.compile(
@@ -67,7 +67,7 @@ def extract_answer(text: str) -> str | None:
     part = final_part(text)
     if part is None or not part.strip():
         return None
-    part = ascii_math(part)
+    part = re.sub(r"<<[^<>\n]*>>", "", ascii_math(part))  # GSM8K's calculator
     if is_boxed(part):
         return _last_boxes(part)
     part = _MATH.sub(lambda m: re.sub(r"\s*\n\s*", " ", m[0]), part)  # display math on lines of its own
@@ -142,24 +142,36 @@ def _braced(text: str, start: int, stop: int) -> tuple[int, str | None]:
     return i, None
 
 
+_POWER = r"(?:\s*\^\s*\{?-?\d\}?)?"
+_UNIT_WORDS = rf"[A-Za-z]+\b{_POWER}(?:(?:/| per )[A-Za-z]+{_POWER})?(?: squared| cubed)?"
+_WORDS = re.compile(r"[A-Za-z]+")
+_MARKUP = re.compile(r"^(?:#{1,6}\s+|[-\u2022]\s+(?=[A-Za-z*])|\d{1,2}[.)]\s+(?=[A-Za-z*$]))")
+_ROUNDED = re.compile(r"[\s,]*\b(?:or|which is)\s+(?:approximately|about|roughly)\s+(?=[$\d.])")
+
+
 def _of_line(line: str) -> str | None:
-    line = re.sub(r"\*\*|__|`", "", line.strip()).strip("* ")
+    line = re.sub(r"\*\*|__|`", "", _MARKUP.sub("", line.strip())).strip("* ")
+    line = re.sub(r"\s*\(or ([^()]+)\)", r" or \1", line)
+    line = _ROUNDED.sub(r" \\approx ", line)
     formulas = [m for m in _MATH.finditer(line) if not _wordy(_inner(m))]
     if formulas:
         *earlier, last = formulas
         after = line[last.end() :]
         found, start = [_inner(last)], last.start()
+        if earlier and line[earlier[-1].end() : start].strip() == r"\approx":
+            return f"{_inner(earlier[-1])} \\approx {_inner(last)}"
         for m in reversed(earlier):
             if not _BETWEEN.fullmatch(line[m.end() : start]):
                 break
             found.insert(0, _inner(m))
             start = m.start()
         joined = ", ".join(dict.fromkeys(found))
-        unit = re.match(r"\s*(\\?%|[A-Za-z]+\b)", after)
+        unit = re.match(rf"\s*(\\?%|{_UNIT_WORDS})", after)
         number = _numbers(after)
         if re.match(r"[\s,(]*(?:or|and|maybe|perhaps)\b", after) and number:
-            return line  # two guesses
-        if unit and ("%" in unit[1] or unit[1] in SCALES or unit[1] in UNITS):
+            one, two = read_number(joined), read_number(number[-1])
+            return joined if one and two and same_number(one, two) else line  # or two guesses
+        if unit and ("%" in unit[1] or unit[1] in SCALES or _WORDS.findall(unit[1])[0] in UNITS):
             return f"{joined} {unit[1]}"
         negated = re.search(r"\bnot\s*$", line[: formulas[0].start()]) is not None
         return line if negated else number[-1] if number and "$" not in after else joined or None
@@ -172,7 +184,7 @@ def _inner(formula: re.Match[str]) -> str:
 
 def _wordy(text: str) -> bool:
     """Whether there are words in it that are no names of mathematics."""
-    if re.search("[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]", text):
+    if re.search("[^\\W\\d_a-zA-Z\u0370-\u03ff]", text):
         return True
     plain = re.sub(r"\\(?:text|mathrm|textbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text)
     words = re.findall(r"[A-Za-z]{2,}", plain)
@@ -181,9 +193,10 @@ def _wordy(text: str) -> bool:
 
 _CHOSEN = re.compile(
     r"(?i:answer|choice|option)\b[^.]{0,20}?\bis\s+(?:option\s+)?\(?([A-J])\)?(?![\w'])(?!\s*[-=+*/^<>])(?! or)"
+    r"|(?i:option|choice)\s+\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b"
 )
 _NO_ANSWER = re.compile(
-    r"(?i:\bnot|n't)\s+$|\u2260\s*$|\\neq\s*$"
+    r"(?i:\bnot|n't|than)\s+$|\u2260\s*$|\\neq\s*$"
     r"|(?i:figure|step|case|problem|question|chapter|section|table|example|equation|page)\s+$"
 )
 _SPAN = re.compile(r"(?i:\b(?:after|in|within|every|for|over|during)\s+(?:the\s+)?$)")
@@ -199,7 +212,7 @@ def _of_sentence(line: str) -> str | None:
     if not _wordy(line) or said:
         return line.strip() or None
     if chosen := _CHOSEN.search(line):
-        return chosen[1]
+        return chosen[1] or chosen[2]
     rest = line
     end = len(line.rstrip())
     copulas = [m for m in _COPULA.finditer(line) if m.end() < end]
@@ -208,7 +221,9 @@ def _of_sentence(line: str) -> str | None:
     filler = _FILLER.match(rest)
     rest = (rest[filler.end() :] if filler else rest).strip(" :,") or rest.strip()
     before = line[: copulas[-1].start()] if copulas else ""
-    negated = re.match(r"(?i:not\b)", rest) or re.search(r"(?i:\bnot|cannot|n't)\s+$", before)
+    negated = re.match(r"(?i:(?:not|wrong|incorrect|impossible)\b)", rest) or re.search(
+        r"(?i:\bnot|cannot|n't)\s+$", before
+    )
     if negated and before and not rest.lower().startswith("not"):
         return line.strip()
     if not re.search(r"[\d\\]", rest) and _numbers(line):
@@ -220,9 +235,7 @@ def _of_sentence(line: str) -> str | None:
         after = rest[first.end() :]
         if _CONTINUES.match(after):
             return rest
-        words = re.match(
-            r"\s+((?:square |cubic |sq )?[A-Za-z]+(?:\s*\^\s*\{?\d\}?|\u00b2|\u00b3)?(?:(?:/| per )[A-Za-z]+)?)", after
-        )
+        words = re.match(rf"\s+((?:square |cubic |sq )?{_UNIT_WORDS})", after)
         return (
             f"{shown} {words[1]}"
             if words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hsd.verify.answers import final_part
@@ -22,32 +22,41 @@ DEFAULT_LIMITS = Limits()
 
 
 def code_reward(
-    completions: Sequence[Completion],
-    tests: Sequence[Mapping[str, Any] | str | None],
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-    official: bool = False,
-    workers: int | None = None,
-    **columns: Any,
+    completions: Sequence[Completion], tests: Sequence[Mapping[str, Any] | str | None], **columns: Any
 ) -> list[float | None]:
     """1.0 where the completion's program passes all of `tests` (see `verify_code`), else 0.0; a TRL reward function.
 
-    None where the verifier failed, with a warning, and for rows without tests (mathematics). The order is kept;
-    `workers` programs run at a time, by default one per core.
+    None where the verifier failed, with a warning, and for rows without tests (mathematics). The order is kept.
     """
-    check_column("tests", tests, completions)
-    texts = [completion_text(c) for c in completions]
-    mine = [i for i, given in enumerate(tests) if given]
-    if mine:
-        isolation()  # its warning, once, from the caller's thread
+    return code_reward_with()(completions, tests, **columns)
 
-    def judge(i: int) -> Result:
-        given = tests[i]
-        assert given
-        return verify_code(texts[i], given, limits=limits, official=official)
 
-    results = dict(zip(mine, in_order(judge, mine, workers), strict=True))
-    return rewards("code", [results.get(i) for i in range(len(texts))], columns)
+def code_reward_with(
+    *, limits: Limits = DEFAULT_LIMITS, official: bool = False, workers: int | None = None
+) -> Callable[..., list[float | None]]:
+    """`code_reward` with the options of `verify_code` and the number of programs at a time, by default one per core.
+
+    The keywords of a reward function are the data set's columns, whatever their names are.
+    """
+
+    def code_reward(
+        completions: Sequence[Completion], tests: Sequence[Mapping[str, Any] | str | None], **columns: Any
+    ) -> list[float | None]:
+        check_column("tests", tests, completions)
+        texts = [completion_text(c) for c in completions]
+        mine = [i for i, given in enumerate(tests) if given]
+        if mine:
+            isolation()  # its warning, once, from the caller's thread
+
+        def judge(i: int) -> Result:
+            given = tests[i]
+            assert given
+            return verify_code(texts[i], given, limits=limits, official=official)
+
+        results = dict(zip(mine, in_order(judge, mine, workers), strict=True))
+        return rewards("code", [results.get(i) for i in range(len(texts))], columns)
+
+    return code_reward
 
 
 def verify_code(

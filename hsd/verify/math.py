@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from hsd.verify.answers import extract_answer, final_part, is_boxed
+from hsd.verify.quantities import read_number, same_number
 from hsd.verify.spelling import same_text
 from hsd.verify.status import (
     Completion,
@@ -21,7 +22,7 @@ from hsd.verify.status import (
     rewards,
 )
 from hsd.verify.sympy_pool import SERVERS
-from hsd.verify.values import equal, read_choice, read_number, same_number
+from hsd.verify.values import equal, read_choice
 
 TIMEOUT = 5.0  # seconds of CPU time for one comparison
 MAX_ANSWER = 1_000  # characters; the longest gold answer of MATH-500 has 53
@@ -29,27 +30,35 @@ MAX_DIGITS = 100_000
 Gold = str | int | float | Sequence[Any] | Mapping[str, Any]
 
 
-def math_reward(
-    completions: Sequence[Completion],
-    answer: Sequence[Gold],
-    *,
-    timeout: float = TIMEOUT,
-    tolerance: float | None = None,
-    workers: int | None = None,
-    **columns: Any,
-) -> list[float | None]:
+def math_reward(completions: Sequence[Completion], answer: Sequence[Gold], **columns: Any) -> list[float | None]:
     """1.0 where the completion's answer equals `answer` (see `verify_math`), else 0.0; a TRL reward function.
 
     None where the verifier failed, with a warning, and for rows of another kind: those that have ``tests``
-    (`hsd.verify.code_reward`). The order is kept; `workers` processes, by default one per core.
+    (`hsd.verify.code_reward`). The order is kept.
     """
-    check_column("answer", answer, completions)
-    texts = [completion_text(c) for c in completions]
-    other = columns.get("tests") or [None] * len(texts)
-    mine = [i for i, tests in enumerate(other) if not tests]
-    judged = in_order(lambda i: verify_math(texts[i], answer[i], timeout=timeout, tolerance=tolerance), mine, workers)
-    results = dict(zip(mine, judged, strict=True))
-    return rewards("math", [results.get(i) for i in range(len(texts))], columns)
+    return math_reward_with()(completions, answer, **columns)
+
+
+def math_reward_with(
+    *, timeout: float = TIMEOUT, tolerance: float | None = None, workers: int | None = None
+) -> Callable[..., list[float | None]]:
+    """`math_reward` with the options of `verify_math` and the number of processes, by default one per core.
+
+    The keywords of a reward function are the data set's columns, whatever their names are.
+    """
+
+    def math_reward(completions: Sequence[Completion], answer: Sequence[Gold], **columns: Any) -> list[float | None]:
+        check_column("answer", answer, completions)
+        texts = [completion_text(c) for c in completions]
+        other = columns.get("tests") or [None] * len(texts)
+        mine = [i for i, tests in enumerate(other) if not tests]
+        judged = in_order(
+            lambda i: verify_math(texts[i], answer[i], timeout=timeout, tolerance=tolerance), mine, workers
+        )
+        results = dict(zip(mine, judged, strict=True))
+        return rewards("math", [results.get(i) for i in range(len(texts))], columns)
+
+    return math_reward
 
 
 def choice_reward(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float | None]:

@@ -215,7 +215,8 @@ def _run(
     }
     if expected is not None:
         job["expected"] = expected
-    with _folder(layers) as folder, _files() as files, contextlib.ExitStack() as stack:
+    with _folder(layers) as folder, contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_file()) for _ in range(6)]
         job_file, secret_file, verdict_file, input_file, output_file, error_file = files
         _fill(job_file, json.dumps(job))
         _fill(secret_file, json.dumps({"nonce": nonce, **(tests or {})}))
@@ -246,20 +247,9 @@ def _folder(layers: tuple[str, ...]) -> contextlib.AbstractContextManager[str]:
     return tempfile.TemporaryDirectory(prefix="hsd-", ignore_cleanup_errors=True)
 
 
-class _files:
-    """Six open files without a name, in memory where there is memfd: a full disk is no program's fault. Files, not
-    pipes: nothing blocks, and RLIMIT_FSIZE caps what is written."""
-
-    def __enter__(self) -> list[IO[bytes]]:
-        self.files: list[IO[bytes]] = [_file() for _ in range(6)]
-        return self.files
-
-    def __exit__(self, *_: object) -> None:
-        for file in self.files:
-            file.close()
-
-
 def _file() -> IO[bytes]:
+    """An open file without a name, in memory where there is memfd: a full disk is no program's fault. A file, not a
+    pipe: nothing blocks, and RLIMIT_FSIZE caps what is written."""
     if sys.platform == "linux":
         return os.fdopen(os.memfd_create("hsd"), "w+b")
     return tempfile.TemporaryFile()

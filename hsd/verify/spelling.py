@@ -11,7 +11,9 @@ _SUPER = str.maketrans(
 _SUB = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089\u208a\u208b\u2099", "0123456789+-n")
 _SUPER_RUN = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b\u207f\u2071]+")
 _SUB_RUN = re.compile("[\u2080-\u2089\u208a\u208b\u2099]+")
-_ROOT = re.compile(r"([\u221a\u221b\u221c])\s*(\((?:[^()]|\([^()]*\))*\)|\d+(?:\.\d+)?|[A-Za-z\u0370-\u03ff])")
+_ROOT = re.compile(
+    r"([\u221a\u221b\u221c])\s*(\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\}|\d+(?:\.\d+)?|[A-Za-z\u0370-\u03ff])"
+)
 _SYMBOLS = {
     "\u2212": "-", "\u2013": "-", "\u2014": "-", "\u2010": "-", "\u2011": "-", "\ufe63": "-", "\u00d7": r"\times ",
     "\u22c5": r"\cdot ", "\u00b7": r"\cdot ", "\u2217": "*", "\u00f7": "/", "\u2044": "/", "\u2215": "/",
@@ -26,7 +28,7 @@ _SYMBOLS = {
     "\u211a": r"\mathbb{Q}", "\u2102": r"\mathbb{C}", "\u2032": "'", "\u2018": "'", "\u2019": "'", "\u201c": '"',
     "\u201d": '"', "\u2026": r"\ldots ", "\u22ef": r"\ldots ", "\u2223": "|", "\u2216": r"\setminus ",
     "\u27e8": r"\langle ", "\u27e9": r"\rangle ", "\u2192": r"\to ", "\u00a0": "~", "\u2009": "\\,", "\u202f": "\\,",
-    "\u2061": "", "\u200b": "", "\ufeff": "", "\u2062": "", "\u20ac": r"\$", "\u00a3": r"\$",
+    "\u20ac": r"\euro ", "\u00a3": r"\pound ", "\u00a5": r"\yen ", "\u20b9": r"\rupee ", "\u00a2": " cents",
 }  # fmt: skip
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
 
@@ -39,7 +41,7 @@ def ascii_math(s: str) -> str:
     s = _SUB_RUN.sub(lambda m: f"_{{{m[0].translate(_SUB)}}}", s)
     s = re.sub(r"((?:\d\u0305)+)", lambda m: rf"\overline{{{m[1].replace(chr(0x305), '')}}}", s)
     s = re.sub(r"((?:\d\u0307)+)", lambda m: rf"\overline{{{m[1].replace(chr(0x307), '')}}}", s)
-    s = "".join(_vulgar(c) for c in s)
+    s = "".join(_vulgar(c) for c in s if unicodedata.category(c) != "Cf")
     s = _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], s)
     s = unicodedata.normalize("NFKC", s)
     for _ in range(3):  # a root inside a root
@@ -50,7 +52,7 @@ def ascii_math(s: str) -> str:
 
 
 def _group(inner: str) -> str:
-    return "{" + (inner[1:-1] if inner.startswith("(") else inner) + "}"
+    return "{" + (inner[1:-1] if inner[0] in "({" else inner) + "}"
 
 
 def _vulgar(c: str) -> str:
@@ -62,10 +64,10 @@ def _vulgar(c: str) -> str:
 
 _SPACES = re.compile(r"(?<!\\)\\[;: ]|~|\\q?quad(?![a-zA-Z])|\\hspace\*?\{[^{}]*\}")
 _NOTHING = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|limits|bigl?|bigr|Bigl?|Bigr|rm|bf|it)(?![a-zA-Z])|\\!|\\phantom\{[^{}]*\}"
+    r"\\(?:left|right|displaystyle|textstyle|limits|bigl?|bigr|Bigl?|Bigr|rm|bf|it|large|Large|LARGE|huge|Huge|small)(?![a-zA-Z])|\\(?:text)?color\s*\{[^{}]*\}|\\!|\\phantom\{[^{}]*\}"
 )
 _TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mbox|hbox|operatorname|unit|bm|boldsymbol)\*?\s*\{((?:[^{}]|\{[^{}]*\})*+)\}"
+    r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mbox|hbox|underline|operatorname|unit|bm|boldsymbol)\*?\s*\{((?:[^{}]|\{[^{}]*\})*+)\}"
 )
 _SAME = {
     r"\\[dtc]frac(?![a-zA-Z])": r"\\frac", r"\\(?:varnothing|empty)(?![a-zA-Z])|\\\{\s*\\\}|\{\s*\}$": r"\\emptyset ",
@@ -80,6 +82,16 @@ _SAME = {
     r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|\\textdegree": " degrees ",
 }  # fmt: skip
 _SPELLINGS = [(re.compile(pattern), other) for pattern, other in _SAME.items()]
+_BARE = re.compile(
+    r"(?<![a-zA-Z\\])(?:(sin|cos|tan|cot|csc|ln|log|arcsin|arccos|arctan|sinh|cosh|tanh|pi|sqrt)|(infinity))(?![a-zA-Z])"
+)
+_CURRENCY = r"dollar|euro|pound|yen|rupee"
+_CODES = {"USD": "dollar", "EUR": "euro", "GBP": "pound", "JPY": "yen", "INR": "rupee", "Rs": "rupee", "US": "dollar"}
+_CODE = re.compile(rf"(?<![a-zA-Z])({'|'.join(_CODES)}(?=\s*\\dollar))\.?\s*(?:\\dollar\s*)?(?=\.?\d)")
+_SCALE = "hundred|thousand|million|billion|trillion"
+_AMOUNT = re.compile(
+    rf"([-+]?)\s*\\({_CURRENCY})\s*([-+]?)\s*((?:\d|,(?=\d{{3}}))*\.?\d+(?:\s*(?:{_SCALE})\b)?)(?:\s*(?:{_CURRENCY})s?|\s*USD)?"
+)
 _THOUSANDS = re.compile(r"(?<![\d,.\w])(-?\d{1,3})((?:,\d{3})+)(?![\d,])")
 _BRACKETS = re.compile(r"[()\[\]{}]")
 
@@ -87,11 +99,10 @@ _BRACKETS = re.compile(r"[()\[\]{}]")
 def normalized(answer: str) -> str:
     """One spelling for answers that are written differently: Unicode, spaces, ``\\dfrac``, ``\\text``, dollar signs,
     degrees, percent, thousands commas, a period after. A comma that separates is followed by a space, and only that."""
-    s = ascii_math(answer.strip())
-    s = re.sub(r"(?<=\d)(?:\\,|\\!|~)(?=\d{3}(?!\d))|\\!", "", s.replace("{,}", ",").replace(",\\!", ",")).replace(
-        "\\,", " "
-    )
-    s = re.sub(r"(?<=\d), ?(?=\d{3}(?!\d))", ",", s) if re.search(r"\{,\}|,\\!", answer) else s
+    s = ascii_math(answer.strip()).replace("{:}", ":")
+    s = re.sub(r"^(['\"])(.*)\1$", r"\2", s)
+    s = re.sub(r"(?<=\d)\s*(?:\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ",", s).replace("{,}", ",")
+    s = re.sub(r"(?<=\d)(?:\\,|\\!|~)(?=\d{3}(?!\d))|\\!", "", s).replace("\\,", " ")
     s = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", s, flags=re.DOTALL)
     s = re.sub(r"\\\$\s*(-?)(?=\.?\d)|(?<![\d}])\$(?=\.?\d)(?!.*\$)", r"\\dollar \1", s)
     s = s.replace("\\$", "").replace("$", " ")
@@ -100,6 +111,9 @@ def normalized(answer: str) -> str:
     s = _TEXT.sub(r" \1 ", s)
     s = re.sub(r"(?<=[\w)])\s*\*\*\s*(?=[\w({-])", "^", s)
     s = re.sub(r"(?<=\d)\s*:\s*(?=\d)", ":", s)
+    s = re.sub(r"(?<=\d)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?\s*\.?$", "", s)
+    s = re.sub(r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\", s)
+    s = re.sub(r"\\dot\s*(\d)", r"\\dot{\1}", s)
     s = re.sub(r"\\dot\{(\d)\}(\d*)\\dot\{(\d)\}", r"\\overline{\1\2\3}", s)
     s = re.sub(r"(?<=\d)\s*([apAP])\.?\s?[mM]\b\.?\s*$", lambda m: f" {m[1].lower()}m", s) if ":" in s else s
     for pattern, other in _SPELLINGS:
@@ -109,16 +123,23 @@ def normalized(answer: str) -> str:
     s = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}", s)
     s = re.sub(r"\\log\s*_\s*(\d)", r"\\log_{\1}", s)
     s = re.sub(r"\\sqrt\s*([\da-zA-Z])", r"\\sqrt{\1}", s)
-    s = re.sub(
-        r"([-+]?)\s*\\dollar\s*([-+]?)\s*((?:\d|,(?=\d{3}))*\.?\d+)(?:\s*(?:dollars?|USD))?", r"\1\2\3 dollars", s
-    ).replace(r"\dollar", "")
+    s = _CODE.sub(lambda m: rf"\{_CODES[m[1][:3]]} ", s)
+    s = _AMOUNT.sub(r"\1\3\4 \2s", s)
+    s = re.sub(rf"\\({_CURRENCY})", r" \1s", s.replace(r"\dollar", ""))
+    s = re.sub(r"^\s*(?:\\sim|approximately|approx\.?|about|roughly|around)(?![a-zA-Z])", "", s)
+    s = _BARE.sub(lambda m: rf"\{m[1] or 'infty'} ", s)
+    s = re.sub(r"\\sqrt\s*\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", s)
+    s = re.sub(r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}", s)
     s = s.strip().rstrip(".;,").strip()
+    s = re.sub(r"(?<=\d) (?=\d{3}(?!\d))", "", s) if re.fullmatch(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?", s) else s
     s = "".join(_unthousand(part) if depth == 0 else part for depth, part in _by_depth(s))
     s = re.sub(r"\s*,\s*", ", ", s)
     s = re.sub(r"\s*([-+*/^_=<>(){\[|&])\s*|\s*([}\])])(?:\s+(?![a-zA-Z]))?", r"\1\2", s)
     s = re.sub(r"(\\[a-zA-Z]+)\s+(?=[^a-zA-Z])|\s+(?=\\)", lambda m: m[1] or "", s)
+    s = re.sub(r"\s*(?<![a-zA-Z\\])(and|or)(?![a-zA-Z])\s*", r" \1 ", s)
     s = re.sub(r"\s+", " ", s).strip()
-    return re.sub(r"^\((\w)\)$", r"\1", s)  # a choice: (A) is A
+    s = s[1:-1].strip() if re.fullmatch(r"\{(?:[^{}\\]|\\(?!choose|over|atop)|\{[^{}]*\})*\}", s) else s
+    return re.sub(r"^\((\w)\)$|^\((\w+)\)(?=_)", r"\1\2", s)  # a choice: (A) is A; (12)_5 is 12_5
 
 
 def _unthousand(part: str) -> str:

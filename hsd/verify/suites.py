@@ -106,7 +106,7 @@ def _same_words(expected: str, got: str) -> bool:
 
 # As programs print them: 0.5, 1e-09; not 00e5 or 12 or 1_0.5, which are text.
 _PRINTED = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d+(?:[eE][-+]?\d+)?|[eE][-+]\d+)", re.ASCII)
-_READ = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
+_READ = re.compile(r"[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
 
 
 def _near(expected: str, got: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_CHANGES = {"percent", "pi", "or", "and", "base", "mod", "times", "plus", "minus", "over", "squared", "cubed", "choose",
+_CHANGES = {"percent", "pi", "or", "and", "base", "mod", "times", "plus", "minus", "over", "choose",
             "factorial", "sqrt", "root", "to", "not", "divided", "less", "more", "if", "is", "no", "sin", "cos", "tan",
             "log", "ln", "exp", "max", "min", "gcd", "lcm", "x", "y", "z", "i", "e"}  # fmt: skip
 
@@ -26,14 +26,15 @@ length m 201168/125: mi mile
 mass g 1: g gram
 mass g 1000: kg kilogram
 mass g 1/1000: mg milligram
-time s 1: s sec second
+time s 1: s sec second secs
 time s 1/1000: ms millisecond
-time s 60: min minute
-time s 3600: h hr hour
+time s 60: min minute mins
+time s 3600: h hr hour hrs
 time s 86400: day
 time s 604800: week
 money usd 1: dollar usd buck
 money usd 1/100: cent
+money euro 1: euro EUR
 angle deg 1: degree deg
 volume l 1: l liter litre
 volume l 1/1000: ml milliliter millilitre
@@ -65,7 +66,7 @@ for _line in _TABLE.strip().splitlines():
             UNITS[f"{_name}s"] = UNITS[_name]
 _COMPOUND = {"mph": "mile/hour", "kph": "km/hour", "kmph": "km/hour", "cc": "cm^3", "erg": "erg"}
 _TOKEN = re.compile(
-    r"\s*(?:(/|\bper\b)|(\*|\\cdot|\\times)|(\()|(\))|(square|sq|cubic)\b\.?|([A-Za-z\u03bc]+)|(?:\^\{?(-?\d+)\}?)|(\.))"
+    r"\s*(?:(/|\bper\b)|(\*|\\cdot|\\times)|(\()|(\))|(square|sq|cubic)\b\.?|(squared|cubed)\b|([A-Za-z\u03bc]+)|(?:\^\{?(-?\d+)\}?)|(\.))"
 )
 
 
@@ -86,6 +87,7 @@ class Unit:
 def read_unit(text: str) -> Unit | None:
     """None where the text is no unit: signs, too many words, or words that change the number before it."""
     text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/(\2)", text.strip().rstrip("."))
+    text = re.sub(r"\bdegrees? ?([CF])\b", lambda m: f"degrees {'celsius' if m[1] == 'C' else 'fahrenheit'}", text)
     factor, powers = Fraction(1), {}
     sign, power, position, last, inside, words = 1, 1, 0, "", False, 0
     while position < len(text):
@@ -93,7 +95,7 @@ def read_unit(text: str) -> Unit | None:
         if m is None or m.end() == position:
             return None
         position = m.end()
-        over, dot, opened, closed, shape, word, exponent, period = m.groups()
+        over, dot, opened, closed, shape, raised, word, exponent, period = m.groups()
         if over:
             sign = -1
         elif opened:
@@ -120,10 +122,10 @@ def read_unit(text: str) -> Unit | None:
             power = 1
             if not inside:
                 sign = 1
-        elif exponent:
+        elif exponent or raised:
             if not last:
                 return None
-            extra = int(exponent) - 1
+            extra = int(exponent or (3 if raised == "cubed" else 2)) - 1
             powers[last] += shift * extra
             factor *= size ** (shift * extra)
         elif not (dot or period):

@@ -8,146 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from decimal import Context, Decimal, InvalidOperation
-from fractions import Fraction
 
+from hsd.verify.lists import Items, expanded, matched, read_items, split
+from hsd.verify.quantities import as_latex, parse_number, same_number
+from hsd.verify.regions import SYMBOL, read_region, same_regions
 from hsd.verify.spelling import is_words, normalized
-from hsd.verify.units import SCALES, Unit, read_unit
+from hsd.verify.units import Unit, read_unit
 
-CLOSE = Fraction(1, 10**6)  # the relative difference under which a decimal stands for a fraction or a root
-MAX_EXPONENT = 5000
 MAX_ITEMS = 60
 Ask = Callable[[str, str], bool]
-_WIDE = Context(prec=200_000)
-
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?"
-_NUMBER = re.compile(
-    rf"""(?P<sign>[-+]?)(?:
-        (?P<top1>\d+)[ ](?:and[ ])?(?P<top>\d+)/(?P<bottom>\d+)                              # 1 1/4
-        |(?P<whole>\d+)?\\frac\{{(?P<ftop>-?{_DECIMAL})\}}\{{(?P<fbottom>-?{_DECIMAL})\}}     # 1\\frac{{1}}{{4}}
-        |(?P<ratio>{_DECIMAL})/(?P<under>{_DECIMAL})
-        |(?P<lead>{_DECIMAL})\\overline\{{(?P<period>\d+)\}}
-        |(?:(?P<mantissa>{_DECIMAL})(?:\*|\\times|\\cdot|[ ]?x[ ]?))?
-            \{{?10\}}?\^(?:\{{(?P<power>[-+]?\d+)\}}|(?P<power1>-?\d+))
-        |(?P<decimal>{_DECIMAL})(?:[eE](?P<e>[-+]?\d+))?
-    )(?P<rest>.*)""",
-    re.DOTALL | re.ASCII | re.VERBOSE,
-)
-
-
-@dataclass(frozen=True)
-class Number:
-    value: Fraction
-    decimal: bool = True  # written as a decimal: another decimal must be equal, not close
-    percent: bool = False
-    unit: Unit | None = None
-
-
-def read_number(answer: str) -> Number | None:
-    """One number, also with a unit: ``\\$1,234.50``, 1 1/4, 3.0 x 10^8, 0.\\overline{3}, 28%, 5 km/h, 3 million."""
-    return _number(normalized(answer))
-
-
-def plain_number(answer: str) -> Fraction | None:
-    """The value of an answer that is one number, None with a percent sign: ``\\$1,234.50`` is 1234.5."""
-    number = read_number(answer)
-    return None if number is None or number.percent else number.value
-
-
-def _number(s: str) -> Number | None:
-    if s.startswith(("(", "-(")) and s.endswith(")") and re.fullmatch(r"-?\([^()]*\)", s):
-        inner = _number(s.lstrip("-")[1:-1])
-        return inner and replace(inner, value=-inner.value if s.startswith("-") else inner.value)
-    s = re.sub(r"^([-+]?)\((-?[\d.]+)\)/\(?(-?[\d.]+)\)?$", r"\1\\frac{\2}{\3}", s)
-    s = re.sub(r"^(\d+(?:\.\d+)?)\^(?:\{(-?\d{1,3})\}|(\d))$", _integer_power, s)
-    m = _NUMBER.fullmatch(s)
-    if m is None:
-        return None
-    read = _value(m)
-    if read is None:
-        return None
-    value, decimal, rest = *read, m["rest"].strip()
-    if rest == "" or (m["lead"] is not None and rest == r"\ldots"):
-        return Number(-value if m["sign"] == "-" else value, decimal)
-    if m["sign"] == "-":
-        value = -value
-    if (
-        rest == r"\ldots"
-        and decimal
-        and (cycle := re.search(r"(\d+?)\1\1+$|(\d{3,}?)\2$", s.removesuffix(r"\ldots")))
-        and "." in s
-    ):
-        lead = s[: s.index(cycle[0])] if "." in s[: s.index(cycle[0])] else ""
-        return _number(f"{lead}\\overline{{{cycle[1] or cycle[2]}}}") if lead else None
-    word = re.match(r"([a-z]+)\b\s*", rest)
-    if word and word[1] in SCALES:
-        value, rest = value * SCALES[word[1]], rest[word.end() :]
-        if not rest:
-            return Number(value, decimal)
-    if rest.startswith("%"):
-        return Number(value, decimal, percent=True) if rest == "%" else None
-    if re.match(r"[A-Za-z]$", rest) and not s[: len(s) - len(rest)].endswith(" "):
-        return None  # a variable: 5m
-    unit = read_unit(rest)
-    return None if unit is None else Number(value, decimal, unit=unit)
-
-
-def _integer_power(m: re.Match[str]) -> str:
-    exponent = int(m[2] or m[3])
-    if len(m[1]) * exponent > 2000 or exponent < 0:
-        return m[0]
-    return _decimal(_fraction(m[1]) ** exponent)
-
-
-def _value(m: re.Match[str]) -> tuple[Fraction, bool] | None:
-    try:
-        if m["top1"] is not None:
-            return Fraction(_integer(m["top1"])) + Fraction(_integer(m["top"]), _integer(m["bottom"])), False
-        if m["ftop"] is not None:
-            part = _fraction(m["ftop"]) / _fraction(m["fbottom"])
-            if m["whole"] is None:
-                return part, False
-            proper = 0 < part < 1 and m["ftop"].isdigit() and m["fbottom"].isdigit()
-            return (_integer(m["whole"]) + part, False) if proper else None
-        if m["ratio"] is not None:
-            return _fraction(m["ratio"]) / _fraction(m["under"]), False
-        if m["period"] is not None:
-            lead = m["lead"] if "." in m["lead"] else m["lead"] + "."
-            places = len(lead.partition(".")[2])
-            repeated = Fraction(_integer(m["period"]), (10 ** len(m["period"]) - 1) * 10**places)
-            return (_fraction(lead) if re.search(r"\d", lead) else 0) + repeated, False
-        power = m["power"] or m["power1"]
-        if power is not None:
-            return _scaled(m["mantissa"] if m["mantissa"] is not None else "1", power), True
-        if m["e"] is not None:
-            return _scaled(m["decimal"], m["e"]), True
-        return _fraction(m["decimal"]), True
-    except (ValueError, ZeroDivisionError, InvalidOperation):
-        return None
-
-
-def _integer(digits: str) -> int:
-    return int(Decimal(digits))  # not int(): over 4,300 digits it refuses
-
-
-def _fraction(decimal: str) -> Fraction:
-    if not re.search(r"\d", decimal) or len(decimal) > 100_000:
-        raise ValueError
-    return Fraction(Decimal(decimal.replace(",", "").rstrip(".")))
-
-
-def _scaled(mantissa: str, exponent: str) -> Fraction:
-    if len(exponent) > 6 or abs(int(exponent)) > MAX_EXPONENT:
-        raise ValueError
-    return _fraction(mantissa) * Fraction(10) ** int(exponent)
-
-
-# -- equality ---------------------------------------------------------------------------------------------------------
 
 
 def equal(gold: str, answer: str, ask: Ask, tolerance: float | None = None) -> bool:
     """Whether `answer` equals `gold`; `tolerance` is a relative difference that two numbers may have."""
+    exact, _, rounded = re.sub(r"\\(?:simeq|doteq)(?![a-zA-Z])", r"\\approx", answer).rpartition(r"\approx")
+    if exact.strip() and r"\approx" not in gold:  # 2\sqrt{3} \approx 3.46 answers both
+        return any(equal(gold, one, ask, tolerance) for one in (rounded, exact))
     letter = read_choice(gold)
     if letter is not None and (letter[1] or len(normalized(gold)) == 1):
         return _same_choice(letter, answer, ask, tolerance)
@@ -158,7 +34,14 @@ def equal(gold: str, answer: str, ask: Ask, tolerance: float | None = None) -> b
         return True
     if is_words(gold) or is_words(answer) or (_all_words(left) and _all_words(right)):
         return _same_words(left, right)
-    return _equal(left, right, ask, tolerance)
+    return _equal(left, _one_value(right), ask, tolerance)
+
+
+def _one_value(answer: str) -> str:
+    """The first of several spellings of one number: ``\\frac{3}{8}, 0.375``."""
+    first, *others = split(answer, words=True) or [answer]
+    one = parse_number(first) if others else None
+    return first if one and all((n := parse_number(other)) and same_number(one, n) for other in others) else answer
 
 
 def read_choice(answer: str) -> tuple[str, str] | None:
@@ -183,9 +66,8 @@ def _same_choice(gold: tuple[str, str], answer: str, ask: Ask, tolerance: float 
 
 
 _RELATION = re.compile(r"\\leq|\\geq|\\neq|<|>|=|\\in(?![a-zA-Z])")
-_SYMBOL = r"(?:[A-Za-z]|\\(?!leq|geq|neq|frac|sqrt|in\b)[a-zA-Z]+)(?:_(?:\{[^{}]*\}|\w))?(?:\^(?:\{[^{}]*\}|\w|\*))?'*"
 _ASSIGNED = re.compile(
-    rf"(?P<name>{_SYMBOL}|{_SYMBOL}\({_SYMBOL}(?:, {_SYMBOL})*\)|\({_SYMBOL}(?:, {_SYMBOL})+\)"
+    rf"(?P<name>{SYMBOL}|{SYMBOL}\({SYMBOL}(?:, {SYMBOL})*\)|\({SYMBOL}(?:, {SYMBOL})+\)"
     r"|[A-Z]{2,3}|P\([^=]*\)|\\angle ?[A-Z]+|[A-Za-z][a-z]+(?: [a-z]+)*)(?:=|\\in(?=\\\{))"
 )
 
@@ -194,15 +76,15 @@ def _equal(a: str, b: str, ask: Ask, tolerance: float | None) -> bool:
     if a == b:
         return True
     regions = read_region(a), read_region(b)
-    if None not in regions and any(r.relation for r in regions if r):
-        return _same_regions(*regions, ask, tolerance)  # type: ignore[arg-type]
-    lists = [items if items and items.brackets == "" else None for items in (_items(a), _items(b))]
+    if regions[0] and regions[1] and (regions[0].relation or regions[1].relation):
+        return same_regions(regions[0], regions[1], lambda x, y: _equal(x, y, ask, tolerance))
+    lists = [items if items and items.brackets == "" else None for items in (read_items(a), read_items(b))]
     if lists[0] and lists[1]:
         return _same_items(lists[0], lists[1], ask, tolerance)
     names = [None if listed else _ASSIGNED.match(s) for listed, s in zip(lists, (a, b), strict=True)]
     if names[0] or names[1]:
         left, right = (m["name"] if m else None for m in names)
-        if left and right and left != right and all(re.fullmatch(_SYMBOL, n) for n in (left, right)):
+        if left and right and left != right and all(re.fullmatch(SYMBOL, n) for n in (left, right)):
             return False  # x = 3 for y = 3
         one = _assigned(a) if left else a
         two = _assigned(b) if right else b
@@ -210,10 +92,10 @@ def _equal(a: str, b: str, ask: Ask, tolerance: float | None) -> bool:
             return _equal(one, two, ask, tolerance)
     elif "=" in b and "=" not in a and not _relational(b) and not lists[1]:
         return _equal(a, b.rpartition("=")[2], ask, tolerance)  # 3 + 4 = 7
-    numbers = (_number(a), _number(b))
+    numbers = (parse_number(a), parse_number(b))
     if numbers[0] and numbers[1]:
         return same_number(numbers[0], numbers[1], tolerance)
-    structures = _items(a), _items(b)
+    structures = read_items(a), read_items(b)
     if structures[0] or structures[1]:
         if not (structures[0] and structures[1]):
             return False
@@ -224,29 +106,15 @@ def _equal(a: str, b: str, ask: Ask, tolerance: float | None) -> bool:
         return True  # 13_5 for 13 in base 5
     if re.match(r"\w*\d_\{?\d", a) or re.match(r"\w*\d_\{?\d", b):
         return re.sub(r"[{}]", "", a) == re.sub(r"[{}]", "", b)
-    if not is_expression(a) or not is_expression(b):
-        return False
+    if not all(n or is_expression(s) for n, s in zip(numbers, (a, b), strict=True)):
+        return a.casefold() == b.casefold()
     one, two = (_without_unit(s) for s in (a, b))
     if one[1] and two[1] and not one[1].same(two[1]):
         return False
-    left, right = (_as_latex(n) if n and not n.percent else s for n, (s, _) in zip(numbers, (one, two), strict=True))
+    left, right = (as_latex(n) if n and not n.percent else s for n, (s, _) in zip(numbers, (one, two), strict=True))
+    if one[1] and two[1] and (times := two[1].factor / one[1].factor) != 1:
+        right = rf"({right})\cdot\frac{{{times.numerator}}}{{{times.denominator}}}"
     return ask(left, right)
-
-
-def _as_latex(number: Number) -> str:
-    """A number as SymPy reads it: to LaTeX, "1e-5" is Euler's number less 5."""
-    top, bottom = number.value.numerator, number.value.denominator
-    return (
-        _decimal(number.value)
-        if number.decimal or bottom == 1
-        else rf"\frac{{{Decimal(top):f}}}{{{Decimal(bottom):f}}}"
-    )
-
-
-def _decimal(value: Fraction) -> str:
-    """A fraction that ends, as a decimal."""
-    places = next(k for k in range(2 * MAX_EXPONENT) if 10**k % value.denominator == 0)
-    return f"{Decimal(int(value * 10**places)).scaleb(-places, _WIDE):f}"
 
 
 def _relational(s: str) -> bool:
@@ -258,284 +126,44 @@ def _assigned(s: str) -> str:
     return s[name.end() if name else 0 :].rpartition("=")[2].strip()
 
 
-def same_number(gold: Number, answer: Number, tolerance: float | None = None) -> bool:
-    a, b = gold.value, answer.value
-    if gold.unit and answer.unit:
-        if not gold.unit.same(answer.unit):
-            return False
-        if gold.unit.powers == answer.unit.powers:
-            a, b = a * gold.unit.factor, b * answer.unit.factor
-    exact = gold.decimal and answer.decimal
-    if gold.percent != answer.percent and (answer.unit is None and gold.unit is None):
-        whole = (a / 100, b) if gold.percent else (a, b / 100)
-        bare = abs(answer.value if answer.percent else gold.value) >= 1  # 28% for 28, but not 0.28% for 0.28
-        return (bare and _same_value(a, b, exact, tolerance)) or _same_value(*whole, exact, tolerance)
-    return gold.percent == answer.percent and _same_value(a, b, exact, tolerance)
-
-
-def _same_value(a: Fraction, b: Fraction, exact: bool, tolerance: float | None) -> bool:
-    allowed = Fraction(tolerance) if tolerance is not None else Fraction(0) if exact else CLOSE
-    return a == b or abs(a - b) <= allowed * max(abs(a), abs(b))
-
-
-@dataclass(frozen=True)
-class Items:
-    brackets: str  # "" for a list without, else "()", "[)", "{}", ":" or "matrix"
-    items: tuple[str, ...]
-
-
-def _items(s: str) -> Items | None:
-    """A list, tuple, interval, set, ratio or matrix of two items or more, or a set of one."""
-    matrix = re.fullmatch(r"[(\[]?\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}[)\]]?", s, re.DOTALL)
-    if matrix and matrix[1] not in ("vmatrix", "Vmatrix"):
-        rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
-        cells = [cell.strip() for row in rows for cell in row.split("&")]
-        return Items(f"matrix {len(rows)}", tuple(cells))
-    if s.startswith("\\{") and s.endswith("\\}") and "|" not in s:
-        inner = s[2:-2].strip()
-        return Items("{}", tuple(_split(inner))) if inner else None
-    if len(s) > 2 and s[0] in "([" and s[-1] in ")]" and _closes_last(s):
-        inner = _split(s[1:-1])
-        if len(inner) > 1:
-            return Items(s[0] + s[-1], tuple(inner))
-        return Items("[]", tuple(inner)) if s[0] + s[-1] == "[]" else None
-    listed = _split(s, words=True)
-    if len(listed) > 1:
-        return Items("", tuple(listed))
-    if re.fullmatch(r"-?[\w.]+(?::[\w.]+)+(?: [a-zA-Z.]+)?", s):
-        return Items(":", tuple(s.split(":")))
-    signs = re.search(r"\\pm|\\mp", s)
-    if signs and len(re.findall(r"\\pm|\\mp", s)) == 1:
-        before, after = s[: signs.start()], s[signs.end() :]
-        plus = "+" if before and before[-1] not in "=({" else ""
-        return Items("", (f"{before}{plus}{after}", f"{before}-{after}"))
-    return None
-
-
-def _closes_last(s: str) -> bool:
-    depth = 0
-    for i, c in enumerate(s):
-        depth += (c in "([") - (c in ")]")
-        if depth == 0:
-            return i == len(s) - 1
-    return False
-
-
-def _split(s: str, words: bool = False) -> list[str]:
-    """At commas and semicolons outside of brackets; with `words` at "and", "or" too."""
-    parts, depth, start = [], 0, 0
-    ends = re.compile(r"[(\[{]|[)\]}]|[,;]" + (r"| (?:and|or) " if words else ""))
-    for m in ends.finditer(s):
-        if m[0] in "([{":
-            depth += 1
-        elif m[0] in ")]}":
-            depth = max(0, depth - 1)
-        elif depth == 0:
-            parts.append(s[start : m.start()])
-            start = m.end()
-    parts = [p.strip() for p in [*parts, s[start:]]]
-    parts = [re.sub(r"^(?:and|or) ", "", p) for p in parts]
-    return [p for p in parts if p] if words else parts
-
-
 def _same_items(a: Items, b: Items, ask: Ask, tolerance: float | None) -> bool:
     if len(a.items) > MAX_ITEMS or len(b.items) > MAX_ITEMS:
         return False
     loose = {"", "{}"}
     unordered = a.brackets in loose and b.brackets in loose
-    as_list = (a.brackets == "" and b.brackets in ("()", "[]")) or (b.brackets == "" and a.brackets == "()")
+    square = b.brackets == "[]" and len(b.items) != 2  # two are an interval
+    as_list = (a.brackets == "" and (square or b.brackets == "()")) or (b.brackets == "" and a.brackets == "()")
     if not (unordered or as_list or a.brackets == b.brackets):
         return False
     if not unordered:
         return len(a.items) == len(b.items) and all(
             _equal(x, y, ask, tolerance) for x, y in zip(a.items, b.items, strict=True)
         )
-    left, right = _distinct(_expanded(a.items)), _distinct(_expanded(b.items))
-    if len(left) != len(right):
-        return False
-    for x in left:
-        cheap = [y for y in right if x == y] or right
-        match = next((y for y in cheap if _equal(x, y, ask, tolerance)), None)
-        if match is None:
-            return False
-        right.remove(match)
-    return True
-
-
-def _expanded(items: tuple[str, ...]) -> list[str]:
-    """`x=1, 2` names its variable once; `\\pm 2` is two items."""
-    out = []
-    for item in items:
-        inner = _items(item) if "\\pm" in item else None
-        out += inner.items if inner else [item]
-    return out
-
-
-def _distinct(items: list[str]) -> list[str]:
-    return list(dict.fromkeys(items))
+    return matched(expanded(a.items), expanded(b.items), lambda x, y: _equal(x, y, ask, tolerance))
 
 
 def _same_words(a: str, b: str) -> bool:
     return _plain_words(a) == _plain_words(b) != ""
 
 
-_EMPTY = {
-    "no solution",
-    "no solutions",
-    "empty set",
-    "the empty set",
-    "no real solution",
-    "no real solutions",
-    "none exist",
-}
+_EMPTY = re.compile(
+    r"(?:(?:the |this )?\w+ has |there (?:is|are) )?no (?:(?:real|integer|positive|valid|such) )?(?:solutions?|roots?)"
+    r"(?: exists?)?|(?:the )?empty set|none exist"
+)
 
 
 def _plain_words(s: str) -> str:
     words = re.sub(r"\s+", " ", re.sub(r"[\"'.!]", "", s)).strip().casefold()
-    return r"\emptyset" if words in _EMPTY else words.removeprefix("the ")
+    return r"\emptyset" if _EMPTY.fullmatch(words) else words.removeprefix("the ")
 
 
 def _all_words(s: str) -> bool:
     return re.fullmatch(r"[A-Za-z' -]{4,}", s) is not None
 
 
-# -- intervals and inequalities ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Region:
-    variable: str | None
-    parts: tuple[tuple[str, str, str, str], ...]  # "[" or "(", lower end, upper end, "]" or ")"
-    relation: bool  # written with an inequality or a union, not as one pair in brackets
-
-
-_FROM, _TO = r"-\infty", r"\infty"
-_ORDER = re.compile(r"\\leq|\\geq|<|>")
-
-
-def read_region(s: str) -> Region | None:
-    r"""``(1, 2]``, ``x\in[1, 2)\cup(3, \infty)``, ``1<x\leq 2``, ``x<1 or x>2``, ``x\neq 3``, ``\{x|x>2\}``."""
-    if s in (r"\mathbb{R}", "all real numbers", "R", "all reals"):
-        return Region(None, (("(", _FROM, _TO, ")"),), True)
-    builder = re.fullmatch(r"\\\{\s*(.+?)(?:\\in\\mathbb\{R\})?\s*[|:]\s*(.+)\\\}", s)
-    if builder:
-        return read_region(builder[2])
-    member = re.match(rf"({_SYMBOL})\\in ?(?=[(\[\\])", s)
-    variable = member[1] if member else None
-    body = s[member.end() :] if member else s
-    without = re.fullmatch(r"\\mathbb\{R\}(?:\\setminus|\\backslash|-)\\\{([^,{}]+(?:\{[^{}]*\})*)\\\}", body)
-    if without:
-        return Region(variable, (("(", _FROM, without[1], ")"), ("(", without[1], _TO, ")")), True)
-    if not _ORDER.search(body) and r"\neq" not in body:
-        pieces = body.split(r"\cup")
-        pairs = [_pair(piece.strip()) for piece in pieces]
-        if any(p is None for p in pairs):
-            return None
-        return Region(variable, tuple(p for p in pairs if p), len(pieces) > 1 or member is not None)
-    pieces = re.split(r" or |\\cup|\\lor|\\vee|, ", body)
-    read = [_chain(piece.strip()) for piece in pieces]
-    both = re.split(r" and |\\cap|\\land|\\wedge", body)
-    if len(both) == 2:
-        halves = [_chain(x.strip()) for x in both]
-        if all(h and len(h[1]) == 1 for h in halves):
-            (_, (p,)), (_, (q,)) = halves  # type: ignore[misc]
-            first, second = (p, q) if p[1] != _FROM else (q, p)
-            if first[2] == _TO and second[1] == _FROM and halves[0][0] == halves[1][0]:  # type: ignore[index]
-                return Region(halves[0][0], ((first[0], first[1], second[2], second[3]),), True)  # type: ignore[index]
-        return None
-    if any(r is None for r in read) or len({r[0] for r in read if r}) != 1:
-        return None
-    return Region(read[0][0], tuple(p for r in read if r for p in r[1]), True)  # type: ignore[index]
-
-
-def _pair(s: str) -> tuple[str, str, str, str] | None:
-    if len(s) < 5 or s[0] not in "([" or s[-1] not in ")]" or not _closes_last(s):
-        return None
-    ends = _split(s[1:-1])
-    return (s[0], _end(ends[0]), _end(ends[1]), s[-1]) if len(ends) == 2 else None
-
-
-def _end(s: str) -> str:
-    return _TO if s in (r"+\infty", r"\infty") else s
-
-
-def _chain(s: str) -> tuple[str, tuple[tuple[str, str, str, str], ...]] | None:
-    if r"\neq" in s:
-        left, _, right = s.partition(r"\neq")
-        if not re.fullmatch(_SYMBOL, left.strip()):
-            return None
-        right = right.strip()
-        return left.strip(), (("(", _FROM, right, ")"), ("(", right, _TO, ")"))
-    signs = _ORDER.findall(s)
-    terms = [t.strip() for t in _ORDER.split(s)]
-    if "=" in s or len(terms) not in (2, 3) or not all(terms):
-        return None
-    down = [sign in (">", r"\geq") for sign in signs]
-    if len(set(down)) != 1:
-        return None
-    if down[0]:
-        terms, signs = terms[::-1], signs[::-1]
-    closed = [sign in (r"\leq", r"\geq") for sign in signs]
-    if len(terms) == 3:
-        if not re.fullmatch(_SYMBOL, terms[1]):
-            return None
-        return terms[1], (
-            (
-                "[" if closed[0] and terms[0] != _FROM else "(",
-                terms[0],
-                _end(terms[2]),
-                "]" if closed[1] and _end(terms[2]) != _TO else ")",
-            ),
-        )
-    if re.fullmatch(_SYMBOL, terms[0]) and not terms[0].startswith((r"\pi", "e\0")):
-        return terms[0], (("(", _FROM, terms[1], "]" if closed[0] else ")"),)
-    if re.fullmatch(_SYMBOL, terms[1]):
-        return terms[1], (("[" if closed[0] else "(", terms[0], _TO, ")"),)
-    return None
-
-
-def _same_regions(a: Region, b: Region, ask: Ask, tolerance: float | None) -> bool:
-    if a.variable and b.variable and a.variable != b.variable:
-        return False
-    if len(a.parts) != len(b.parts) or len(a.parts) > 20:
-        return False
-    left = list(b.parts)
-    for part in a.parts:
-        match = next((p for p in left if _same_part(part, p, ask, tolerance)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return True
-
-
-def _same_part(p: tuple[str, str, str, str], q: tuple[str, str, str, str], ask: Ask, tolerance: float | None) -> bool:
-    if (p[0], p[3]) != (q[0], q[3]):
-        return False
-    return all(
-        x == y or (_FROM not in (x, y) and _TO not in (x, y) and _equal(x, y, ask, tolerance))
-        for x, y in ((p[1], q[1]), (p[2], q[2]))
-    )
-
-
 # -- what SymPy may read ----------------------------------------------------------------------------------------------
 
-_FUNCTIONS = {
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "log",
-    "exp",
-    "sqrt",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "sinh",
-    "cosh",
-    "tanh",
-}
+_FUNCTIONS = set("sin cos tan cot sec csc log exp sqrt arcsin arccos arctan sinh cosh tanh".split())
 
 
 def is_expression(s: str) -> bool:
@@ -543,7 +171,7 @@ def is_expression(s: str) -> bool:
     plain = re.sub(r"\\begin\{\w+\}|\\end\{\w+\}|\\[a-zA-Z]+", " ", s)
     if any(w.lower() not in _FUNCTIONS for w in re.findall(r"[A-Za-z]{4,}", plain)):
         return _without_unit(s)[1] is not None
-    return not re.search(r"\d\s+\d|\d\.\d+\.|\.\.|\\ldots|[?!]{2}|:|_\{?\d{4}", s) and "\\pmod" not in s
+    return not re.search(r"\d\s+\d|\d\.\d+\.|\.\.|\\ldots|!!|[?\"#@:]|\d'|_\{?\d{4}", s) and "\\pmod" not in s
 
 
 def _without_unit(s: str) -> tuple[str, Unit | None]:

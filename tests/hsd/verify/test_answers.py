@@ -100,14 +100,32 @@ def test_plain_number():
 def test_hostile_text_is_read_in_linear_time():
     import time
 
-    start = time.perf_counter()
-    openers = (r"\boxed{" * 20_000, "{" * 100_000, "$" * 100_000, r"\(" * 50_000, r"\[" * 50_000, r"$\(" * 30_000)
+    start = time.process_time()
+    openers = (
+        "<<a" * 40_000,
+        r"\boxed{" * 20_000,
+        "{" * 100_000,
+        "$" * 100_000,
+        r"\(" * 50_000,
+        r"\[" * 50_000,
+        r"$\(" * 30_000,
+    )
     more = ("answer is" * 20_000, r"\text{" * 20_000, "\n" * 100_000, "$1$ " * 30_000, r"\boxed{1}" * 20_000)
     for text in (*openers, *more):
         extract_answer(text)
-    for text in ("5 " + "a " * 500, "\\text{" * 160, "1," * 500, "\\left" * 200, " " * 1000, "5" + " a" * 499):
+    for text in (
+        "5 " + "a " * 500,
+        "\\text{" * 160,
+        "1," * 500,
+        "\\left" * 200,
+        " " * 1000,
+        "5" + " a" * 499,
+        "USD" * 330,
+        "{}" * 500,
+        " and" * 250,
+    ):
         normalized(text)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 2.5
 
 
 @pytest.mark.parametrize("said", ["The answer is " + "maybe " * 9, "1,234.5 ", "7 and then ", "not 7 ", "answer: "])
@@ -115,4 +133,4 @@ def test_a_long_text_is_read_in_linear_time(said):
     """Half a million characters; what copied the rest of the text at each word took minutes under Python's lock."""
     started = time.process_time()
     extract_answer(said * (500_000 // len(said)) + "so on")
-    assert time.process_time() - started < 5.0
+    assert time.process_time() - started < 2.0

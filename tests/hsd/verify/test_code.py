@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hsd.verify.code import code_reward, extract_code, verify_code
+from hsd.verify.code import code_reward, code_reward_with, extract_code, verify_code
 from hsd.verify.sandbox import Limits
 from hsd.verify.status import Status
 
@@ -40,10 +40,10 @@ def test_extract_code(text, code):
 
 
 def test_hostile_text_is_read_in_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in ("`" * 100_000, "```" + "a" * 100_000, "~" * 100_000, "```\n" * 30_000, " " * 100_000 + "```"):
         extract_code(text)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 2
 
 
 def test_right_and_wrong_in_every_form():
@@ -196,6 +196,12 @@ def test_reward_keeps_the_order_and_leaves_other_rows_alone():
         code_reward(["a"], [])
 
 
+def test_a_column_is_no_option():
+    columns = {name: [name] for name in ("limits", "official", "workers", "timeout", "completion_ids", "prompts")}
+    assert code_reward([RIGHT], [ADD_ONE], **columns) == [1.0]
+    assert code_reward_with(limits=Limits(timeout=1.0))(["while True: pass"], [ADD_ONE], **columns) == [0.0]
+
+
 def test_numpy_on_both_sides():
     pytest.importorskip("numpy")
     program = "import numpy as np\ndef f(x): return np.linalg.inv(np.array(x))"
@@ -209,7 +215,7 @@ def test_numpy_on_both_sides():
 
 def test_off_the_main_thread_and_several_at_a_time():
     results = []
-    thread = threading.Thread(target=lambda: results.extend(code_reward([RIGHT] * 6, [ADD_ONE] * 6, workers=3)))
+    thread = threading.Thread(target=lambda: results.extend(code_reward_with(workers=3)([RIGHT] * 6, [ADD_ONE] * 6)))
     thread.start()
     thread.join()
     assert results == [1.0] * 6

@@ -975,6 +975,158 @@ WRONG["more numbers in words"] = [
     ("5", "Step 5."),
     ("5", "6"),
 ]
+RIGHT["spaces as thousands, currencies, temperatures, squared"] = [
+    ("870000000", r"\boxed{870 000 000}"),
+    ("32349.5", r"\boxed{32 349.5}"),
+    ("18", "\\boxed{\u20ac18}"),
+    ("\u20ac25", r"\boxed{25 \text{ euros}}"),
+    ("\u20ac25", r"\boxed{\text{EUR } 25}"),
+    ("\u20ac25", "It costs \u20ac25."),
+    ("$18", r"\boxed{\text{USD } 18}"),
+    ("1,500,000 dollars", r"\boxed{\$1.5 \text{ million}}"),
+    (r"5.4 \text{ cents}", "\\boxed{5.4\\text{\xa2}}"),
+    (r"25^\circ C", "25 degrees Celsius"),
+    ("25 degrees", r"\boxed{25^\circ\text{C}}"),
+    (r"9.8 \text{ m/s}^2", r"\boxed{9.8 \text{ meters per second squared}}"),
+    (r"3 \text{ m}^3", "3 meters cubed"),
+    ("2.5 hours", "2.5 hrs"),
+    (r"3 \times 10^{8} \text{ m/s}", r"The speed is $3\times10^8$ m/s."),
+]
+RIGHT["a unit behind a root"] = [
+    (r"2\sqrt{3} \text{ m}", r"\boxed{200\sqrt{3}\text{ cm}}"),
+    (r"2\sqrt{3} \text{ cm}", r"\boxed{2\sqrt{3}\text{ cm}}"),
+    (r"9\pi \text{ cm}^2", r"\boxed{9\pi}"),
+]
+RIGHT["names without a backslash, braces, words beside brackets"] = [
+    (r"-\frac{\pi}{6}", r"\boxed{-pi/6}"),
+    (r"\ln 2", r"\boxed{ln(2)}"),
+    (r"\sin x", r"\boxed{sin x}"),
+    (r"\infty", r"\boxed{\text{infinity}}"),
+    ("1,-2", r"\boxed{1\text{ and }-2}"),
+    ("1,-2", r"\boxed{{1,-2}}"),
+    ("(0,0), (1,1)", r"\boxed{(0,0) \text{ and } (1,1)}"),
+    ("(0,0), (1,1)", "The solutions are (0,0) and (1,1)."),
+    (r"\binom{n+1}{2}", r"\boxed{{n+1 \choose 2}}"),
+    ("2516_8", r"\boxed{(2516)_8}"),
+    ("3:2", r"\boxed{3{:}2}"),
+    (r"10,\!080", r"\boxed{ 10, \!080 }"),
+    ("January 5", r"\boxed{\text{january 5}}"),
+    (r"\sqrt{5}", "\\boxed{\u221a{5}}"),
+    ("12", "\u206012\u200b"),
+    (r"8^{\text{th}}", "8th"),
+    ("8", r"\boxed{8^{th}}"),
+    ("1 1/4", r"\boxed{1+\frac14}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\boxed{\begin{pmatrix}1&2\\[4pt]3&4\end{pmatrix}}"),
+    (r"\frac{5}{11}", r"\boxed{0.\dot4\dot5}"),
+]
+RIGHT["a value in two spellings, a rounded one behind it"] = [
+    ("1/2", r"The probability is $\frac12$, or 50%."),
+    ("3/8", "The answer is 3/8 (or 0.375)."),
+    ("3/8", r"Thus, $\frac{3}{8}$ or $0.375$."),
+    (r"2\sqrt{3}", r"Thus $AB=2\sqrt{3}\approx 3.46$."),
+    ("3.46", r"Thus $AB=2\sqrt{3}\approx 3.46$."),
+    (r"2\sqrt{3}", "The answer is 2\u221a3 \u2248 3.46"),
+    ("3.14", r"\boxed{\text{about } 3.14}"),
+    ("3.14", r"\boxed{\sim 3.14}"),
+]
+RIGHT["dollars between numbers, labels, other languages"] = [
+    ("7", "Total = $3 + $4 = $7"),
+    ("72", "<<48+24=72>>72 clips"),
+    ("15", "1. Add\n2. So 15"),
+    ("15", "# 15"),
+    ("100", "\u041e\u0442\u0432\u0435\u0442: 100."),
+    ("B", "Option B is correct."),
+    (r"\text{no solution}", "The equation has no solution."),
+    (r"\emptyset", "No real solutions exist."),
+]
+RIGHT["a point taken out, decimals that stand for fractions"] = [
+    (r"(2,12)\cup(12,102)", r"\boxed{2<x<102, x\ne12}"),
+    (r"(0,1)\cup(1,\infty)", r"\boxed{x>0 \text{ and } x\neq1}"),
+    ("1/2097152", r"\boxed{4.76837\times10^{-7}}"),
+    (r"\frac{1}{10^{12}+1}", r"\boxed{1/1000000000001}"),
+]
+WRONG["spaces as thousands, currencies, temperatures, squared"] = [
+    ("32349", r"\boxed{32 34}"),
+    ("32349", r"\boxed{3 2349}"),
+    ("$18", "\\boxed{\u20ac18}"),
+    ("$18", "It costs \u20ac18."),
+    ("\u20ac25", "\\boxed{\xa325}"),
+    ("1,500,000 dollars", r"\boxed{\$1.5}"),
+    (r"5.4 \text{ cents}", "5.4 dollars"),
+    (r"25^\circ C", r"\boxed{25^\circ F}"),
+    (r"25^\circ C", "25 K"),
+    ("9", "3 squared"),
+    (r"9.8 \text{ m/s}^2", r"\boxed{9.8 \text{ meters per second}}"),
+    (r"75^\circ", r"\boxed{75'}"),
+    (r"3 \times 10^{8} \text{ m/s}", r"The speed is $3\times10^8$ km/s."),
+]
+WRONG["a unit behind a root"] = [
+    (r"2\sqrt{3} \text{ cm}", r"\boxed{2\sqrt{3}\text{ m}}"),
+    (r"2\sqrt{3} \text{ m}", r"\boxed{200\sqrt{3}\text{ mm}}"),
+    (r"9\pi \text{ cm}^2", r"\boxed{9\pi \text{ m}^2}"),
+]
+WRONG["names without a backslash, braces, words beside brackets"] = [
+    (r"-\frac{\pi}{6}", r"\boxed{pi/6}"),
+    (r"\sin x", r"\boxed{sin y}"),
+    (r"\infty", r"\boxed{-\text{infinity}}"),
+    ("1,-2", r"\boxed{1-2}"),
+    ("1,-2", r"\boxed{{-1}}"),
+    ("(0,0), (1,1)", r"\boxed{(0,1) \text{ and } (1,0)}"),
+    ("2516_8", r"\boxed{(2516)_7}"),
+    ("January 5", r"\boxed{\text{january 6}}"),
+    ("8", r"\boxed{18^{th}}"),
+    ("1 1/4", r"\boxed{1-\frac14}"),
+    (r"\frac{5}{11}", r"\boxed{0.\dot5\dot4}"),
+]
+WRONG["a value in two spellings, a rounded one behind it"] = [
+    ("1/2", r"The probability is $\frac12$, or 60%."),
+    ("3/8", "The answer is 3/8 (or 0.365)."),
+    (r"2\sqrt{3}", r"Thus $AB=3\sqrt{2}\approx 4.24$."),
+    ("3.46", r"\boxed{\text{about } 3.47}"),
+    (r"0, 2\pi", r"\boxed{[0,2\pi]}"),
+    ("1, 2", r"\boxed{[1,2]}"),
+]
+WRONG["dollars between numbers, labels, other languages"] = [
+    ("4", "Total = $3 + $4 = $7"),
+    ("2", "1. Add\n2. So 15"),
+    ("15", "The answer cannot be 15."),
+    ("15", "15 is wrong"),
+    ("7", "The answer is greater than 7"),
+    ("B", "Option A is correct, not option B"),
+    (r"\text{no solution}", "The equation has one solution."),
+]
+WRONG["a point taken out, decimals that stand for fractions"] = [
+    (r"(2,12)\cup(12,102)", r"\boxed{2<x<102}"),
+    (r"(0,1)\cup(1,\infty)", r"\boxed{x>0, x\neq2}"),
+    (r"(0,1)\cup(1,\infty)", r"\boxed{x>0, y\neq1}"),
+    (r"(0,1)\cup(1,\infty)", r"\boxed{x\ge0, x\neq1}"),
+    (r"\frac{1}{10^{12}+1}", r"\boxed{10^{-12}}"),
+    ("1/1000001", r"\boxed{0.000001}"),
+    ("1000000/1000001", r"\boxed{1000001/1000002}"),
+]
+RIGHT["fonts, over, bare roots, sizes, a rounded value in words"] = [
+    ("12", r"\boxed{\large 12}"),
+    ("12", r"\boxed{\textcolor{red}{12}}"),
+    ("12", r"\boxed{\underline{12}}"),
+    (r"\frac{7}{12}", r"\boxed{{7 \over 12}}"),
+    (r"2\sqrt{6}+\sqrt{2}", r"\boxed{2 sqrt(6) + sqrt(2)}"),
+    ("x<-3 or x>3", r"\boxed{|x|>3}"),
+    (r"[-2,2]", r"\boxed{|x| \le 2}"),
+    (r"\frac{7}{12}", "The answer is 7/12, or approximately 0.583."),
+    (r"\frac{7}{12}", r"The answer is $\frac{7}{12}$, or approximately $0.583$."),
+    ("0.583", r"The answer is $\frac{7}{12}$, or approximately $0.583$."),
+]
+WRONG["fonts, over, bare roots, sizes, a rounded value in words"] = [
+    ("12", r"\boxed{\underline{13}}"),
+    ("5", r"\boxed{5'}"),
+    ("5", '\\boxed{5"}'),
+    (r"\frac{7}{12}", r"\boxed{{12 \over 7}}"),
+    (r"2\sqrt{6}+\sqrt{2}", r"\boxed{2 sqrt(6) - sqrt(2)}"),
+    ("x<-3 or x>3", r"\boxed{|x|<3}"),
+    (r"[-2,2]", r"\boxed{|x| < 2}"),
+    (r"[-2,2]", r"\boxed{|x| \ge 2}"),
+    (r"\frac{7}{12}", "The answer is 7/13, or approximately 0.538."),
+]
 
 
 @pytest.mark.parametrize("kind", RIGHT)

@@ -7,7 +7,7 @@ import pytest
 
 from hsd.verify import math as module
 from hsd.verify import sympy_pool
-from hsd.verify.math import math_reward, verify_math
+from hsd.verify.math import math_reward, math_reward_with, verify_math
 from hsd.verify.status import Status
 
 pytest.importorskip("math_verify")
@@ -131,6 +131,12 @@ def test_reward_keeps_the_order_reads_chats_and_reports():
     assert math_reward(completions, answers, tests=tests, **columns) == [1.0, 1.0, 0.0, 1.0, None]
     assert seen["math_status"] == ["correct", "correct", "incorrect", "correct", None]
     assert seen["math_verifier_failed"] == 0.0
+
+
+def test_a_column_is_no_option():
+    columns = {name: [name] for name in ("timeout", "tolerance", "workers", "prompts")}
+    assert math_reward([r"\boxed{3.14}"], [r"\pi"], **columns) == [0.0]
+    assert math_reward_with(tolerance=1e-2)([r"\boxed{3.14}"], [r"\pi"], **columns) == [1.0]
 
 
 def test_reward_names_what_is_wrong():

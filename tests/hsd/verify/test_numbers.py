@@ -38,9 +38,9 @@ def test_last_number(text, expected):
 
 
 def test_last_number_is_linear_in_the_text():
-    start = time.perf_counter()
+    start = time.process_time()
     last_number("1," * 100_000 + "-$" * 100_000 + "9" * 100_000)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_numbers_equal_compares_values():

@@ -20,6 +20,12 @@ pytestmark = [
 LIMITS = Limits(timeout=20.0, output=1 << 20)
 # Of an earlier program. The folder itself is in the sandbox where the environment that runs the tests lies below it.
 NOTE = tempfile.NamedTemporaryFile()
+X86 = r"""
+import ctypes, mmap
+page = mmap.mmap(-1, 4096, prot=7)
+page.write(b"\xb8\x14\0\0\0\xcd\x80\xc3")  # mov eax, 20 (getpid); int 0x80; ret
+ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+"""
 FORBIDDEN = {
     "fork": "import os; os.fork()",
     "fork bomb": "import os\nwhile True: os.fork()",
@@ -64,6 +70,12 @@ FORBIDDEN = {
     "owner of a signal": "import fcntl, os; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, 1)",
     "signal of a file": "import fcntl, os; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETSIG, 9)",
     "owner by ioctl": "import fcntl, os, struct; r, w = os.pipe(); fcntl.ioctl(r, 0x8901, struct.pack('i', 1))",
+    "lock": "import fcntl, os; fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH)",
+    "record lock": "import fcntl, os; fcntl.lockf(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH)",
+    "another's priority": "import os; os.getpriority(os.PRIO_PROCESS, 1)",
+    "another's cores": "import os; os.sched_getaffinity(1)",
+    "another's group": "import os; os.getpgid(1)",
+    "system call of 32 bits": X86,
     "lease": "import fcntl, os; fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_WRLCK)",
     "forget the parent's death": "import ctypes; c = ctypes.CDLL(None); print(1 / (1 + c.prctl(1, 0, 0, 0, 0)))",
     "key ring": "import ctypes; c = ctypes.CDLL(None); print(1 / (1 + c.syscall(250, 0, -3, 0)))",
@@ -97,6 +109,8 @@ STOPPED_BY = {
                    "change times", "change a device", "touch a device", "extended attributes", "owner", "name look-up",
                    "stat of the trainer's files", "stat of a system file", "a note in the temporary folder"],
     "seccomp": ["fork", "exec", "leave the session", "kill", "socket", "anonymous file", "others' limits", "lease",
+                "lock", "record lock", "another's priority", "another's cores", "another's group",
+                "system call of 32 bits",
                 "change a mode", "change the mode of an open file", "change times", "change a device", "touch a device",
                 "extended attributes", "owner", "owner of a signal", "signal of a file", "owner by ioctl", "fchmodat2",
                 "forget the parent's death", "key ring", "write here" if os.geteuid() else "fork"],
