@@ -30,7 +30,7 @@ from hsd.tasks.settings import Lora, Settings
 from hsd.tasks.task import Policy, Question, Task, load_policy
 from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
 from hsd.train.config import HSDConfig
-from hsd.train.limits import check_launch
+from hsd.train.limits import check_engine, launched
 from hsd.train.trainer import HSDTrainer
 
 # What may differ between the parts of one run: none of these changes a step.
@@ -79,7 +79,8 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
 def train(run: Run) -> int:
     """Train, or go on with the run in the folder; the exit code."""
     config, out = run.config, run.folder
-    check_launch(config, peft=run.settings.model.lora is not None)
+    engine = launched(config)
+    check_engine(config, engine, peft=run.settings.model.lora is not None)
     transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line
     with config.main_process_first(desc="the run's folder and the model"):
         task = run.task()

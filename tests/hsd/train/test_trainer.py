@@ -216,7 +216,7 @@ def test_a_resume_that_cannot_be_exact_says_so(tmp_path):
         trainer = make(qwen3(), tmp_path, max_steps=4, **options)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            trainer._load_from_checkpoint(str(tmp_path / f"checkpoint-{step}"))
+            trainer._load_frozen(tmp_path / f"checkpoint-{step}")
         assert sum(f"step {step} is not its last" in str(w.message) for w in seen) == said
 
 
@@ -281,8 +281,6 @@ def test_refusals_are_named(tmp_path):
             train_dataset=Dataset.from_list([{"prompt": "1+1="}]),
             processing_class=TOKENIZER,
         )
-    with pytest.raises(ValueError, match="teacher"):
-        make(qwen3(), tmp_path, peft_config=LORA, teacher="ema")
     with pytest.raises(ValueError, match="lm_head"):
         make(llama(), tmp_path, peft_config=LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
 
