@@ -27,7 +27,7 @@ class Engine:
 
     def __str__(self) -> str:
         if self.name == "ddp":
-            return "whole weights on each"
+            return "whole weights"
         return f"FSDP{self.fsdp_version}" if self.name == "fsdp" else f"DeepSpeed ZeRO-{self.stage}"
 
 

@@ -5,17 +5,19 @@ RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 PYTHONP
     python engine_job.py zero3 FOLDER [CASE ...]
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
-from rank_runs import make, start_elsewhere, weights
+from rank_runs import QUESTIONS, TESTS, make, start_elsewhere, weights
 from ranks import leave
-from tiny_runs import CHECKPOINTED, qwen3
+from tiny_runs import CHECKPOINTED, TOKENIZER, qwen3
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from hsd.cli.__main__ import main as hsd
 from hsd.policy.sharding import gather
 
 ENGINES = ("zero2", "zero3", "fsdp2")
@@ -54,7 +56,7 @@ def of(engine: str) -> dict:
     if engine == "fsdp2":
         return {"use_cpu": False}
     stage = int(engine.removeprefix("zero"))
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 1_000 if os.environ.get("PERSIST") else 0}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     config = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "zero_optimization": zero}
     config |= {"gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
     return {"deepspeed": config | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}}
@@ -64,6 +66,7 @@ def prepare(engine: str) -> None:
     if engine == "fsdp2":
         # accelerate shards on accelerators only; its own code does, given this backend and device.
         PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+        torch.distributed.init_process_group("gloo")
         return
     import deepspeed
 
@@ -161,6 +164,38 @@ RUNS = {
 }
 
 
+def command_line(engine: str, folder: Path) -> None:
+    """`hsd train` from a shipped configuration, with a model, questions and batches of this size; and its resume."""
+    config = {"zero3": "qwen3_32b_32gpu_zero3_vllm", "fsdp2": "qwen3_8b_8gpu_fsdp2"}[engine]
+    if torch.distributed.get_rank() == 0:
+        qwen3().save_pretrained(folder / "tiny")
+        TOKENIZER.save_pretrained(folder / "tiny")
+        (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+        (folder / "deepspeed.json").write_text(json.dumps(of("zero3")["deepspeed"]))
+    torch.distributed.barrier()
+    words = {
+        "model.path": folder / "tiny",
+        "data.path": folder / "questions.jsonl",
+        "data.instruction": "",
+        "reward": "hsd.tasks.small_world:reward",
+        "output_dir": folder / "cli",
+        "with_peer_template": "[{answer}|{demonstration}]",
+        "answer_only_template": "[{answer}]",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 6,
+        "save_steps": 1,
+        "use_vllm": "false",
+        "bf16": "false",
+        "report_to": "none",
+    }
+    words |= {"deepspeed": folder / "deepspeed.json", "use_cpu": "true"} if engine == "zero3" else {}
+    for steps in (1, 2):
+        reset()
+        given = [f"--{key}={value}" for key, value in (words | {"max_steps": steps}).items()]
+        assert hsd(["train", str(TESTS.parent / "configs" / f"{config}.yaml"), *given]) == 0
+
+
 def main() -> None:
     engine, folder, *cases = sys.argv[1:]
     rank, folder = int(os.environ["RANK"]), Path(folder)
@@ -173,6 +208,8 @@ def main() -> None:
         if name in RUNS:
             torch.save(resumed(engine, folder, name, **RUNS[name]), folder / f"{name}-{rank}.pt")
             print("done", name, flush=True)
+    if engine != "zero2" and (not cases or "cli" in cases):
+        command_line(engine, folder)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,18 @@
 gradients within fp32 rounding, averages as computed by hand, resumed runs bit by bit."""
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import assert_same, joined, launch, one_process, saved
+import yaml
+from rank_runs import QUESTIONS, TESTS, assert_same, joined, launch, one_process, saved
 from safetensors.torch import load_file
+from tiny_runs import TOKENIZER, qwen3
 from transformers import AutoModelForCausalLM
 
 PATH = Path(__file__).with_name("engine_job.py")
@@ -134,3 +140,39 @@ def test_the_final_model_and_the_frozen_files_hold_weights(engine, name, folders
         at = folder / f"{name} whole" / ("." if kind == "initial_policy" else "checkpoint-4")
         stored = load_file(at / f"{kind}.safetensors")
         assert_equal(stored, tensors)
+
+
+@pytest.mark.parametrize(("engine", "named"), [("zero3", "DeepSpeed ZeRO-3"), ("fsdp2", "FSDP2")])
+def test_the_shipped_configurations_train_and_resume(engine, named, folders):
+    """Neither waits for the other rank for ever: the job has a time limit."""
+    folder = folders(engine)
+    log = (folder / "log0").read_text()
+    assert log.count(f"2 processes on cpu, {named}") == 2 and "resuming after step 1" in log
+    steps = json.loads((folder / "cli" / "model" / "trainer_state.json").read_text())["global_step"]
+    first, last = (load_file(folder / "cli" / at / "model.safetensors") for at in ("checkpoint-1", "model"))
+    assert steps == 2 and first.keys() == last.keys()
+    assert not all(torch.equal(first[n], last[n]) for n in first)
+    assert (folder / "cli" / "initial_policy.safetensors").exists()  # the paper's reference term
+
+
+def test_a_launch_that_starts_one_process_says_so(tmp_path):
+    """`accelerate launch --cpu` starts one, whatever number it is given."""
+    qwen3().save_pretrained(tmp_path / "tiny")
+    TOKENIZER.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    train = {"max_steps": 1, "per_device_train_batch_size": 8, "max_completion_length": 4, "use_cpu": True}
+    train |= {"bf16": False, "teacher": "live", "with_peer_template": "[{answer}|{demonstration}]"}
+    train |= {"answer_only_template": "[{answer}]", "output_dir": str(tmp_path / "out"), "report_to": "none"}
+    settings = {"model": {"path": str(tmp_path / "tiny")}, "data": {"path": str(tmp_path / "questions.jsonl")}}
+    settings |= {"reward": "hsd.tasks.small_world:reward", "train": train}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    words = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hsd.cli", "train"]
+    run = subprocess.run(
+        [sys.executable, "-m", *words, str(tmp_path / "run.yaml")],
+        env=os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "out: 1 process on cpu, whole weights" in run.stdout
