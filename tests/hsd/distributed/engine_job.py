@@ -21,6 +21,16 @@ from hsd.cli.__main__ import main as hsd
 from hsd.policy.sharding import gather
 
 ENGINES = ("zero2", "zero3", "fsdp2")
+_FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+}
+ENVIRONMENT = {"fsdp2": _FSDP2} | {f"zero{stage}": {"DS_ACCELERATOR": "cpu"} for stage in (1, 2, 3)}
 LIVE = {"teacher": "live", "reference_coef": 0.0}
 # name: (rows of a rank's micro-batch, HSDConfig's fields, arguments of `rank_runs.make`)
 CASES = {
@@ -52,7 +62,9 @@ RUN = {
 
 
 def of(engine: str) -> dict:
-    """HSDConfig's fields for an engine, and the process made ready for it."""
+    """HSDConfig's fields for an engine."""
+    if engine == "ddp":
+        return {}
     if engine == "fsdp2":
         return {"use_cpu": False}
     stage = int(engine.removeprefix("zero"))
@@ -63,6 +75,10 @@ def of(engine: str) -> dict:
 
 
 def prepare(engine: str) -> None:
+    """The process, before anything of accelerate's."""
+    if engine == "ddp":
+        torch.distributed.init_process_group("gloo")
+        return
     if engine == "fsdp2":
         # accelerate shards on accelerators only; its own code does, given this backend and device.
         PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
@@ -93,8 +109,16 @@ def frozen(trainer) -> dict[str, dict[str, torch.Tensor]]:
     return {name: gather(held, trainer.frozen.shards(policy, name), writes=True) for name in trainer.frozen.names}
 
 
+def case(name: str) -> tuple[int, dict, dict]:
+    """One of `CASES`, or METHOD:TEACHER, or METHOD:TEACHER:lora."""
+    if name in CASES:
+        return CASES[name]
+    method, teacher, *lora = name.split(":")
+    return 2, {"method": method, "teacher": teacher, "reference_coef": 0.5}, {"tied": False, "lora": bool(lora)}
+
+
 def one_step(engine: str, name: str, folder: Path) -> dict:
-    rows, options, arguments = CASES[name]
+    rows, options, arguments = case(name)
     reset()
     trainer = make(folder / "run", rows, **arguments, **{**options, **of(engine)})
     trees = []
@@ -201,7 +225,7 @@ def main() -> None:
     rank, folder = int(os.environ["RANK"]), Path(folder)
     prepare(engine)
     for name in cases or CASES:
-        if name in CASES and name not in WITHOUT.get(engine, ()):
+        if (name in CASES or ":" in name) and name not in WITHOUT.get(engine, ()):
             torch.save(one_step(engine, name, folder), folder / f"{name}-{rank}.pt")
             print("done", name, flush=True)
     for name in cases or RUNS:

@@ -22,15 +22,6 @@ assert spec is not None and spec.loader is not None
 job = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(job)
 
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "ACCELERATE_TORCH_DEVICE": "cpu",
-}
 STEPS = [(e, name) for e in job.ENGINES for name in job.CASES if name not in job.WITHOUT.get(e, ())]
 AUTO = [name for name, (_, options, _) in job.CASES.items() if "prefix_sharing" not in options]
 RUNS = [(e, name) for e in job.ENGINES for name in job.RUNS]
@@ -48,8 +39,7 @@ def folders(tmp_path_factory):
             pytest.skip("torch was built without gloo")
         if engine not in done:
             done[engine] = tmp_path_factory.mktemp(engine)
-            env = FSDP2 if engine == "fsdp2" else {"DS_ACCELERATOR": "cpu"}
-            launch(PATH, [engine, done[engine]], done[engine], seconds=240, **env)
+            launch(PATH, [engine, done[engine]], done[engine], seconds=240, **job.ENVIRONMENT.get(engine, {}))
         return done[engine]
 
     return folder
