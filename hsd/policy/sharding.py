@@ -214,9 +214,9 @@ class Zero3(Whole):
 
 
 def weights_of(accelerator: Any, redirect: Redirect) -> Whole:
-    """How this run's ranks hold their weights. Pure FSDP1 and DDP are `Whole`."""
+    """How this run's ranks hold their weights. FSDP1, under which no policy has a teacher here, is left to others."""
     state = accelerator.state
-    if state.distributed_type == "FSDP":
+    if state.distributed_type == "FSDP" and state.fsdp_plugin.fsdp_version == 2:
         return Fsdp2(accelerator, redirect)
     if state.distributed_type != "DEEPSPEED":
         return Whole()

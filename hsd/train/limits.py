@@ -19,6 +19,7 @@ class Engine:
 
     name: str = "ddp"
     fsdp_version: int = 2
+    fsdp_offload: bool = False
     zero: dict[str, Any] | None = None  # DeepSpeed's zero_optimization
 
     @property
@@ -34,7 +35,8 @@ class Engine:
 def engine_of(accelerator: Any) -> Engine:
     state = accelerator.state
     if state.distributed_type == "FSDP":
-        return Engine("fsdp", fsdp_version=state.fsdp_plugin.fsdp_version)
+        plugin = state.fsdp_plugin
+        return Engine("fsdp", fsdp_version=plugin.fsdp_version, fsdp_offload=_offloads(plugin.cpu_offload))
     if state.distributed_type == "DEEPSPEED":
         return Engine("deepspeed", zero=state.deepspeed_plugin.deepspeed_config["zero_optimization"])
     return Engine()
@@ -46,10 +48,17 @@ def launched(args: HSDConfig) -> Engine:
     if deepspeed is not None:
         return Engine("deepspeed", zero=deepspeed.deepspeed_config.get("zero_optimization", {}))
     if args.fsdp_plugin_args is not None:
-        return Engine("fsdp", fsdp_version=int(args.fsdp_plugin_args["fsdp_version"]))
+        given = args.fsdp_plugin_args
+        return Engine("fsdp", int(given["fsdp_version"]), bool(given.get("cpu_offload")))
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return Engine("fsdp", fsdp_version=int(os.environ.get("FSDP_VERSION", "1")))
+        offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+        return Engine("fsdp", int(os.environ.get("FSDP_VERSION", "1")), offload)
     return Engine()
+
+
+def _offloads(policy: Any) -> bool:
+    """Of accelerate's ``cpu_offload``: FSDP1's, FSDP2's, a bool or None."""
+    return type(policy).__name__ == "CPUOffloadPolicy" or bool(getattr(policy, "offload_params", policy is True))
 
 
 def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
@@ -58,6 +67,11 @@ def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
         if engine.fsdp_version != 2:
             raise ValueError(
                 f"fsdp_version: expected 2, got {engine.fsdp_version}, which flattens the weights that the loss reads"
+            )
+        if engine.fsdp_offload and copies(args, peft=peft):
+            raise ValueError(
+                f"fsdp_offload_params: expected False with a frozen policy beside the student (teacher={args.teacher!r}"
+                f", reference_coef={args.reference_coef}), got True"
             )
     if (engine.name == "fsdp" or engine.stage == 3) and args.has_teacher and args.tree_token_budget is not None:
         raise ValueError(

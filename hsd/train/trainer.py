@@ -117,9 +117,10 @@ class HSDTrainer(GRPOTrainer):
         self._redirect = _ForwardRedirection()
         held = weights_of(self.accelerator, self._redirect)
         check_engine(args, engine_of(self.accelerator), peft=hasattr(policy, "peft_config"))
-        # Weights that a rank does not have cannot be compared: a small model of the same code and settings is.
-        tried = small_model(policy, self.accelerator.device) if held.gathers else policy
+        tried = policy
         if args.has_teacher:
+            if held.gathers:  # weights that a rank lacks cannot be compared: those of a small model like it are
+                tried = small_model(policy, self.accelerator.device)
             body_and_head(policy)
             check_body_and_head(tried, body_and_head(tried))
             if not held.gathers:

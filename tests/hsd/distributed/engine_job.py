@@ -68,7 +68,8 @@ def of(engine: str) -> dict:
     if engine == "fsdp2":
         return {"use_cpu": False}
     stage = int(engine.removeprefix("zero"))
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    # Norms and adapters stay gathered, larger weights do not.
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 200}
     config = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "zero_optimization": zero}
     config |= {"gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
     return {"deepspeed": config | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}}

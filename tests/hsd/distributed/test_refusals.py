@@ -26,6 +26,7 @@ def config(tmp_path, **options):
     [
         (Engine("fsdp", fsdp_version=1), LIVE, "^fsdp_version: expected 2, got 1"),
         (FSDP2, LIVE | {"tree_token_budget": 40}, "^tree_token_budget: expected None under FSDP2"),
+        (Engine("fsdp", fsdp_offload=True), TWIN, "^fsdp_offload_params: expected False"),
         (zero(3), LIVE | {"tree_token_budget": 40}, "^tree_token_budget: expected None under DeepSpeed ZeRO-3"),
         (zero(3, zero_hpz_partition_size=8), TWIN, "^deepspeed: expected no zero_hpz_partition_size"),
         (zero(3, offload_param={"device": "cpu"}), TWIN, "^deepspeed: expected no offload_param"),
@@ -40,6 +41,7 @@ def test_refused(engine, options, named, tmp_path):
     ("engine", "options", "peft"),
     [
         (Engine("fsdp", fsdp_version=1), {"method": "grpo"}, False),  # its loss is TRL's
+        (Engine("fsdp", fsdp_offload=True), LIVE, False),
         (zero(2), LIVE | {"tree_token_budget": 40}, False),
         (Engine(), LIVE | {"tree_token_budget": 40}, False),
         (zero(3, offload_param={"device": "cpu"}), LIVE, False),
@@ -58,5 +60,7 @@ def test_the_launcher_is_asked_for_the_engine(tmp_path, monkeypatch):
     assert launched(args) == Engine("fsdp", fsdp_version=1)  # accelerate's default
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert launched(args) == FSDP2
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert launched(args) == Engine("fsdp", fsdp_offload=True)
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
     assert launched(args).stage == 3
