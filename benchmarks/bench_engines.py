@@ -2,6 +2,8 @@
 
     python benchmarks/bench_engines.py [--methods hsd ...] [--teachers live ...] [--engines zero3 ...] [--json PATH]
 
+With --json the table is also put into docs/cluster.md.
+
 An untied Qwen3 of two layers, hidden size 32, fp32; the student starts 0.05 off the initial policy, and the reference
 term has the weight 0.5. An entry is the largest error over all parameters over the largest gradient; the gradient is
 what a step of SGD at learning rate 1 takes off the weights. The rollouts are the ranks' own, in one micro-batch of one
@@ -24,6 +26,7 @@ from rank_runs import joined, launch, one_process, saved  # noqa: E402
 from timing import environment, header, save  # noqa: E402
 
 PATH = ROOT / "tests" / "hsd" / "distributed" / "engine_job.py"
+PAGE, BEGIN, END = ROOT / "docs" / "cluster.md", "<!-- engines table: begin -->", "<!-- engines table: end -->"
 METHODS = ("hsd", "opsd", "sdpo", "rlsd", "grpo+opsd")
 TEACHERS = ("live", "fixed", "ema", "trust_region")
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -80,6 +83,8 @@ def main() -> None:
         raise SystemExit(f"error: expected at most {BOUND}, got {worst}")
     if args.json is not None:
         save(args.json, facts, rows, "\n".join(lines))
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ class Zero3(Whole):
         import deepspeed
 
         if any(hasattr(p, "ds_id") for p in policy.parameters()):  # partitioned when it was loaded
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 twin = type(policy)._from_config(deepcopy(policy.config), dtype=policy.dtype)
             twin.requires_grad_(False).eval()
             for mine, theirs in zip(twin.parameters(), policy.parameters(), strict=True):

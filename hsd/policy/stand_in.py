@@ -32,6 +32,7 @@ def small_model(policy: Any, device: torch.device | str = "cpu") -> Any:
             setattr(text, name, min(getattr(text, name), 64))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)  # may lie outside the short vocabulary
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(0)
-        return type(inner)(config).float().eval()  # not from_config, which would partition it as well
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        # Not from_config, which would partition it as well.
+        return type(inner)(config).float().eval().to(device)

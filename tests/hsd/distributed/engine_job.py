@@ -122,7 +122,13 @@ def one_step(engine: str, name: str, folder: Path) -> dict:
     rows, options, arguments = case(name)
     reset()
     trainer = make(folder / "run", rows, **arguments, **{**options, **of(engine)})
-    trees = []
+    trees, asked, agree = [], [], trainer.frozen.held.agree
+
+    def ask(here, device):
+        asked.append(here)
+        return agree(here, device)
+
+    trainer.frozen.held.agree = ask
     choose = trainer.micro_batch_loss.tree
 
     def tree(batch):
@@ -137,7 +143,7 @@ def one_step(engine: str, name: str, folder: Path) -> dict:
     after = whole(trainer)
     gradient = {n: before[n] - after[n] for n in before}
     shared = [t is not None for t in trees]
-    out = {"gradient": gradient, "batches": trainer.batches, "shared": shared}
+    out = {"gradient": gradient, "batches": trainer.batches, "shared": shared, "asked": asked}
     return out | {"loss": trainer.state.log_history[0]["loss"]}
 
 

@@ -23,7 +23,6 @@ job = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(job)
 
 STEPS = [(e, name) for e in job.ENGINES for name in job.CASES if name not in job.WITHOUT.get(e, ())]
-AUTO = [name for name, (_, options, _) in job.CASES.items() if "prefix_sharing" not in options]
 RUNS = [(e, name) for e in job.ENGINES for name in job.RUNS]
 
 
@@ -60,10 +59,13 @@ def test_a_step_has_the_gradient_of_one_process(engine, name, folders, tmp_path)
 def test_ranks_share_prefixes_together(folders):
     """A micro-batch of one row: sharing pays on one rank and not on the other, and gathers must not be mixed up."""
     for engine in ("zero3", "fsdp2"):
-        for name in job.CASES:
-            first, second = saved(folders(engine), name)
+        ranks = [saved(folders(engine), name) for name in job.CASES]
+        for first, second in ranks:
             assert first["shared"] == second["shared"]
-            assert any(first["shared"]) == (job.CASES[name][1].get("prefix_sharing") == "tree") or name in AUTO
+            if first["asked"]:
+                assert first["shared"] == [a and b for a, b in zip(first["asked"], second["asked"], strict=True)]
+        assert any(first["asked"] != second["asked"] for first, second in ranks)
+        assert any(any(first["shared"]) for first, _ in ranks)
 
 
 @pytest.mark.parametrize(("engine", "name"), RUNS)

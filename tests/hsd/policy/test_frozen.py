@@ -1,9 +1,11 @@
 """Frozen policies: copies, the EMA, and a file that appears whole or not at all."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -97,6 +99,15 @@ def test_other_parameters_are_refused_and_nothing_is_copied(other, tmp_path):
     with pytest.raises(ValueError, match=r"policy\.safetensors: expected the parameters of LlamaForCausalLM"):
         load_policy_(target, path)
     assert_same(values(target), before)
+
+
+def test_a_part_is_checked_by_the_whole_tensors_shape(tmp_path):
+    """ZeRO-3's parameters look empty outside a forward: a file of empty tensors must not pass."""
+    held, p = sharding.Zero3(None, lambda *_: None, None), SimpleNamespace(ds_id=0, ds_shape=torch.Size([4, 3]))
+    shards = {"weight": (p, torch.zeros(6))}
+    save_file({"weight": torch.empty(0)}, tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"differs in \['weight'\]"):
+        sharding.load_policy_(held, shards, tmp_path / "empty", "X")
 
 
 def test_a_parameter_that_would_broadcast_is_refused(tmp_path):
