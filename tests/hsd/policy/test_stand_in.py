@@ -12,7 +12,7 @@ from hsd.policy.tree.check import try_tree
 
 def test_it_is_small_and_the_same_each_time_and_draws_nothing():
     model = qwen3(num_hidden_layers=5, vocab_size=1000)
-    adapted, before = get_peft_model(qwen3(2, num_hidden_layers=5), LORA), torch.get_rng_state()
+    adapted, before = get_peft_model(qwen3(2, num_hidden_layers=5, vocab_size=1000), LORA), torch.get_rng_state()
     first, second = small_model(model), small_model(adapted)
     assert torch.equal(torch.get_rng_state(), before)
     assert type(first) is type(model) and first.config.hidden_size == model.config.hidden_size
