@@ -71,7 +71,7 @@ class Whole:
 
     def master(self, p: Tensor) -> Tensor:
         """This rank's elements of a trained parameter, in fp32 where the optimizer has them in fp32."""
-        if p.dtype in WIDE or not self.has_masters:
+        if p.dtype in WIDE or not self.has_masters or not p.requires_grad:
             return p.detach()
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -184,7 +184,7 @@ class Zero3(Whole):
         return p.ds_tensor.detach() if hasattr(p, "ds_id") else p.detach()
 
     def master(self, p: Any) -> Tensor:
-        if p.dtype in WIDE or not hasattr(p, "ds_id"):
+        if p.dtype in WIDE or not hasattr(p, "ds_id") or not p.requires_grad:
             return self.shard(p)
         from deepspeed.utils import safe_get_local_fp32_param
 

@@ -38,7 +38,7 @@ def engine_of(accelerator: Any) -> Engine:
         plugin = state.fsdp_plugin
         return Engine("fsdp", fsdp_version=plugin.fsdp_version, fsdp_offload=_offloads(plugin.cpu_offload))
     if state.distributed_type == "DEEPSPEED":
-        return Engine("deepspeed", zero=state.deepspeed_plugin.deepspeed_config["zero_optimization"])
+        return Engine("deepspeed", zero=state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}))
     return Engine()
 
 

@@ -134,7 +134,7 @@ class FrozenPolicies:
         mine = self.shards(policy, name)
         theirs = adapter_parameters(policy, policy.active_adapter) if self.peft else dict(policy.named_parameters())
         for (p, average), student in zip(mine.values(), theirs.values(), strict=True):
-            ema_update_([average], [self.held.master(student)], rate)
+            ema_update_([average], [self.held.master(student).to(average.dtype)], rate)
             self.held.write(p, average)
 
     def parameters(self, policy: Any, name: str) -> dict[str, Tensor]:

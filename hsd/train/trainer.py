@@ -341,6 +341,8 @@ class HSDTrainer(GRPOTrainer):
         shards = {name: (p, held.shard(p)) for name, p in stored_tensors(policy).items()}
         self._save(output_dir, state_dict=gather(held, shards, writes=self.args.should_save))
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # Not in _load_from_checkpoint, which transformers does not call under DeepSpeed.
