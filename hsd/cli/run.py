@@ -28,9 +28,10 @@ from hsd.tasks import registered
 from hsd.tasks.files import check_parts, complete
 from hsd.tasks.settings import Lora, Settings
 from hsd.tasks.task import Policy, Question, Task, load_policy
+from hsd.train.builds import check_builds
 from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
 from hsd.train.config import HSDConfig
-from hsd.train.limits import check_launch
+from hsd.train.limits import check_engine, launched
 from hsd.train.trainer import HSDTrainer
 
 # What may differ between the parts of one run: none of these changes a step.
@@ -79,11 +80,17 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
 def train(run: Run) -> int:
     """Train, or go on with the run in the folder; the exit code."""
     config, out = run.config, run.folder
-    check_launch(config, peft=run.settings.model.lora is not None)
+    engine = launched(config)
+    check_engine(config, engine, peft=run.settings.model.lora is not None)
     transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line
-    with config.main_process_first(desc="the run's folder and the model"):
+    if engine.name == "deepspeed":
+        check_builds()
+    with config.main_process_first(desc="the questions and the model's files"):
         task = run.task()
-        model, tokenizer = run.initial_policy(task)
+        task.model()
+    # On all ranks at once: under ZeRO-3 they share the weights out as they read them.
+    model, tokenizer = run.initial_policy(task)
+    with config.main_process_first(desc="the run's folder"):
         needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
         if len(task.questions) < needed:
             raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(task.questions)}")
@@ -107,6 +114,8 @@ def train(run: Run) -> int:
     if 0 < config.max_steps <= done:  # Trainer would take one step more on a run that has them all
         say(f"{out}: this run already has {done} steps; --max_steps asks for more")
         return 0
+    # An accelerate launch with --cpu starts one process, whatever number it is given.
+    say(f"{out}: {config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}, {engine}")
     say(f"{out}: {len(task.questions)} questions, " + (f"resuming after step {done}" if done else "from the start"))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,32 +1,93 @@
-"""Refused under FSDP and DeepSpeed, as far as the configuration alone shows it, without a model."""
+"""What an engine rules out, as far as configuration and environment show it, before a model is loaded."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from typing import Any
 
 from hsd.train.config import HSDConfig
 from hsd.train.teachers import copies
 
+# Of zero_optimization: what moves or copies partitions, under which no twin has been run.
+WITHOUT_TWINS = ("zero_hpz_partition_size", "zero_quantized_weights", "mics_shard_size")
 
-def check_launch(args: HSDConfig, *, peft: bool) -> None:
-    """`check_sharded` before there is an accelerator: by accelerate's environment and the fields that it will read."""
+
+@dataclass(frozen=True)
+class Engine:
+    """Who holds the weights: "ddp" (also one process), "fsdp" or "deepspeed"."""
+
+    name: str = "ddp"
+    fsdp_version: int = 2
+    fsdp_offload: bool = False
+    zero: dict[str, Any] | None = None  # DeepSpeed's zero_optimization
+
+    @property
+    def stage(self) -> int:
+        return int((self.zero or {}).get("stage", 0))
+
+    def __str__(self) -> str:
+        if self.name == "ddp":
+            return "whole weights"
+        return f"FSDP{self.fsdp_version}" if self.name == "fsdp" else f"DeepSpeed ZeRO-{self.stage}"
+
+
+def engine_of(accelerator: Any) -> Engine:
+    state = accelerator.state
+    if state.distributed_type == "FSDP":
+        plugin = state.fsdp_plugin
+        return Engine("fsdp", fsdp_version=plugin.fsdp_version, fsdp_offload=_offloads(plugin.cpu_offload))
+    if state.distributed_type == "DEEPSPEED":
+        return Engine("deepspeed", zero=state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}))
+    return Engine()
+
+
+def launched(args: HSDConfig) -> Engine:
+    """`engine_of` before there is an accelerator: by accelerate's environment and the fields that it will read."""
     deepspeed = getattr(args, "deepspeed_plugin", None)
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if deepspeed is not None or fsdp or args.fsdp_plugin_args is not None:
-        check_sharded(args, zero_stage=getattr(deepspeed, "zero_stage", 0), peft=peft)
+    if deepspeed is not None:
+        return Engine("deepspeed", zero=deepspeed.deepspeed_config.get("zero_optimization", {}))
+    if args.fsdp_plugin_args is not None:
+        given = args.fsdp_plugin_args
+        return Engine("fsdp", int(given["fsdp_version"]), bool(given.get("cpu_offload")))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+        return Engine("fsdp", int(os.environ.get("FSDP_VERSION", "1")), offload)
+    return Engine()
 
 
-def check_sharded(args: HSDConfig, *, zero_stage: int, peft: bool) -> None:
-    """Raise ValueError for what FSDP or DeepSpeed (at a ZeRO stage) rule out; ``peft``: whether LoRA is trained."""
-    if zero_stage == 3:
-        raise ValueError("deepspeed: expected ZeRO stage 0 to 2, got 3: the partitioned head is not gathered here")
-    if str(args.peer_rule).endswith("perplexity"):
-        raise ValueError(f"peer_rule: expected one without perplexity under sharding, got {args.peer_rule!r}")
-    if args.has_teacher and args.prefix_sharing in ("tree", "prompt"):
-        raise ValueError(f"prefix_sharing: expected 'auto' or 'none' under sharding, got {args.prefix_sharing!r}")
-    if copies(args, peft=peft):
+def _offloads(policy: Any) -> bool:
+    """Of accelerate's ``cpu_offload``: FSDP1's, FSDP2's, a bool or None."""
+    return type(policy).__name__ == "CPUOffloadPolicy" or bool(getattr(policy, "offload_params", policy is True))
+
+
+def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
+    """Raise ValueError for what ``engine`` rules out; ``peft``: whether LoRA is trained."""
+    if engine.name == "fsdp" and args.has_teacher:
+        if engine.fsdp_version != 2:
+            raise ValueError(
+                f"fsdp_version: expected 2, got {engine.fsdp_version}, which flattens the weights that the loss reads"
+            )
+        if engine.fsdp_offload and copies(args, peft=peft):
+            raise ValueError(
+                f"fsdp_offload_params: expected False with a frozen policy beside the student (teacher={args.teacher!r}"
+                f", reference_coef={args.reference_coef}), got True"
+            )
+    if (engine.name == "fsdp" or engine.stage == 3) and args.has_teacher and args.tree_token_budget is not None:
         raise ValueError(
-            "teacher, reference_coef, reference_refresh_steps: expected 'live', 0 and None (or LoRA) under FSDP and "
-            "DeepSpeed, where a frozen copy of sharded weights is not supported, got "
-            f"{args.teacher!r}, {args.reference_coef} and {args.reference_refresh_steps}"
+            f"tree_token_budget: expected None under {engine}, where ranks take part in each other's forward passes "
+            f"and a tree over the budget takes as many as its rank's rollouts ask for, got {args.tree_token_budget}"
         )
+    if engine.stage == 3 and copies(args, peft=peft):
+        zero = engine.zero or {}
+        for name in WITHOUT_TWINS:
+            if zero.get(name) not in (None, False, 1, -1):
+                raise ValueError(
+                    f"deepspeed: expected no {name} with a frozen policy beside the student (teacher={args.teacher!r}, "
+                    f"reference_coef={args.reference_coef}), got {zero[name]}"
+                )
+        if (zero.get("offload_param") or {}).get("device", "none") != "none":
+            raise ValueError(
+                "deepspeed: expected no offload_param with a frozen policy beside the student (teacher="
+                f"{args.teacher!r}, reference_coef={args.reference_coef}), got {zero['offload_param']}"
+            )

@@ -67,7 +67,12 @@ class MicroBatchLoss:
             return None
         tree = tree_of(batch.inputs, self.sharing)
         wanted = self.always or pays(tree, batch.inputs, self.frozen.live)
-        return tree if wanted and len(tree.trie) else None  # a batch whose rollouts are all masked has no nodes
+        wanted = wanted and len(tree.trie) > 0  # a batch whose rollouts are all masked has no nodes
+        held = self.frozen.held
+        if held.gathers:  # the same forward passes in the same order on every rank, or a gather mixes their weights
+            wanted = wanted and not (self.frozen.live and not len(tree.teacher_only))
+            wanted = held.agree(wanted, batch.inputs.completion_ids.device)
+        return tree if wanted else None
 
     def _one_by_one(self, policy: Any, batch: RolloutBatch) -> States:
         def forward(parts: BodyAndHead, prompts: Sequence[str]) -> list[Tensor]:

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from hsd.policy.body_and_head import BodyAndHead, body_and_head, hidden_states, probe_ids
 from hsd.policy.forward import FrozenStates, with_own_head
-from hsd.policy.frozen import adapters_off, ema_update_, frozen_copy, in_eval_mode, load_policy_, save_policy
+from hsd.policy.frozen import (
+    adapter_parameters,
+    adapters_off,
+    add_frozen_adapter,
+    ema_update_,
+    in_eval_mode,
+    under_adapter,
+)
+from hsd.policy.sharding import WIDE, Whole, load_policy_, save_policy
 from hsd.train.config import HSDConfig
 from hsd_kernels import Head
 
@@ -41,20 +49,34 @@ def roles(args: HSDConfig) -> tuple[str | None, str | None]:
 
 
 def copies(args: HSDConfig, *, peft: bool) -> set[str]:
-    """Those of `roles` that are copies of the weights. With LoRA the initial policy is the adapters off."""
-    return {name for name in roles(args) if name is not None and not (peft and name == INITIAL)}
+    """Weights that a run keeps besides the student's. With LoRA the initial policy is the adapters off, and what an
+    average adds is an adapter."""
+    teacher, reference = roles(args)
+    wanted = {name for name in (teacher, reference) if name is not None and not (peft and name == INITIAL)}
+    return wanted | ({AVERAGE} if reference == REFERENCE else set())
 
 
 class FrozenPolicies:
-    """The copies that a run needs, by name in ``models``; what the student's own module serves is not copied."""
+    """The policies that a run keeps besides the student: twins in ``models``, or, with LoRA, adapters of the student.
 
-    def __init__(self, policy: Any, args: HSDConfig):
-        self.args = args
+    Args:
+        policy: The student as loaded, before an engine wraps it.
+        held: How the ranks hold its weights, and so those of the twins.
+    """
+
+    def __init__(self, policy: Any, args: HSDConfig, held: Whole | None = None):
+        self.args, self.held = args, held or Whole()
         self.teacher, self.reference = roles(args)
-        peft = hasattr(policy, "peft_config")
-        _check(policy, args, peft=peft)
-        wanted = copies(args, peft=peft) | ({AVERAGE} if self.reference == REFERENCE else set())
-        self.models: dict[str, nn.Module] = {name: frozen_copy(policy) for name in sorted(wanted)}
+        self.peft = hasattr(policy, "peft_config")
+        _check(policy, args, self.held)
+        self.names = sorted(copies(args, peft=self.peft))
+        self.models: dict[str, nn.Module] = {}
+        for name in self.names:
+            if self.peft:
+                add_frozen_adapter(policy, name)
+            else:
+                self.models[name] = self.held.twin(policy)
+        self._averages: dict[str, list[Tensor]] = {}  # in fp32, where the twin's weights are narrower
         self._initial_is_saved = False
 
     @property
@@ -76,9 +98,14 @@ class FrozenPolicies:
 
     def _under(self, policy: Any, name: str, forward: Forward, prompts: Sequence[str]) -> list[FrozenStates]:
         if name in self.models:
-            parts = body_and_head(self.models[name])
-            return [with_own_head(parts, hidden) for hidden in forward(parts, prompts)]
-        with adapters_off(policy):
+            twin = self.models[name]
+
+            def states() -> list[FrozenStates]:
+                parts = body_and_head(twin)
+                return [with_own_head(parts, hidden) for hidden in forward(parts, prompts)]
+
+            return self.held.inside(twin, states)
+        with adapters_off(policy) if name == INITIAL else under_adapter(policy, name):
             return [FrozenStates(hidden) for hidden in forward(body_and_head(policy), prompts)]
 
     def combine(self, live: FrozenStates | None, frozen: FrozenStates | None, head: Head) -> FrozenStates:
@@ -92,25 +119,51 @@ class FrozenPolicies:
     @torch.no_grad()
     def step(self, policy: nn.Module, steps_done: int) -> None:
         """After an optimizer step."""
-        if EMA in self.models:
-            ema_update_(self.models[EMA], policy, self.args.teacher_ema_rate)
+        if EMA in self.names:
+            self._move(policy, EMA, self.args.teacher_ema_rate)
         every = self.args.reference_refresh_steps
-        if AVERAGE in self.models and every is not None:
-            ema_update_(self.models[AVERAGE], policy, self.args.reference_ema_rate)
+        if AVERAGE in self.names and every is not None:
+            self._move(policy, AVERAGE, self.args.reference_ema_rate)
             if steps_done % every == 0:
-                ema_update_(self.models[REFERENCE], self.models[AVERAGE], 1.0)
+                average = self.shards(policy, AVERAGE)
+                for p, (_, new) in zip(self.parameters(policy, REFERENCE).values(), average.values(), strict=True):
+                    self.held.write(p, new)
 
-    def save(self, checkpoint: Path) -> None:
-        """What changes goes into the checkpoint; the initial policy once, beside it, over that of an earlier run."""
-        for name, model in self.models.items():
-            if name != INITIAL:
-                save_policy(model, _file(checkpoint, name))
-            elif not self._initial_is_saved:
-                save_policy(model, _file(checkpoint.parent, name))
+    def _move(self, policy: Any, name: str, rate: float) -> None:
+        """Shard by shard, in fp32."""
+        mine = self.shards(policy, name)
+        theirs = adapter_parameters(policy, policy.active_adapter) if self.peft else dict(policy.named_parameters())
+        for (p, average), student in zip(mine.values(), theirs.values(), strict=True):
+            ema_update_([average], [self.held.master(student).to(average.dtype)], rate)
+            self.held.write(p, average)
+
+    def parameters(self, policy: Any, name: str) -> dict[str, Tensor]:
+        """Of a frozen policy, by name."""
+        return dict(self.models[name].named_parameters()) if name in self.models else adapter_parameters(policy, name)
+
+    def shards(self, policy: Any, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each parameter with this rank's elements of it, those of an average in fp32: what a checkpoint holds."""
+        own = {key: (p, self.held.shard(p)) for key, p in self.parameters(policy, name).items()}
+        if name not in (EMA, AVERAGE) or all(shard.dtype in WIDE for _, shard in own.values()):
+            return own
+        if name not in self._averages:
+            self._averages[name] = [shard.float() for _, shard in own.values()]
+        return {key: (p, wide) for (key, (p, _)), wide in zip(own.items(), self._averages[name], strict=True)}
+
+    def save(self, policy: Any, checkpoint: Path, *, writes: bool = True) -> None:
+        """What changes goes into the checkpoint; the initial policy once, beside it, over that of an earlier run.
+
+        All ranks call this; one ``writes``.
+        """
+        for name in self.names:
+            if name != INITIAL or not self._initial_is_saved:
+                path = _file(checkpoint.parent if name == INITIAL else checkpoint, name)
+                save_policy(self.held, self.shards(policy, name), path, writes=writes)
         self._initial_is_saved = True
 
-    def load(self, checkpoint: Path) -> None:
-        for name, model in self.models.items():
+    @torch.no_grad()
+    def load(self, policy: Any, checkpoint: Path) -> None:
+        for name in self.names:
             path = _file(checkpoint.parent if name == INITIAL else checkpoint, name)
             if not path.exists():
                 raise ValueError(
@@ -118,7 +171,10 @@ class FrozenPolicies:
                     f"reference_coef={self.args.reference_coef} and reference_refresh_steps="
                     f"{self.args.reference_refresh_steps} saves; the checkpoint is of another kind of run"
                 )
-            load_policy_(model, path)
+            shards = self.shards(policy, name)
+            load_policy_(self.held, shards, path, type(policy).__name__)
+            for p, shard in shards.values():
+                self.held.write(p, shard)
 
 
 def mix_logits(a: FrozenStates, b: FrozenStates, head: Head, share: float) -> FrozenStates:
@@ -164,16 +220,10 @@ def check_fresh_adapter(policy: Any, args: HSDConfig) -> None:
         )
 
 
-def _check(policy: Any, args: HSDConfig, *, peft: bool) -> None:
-    wanted = set(roles(args))
-    if peft and copies(args, peft=peft):
-        raise ValueError(
-            "teacher, reference_refresh_steps: expected 'live', 'fixed' or 'trust_region' (adapters off) and None with "
-            f"LoRA, got {args.teacher!r} and {args.reference_refresh_steps}"
-        )
-    half = next((p.dtype for p in policy.parameters() if p.dtype not in (torch.float32, torch.float64)), None)
-    if wanted & {EMA, REFERENCE} and half is not None:
-        # 1,000 steps of rate 0.005 from 1.0 towards 1.5 leave a bf16 weight at 1.0.
+def _check(policy: Any, args: HSDConfig, held: Whole) -> None:
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    half = next((p.dtype for p in trained if p.dtype not in WIDE), None)
+    if set(roles(args)) & {EMA, REFERENCE} and half is not None and not held.has_masters:
         raise ValueError(
             "teacher, reference_refresh_steps: expected fp32 weights for an average (bf16=True computes in bf16), "
             f"got {half}"

@@ -7,7 +7,7 @@ All contact with TRL is in this file. After a batch is generated and scored, eve
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 - overridden: ``_get_train_sampler``, ``_prepare_inputs``, ``_calculate_rewards``, ``_generate_and_score_completions``,
-  ``compute_loss``, and of transformers' Trainer ``_save_checkpoint``, ``_load_from_checkpoint``
+  ``compute_loss``, and of transformers' Trainer ``_save_checkpoint``, ``_load_optimizer_and_scheduler``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``
@@ -40,14 +40,17 @@ from hsd.hindsight.teacher_prompts import TeacherPrompt, TeacherPrompts
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.policy.forward import RolloutInputs
 from hsd.policy.frozen import in_eval_mode
-from hsd.policy.tree.check import try_tree, warn_unshared
+from hsd.policy.sharding import gather, reshard, stored_tensors, weights_of
+from hsd.policy.stand_in import small_model
+from hsd.policy.tree.attention import enable_tree
+from hsd.policy.tree.check import try_tree, warn_unshared, why_not
 from hsd.policy.vocabulary import check_vocabulary
 from hsd.process import settle
 from hsd.train.alarms import repeated_tail
 from hsd.train.batch import collate, shuffle_groups, student_inputs, unpack
 from hsd.train.callbacks import RunFiles, steps_of_a_generation
 from hsd.train.config import HSDConfig
-from hsd.train.limits import check_sharded
+from hsd.train.limits import check_engine, engine_of
 from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
 from hsd.train.micro_batch import MicroBatchLoss
 from hsd.train.teachers import FrozenPolicies, check_fresh_adapter
@@ -109,20 +112,23 @@ class HSDTrainer(GRPOTrainer):
             raise ValueError(f"feedback_fn: expected None with method={args.method!r}, which shows no feedback")
         self.context_template = context_template
         self.feedback_fn = feedback_fn
-        policy = self.accelerator.unwrap_model(self.model)
-        self._sharded = sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if sharded:
-            plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-            check_sharded(args, zero_stage=getattr(plugin, "zero_stage", 0), peft=hasattr(policy, "peft_config"))
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self._redirect = _ForwardRedirection()
+        held = weights_of(self.accelerator, self._redirect)
+        check_engine(args, engine_of(self.accelerator), peft=hasattr(policy, "peft_config"))
+        tried = policy
         if args.has_teacher:
-            parts = body_and_head(policy)
-            if not sharded:  # sharded weights cannot be compared here
-                check_body_and_head(policy, parts)
+            if held.gathers:  # weights that a rank lacks cannot be compared: those of a small model like it are
+                tried = small_model(policy, self.accelerator.device)
+            body_and_head(policy)
+            check_body_and_head(tried, body_and_head(tried))
+            if not held.gathers:
                 check_fresh_adapter(policy, args)
-        self.prefix_sharing = self._choose_sharing(policy) if args.has_teacher else "none"
+        self.prefix_sharing = self._choose_sharing(policy, tried) if args.has_teacher else "none"
         rule = "uniform" if self.prefix_sharing == "none" else "paired"
         self.peer_rule = rule if args.peer_rule == "auto" else args.peer_rule
-        self.frozen = FrozenPolicies(policy, args)
+        self.frozen = FrozenPolicies(policy, args, held)
         self.micro_batch_loss = MicroBatchLoss(
             self.frozen,
             self.prefix_sharing,
@@ -133,25 +139,24 @@ class HSDTrainer(GRPOTrainer):
         self.teacher_prompts = self._teacher_prompts()
         # Set by _calculate_rewards, taken and cleared by _generate_and_score_completions, which calls it.
         self._scored: Scored | None = None
-        self._redirect = _ForwardRedirection()
         self.add_callback(_AfterStep(self))
         self.add_callback(RunFiles(Path(str(args.output_dir))))
 
-    def _choose_sharing(self, policy: Any) -> str:
+    def _choose_sharing(self, policy: Any, tried: Any) -> str:
         """ "tree", "prompt" or "none". Before frozen copies are made: they take the tree as the policy does."""
         asked = self.args.prefix_sharing
         if asked == "none":
             return asked
-        if self._sharded:
-            reason = "it has not been tried with sharded weights (FSDP, DeepSpeed)"
-        elif self.args.neftune_noise_alpha:
+        if self.args.neftune_noise_alpha:
             reason = (
                 f"neftune_noise_alpha={self.args.neftune_noise_alpha}: a shared token would draw its noise once for "
                 "all sequences, scaled by the length of the batch, expected None"
             )
         else:
             with self.accelerator.autocast():
-                reason = try_tree(policy)
+                reason = why_not(policy) or try_tree(tried)
+            if reason is None:
+                enable_tree(policy)
         if reason is None:
             return "tree" if asked == "auto" else asked
         if asked != "auto":
@@ -237,7 +242,7 @@ class HSDTrainer(GRPOTrainer):
         prompts = self.teacher_prompts.make(mine, inputs, scored.feedback, step=self.state.global_step)
         self._record(mode, context_metrics(prompts) | {"repeated_tail": tails})
         self._add_teacher(batch, prompts, success)
-        if "old_per_token_logps" in batch and self.args.needs_old_logps and not self._sharded:
+        if "old_per_token_logps" in batch and self.args.needs_old_logps:
             # TRL's left-padded prompts have no position ids: with GPT-2's absolute positions its log-probs are of
             # another policy than the loss's, 2 to 6 nats away.
             batch["old_per_token_logps"] = self._logps(*student_inputs(batch), temperature=self.temperature)
@@ -271,16 +276,23 @@ class HSDTrainer(GRPOTrainer):
     @torch.no_grad()
     def _logps(self, inputs: RolloutInputs, weights: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-prob (B, T) of each rollout's tokens under the policy that sampled it, 0 where the weight (B, T) is."""
-        policy = self.accelerator.unwrap_model(self.model)
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        wrapper: Any = self.model_wrapped  # the engine's, whose hooks gather weights
         parts = body_and_head(policy)
-        found = []
+
+        def logps(rows: Tensor) -> Tensor:
+            some = inputs.rows(rows.tolist())
+            ids, hidden = some.completion_ids, some.forward(parts, "student")
+            return fused_token_logps(hidden, parts.head, ids, token_weights=weights[rows], temperature=temperature)
+
+        parts_of_batch = torch.arange(len(weights)).split(self.args.per_device_train_batch_size)
         with in_eval_mode(policy), self.accelerator.autocast():
-            for rows in torch.arange(len(weights)).split(self.args.per_device_train_batch_size):
-                some = inputs.rows(rows.tolist())
-                ids, hidden = some.completion_ids, some.forward(parts, "student")
-                found.append(
-                    fused_token_logps(hidden, parts.head, ids, token_weights=weights[rows], temperature=temperature)
-                )
+            if self._sharded:
+                found = [self._redirect(wrapper, policy, logps, rows) for rows in parts_of_batch]
+            else:
+                found = [logps(rows) for rows in parts_of_batch]
+        if self.is_fsdp_enabled:
+            reshard(policy)
         return torch.cat(found)
 
     # -- the loss -------------------------------------------------------------------------------------------------
@@ -290,7 +302,7 @@ class HSDTrainer(GRPOTrainer):
             raise ValueError("return_outputs: expected False, HSDTrainer computes no model outputs")
         if not self.args.has_teacher:
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        policy = self.accelerator.unwrap_model(model)
+        policy: Any = self.accelerator.unwrap_model(model)
         # Through the wrapper's forward, so that DDP and FSDP hooks apply. Accelerate's autocast sits in the very
         # attribute that the redirection replaces, so it is entered here.
         with self.accelerator.autocast():
@@ -316,14 +328,31 @@ class HSDTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         # First, so that a checkpoint with a trainer_state.json, which is written last, is whole.
-        if self.args.should_save:
-            self.frozen.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        self.frozen.save(self.accelerator.unwrap_model(self.model), folder, writes=self.args.should_save)
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder, period = Path(resume_from_checkpoint), steps_of_a_generation(self.args)
-        self.frozen.load(folder)
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Also where ranks hold parts: whole weights, gathered one at a time and written by one rank."""
+        held = self.frozen.held
+        if not held.gathers:
+            return super().save_model(output_dir, _internal_call)
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        shards = {name: (p, held.shard(p)) for name, p in stored_tensors(policy).items()}
+        self._save(output_dir, state_dict=gather(held, shards, writes=self.args.should_save))
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # Not in _load_from_checkpoint, which transformers does not call under DeepSpeed.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_frozen(Path(checkpoint))
+
+    def _load_frozen(self, folder: Path) -> None:
+        period = steps_of_a_generation(self.args)
+        self.frozen.load(self.accelerator.unwrap_model(self.model), folder)
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         if step % period:
             warnings.warn(
@@ -339,7 +368,8 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         t = self.trainer
-        t.frozen.step(t.accelerator.unwrap_model(t.model), state.global_step)
+        policy: Any = t.accelerator.unwrap_model(t.model)
+        t.frozen.step(policy, state.global_step)
 
 
 def _check_columns(name: str, dataset: Any, args: HSDConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,9 +18,11 @@ class Scores(NamedTuple):
     sinks: Tensor | None = None  # (H,)
 
 
-@dataclass
 class TreeView:
     """What attention needs to know in one forward over n nodes, m - n of whose keys come from an earlier forward.
+
+    No dataclass: FSDP2 rebuilds every dataclass that it finds among a layer's arguments (torch 2.13:
+    ``collect_grad_tensors``, and ``_apply_to_tensors`` under mixed precision), and what a copy notes down is lost.
 
     Attributes:
         node, pos: (n,) preorder index and depth of each computed node, in preorder.
@@ -33,19 +34,27 @@ class TreeView:
         kept: None once the forward is over. A checkpointed layer comes by again in backward, and its graph holds the
             view: a view that held the graph would keep both alive.
         served: the layers that came by. A layer that did not has ignored the tree.
+        cache: masks, built once a forward and shared by its layers.
     """
 
-    node: Tensor
-    pos: Tensor
-    key_node: Tensor
-    key_pos: Tensor
-    key_end: Tensor
-    key_index: Tensor
-    query_starts: list[int]
-    key_starts: list[int]
-    past: dict[int, KeysValues] = field(default_factory=dict)
-    keep: Tensor | None = None
-    kept: dict[int, KeysValues] | None = field(default_factory=dict)
-    backend: str = "auto"
-    served: set[int] = field(default_factory=set)
-    cache: dict[Any, Any] = field(default_factory=dict)  # masks, built once a forward and shared by its layers
+    def __init__(
+        self,
+        node: Tensor,
+        pos: Tensor,
+        key_node: Tensor,
+        key_pos: Tensor,
+        key_end: Tensor,
+        key_index: Tensor,
+        query_starts: list[int],
+        key_starts: list[int],
+        past: dict[int, KeysValues],
+        keep: Tensor | None,
+    ):
+        self.node, self.pos = node, pos
+        self.key_node, self.key_pos, self.key_end, self.key_index = key_node, key_pos, key_end, key_index
+        self.query_starts, self.key_starts = query_starts, key_starts
+        self.past, self.keep = past, keep
+        self.kept: dict[int, KeysValues] | None = {}
+        self.backend = "auto"
+        self.served: set[int] = set()
+        self.cache: dict[Any, Any] = {}

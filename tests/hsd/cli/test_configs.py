@@ -68,10 +68,8 @@ def test_the_papers_settings(path):
         assert config.learning_rate == 1e-6 and config.max_steps == 1500 and config.max_completion_length == 4096
 
 
-def test_reference_coefficients_are_the_papers_where_they_are_supported():
-    coefs = {path.stem: run_of(path).config.reference_coef for path in CONFIGS}
-    assert coefs["qwen3_32b_32gpu_zero3_vllm"] == coefs["qwen3_1.7b_lora_1gpu"] == 0.001
-    assert coefs["qwen3_8b_8gpu_fsdp2"] == 0.0  # refused under FSDP: a frozen copy of sharded weights
+def test_reference_coefficients_are_the_papers():
+    assert {run_of(path).config.reference_coef for path in CONFIGS if path.stem.startswith("qwen3")} == {0.001}
 
 
 def test_what_the_config_refuses_is_named_with_its_file():

@@ -161,8 +161,11 @@ def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
 def test_what_fsdp_rules_out_is_said_before_a_model_is_loaded(here, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "run.yaml", "--model.path", "nowhere/at/all"]) == 2
-    assert "teacher, reference_coef, reference_refresh_steps: expected 'live'" in capsys.readouterr().err
-    assert main(["train", "run.yaml", "--model.path", "nowhere/at/all", "--teacher", "live"]) == 2
+    assert "fsdp_version: expected 2, got 1" in capsys.readouterr().err
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert main(["train", "run.yaml", "--model.path", "nowhere/at/all", "--tree_token_budget", "64"]) == 2
+    assert "tree_token_budget: expected None under FSDP2" in capsys.readouterr().err
+    assert main(["train", "run.yaml", "--model.path", "nowhere/at/all"]) == 2
     assert "nowhere/at/all" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""One rank of a two-rank job on gloo: trains with DDP and differentiates under raw FSDP2, and saves what it saw.
+"""One rank of a two-rank job on gloo: trains with DDP and saves what it saw.
 
 RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 PYTHONPATH=.:tests python job.py FOLDER
 """
@@ -8,21 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from rank_runs import make, start_elsewhere, weights
 from ranks import leave
-from tiny_runs import LORA, STEP, TOKENIZER, half, qwen3
-from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
-from hsd.hindsight.context import ContextTemplate
-from hsd.tasks import small_world
 from hsd.train.callbacks import StopOnSignal
-from hsd.train.config import HSDConfig
-from hsd.train.trainer import HSDTrainer
-
-SIZE = 4  # rollouts a group
-TEMPLATE = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY, demonstration_only="[|{demonstration}]")
-QUESTIONS = small_world.make_questions(8, seed=0)
 
 # name: (rows of a rank's micro-batch, HSDConfig's fields)
 DDP = {
@@ -38,49 +28,9 @@ DDP = {
     "grpo+opsd": (2, {"method": "grpo+opsd"}),
     "budget": (4, {"teacher": "live", "reference_coef": 0.0, "prefix_sharing": "tree", "tree_token_budget": 40}),
 }
-# name: (whether with LoRA, HSDConfig's fields); the batch is that of DDP's "split"
-FSDP = {
-    "live": (False, {"teacher": "live", "reference_coef": 0.0, "prefix_sharing": "none"}),
-    "fixed+reference": (False, {"teacher": "fixed", "reference_coef": 0.5, "prefix_sharing": "none"}),
-    "lora": (True, {"teacher": "fixed", "reference_coef": 0.5, "prefix_sharing": "none"}),
-}
 
 
-class Recorder(HSDTrainer):
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        self.batches = [*getattr(self, "batches", []), batch | {"questions": [x["prompt"] for x in inputs]}]
-        return batch
-
-
-def make(folder, rows, *, lora=False, callbacks=(), **kwargs):
-    """A trainer whose single step, SGD at learning rate 1, moves the weights by minus the gradient."""
-    return Recorder(
-        model=qwen3(),
-        reward_funcs=half,
-        args=HSDConfig(str(folder), **STEP | {"per_device_train_batch_size": rows} | kwargs),
-        train_dataset=Dataset.from_list(QUESTIONS),
-        processing_class=TOKENIZER,
-        context_template=TEMPLATE,
-        peft_config=LORA if lora else None,
-        callbacks=list(callbacks),
-    )
-
-
-def start_elsewhere(trainer) -> None:
-    """The student off the initial policy (and LoRA off its zero): where they agree, a wrong side would not show."""
-    generator = torch.Generator().manual_seed(3)  # its own: one seed for both ranks would give both the same rollouts
-    with torch.no_grad():
-        for p in trainer.model.parameters():
-            if p.requires_grad:
-                p.add_(0.05 * torch.randn(p.shape, generator=generator))
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def ddp(name: str, folder: Path, rank: int) -> list[dict]:
+def ddp(name: str, folder: Path, rank: int) -> None:
     rows, options = DDP[name]
     trainer = make(folder / "run", rows, **options)
     start_elsewhere(trainer)
@@ -90,22 +40,6 @@ def ddp(name: str, folder: Path, rank: int) -> list[dict]:
     gradient = {n: before[n] - after[n] for n in before}
     loss = trainer.state.log_history[0]["loss"]
     torch.save({"gradient": gradient, "batches": trainer.batches, "loss": loss}, folder / f"ddp-{name}-{rank}.pt")
-    return trainer.batches
-
-
-def fsdp(name: str, batch: dict, folder: Path, rank: int) -> None:
-    lora, options = FSDP[name]
-    trainer = make(folder / "run", 2, lora=lora, **options)
-    start_elsewhere(trainer)
-    model = trainer.model
-    for layer in model.get_base_model().model.layers if lora else model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    trainer.current_gradient_accumulation_steps = 1
-    loss = trainer.compute_loss(model, batch)
-    loss.backward()
-    gradient = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
-    torch.save({"gradient": gradient, "loss": loss.item()}, folder / f"fsdp-{name}-{rank}.pt")
 
 
 class Interrupt(TrainerCallback):
@@ -133,9 +67,8 @@ def interrupted(folder: Path, rank: int) -> None:
 
 def main() -> None:
     folder, rank = Path(sys.argv[1]), torch.distributed.get_rank()
-    batches = {name: ddp(name, folder, rank) for name in DDP}
-    for name in FSDP:
-        fsdp(name, batches["split"][0], folder, rank)
+    for name in DDP:
+        ddp(name, folder, rank)
     interrupted(folder, rank)
 
 

@@ -1,69 +1,66 @@
-"""What is not supported under sharding is refused by name, before anything is trained. The engines are only named here:
-neither FSDP under accelerate nor DeepSpeed runs on a CPU."""
+"""What an engine rules out is refused by name before a model is loaded: here from settings and environment alone."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from accelerate.state import AcceleratorState
+from tiny_runs import STEP
 
 from hsd.train.config import HSDConfig
-from hsd.train.limits import check_launch
+from hsd.train.limits import Engine, check_engine, launched
 
-PATH = Path(__file__).with_name("job.py")
-spec = importlib.util.spec_from_file_location("hsd_refusals_job", PATH)
-assert spec is not None and spec.loader is not None
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
+LIVE = {"teacher": "live", "reference_coef": 0.0}
+TWIN = {"teacher": "fixed", "reference_coef": 0.0}
+FSDP2 = Engine("fsdp")
 
 
-class Sharded(job.Recorder):
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = True
+def zero(stage, **options):
+    return Engine("deepspeed", zero={"stage": stage, **options})
+
+
+def config(tmp_path, **options):
+    return HSDConfig(str(tmp_path), **STEP | options)
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("engine", "options", "named"),
     [
-        ({"teacher": "live", "reference_coef": 0.001}, "reference_coef"),
-        ({"teacher": "fixed", "reference_coef": 0.0}, "teacher"),
-        ({"teacher": "ema", "reference_coef": 0.0}, "teacher"),
-        ({"teacher": "live", "reference_coef": 0.0, "peer_rule": "lowest_perplexity"}, "peer_rule"),
-        ({"teacher": "live", "reference_coef": 0.0, "prefix_sharing": "tree"}, "prefix_sharing"),
+        (Engine("fsdp", fsdp_version=1), LIVE, "^fsdp_version: expected 2, got 1"),
+        (FSDP2, LIVE | {"tree_token_budget": 40}, "^tree_token_budget: expected None under FSDP2"),
+        (Engine("fsdp", fsdp_offload=True), TWIN, "^fsdp_offload_params: expected False"),
+        (zero(3), LIVE | {"tree_token_budget": 40}, "^tree_token_budget: expected None under DeepSpeed ZeRO-3"),
+        (zero(3, zero_hpz_partition_size=8), TWIN, "^deepspeed: expected no zero_hpz_partition_size"),
+        (zero(3, offload_param={"device": "cpu"}), TWIN, "^deepspeed: expected no offload_param"),
     ],
 )
-def test_fsdp(options, named, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "Recorder", Sharded)
+def test_refused(engine, options, named, tmp_path):
     with pytest.raises(ValueError, match=named):
-        job.make(tmp_path, 4, **options)
+        check_engine(config(tmp_path, **options), engine, peft=False)
 
 
-def test_lora_needs_no_copy_under_fsdp(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "Recorder", Sharded)
-    trainer = job.make(tmp_path, 4, lora=True, teacher="fixed", reference_coef=0.001, prefix_sharing="none")
-    assert not trainer.frozen.models
+@pytest.mark.parametrize(
+    ("engine", "options", "peft"),
+    [
+        (Engine("fsdp", fsdp_version=1), {"method": "grpo"}, False),  # its loss is TRL's
+        (Engine("fsdp", fsdp_offload=True), LIVE, False),
+        (zero(2), LIVE | {"tree_token_budget": 40}, False),
+        (Engine(), LIVE | {"tree_token_budget": 40}, False),
+        (zero(3, offload_param={"device": "cpu"}), LIVE, False),
+        (zero(3, offload_param={"device": "cpu"}), TWIN, True),  # with LoRA the adapters off: no twin
+        (zero(3, offload_param={"device": "none"}, zero_hpz_partition_size=1), TWIN, False),
+    ],
+)
+def test_not_refused(engine, options, peft, tmp_path):
+    check_engine(config(tmp_path, **options), engine, peft=peft)
 
 
-def test_the_launcher_is_asked_for_the_stage(tmp_path, monkeypatch):
-    args = HSDConfig(str(tmp_path), teacher="live", reference_coef=0.0, bf16=False, use_cpu=True)
-    check_launch(args, peft=False)
-    args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
-    check_launch(args, peft=False)
-    args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
-    with pytest.raises(ValueError, match="ZeRO stage 0 to 2, got 3"):
-        check_launch(args, peft=False)
-
-
-def test_zero_3(tmp_path, monkeypatch):
-    class Stage3(job.Recorder):
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            self.is_deepspeed_enabled = True
-            plugin = SimpleNamespace(zero_stage=3)
-            monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin, raising=False)
-
-    monkeypatch.setattr(job, "Recorder", Stage3)
-    with pytest.raises(ValueError, match="ZeRO stage 0 to 2, got 3"):
-        job.make(tmp_path, 4, teacher="live", reference_coef=0.0)
+def test_the_launcher_is_asked_for_the_engine(tmp_path, monkeypatch):
+    args = config(tmp_path, **LIVE)
+    assert launched(args) == Engine()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert launched(args) == Engine("fsdp", fsdp_version=1)  # accelerate's default
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert launched(args) == FSDP2
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert launched(args) == Engine("fsdp", fsdp_offload=True)
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+    assert launched(args).stage == 3

@@ -1,13 +1,16 @@
 """Frozen policies: copies, the EMA, and a file that appears whole or not at all."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import hsd.policy.frozen
-from hsd.policy.frozen import ema_update_, frozen_copy, load_policy_, save_policy
+from hsd.policy import sharding
+from hsd.policy.frozen import adapter_parameters, add_frozen_adapter, ema_update_, frozen_copy, under_adapter
 
 
 def build(seed: int, tied: bool = True, hidden: int = 16, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -22,6 +25,18 @@ def build(seed: int, tied: bool = True, hidden: int = 16, dtype: torch.dtype = t
         tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).to(dtype)
+
+
+def shards(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {name: (p, p.detach()) for name, p in model.named_parameters()}
+
+
+def save_policy(model: nn.Module, path) -> None:
+    sharding.save_policy(sharding.Whole(), shards(model), path)
+
+
+def load_policy_(model: nn.Module, path) -> None:
+    sharding.load_policy_(sharding.Whole(), shards(model), path, type(model).__name__)
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -69,7 +84,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         where.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(hsd.policy.frozen, "save_file", crash)
+    monkeypatch.setattr(sharding, "save_file", crash)
     with pytest.raises(OSError, match="no space"):
         save_policy(build(2), path)
     assert_same(load_file(path), values(first))
@@ -86,6 +101,15 @@ def test_other_parameters_are_refused_and_nothing_is_copied(other, tmp_path):
     assert_same(values(target), before)
 
 
+def test_a_part_is_checked_by_the_whole_tensors_shape(tmp_path):
+    """ZeRO-3's parameters look empty outside a forward: a file of empty tensors must not pass."""
+    held, p = sharding.Zero3(None, lambda *_: None, None), SimpleNamespace(ds_id=0, ds_shape=torch.Size([4, 3]))
+    shards = {"weight": (p, torch.zeros(6))}
+    save_file({"weight": torch.empty(0)}, tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"differs in \['weight'\]"):
+        sharding.load_policy_(held, shards, tmp_path / "empty", "X")
+
+
 def test_a_parameter_that_would_broadcast_is_refused(tmp_path):
     path = tmp_path / "policy.safetensors"
     save_policy(nn.Linear(1, 4), path)
@@ -97,7 +121,7 @@ def test_a_parameter_that_would_broadcast_is_refused(tmp_path):
 def test_ema_update(rate):
     teacher, student = build(1), build(2)
     old, new = values(teacher), values(student)
-    ema_update_(teacher, student, rate)
+    ema_update_(list(teacher.parameters()), list(student.parameters()), rate)
     for name, p in teacher.named_parameters():
         torch.testing.assert_close(p, (1 - rate) * old[name] + rate * new[name])
     assert_same(values(student), new)
@@ -106,7 +130,7 @@ def test_ema_update(rate):
 def test_ema_moves_a_tied_weight_once_and_makes_no_gradient():
     teacher, student = frozen_copy(build(1)), build(2)
     old = teacher.lm_head.weight.clone()
-    ema_update_(teacher, student, 0.5)
+    ema_update_(list(teacher.parameters()), list(student.parameters()), 0.5)
     assert teacher.lm_head.weight is teacher.model.embed_tokens.weight
     torch.testing.assert_close(teacher.lm_head.weight, 0.5 * old + 0.5 * student.lm_head.weight.detach())
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -114,9 +138,9 @@ def test_ema_moves_a_tied_weight_once_and_makes_no_gradient():
 
 def test_ema_of_other_models_is_refused():
     with pytest.raises(RuntimeError, match="same number of tensors"):
-        ema_update_(build(1), build(2, tied=False), 0.5)
+        ema_update_(list(build(1).parameters()), list(build(2, tied=False).parameters()), 0.5)
     with pytest.raises(RuntimeError, match="dtype"):
-        ema_update_(build(1), build(2, dtype=torch.bfloat16), 0.5)
+        ema_update_(list(build(1).parameters()), list(build(2, dtype=torch.bfloat16).parameters()), 0.5)
 
 
 def test_a_frozen_copy_is_independent():
@@ -132,3 +156,24 @@ def test_a_frozen_copy_is_independent():
         for p in model.parameters():
             p.add_(1.0)
     assert_same(values(twin), before)
+
+
+def test_a_frozen_adapter_is_read_as_itself_and_changes_nothing_else():
+    """Beside a model whose only adapter has those weights."""
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(3)
+    model, alone = get_peft_model(build(1), config), get_peft_model(build(1), config)
+    alone.load_state_dict(model.state_dict())
+    add_frozen_adapter(model, "average")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".default." in name for name in trained)
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(ids).logits
+    with torch.no_grad():
+        for p in adapter_parameters(model, "default").values():
+            p.add_(0.1)
+    assert not torch.allclose(model(ids).logits, before)
+    with under_adapter(model, "average"):
+        torch.testing.assert_close(model(ids).logits, alone(ids).logits, rtol=0, atol=0)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    assert not torch.allclose(model(ids).logits, before)

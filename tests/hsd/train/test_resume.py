@@ -97,6 +97,14 @@ RUNS = {
         "reference_ema_rate": 0.3,
     },
     "lora+reference": {"teacher": "live", "reference_coef": 0.5, "peft_config": LORA},
+    "lora+ema+refreshed reference": {
+        "teacher": "ema",
+        "teacher_ema_rate": 0.3,
+        "reference_coef": 0.5,
+        "reference_refresh_steps": 3,
+        "reference_ema_rate": 0.3,
+        "peft_config": LORA,
+    },
 }
 
 

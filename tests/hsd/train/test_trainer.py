@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny_runs import (
     ACCUMULATED,
@@ -22,7 +22,10 @@ from tiny_runs import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from hsd.hindsight.context import ContextTemplate
 from hsd.hindsight.peers import choose_peers
+from hsd.policy.frozen import adapter_parameters, under_adapter
+from hsd.tasks import small_world
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 
@@ -216,7 +219,7 @@ def test_a_resume_that_cannot_be_exact_says_so(tmp_path):
         trainer = make(qwen3(), tmp_path, max_steps=4, **options)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            trainer._load_from_checkpoint(str(tmp_path / f"checkpoint-{step}"))
+            trainer._load_frozen(tmp_path / f"checkpoint-{step}")
         assert sum(f"step {step} is not its last" in str(w.message) for w in seen) == said
 
 
@@ -272,6 +275,28 @@ def test_bad_options_are_named(options, named, tmp_path):
         make(qwen3(), tmp_path, **options)
 
 
+def test_sdpo_starts_with_its_defaults_on_lora(tmp_path):
+    """Its EMA teacher is a second adapter, saved as one and beside no copy of the base."""
+    words = ContextTemplate(small_world.WITH_PEER, small_world.ANSWER_ONLY, demonstration_only="[|{demonstration}]")
+    options = {"method": "sdpo", "save_strategy": "steps", "save_steps": 1}
+    trainer = make(qwen3(), tmp_path, peft_config=LORA, template=words, **options)
+    start_adapters(trainer.model)
+    base = {n: p.clone() for n, p in trainer.model.named_parameters() if "lora" not in n}
+    before = [p.clone() for p in trainer.frozen.parameters(trainer.model, "ema_teacher").values()]
+    trainer.train()
+    assert not trainer.frozen.models and trainer.args.teacher == "ema"
+    rate = trainer.args.teacher_ema_rate
+    students = adapter_parameters(trainer.model, "default").values()
+    teachers = trainer.frozen.parameters(trainer.model, "ema_teacher").values()
+    for old, student, teacher in zip(before, students, teachers, strict=True):
+        torch.testing.assert_close(teacher, (1 - rate) * old + rate * student)
+    assert all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if n in base)
+    saved = PeftModel.from_pretrained(qwen3(), tmp_path / "checkpoint-1" / "ema_teacher")
+    merged = saved.merge_and_unload()(torch.tensor([[1, 2, 3]])).logits
+    with under_adapter(trainer.model, "ema_teacher"):
+        torch.testing.assert_close(trainer.model(torch.tensor([[1, 2, 3]])).logits, merged)
+
+
 def test_refusals_are_named(tmp_path):
     with pytest.raises(ValueError, match="answer"):
         HSDTrainer(
@@ -281,8 +306,6 @@ def test_refusals_are_named(tmp_path):
             train_dataset=Dataset.from_list([{"prompt": "1+1="}]),
             processing_class=TOKENIZER,
         )
-    with pytest.raises(ValueError, match="teacher"):
-        make(qwen3(), tmp_path, peft_config=LORA, teacher="ema")
     with pytest.raises(ValueError, match="lm_head"):
         make(llama(), tmp_path, peft_config=LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
 

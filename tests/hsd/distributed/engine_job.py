@@ -1,0 +1,249 @@
+"""One rank of a two-rank job on gloo under DeepSpeed or accelerate's FSDP2: one step of each case, and two runs that
+are stopped and resumed.
+
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 PYTHONPATH=.:tests \
+    python engine_job.py zero3 FOLDER [CASE ...]
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from rank_runs import QUESTIONS, TESTS, make, start_elsewhere, weights
+from ranks import leave
+from tiny_runs import CHECKPOINTED, TOKENIZER, qwen3
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hsd.cli.__main__ import main as hsd
+from hsd.policy.sharding import gather
+
+ENGINES = ("zero2", "zero3", "fsdp2")
+_FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+}
+ENVIRONMENT = {"fsdp2": _FSDP2} | {f"zero{stage}": {"DS_ACCELERATOR": "cpu"} for stage in (1, 2, 3)}
+LIVE = {"teacher": "live", "reference_coef": 0.0}
+# name: (rows of a rank's micro-batch, HSDConfig's fields, arguments of `rank_runs.make`)
+CASES = {
+    "live": (2, LIVE | CHECKPOINTED, {"tied": False}),
+    "fixed+reference, by itself": (2, {"teacher": "fixed", "reference_coef": 0.5, "prefix_sharing": "none"}, {}),
+    "ema+reference, accumulated": (1, {"teacher": "ema", "reference_coef": 0.5, "gradient_accumulation_steps": 2}, {}),
+    "trust region, tree": (2, {"teacher": "trust_region", "reference_coef": 0.0, "prefix_sharing": "tree"}, {}),
+    "perplexity peers": (2, LIVE | {"peer_rule": "lowest_perplexity", "prefix_sharing": "none"}, {}),
+    "sdpo": (2, {"method": "sdpo"}, {"tied": False}),
+    "grpo+opsd, old": (2, {"method": "grpo+opsd", "num_iterations": 2}, {}),
+    "lora, fixed+reference": (2, {"teacher": "fixed", "reference_coef": 0.5}, {"lora": True}),
+    "lora, ema": (2, {"teacher": "ema", "reference_coef": 0.5, "reference_refresh_steps": 1}, {"lora": True}),
+}
+WITHOUT = {
+    "zero2": ("lora, fixed+reference", "perplexity peers", "grpo+opsd, old", "trust region, tree"),
+}
+RUN = {
+    "teacher": "ema",
+    "teacher_ema_rate": 0.3,
+    "reference_coef": 0.5,
+    "reference_refresh_steps": 2,
+    "reference_ema_rate": 0.3,
+    "max_steps": 4,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
+def of(engine: str) -> dict:
+    """HSDConfig's fields for an engine."""
+    if engine == "ddp":
+        return {}
+    if engine == "fsdp2":
+        return {"use_cpu": False}
+    stage = int(engine.removeprefix("zero"))
+    # Norms and adapters stay gathered, larger weights do not.
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 200}
+    config = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "zero_optimization": zero}
+    config |= {"gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
+    return {"deepspeed": config | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}}
+
+
+def prepare(engine: str) -> None:
+    """The process, before anything of accelerate's."""
+    if engine == "ddp":
+        torch.distributed.init_process_group("gloo")
+        return
+    if engine == "fsdp2":
+        # accelerate shards on accelerators only; its own code does, given this backend and device.
+        PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+        torch.distributed.init_process_group("gloo")
+        return
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # is built for minutes when it is first used
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # accelerate's part, on a GPU
+
+
+def reset() -> None:
+    """accelerate keeps the engine of a process."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def whole(trainer) -> dict[str, torch.Tensor]:
+    """The student's trained weights, on both ranks, in the optimizer's precision."""
+    held, policy = trainer.frozen.held, trainer.accelerator.unwrap_model(trainer.model)
+    trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    found = gather(held, {n: (p, held.master(p)) for n, p in trained.items()}, writes=True)
+    return {n: t.clone() for n, t in found.items()}  # not gathered under ZeRO-2
+
+
+def frozen(trainer) -> dict[str, dict[str, torch.Tensor]]:
+    held, policy = trainer.frozen.held, trainer.accelerator.unwrap_model(trainer.model)
+    return {name: gather(held, trainer.frozen.shards(policy, name), writes=True) for name in trainer.frozen.names}
+
+
+def case(name: str) -> tuple[int, dict, dict]:
+    """One of `CASES`, or METHOD:TEACHER, or METHOD:TEACHER:lora."""
+    if name in CASES:
+        return CASES[name]
+    method, teacher, *lora = name.split(":")
+    return 2, {"method": method, "teacher": teacher, "reference_coef": 0.5}, {"tied": False, "lora": bool(lora)}
+
+
+def one_step(engine: str, name: str, folder: Path) -> dict:
+    rows, options, arguments = case(name)
+    reset()
+    trainer = make(folder / "run", rows, **arguments, **{**options, **of(engine)})
+    trees, asked, agree = [], [], trainer.frozen.held.agree
+
+    def ask(here, device):
+        asked.append(here)
+        return agree(here, device)
+
+    trainer.frozen.held.agree = ask
+    choose = trainer.micro_batch_loss.tree
+
+    def tree(batch):
+        trees.append(choose(batch))
+        return trees[-1]
+
+    object.__setattr__(trainer.micro_batch_loss, "tree", tree)
+    assert (trainer.prefix_sharing == "none") == (options.get("prefix_sharing") == "none")
+    start_elsewhere(trainer)
+    before = weights(trainer.model)
+    trainer.train()
+    after = whole(trainer)
+    gradient = {n: before[n] - after[n] for n in before}
+    shared = [t is not None for t in trees]
+    out = {"gradient": gradient, "batches": trainer.batches, "shared": shared, "asked": asked}
+    return out | {"loss": trainer.state.log_history[0]["loss"]}
+
+
+class Follow(TrainerCallback):
+    """The student at the start and after each step, whole."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.students = [whole(self.trainer)]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.students.append(whole(self.trainer))
+
+
+def run(engine: str, folder: Path, steps: int, resume=None, seed=1, **options):
+    """A model partitioned as it is loaded, as `hsd train` does."""
+    reset()
+    if torch.distributed.get_rank() == 0 and not (folder / f"start{seed}").exists():
+        qwen3(seed).save_pretrained(folder / f"start{seed}")
+    torch.distributed.barrier()
+    follow = Follow()
+    options = RUN | {"max_steps": steps} | of(engine) | options
+    if engine == "fsdp2" and options.pop("bf16", False):  # HSDConfig asks for a GPU here, accelerate does not
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    args = {"callbacks": [follow], "lora": options.pop("lora", False)}
+    model = str(folder / f"start{seed}")
+    if engine == "fsdp2":
+        model = AutoModelForCausalLM.from_pretrained(model)
+    follow.trainer = trainer = make(folder / options.pop("name"), 2, model=model, **args, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, follow.students
+
+
+def resumed(engine: str, folder: Path, name: str, **options) -> dict:
+    """Four steps in one go; and two, and two more in a model of other initial weights (with LoRA of the same)."""
+    trainer, students = run(engine, folder, 4, name=f"{name} whole", **options)
+    out = {"students": students, "whole": [whole(trainer), frozen(trainer)]}
+    trainer.save_model(str(folder / f"{name} model"))
+    run(engine, folder, 2, name=f"{name} parts", **options)
+    seed = 1 if options.get("lora") else 2
+    checkpoint = str(folder / f"{name} parts" / "checkpoint-2")
+    trainer, _ = run(engine, folder, 4, resume=checkpoint, seed=seed, name=f"{name} parts", **options)
+    return out | {"parts": [whole(trainer), frozen(trainer)]}
+
+
+RUNS = {
+    "run": {},
+    "run, lora": {"lora": True, "reference_refresh_steps": None},
+    "run, bf16": {"bf16": True, "teacher_ema_rate": 0.005, "learning_rate": 1e-3},
+}
+
+
+def command_line(engine: str, folder: Path) -> None:
+    """`hsd train` from a shipped configuration, with a model, questions and batches of this size; and its resume."""
+    config = {"zero3": "qwen3_32b_32gpu_zero3_vllm", "fsdp2": "qwen3_8b_8gpu_fsdp2"}[engine]
+    if torch.distributed.get_rank() == 0:
+        qwen3().save_pretrained(folder / "tiny")
+        TOKENIZER.save_pretrained(folder / "tiny")
+        (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+        (folder / "deepspeed.json").write_text(json.dumps(of("zero3")["deepspeed"]))
+    torch.distributed.barrier()
+    words = {
+        "model.path": folder / "tiny",
+        "data.path": folder / "questions.jsonl",
+        "data.instruction": "",
+        "reward": "hsd.tasks.small_world:reward",
+        "output_dir": folder / "cli",
+        "with_peer_template": "[{answer}|{demonstration}]",
+        "answer_only_template": "[{answer}]",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 6,
+        "save_steps": 1,
+        "use_vllm": "false",
+        "bf16": "false",
+        "report_to": "none",
+    }
+    words |= {"deepspeed": folder / "deepspeed.json", "use_cpu": "true"} if engine == "zero3" else {}
+    for steps in (1, 2):
+        reset()
+        given = [f"--{key}={value}" for key, value in (words | {"max_steps": steps}).items()]
+        assert hsd(["train", str(TESTS.parent / "configs" / f"{config}.yaml"), *given]) == 0
+
+
+def main() -> None:
+    engine, folder, *cases = sys.argv[1:]
+    rank, folder = int(os.environ["RANK"]), Path(folder)
+    prepare(engine)
+    for name in cases or CASES:
+        if (name in CASES or ":" in name) and name not in WITHOUT.get(engine, ()):
+            torch.save(one_step(engine, name, folder), folder / f"{name}-{rank}.pt")
+            print("done", name, flush=True)
+    for name in cases or RUNS:
+        if name in RUNS:
+            torch.save(resumed(engine, folder, name, **RUNS[name]), folder / f"{name}-{rank}.pt")
+            print("done", name, flush=True)
+    if engine != "zero2" and (not cases or "cli" in cases):
+        command_line(engine, folder)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
+    leave()
