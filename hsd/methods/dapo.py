@@ -1,4 +1,4 @@
-"""DAPO (arXiv 2503.14476) by `trl.GRPOTrainer`'s own loss: mean over all tokens of the batch, upper clip 0.28, no
+"""DAPO (arXiv 2503.14476): mean over all tokens of the batch, upper clip 0.28, no
 reference.
 
 Its dynamic sampling is not in TRL's trainer; its overlong punishment is a reward function of TRL's.

@@ -1,4 +1,4 @@
-"""Dr. GRPO (arXiv 2503.20783) by `trl.GRPOTrainer`'s own loss: A = R - mean; sum over tokens divided by the longest
+"""Dr. GRPO (arXiv 2503.20783): A = R - mean; sum over tokens divided by the longest
 possible completion.
 """
 

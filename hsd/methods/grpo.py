@@ -1,4 +1,4 @@
-"""GRPO (arXiv 2402.03300) by `trl.GRPOTrainer`'s own loss: A = (R - mean) / std of the group, clipped surrogate, mean
+"""GRPO (arXiv 2402.03300): A = (R - mean) / std of the group, clipped surrogate, mean
 over a rollout's tokens, then over rollouts.
 
 With one update per generated batch every ratio is 1 and the clip does nothing.

@@ -8,6 +8,6 @@ from hsd.methods.method import Method
 
 METHOD = Method(
     "grpo+opsd",
-    opsd.context_of,
+    opsd.contexts,
     defaults={**opsd.METHOD.defaults, "loss_mean": "rollout", "policy_coef": 1.0, "divergence_coef": 0.5},
 )

@@ -1,4 +1,4 @@
-"""GSPO (arXiv 2507.18071) by `trl.GRPOTrainer`'s own loss: one importance ratio a rollout, the geometric mean of its
+"""GSPO (arXiv 2507.18071): one importance ratio a rollout, the geometric mean of its
 tokens', clipped at 3e-4 / 4e-4.
 
 With one update per generated batch every ratio is 1, and this is GRPO.

@@ -22,7 +22,9 @@ def check_sharded(args: HSDConfig, *, zero_stage: int, peft: bool) -> None:
         raise ValueError("deepspeed: expected ZeRO stage 0 to 2, got 3: the partitioned head is not gathered here")
     if str(args.peer_rule).endswith("perplexity"):
         raise ValueError(f"peer_rule: expected one without perplexity under sharding, got {args.peer_rule!r}")
-    if args.has_teacher and args.prefix_sharing in ("tree", "prompt"):
+    if args.method_spec.scores:
+        raise ValueError(f"method: expected one without a scoring pass under sharding, got {args.method!r}")
+    if args.own_loss and args.prefix_sharing in ("tree", "prompt"):
         raise ValueError(f"prefix_sharing: expected 'auto' or 'none' under sharding, got {args.prefix_sharing!r}")
     if copies(args, peft=peft):
         raise ValueError(

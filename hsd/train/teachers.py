@@ -5,6 +5,7 @@
 | live | the student of the moment |
 | fixed | the initial policy (with LoRA: adapters off) |
 | ema | an average that moves by ``teacher_ema_rate`` towards the student at each optimizer step |
+| copy | the student as it stood at the last multiple of ``teacher_copy_steps`` steps |
 | trust_region | logits (1 - s) initial + s live, s = ``trust_region_share`` |
 
 The reference is the initial policy, or, with ``reference_refresh_steps`` n, an average of the policy (moved by
@@ -27,6 +28,7 @@ from hsd.train.config import HSDConfig
 from hsd_kernels import Head
 
 INITIAL, EMA, REFERENCE, AVERAGE = "initial_policy", "ema_teacher", "reference", "reference_average"
+COPY = "copied_teacher"
 
 # (body and head, which prompts the rollouts follow: "student", "teacher" or both) -> states (B, T, D) of each
 Forward = Callable[[BodyAndHead, Sequence[str]], Sequence[Tensor]]
@@ -34,7 +36,7 @@ Forward = Callable[[BodyAndHead, Sequence[str]], Sequence[Tensor]]
 
 def roles(args: HSDConfig) -> tuple[str | None, str | None]:
     """Names of the frozen weights of the teacher and of the reference; None where there are none."""
-    kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA}
+    kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA, "copy": COPY}
     teacher = kinds.get(args.teacher) if args.has_teacher else None
     reference = INITIAL if args.reference_refresh_steps is None else REFERENCE
     return teacher, reference if args.reference_coef else None
@@ -60,7 +62,7 @@ class FrozenPolicies:
     @property
     def live(self) -> bool:
         """Whether the student's own weights compute the teacher's states, alone or as a share."""
-        return self.args.teacher in ("live", "trust_region")
+        return self.args.has_teacher and self.args.teacher in ("live", "trust_region")
 
     def forward(self, policy: Any, forward: Forward) -> tuple[FrozenStates | None, FrozenStates | None]:
         """The frozen part of the teacher (None for a live one), and the reference, one forward pass each.
@@ -81,12 +83,10 @@ class FrozenPolicies:
         with adapters_off(policy):
             return [FrozenStates(hidden) for hidden in forward(body_and_head(policy), prompts)]
 
-    def combine(self, live: FrozenStates | None, frozen: FrozenStates | None, head: Head) -> FrozenStates:
-        """The teacher, from its states under the student's weights and under frozen ones."""
+    def combine(self, live: FrozenStates | None, frozen: FrozenStates | None, head: Head) -> FrozenStates | None:
+        """The teacher, from its states under the student's weights and under frozen ones; None without a teacher."""
         if live is None or frozen is None:
-            states = live or frozen
-            assert states is not None
-            return states
+            return live or frozen
         return mix_logits(frozen, live, head, self.args.trust_region_share)
 
     @torch.no_grad()
@@ -94,6 +94,8 @@ class FrozenPolicies:
         """After an optimizer step."""
         if EMA in self.models:
             ema_update_(self.models[EMA], policy, self.args.teacher_ema_rate)
+        if COPY in self.models and steps_done % self.args.teacher_copy_steps == 0:
+            ema_update_(self.models[COPY], policy, 1.0)
         every = self.args.reference_refresh_steps
         if AVERAGE in self.models and every is not None:
             ema_update_(self.models[AVERAGE], policy, self.args.reference_ema_rate)

@@ -51,7 +51,7 @@ def test_nothing_is_left_to_the_method_afterwards(method):
     for declared in options():
         if declared.by_method:
             assert getattr(config, declared.name) is not None, declared.name
-    assert config.has_teacher is (METHODS[method].context_of is not None)
+    assert config.has_teacher is (METHODS[method].contexts is not None)
 
 
 @pytest.mark.parametrize("bad", [[1.0, 0.0], [1.0, -1.0, 5], [1.0, 0.0, 0], "much"])
