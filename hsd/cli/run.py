@@ -31,7 +31,7 @@ from hsd.tasks.task import Policy, Question, Task, load_policy
 from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
 from hsd.train.config import HSDConfig
 from hsd.train.limits import check_launch
-from hsd.train.trainer import HSDTrainer
+from hsd.train.trainer import HSDTrainer, check_columns
 
 # What may differ between the parts of one run: none of these changes a step.
 FREE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to")
@@ -83,6 +83,7 @@ def train(run: Run) -> int:
     transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line
     with config.main_process_first(desc="the run's folder and the model"):
         task = run.task()
+        check_columns("data", task.questions[0] if task.questions else (), config)
         model, tokenizer = run.initial_policy(task)
         needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
         if len(task.questions) < needed:

@@ -1,5 +1,7 @@
-"""Dr. GRPO (arXiv 2503.20783): A = R - mean; sum over tokens divided by the longest
-possible completion.
+"""Dr. GRPO (arXiv 2503.20783): GRPO without its two divisions.
+
+A = R - mean over the group
+S = sum over rollouts and tokens of GRPO's summands / (rollouts x max_completion_length)
 """
 
 from hsd.methods.method import Method

@@ -88,6 +88,8 @@ class RolloutBatch:
         given = {"has_context": t.has_context, "tau": t.divergence_position, "reward": t.reward}
         given["group_success"] = t.group_success
         found |= {name: value for name, value in given.items() if value is not None} | dict(self.own)
+        if t.context_weights is not None:
+            found |= {f"has_context_{k}": column for k, column in enumerate(t.context_weights.unbind(1))}
         found |= {"position": self.position.expand(self.loss_mask.shape), "mask": self.loss_mask}
         return {name: value.unsqueeze(-1) if value.ndim == 1 else value for name, value in found.items()}
 

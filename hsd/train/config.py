@@ -266,7 +266,8 @@ class HSDConfig(GRPOConfig):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The method's own settings. Raises ValueError for an unknown one, and for one that is required."""
+        """The method's own settings, and two that the rollouts have. Raises ValueError for an unknown one, and for one
+        that is required."""
         own, given = self.method_spec.settings, self.method_args or {}
         for name in given:
             if name not in own:
@@ -277,7 +278,8 @@ class HSDConfig(GRPOConfig):
                 f"method_args: expected {missing[0]!r} for method={self.method!r}, whose source does not publish it, "
                 f"got {sorted(given)}"
             )
-        return {**own, **given}
+        known = {"max_completion_length": self.max_completion_length, "num_generations": self.num_generations}
+        return {**known, **own, **given}
 
     @property
     def needs_old_logps(self) -> bool:

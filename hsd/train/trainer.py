@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,9 @@ class HSDTrainer(GRPOTrainer):
         **kwargs: Any,
     ):
         settle()  # reward functions have children
-        _check_columns("train_dataset", train_dataset, args)
-        _check_columns("eval_dataset", kwargs.get("eval_dataset"), args)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", kwargs.get("eval_dataset"))):
+            for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+                check_columns(name, getattr(part, "column_names", None) or (), args)
         for name in ("environment_factory", "rollout_func"):  # they may change the question after the data set
             if args.has_teacher and kwargs.get(name) is not None:
                 raise ValueError(
@@ -460,13 +461,12 @@ class _AfterStep(TrainerCallback):
         t.frozen.step(policy, state.global_step)
 
 
-def _check_columns(name: str, dataset: Any, args: HSDConfig) -> None:
+def check_columns(name: str, columns: Collection[str], args: HSDConfig) -> None:
+    """Raise ValueError where the method needs a column that is not among ``columns``; none at all are not known."""
     needed = {"prompt", "answer", *args.method_spec.needs}
-    for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
-        columns = getattr(part, "column_names", None) or ()
-        if columns and not needed <= set(columns):
-            wanted = f"columns {sorted(needed)} for method={args.method!r}"
-            raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
+    if columns and not needed <= set(columns):
+        wanted = f"columns {sorted(needed)} for method={args.method!r}"
+        raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
 
 
 class QuestionOrder(RepeatSampler):

@@ -159,7 +159,7 @@ def method_loss(
     else:
         if teachers:
             with torch.no_grad():
-                measured = _divergence(student_hidden.detach(), head, teachers[0], targets.of_context(0), o)
+                measured = _divergence(student_hidden.detach(), head, teachers[0], targets, o)
             out = measured
         dtype = torch.promote_types(torch.float32, student_hidden.dtype) if out is None else out.loss.dtype
         loss = student_hidden.new_zeros((), dtype=dtype)
@@ -204,7 +204,7 @@ def _other_contexts(
     """The statistics of the second context and those after it."""
     with torch.no_grad():
         return tuple(
-            _divergence(student_hidden.detach(), head, teacher, t.of_context(k), o).stats
+            _divergence(student_hidden.detach(), head, teacher, t, o, Term("divergence", context=k)).stats
             for k, teacher in enumerate(teachers)
             if k > 0
         )

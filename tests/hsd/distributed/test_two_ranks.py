@@ -63,8 +63,24 @@ def joined(batches):
             side = "right" if name.startswith("completion") else "left"
             pad = job.TOKENIZER.pad_token_id if name.endswith("_ids") else 0
             out[name] = pad_sequence(rows, True, pad, padding_side=side) if value.ndim == 2 else torch.stack(rows)
-    tokens = out["completion_mask"].sum(-1) * out["has_context"]
-    return out | {"tokens_per_micro_batch": tokens.sum().float()}  # all of the step's, in one micro-batch
+        elif name.startswith("column/"):
+            assert all(torch.equal(b[name], value) for b in batches), name  # a number of the generation
+            out[name] = value
+    tokens = out["completion_mask"].sum(-1)
+    out["policy_tokens_per_micro_batch"] = tokens.sum().float()  # all of the step's, in one micro-batch
+    if "has_context" in out:
+        out["tokens_per_micro_batch"] = (tokens * out["has_context"]).sum().float()
+    return out
+
+
+def test_moments_and_the_maximum_are_those_of_all_ranks(folder):
+    ranks = saved(folder, "ddp-egrsd")
+    batch = joined([b for rank in ranks for b in rank["batches"]])
+    length = batch["completion_mask"].sum(-1)
+    reward = batch["success"] * (1.0 + 0.5 * (1.0 - length / job.STEP["max_completion_length"]))
+    expected = (reward - reward.mean()) / reward.std(correction=0)
+    torch.testing.assert_close(batch["advantages"], expected, rtol=1e-4, atol=1e-5)
+    assert batch["column/most_entropy"] >= 1.0
 
 
 def one_process(tmp_path, batch, options, lora=False):
