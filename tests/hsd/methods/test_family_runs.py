@@ -23,7 +23,7 @@ ROWS = [
     {**q, "solution": f"{i}+{i}=", "full_prompt": f"{i}+", "hints": [f"{i}", "7", f"{i}+"], "translation": f"{i}="}
     for i, q in enumerate(QUESTIONS)
 ]
-GIVEN = {"msd": {"no_confidence": 1.0}, "antisd": {"verdict": False}}
+GIVEN = {"msd": {"no_confidence": 4.0}, "antisd": {"verdict": False}}
 # Of those that differ in their contexts alone, one.
 NEW = ("ccopd", "msd", "ssopd", "sdpg", "egrsd", "cl_egrsd", "rlrt", "rlcsd", "antisd", "vopd", "sgsd")
 
@@ -83,19 +83,20 @@ def shown(folder, method, **options):
     return batch, added, TOKENIZER.batch_decode(batch["completion_ids"], skip_special_tokens=True), rows
 
 
-def test_mopd_shows_two_successes_and_a_failure(tmp_path):
-    batch, added, texts, _ = shown(tmp_path, "mopd")
+@pytest.mark.parametrize("failure", ["always", "fallback"])
+def test_mopd_shows_two_successes_and_a_failure(failure, tmp_path):
+    batch, added, texts, _ = shown(tmp_path, "mopd", method_args={"failure": failure})
+    failures = 0
     for i, (context,) in enumerate(added):
         group = range(i - i % 4, i - i % 4 + 4)
-        right = [texts[j] for j in group if batch["success"][j] and j != i and texts[j]][:2]
-        wrong = [texts[j] for j in group if not batch["success"][j] and j != i and texts[j]]
-        expected = "".join(mark + t for mark, t in zip(("|", "||"), right, strict=False))
-        if len(right) == 1 and not wrong:
-            expected = "[" + expected  # a demonstration alone has its own words
-        ends = {expected + (f";{w}" if w else "") + "]" for w in wrong or [""]}
-        assert context in ends, (context, ends)
-    _, only, _, _ = shown(tmp_path / "b", "mopd", method_args={"failure": "fallback"})
-    assert not any(";" in context and "|" in context for (context,) in only)
+        right = [j for j in group if batch["success"][j] and j != i][:2]
+        wrong = [j for j in group if not batch["success"][j] and j != i]
+        marked = "".join(mark + texts[j] for mark, j in zip(("|", "||"), right, strict=False) if texts[j])
+        with_failure = {f"{marked};{texts[j]}]" for j in wrong if texts[j] and (failure == "always" or not right)}
+        alone = {f"[{marked}]" if len(right) == 1 else f"{marked}]", ""}
+        assert context in (with_failure or alone) | (alone if any(not texts[j] for j in wrong) else set())
+        failures += context in with_failure
+    assert failures >= 3 if failure == "always" else failures <= 2
 
 
 def test_ssopd_teaches_one_failure_of_each_mixed_group(tmp_path):
