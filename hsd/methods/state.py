@@ -63,3 +63,32 @@ class Hysteresis(Saved):
         elif value < self.down * self.level:
             self.is_open = False
         return float(self.is_open)
+
+
+@dataclass
+class RefreshGate(Saved):
+    """When a gated teacher becomes the student: the mean success over ``window`` generations is ``gain`` above that of
+    the last refresh (at first of the first window), and the share of truncated rollouts is at most ``tail``."""
+
+    window: int
+    gain: float
+    tail: float
+    level: float | None = None
+    success: list[float] = field(default_factory=list)
+    truncated: list[float] = field(default_factory=list)
+
+    def step(self, success: float, truncated: float) -> bool:
+        """Whether to refresh, after a generation. One without a verdict (NaN) does not count."""
+        if math.isnan(success):
+            return False
+        self.success = [*self.success, success][-self.window :]
+        self.truncated = [*self.truncated, truncated][-self.window :]
+        if len(self.success) < self.window:
+            return False
+        mean = sum(self.success) / self.window
+        if self.level is None:
+            self.level = mean
+        if mean < self.level + self.gain or sum(self.truncated) / self.window > self.tail:
+            return False
+        self.level, self.success, self.truncated = mean, [], []
+        return True

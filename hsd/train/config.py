@@ -108,11 +108,14 @@ class HSDConfig(GRPOConfig):
     importance_cap: float = option(
         None, "a token's divergence times min(pi / pi_old, cap), where rollouts are older; 0 is none", AT_LEAST_0
     )
-    teacher: Literal["live", "ema", "fixed", "trust_region", "copy"] = option(
+    teacher: Literal["live", "ema", "fixed", "trust_region", "copy", "gated"] = option(
         None, "the teacher's weights: docs/teachers.md"
     )
     teacher_copy_steps: int = option(None, "every so many steps a copy teacher becomes the student", AT_LEAST_1)
     teacher_ema_rate: float = option(None, "share of the student that enters an ema teacher at each step", SHARE)
+    teacher_gate: list[float] | None = option(
+        None, "gated: [generations, gain of success over them, truncated share], which must hold for a refresh"
+    )
     trust_region_share: float = option(0.05, "share of the live logits in those of a trust_region teacher", SHARE)
     reference_coef: Schedule = option(
         None, "weight of KL(student || reference); GRPO's own beta is for TRL's losses only", AT_LEAST_0
@@ -215,6 +218,13 @@ class HSDConfig(GRPOConfig):
                 f"beta: expected 0 (GRPO's beta loads a second reference and samples its KL), got {self.beta}; "
                 "use reference_coef for KL(student || initial policy), and reference_kl='k3' to sample it"
             )
+        gate = self.teacher_gate
+        if (self.teacher == "gated") != (gate is not None):
+            raise ValueError(
+                f"teacher_gate: expected [generations, gain, truncated share] with teacher='gated' alone, got {gate}"
+            )
+        if gate is not None and (len(gate) != 3 or gate[0] < 1 or gate[1] < 0.0 or not 0.0 <= gate[2] <= 1.0):
+            raise ValueError(f"teacher_gate: expected [at least 1, at least 0, a share], got {gate}")
         if self.reference_refresh_steps is not None and not self.reference_coef:
             raise ValueError("reference_refresh_steps: expected None without reference_coef, which is 0")
         period = steps_of_a_generation(self)

@@ -6,6 +6,7 @@
 | fixed | the initial policy (with LoRA: adapters off) |
 | ema | an average that moves by ``teacher_ema_rate`` towards the student at each optimizer step |
 | copy | the student as it stood at the last multiple of ``teacher_copy_steps`` steps |
+| gated | the initial policy until the gate of ``teacher_gate`` opens, then the student of that step, and so on |
 | trust_region | logits (1 - s) initial + s live, s = ``trust_region_share`` |
 
 The reference is the initial policy, or, with ``reference_refresh_steps`` n, an average of the policy (moved by
@@ -36,7 +37,7 @@ Forward = Callable[[BodyAndHead, Sequence[str]], Sequence[Tensor]]
 
 def roles(args: HSDConfig) -> tuple[str | None, str | None]:
     """Names of the frozen weights of the teacher and of the reference; None where there are none."""
-    kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA, "copy": COPY}
+    kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA, "copy": COPY, "gated": COPY}
     teacher = kinds.get(args.teacher) if args.has_teacher else None
     reference = INITIAL if args.reference_refresh_steps is None else REFERENCE
     return teacher, reference if args.reference_coef else None
@@ -90,11 +91,12 @@ class FrozenPolicies:
         return mix_logits(frozen, live, head, self.args.trust_region_share)
 
     @torch.no_grad()
-    def step(self, policy: nn.Module, steps_done: int) -> None:
-        """After an optimizer step."""
+    def step(self, policy: nn.Module, steps_done: int, refresh: bool = False) -> None:
+        """After an optimizer step; ``refresh``: whether the gate of a gated teacher has opened."""
         if EMA in self.models:
             ema_update_(self.models[EMA], policy, self.args.teacher_ema_rate)
-        if COPY in self.models and steps_done % self.args.teacher_copy_steps == 0:
+        due = steps_done % self.args.teacher_copy_steps == 0 if self.args.teacher == "copy" else refresh
+        if COPY in self.models and due:
             ema_update_(self.models[COPY], policy, 1.0)
         every = self.args.reference_refresh_steps
         if AVERAGE in self.models and every is not None:

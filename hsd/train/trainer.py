@@ -40,7 +40,8 @@ from hsd.files import replacing
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
 from hsd.hindsight.groups import Prompt, Rollout, members
 from hsd.hindsight.teacher_prompts import TeacherPrompt, TeacherPrompts
-from hsd.methods.method import Generation
+from hsd.methods.method import Generation, State
+from hsd.methods.state import RefreshGate
 from hsd.methods.term import Stats, scheduled
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.policy.forward import RolloutInputs
@@ -59,7 +60,7 @@ from hsd.train.teachers import FrozenPolicies, check_fresh_adapter
 from hsd_kernels import RowStats, fused_token_logps
 
 # What the environment says about each completion: called with prompts=, completions= and the data-set columns.
-STATE = "method_state.json"
+STATE, GATE = "method_state.json", "teacher_gate.json"
 FeedbackFn = Callable[..., Sequence[str | None]]
 
 
@@ -142,6 +143,9 @@ class HSDTrainer(GRPOTrainer):
         self.teacher_prompts = self._teacher_prompts()
         make_state = args.method_spec.state
         self.method_state = None if make_state is None else make_state()
+        gate = args.teacher_gate
+        self.gate = None if gate is None else RefreshGate(int(gate[0]), gate[1], gate[2])
+        self.refresh = False  # set by a generation, taken by the step after it
         # Set by _calculate_rewards, taken and cleared by _generate_and_score_completions, which calls it.
         self._scored: Scored | None = None
         self._redirect = _ForwardRedirection()
@@ -261,7 +265,11 @@ class HSDTrainer(GRPOTrainer):
         has_peer = torch.tensor([m.has_peer for m in mine], device=device)
         batch["advantages"] = batch["advantages"].masked_fill(scored.unscored[first : first + len(inputs)], 0.0)
         everywhere: Any = self.accelerator.gather(torch.stack([success, has_peer], -1))
-        self._record(mode, group_metrics(everywhere[:, 0], everywhere[:, 1], scored.unscored, size))
+        metrics = group_metrics(everywhere[:, 0], everywhere[:, 1], scored.unscored, size)
+        self._record(mode, metrics)
+        if self.gate is not None and mode == "train":
+            truncated = self._metrics[mode]["completions/clipped_ratio"][-1]  # of all ranks, as the success rate
+            self.refresh = self.gate.step(metrics["success_rate"].item(), truncated)
         tails = sum(map(repeated_tail, scored.completion_ids)) / len(scored.completion_ids)
         prompts = None
         if self.teacher_prompts is not None:
@@ -426,22 +434,28 @@ class HSDTrainer(GRPOTrainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             self.frozen.save(folder)
-            if self.method_state is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / STATE) as part:
-                    part.write_text(json.dumps(self.method_state.state_dict()))
+            for name, state in self._states().items():
+                with replacing(folder / name) as part:
+                    part.write_text(json.dumps(state.state_dict()))
         super()._save_checkpoint(model, trial)
+
+    def _states(self) -> dict[str, State]:
+        """By file, what is remembered beside the weights."""
+        both = {STATE: self.method_state, GATE: self.gate}
+        return {name: state for name, state in both.items() if state is not None}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder, period = Path(resume_from_checkpoint), steps_of_a_generation(self.args)
         self.frozen.load(folder)
-        if self.method_state is not None:
-            if not (folder / STATE).exists():
+        for name, state in self._states().items():
+            path = folder / name
+            if not path.exists():
                 raise ValueError(
-                    f"resume_from_checkpoint: expected {folder / STATE}, which method={self.args.method!r} saves"
+                    f"resume_from_checkpoint: expected {path}, which a run with method={self.args.method!r} and "
+                    f"teacher={self.args.teacher!r} saves"
                 )
-            self.method_state.load_state_dict(json.loads((folder / STATE).read_text()))
+            state.load_state_dict(json.loads(path.read_text()))
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         if step % period:
             warnings.warn(
@@ -458,7 +472,8 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         t = self.trainer
         policy: Any = t.accelerator.unwrap_model(t.model)
-        t.frozen.step(policy, state.global_step)
+        t.frozen.step(policy, state.global_step, t.refresh)
+        t.refresh = False
 
 
 def check_columns(name: str, columns: Collection[str], args: HSDConfig) -> None:

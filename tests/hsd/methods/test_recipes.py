@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 from hsd.methods import METHODS
 from hsd.methods.cl_egrsd import lookahead
 from hsd.methods.method import Generation
-from hsd.methods.state import Hysteresis, RunningMoments
+from hsd.methods.state import Hysteresis, RefreshGate, RunningMoments
 from hsd.methods.term import Stats
 from hsd.policy.forward import FrozenStates, RolloutInputs
 from hsd.train.batch import RolloutBatch, TeacherBatch
@@ -309,6 +309,15 @@ def test_the_gate():
     assert [gate.step(v) for v in (1.0, 3.0, 2.0, 2.0, 9.0)] == [0.0] * 5 and gate.level == 2.0
     # Open at first, so also between the two levels; closed below 0.93 x 2; open again from 2 on only.
     assert [gate.step(v) for v in (1.9, 1.85, 1.9, 2.0, 1.87)] == [1.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_teacher_is_refreshed_when_success_has_risen_and_few_rollouts_are_cut():
+    gate = RefreshGate(window=2, gain=0.1, tail=0.2)
+    steps = [(0.4, 0.0), (0.4, 0.0), (0.6, 0.0), (0.6, 0.0), (0.9, 0.5), (0.9, 0.5)]
+    # The level is 0.4 at first; 0.5 is a refresh. Then success rises with cut rollouts among the two.
+    assert [gate.step(*s) for s in steps] == [False, False, True, False, False, False]
+    assert [gate.step(*s) for s in [(math.nan, 0.0), (0.9, 0.0), (0.9, 0.0)]] == [False, False, True]
+    assert gate.level == 0.9
 
 
 @pytest.mark.parametrize("made", [RunningMoments, Hysteresis])
