@@ -112,7 +112,14 @@ LEAGUE: dict[str, dict[str, Any]] = {
     "gspo": POLICY_GRADIENT,
 }
 # How long each teacher holds, on the first seed: HSD for many more steps.
-LONG_TEACHERS = ("live", "ema", "copy", "fixed", "trust_region")
+LONG_TEACHERS: dict[str, dict[str, Any]] = {
+    "live": {},
+    "ema": {},
+    "copy": {},
+    "gated": {"teacher_gate": [10, 0.05, 0.1]},  # our numbers: no source publishes them
+    "fixed": {},
+    "trust_region": {},
+}
 
 PILOT_RATES = (1e-4, 3e-4, 1e-3)
 PILOT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -180,8 +187,9 @@ def queue(scale: Scale) -> list[Run]:
     for seed in range(scale.seeds):
         for method, options in LEAGUE.items():
             runs.append(Run("league", method, seed, steps, warm, method, dict(options)))
-    for teacher in LONG_TEACHERS:
-        runs.append(Run("long", teacher, 0, scale.long_steps, warm, "hsd", {**MAIN["hsd"], "teacher": teacher}))
+    for teacher, options in LONG_TEACHERS.items():
+        asked = {**MAIN["hsd"], "teacher": teacher, **options}
+        runs.append(Run("long", teacher, 0, scale.long_steps, warm, "hsd", asked))
     for seed in range(scale.ablation_seeds):
         for part, rows in ABLATIONS.items():
             for name, (options, size) in rows.items():
