@@ -93,8 +93,14 @@ def joined(batches):
             side = "right" if name.startswith("completion") else "left"
             pad = TOKENIZER.pad_token_id if name.endswith("_ids") else 0
             out[name] = pad_sequence(rows, True, pad, padding_side=side) if value.ndim == 2 else torch.stack(rows)
-    tokens = out["completion_mask"].sum(-1) * out["has_context"]
-    return out | {"tokens_per_micro_batch": tokens.sum().float()}  # all of the step's, in one micro-batch
+        elif name.startswith("column/"):
+            assert all(torch.equal(b[name], value) for b in batches), name  # a number of the generation
+            out[name] = value
+    tokens = out["completion_mask"].sum(-1)
+    out["policy_tokens_per_micro_batch"] = tokens.sum().float()  # all of the step's, in one micro-batch
+    if "has_context" in out:
+        out["tokens_per_micro_batch"] = (tokens * out["has_context"]).sum().float()
+    return out
 
 
 def one_process(folder, batch, options, **of_make):

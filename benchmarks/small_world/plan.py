@@ -16,6 +16,7 @@ class Scale:
     ablation_seeds: int
     steps: int
     pilot_steps: int
+    long_steps: int = 300
     rollouts: int = 64
     warm_steps: int = 2600  # the demo's
     eval_every: int = 10
@@ -26,7 +27,14 @@ class Scale:
     @property
     def identity(self) -> dict[str, int]:
         """What a finished run must have in common with a queue that goes on; seeds may be added."""
-        own = ("seeds", "ablation_seeds", "steps", "pilot_steps", "warm_steps")  # of the queue, or of a run
+        own = (
+            "seeds",
+            "ablation_seeds",
+            "steps",
+            "pilot_steps",
+            "long_steps",
+            "warm_steps",
+        )  # of the queue, or of a run
         return {k: v for k, v in asdict(self).items() if k not in own}
 
 
@@ -36,6 +44,7 @@ QUICK = Scale(
     ablation_seeds=1,
     steps=4,
     pilot_steps=2,
+    long_steps=4,
     warm_steps=300,
     eval_every=2,
     validation=64,
@@ -85,6 +94,33 @@ MAIN: dict[str, dict[str, Any]] = {
     "dr_grpo": POLICY_GRADIENT,
     "rlsd": POLICY_GRADIENT,
 }
+# The rest of the family that needs no written text, at the pilot's rate, with the main table's changes. SDPG's schedule
+# is over these 40 steps; AntiSD's verdict has no words among the 21 tokens.
+SHOWN = {"learning_rate": 3e-4, "show_answer": True}
+RISE_AND_FALL = [[0, 0.0], [5, 1e-3], [40, 0.0]]
+LEAGUE: dict[str, dict[str, Any]] = {
+    "hsd_unpaired": DIVERGENCE,
+    "mopd": SHOWN,
+    "ssopd": {**DIVERGENCE, **SHOWN},
+    "sdpg": {**POLICY_GRADIENT, "divergence_coef": RISE_AND_FALL, "reference_coef": RISE_AND_FALL},
+    "egrsd": POLICY_GRADIENT,
+    "cl_egrsd": POLICY_GRADIENT,
+    "rlrt": SHOWN,
+    "rlcsd": POLICY_GRADIENT,
+    "antisd": {**SHOWN, "method_args": {"verdict": False}},
+    "vopd": POLICY_GRADIENT,
+    "gspo": POLICY_GRADIENT,
+}
+# How long each teacher holds, on the first seed: HSD for many more steps.
+LONG_TEACHERS: dict[str, dict[str, Any]] = {
+    "live": {},
+    "ema": {},
+    "copy": {},
+    "gated": {"teacher_gate": [10, 0.05, 0.1]},  # our numbers: no source publishes them
+    "fixed": {},
+    "trust_region": {},
+}
+
 PILOT_RATES = (1e-4, 3e-4, 1e-3)
 PILOT: dict[str, tuple[str, dict[str, Any]]] = {
     "hsd": ("hsd", DIVERGENCE),
@@ -148,6 +184,12 @@ def queue(scale: Scale) -> list[Run]:
     for seed in range(scale.seeds):
         for method, options in MAIN.items():
             runs.append(Run("main", method, seed, steps, warm, method, dict(options)))
+    for seed in range(scale.seeds):
+        for method, options in LEAGUE.items():
+            runs.append(Run("league", method, seed, steps, warm, method, dict(options)))
+    for teacher, options in LONG_TEACHERS.items():
+        asked = {**MAIN["hsd"], "teacher": teacher, **options}
+        runs.append(Run("long", teacher, 0, scale.long_steps, warm, "hsd", asked))
     for seed in range(scale.ablation_seeds):
         for part, rows in ABLATIONS.items():
             for name, (options, size) in rows.items():

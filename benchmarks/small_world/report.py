@@ -54,6 +54,8 @@ def render(facts: dict[str, Any], drawn: Sequence[str]) -> str:
         tables.main(facts),
         _picture(drawn, "curves.png"),
         _settings(facts["runs"]),
+        tables.league(facts["runs"]),
+        tables.long(facts["runs"]),
         tables.credit(warm_starts(facts)),
         tables.teachers(facts),
         tables.coverage(facts["runs"], warm_starts(facts)),

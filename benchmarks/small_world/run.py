@@ -33,6 +33,7 @@ KEPT = (
     "hsd/kl",
     "hsd/student_entropy",
     "hsd/reference_kl",
+    "hsd/credit_mass_8",
     "completions/mean_length",
     "completions/clipped_ratio",
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.small_world import paper
-from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, HALF, MAIN, SLOW, UNCLIPPED
+from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, HALF, LEAGUE, LONG_TEACHERS, MAIN, SLOW, UNCLIPPED
 from benchmarks.small_world.results import coverage_bins, curve_mean, final, interval, paired, rows, warm_starts
 from hsd.hindsight.credit import coverage_peak
 
@@ -58,6 +58,61 @@ def main(facts: dict[str, Any]) -> list[str]:
         f"{m}, seed {s}: {text}" for m in ranked for s, r in sorted(found[m].items()) for text in r["alarms"].values()
     ]
     return [*lines, "", "Alarms: " + ("; ".join(alarms) if alarms else "none") + "."]
+
+
+def league(runs: Sequence[dict]) -> list[str]:
+    """All of the family on the same seeds, the methods of the first table among them."""
+    found = {m: rows(runs, "main", m) or rows(runs, "league", m) for m in (*MAIN, *LEAGUE)}
+    found = {m: by_seed for m, by_seed in found.items() if by_seed}
+    if not any(m in LEAGUE for m in found):
+        return []
+    lines = [
+        "## The league",
+        "",
+        "Ordered by the curve's mean. Credit is the share of |A| within 8 tokens of tau, over the first ten steps.",
+        "",
+        "| method | seeds | final success | HSD - it, paired | curve mean | HSD - it, paired | credit | alarms "
+        "| CPU s a step |",
+        "|---" * 9 + "|",
+    ]
+    for method in sorted(found, key=lambda m: -interval([curve_mean(r) for r in found[m].values()]).mean):
+        by_seed = found[method]
+        hsd = found.get("hsd", {}) if method != "hsd" else {}
+        mass = [x for r in by_seed.values() for x in r["steps"].get("hsd/credit_mass_8", [])[:10] if x is not None]
+        seconds = [r["train_cpu_seconds"] / r["run"]["steps"] for r in by_seed.values()]
+        alarms = sum(bool(r["alarms"]) for r in by_seed.values())
+        lines.append(
+            f"| {method} | {len(by_seed)} | {interval([final(r) for r in by_seed.values()])} | "
+            f"{_signed(paired(hsd, by_seed))} | {interval([curve_mean(r) for r in by_seed.values()])} | "
+            f"{_signed(paired(hsd, by_seed, curve_mean))} | {f'{sum(mass) / len(mass):.2f}' if mass else '-'} | "
+            f"{alarms} of {len(by_seed)} | {sum(seconds) / len(seconds):.2f} |"
+        )
+    return lines
+
+
+def long(runs: Sequence[dict]) -> list[str]:
+    """How long each teacher holds."""
+    found = {t: rows(runs, "long", t).get(0) for t in LONG_TEACHERS}
+    found = {t: r for t, r in found.items() if r is not None}
+    if not found:
+        return []
+    steps = next(iter(found.values()))["run"]["steps"]
+    marks = sorted({max(1, round(steps * k / 6)) for k in range(1, 7)})
+    lines = [
+        f"## Teachers over {steps} steps",
+        "",
+        "HSD on seed 0; success of the rollouts, mean of the ten steps that end at each, and the first alarm.",
+        "",
+        "| teacher | " + " | ".join(map(str, marks)) + " | final | alarm |",
+        "|---" * (len(marks) + 3) + "|",
+    ]
+    for teacher, run in found.items():
+        success = run["steps"]["hsd/success_rate"]
+        means = [[x for x in success[max(0, m - 10) : m] if x is not None] for m in marks]
+        cells = [f"{sum(x) / len(x):.2f}" if x else "-" for x in means]
+        alarm = next(iter(run["alarms"].values()), "none")
+        lines.append(f"| {teacher} | " + " | ".join(cells) + f" | {final(run):.3f} | {alarm} |")
+    return lines
 
 
 def _at(by_seed: dict[int, dict], step: int) -> float:

@@ -67,9 +67,10 @@ def hsd_loss_from_ids(
     """
     check_version("transformers", *TESTED)
     objective = objective or Objective()
-    for field in fields(Objective):
-        if field.name not in USED and (value := getattr(objective, field.name)) != field.default:
-            raise ValueError(f"objective: expected {field.name}={field.default}, got {value}; only {USED} count here")
+    plain = Objective()
+    for name in (field.name for field in fields(Objective) if field.name not in USED):
+        if (value := getattr(objective, name)) != (expected := getattr(plain, name)):
+            raise ValueError(f"objective: expected {name}={expected}, got {value}; only {USED} count here")
     _check_lists(student_ids, teacher_ids, lengths)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     parts = checked_body_and_head(inner)

@@ -32,7 +32,7 @@ from hsd.train.builds import check_builds
 from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
 from hsd.train.config import HSDConfig
 from hsd.train.limits import check_engine, launched
-from hsd.train.trainer import HSDTrainer
+from hsd.train.trainer import HSDTrainer, check_columns
 
 # What may differ between the parts of one run: none of these changes a step.
 FREE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to")
@@ -87,6 +87,7 @@ def train(run: Run) -> int:
         check_builds()
     with config.main_process_first(desc="the questions and the model's files"):
         task = run.task()
+        check_columns("data", task.questions[0] if task.questions else (), config)
         task.model()
     # On all ranks at once: under ZeRO-3 they share the weights out as they read them.
     model, tokenizer = run.initial_policy(task)

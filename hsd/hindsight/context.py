@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from hsd.hindsight.groups import Prompt
@@ -33,6 +34,21 @@ def _check_fields(name: str, template: str, required: set[str]) -> None:
         raise ValueError(f"{name}: expected exactly the fields {sorted(required)}, got {sorted(fields)}")
 
 
+PARTS = {
+    "answer": "\n\nReference answer: {text}",
+    "demonstration": "\n\nA correct solution:\n{text}",
+    "second": "\n\nAnother correct solution:\n{text}",
+    "failure": "\n\nAn attempt that is known to fail:\n{text}",
+    "feedback": "\n\nFeedback on an attempt:\n{text}",
+    "verdict": "\n\nThe attempt that follows is {text}.",
+    "unrelated": "\n\nA correct solution to another problem:\n{text}",
+    "hint": "\n\nHint: {text}",
+    "translation": "\n\nThe same problem in English:\n{text}\n\nThink in English.",
+    "tag": "\n\nNote on the attempt that follows: {text}",
+    "head": "\n\nThe beginning of a reference solution:\n{text}",
+}
+
+
 @dataclass(frozen=True)
 class ContextTemplate:
     """The words of the privileged context: ``str.format`` templates, appended to the question.
@@ -43,6 +59,8 @@ class ContextTemplate:
         answer_only: Must use ``{answer}`` and must not use ``{demonstration}``.
         demonstration_only: Must use ``{demonstration}`` only: methods that do not show the answer.
         feedback_only: Must use ``{feedback}`` only: what the environment said about this rollout.
+        parts: By kind, the wording of its ``{text}``, for contexts of other kinds than answer, demonstration and
+            feedback: one follows the other in the context's order, and `closing` ends them.
 
     Raises:
         ValueError: A template lacks a field it must use, uses another one, or is not a valid format string.
@@ -61,7 +79,12 @@ class ContextTemplate:
         "Now solve the problem in your own words."
     )
 
+    parts: Mapping[str, str] = field(default_factory=lambda: PARTS)
+    closing: str = "\n\nNow solve the problem in your own words."
+
     def __post_init__(self) -> None:
+        for kind, wording in self.parts.items():
+            _check_fields(f"parts[{kind!r}]", wording, {"text"})
         _check_fields("with_peer", self.with_peer, {"answer", "demonstration"})
         _check_fields("answer_only", self.answer_only, {"answer"})
         _check_fields("demonstration_only", self.demonstration_only, {"demonstration"})
@@ -86,18 +109,30 @@ DEFAULT_CHAT_TEMPLATE = ContextTemplate(
 DEFAULT_TEXT_TEMPLATE = ContextTemplate(
     with_peer=DEFAULT_CHAT_TEMPLATE.with_peer + "\n\nSolution:",
     answer_only=DEFAULT_CHAT_TEMPLATE.answer_only + "\n\nSolution:",
+    closing=DEFAULT_CHAT_TEMPLATE.closing + "\n\nSolution:",
     demonstration_only=DEFAULT_CHAT_TEMPLATE.demonstration_only + "\n\nSolution:",
     feedback_only=DEFAULT_CHAT_TEMPLATE.feedback_only + "\n\nSolution:",
 )
 
 
-@dataclass(frozen=True)
-class ContextParts:
-    """What a privileged context is made of; None is not shown. A demonstration is a text, or a peer's token ids."""
+Content = Sequence[int] | str  # token ids as sampled, or a text
 
-    answer: str | None = None
-    demonstration: Sequence[int] | str | None = None
-    feedback: str | None = None
+
+@dataclass(frozen=True)
+class Context:
+    """What one teacher is shown beside the question.
+
+    Args:
+        parts: (kind, token ids or text), in the order in which they are shown. Those that say nothing are left out. An
+            answer, a demonstration and a feedback alone have the wordings of `ContextTemplate`, others its ``parts``.
+        question: Asked of the teacher in place of the student's question.
+        cut: Kinds that are cut, then left out, where the prompt is too long, the first one first; by default all but
+            the answer, the last part first.
+    """
+
+    parts: tuple[tuple[str, Content], ...] = ()
+    question: Prompt | None = None
+    cut: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,14 +141,14 @@ class PrivilegedContext:
 
     Attributes:
         prompt_ids: The token ids of the whole teacher prompt.
-        kind: ``"peer"`` when a demonstration is in it, ``"answer_only"``, ``"feedback"``, or ``"nothing"``: the
-            question alone.
+        kind: ``"peer"`` when a demonstration is in it, ``"answer_only"``, ``"feedback"``, ``"other"``, or
+            ``"nothing"``: the student's question alone.
         demonstration_tokens: How many of the demonstration's token ids were kept.
         truncated: Whether the demonstration was cut, or left out altogether, to fit ``max_length``.
     """
 
     prompt_ids: tuple[int, ...]
-    kind: Literal["peer", "answer_only", "feedback", "nothing"]
+    kind: Literal["peer", "answer_only", "feedback", "other", "nothing"]
     demonstration_tokens: int
     truncated: bool
 
@@ -186,6 +221,92 @@ def build_context(
             f"without any demonstration, got {max_length}"
         )
     return PrivilegedContext(ids, "nothing" if answer is None else "answer_only", 0, truncated=cut)
+
+
+def render_context(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    context: Context,
+    template: ContextTemplate,
+    *,
+    max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> PrivilegedContext:
+    """The teacher's prompt of a `Context`: `build_context` for the three kinds that it knows, else part by part.
+
+    Raises ValueError as `build_context` does, and for a kind that ``template.parts`` has no wording for.
+    """
+    replaced = context.question is not None
+    question = prompt if context.question is None else context.question
+    shown = {kind: content for kind, content in context.parts if _says_something(tokenizer, content)}
+    if shown.keys() <= {"answer", "demonstration", "feedback"}:
+        answer, feedback = shown.get("answer"), shown.get("feedback")
+        assert not isinstance(answer, list | tuple) and not isinstance(feedback, list | tuple)
+        found = build_context(
+            tokenizer,
+            question,
+            answer,  # type: ignore[arg-type]
+            shown.get("demonstration"),
+            template,
+            feedback=feedback,  # type: ignore[arg-type]
+            max_length=max_length,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return replace(found, kind="other") if replaced and found.kind == "nothing" else found
+    unknown = sorted(shown.keys() - template.parts.keys())
+    if unknown:
+        raise ValueError(f"parts: expected kinds among {sorted(template.parts)}, got {unknown}")
+    limit = float("inf") if max_length is None else max_length
+    texts = {k: c if isinstance(c, str) else _decode(tokenizer, c) for k, c in shown.items()}
+    kept = len(shown.get("demonstration", ()))
+
+    def prompt_ids(**changed: str) -> tuple[int, ...]:
+        said = "".join(template.parts[kind].format(text=text) for kind, text in {**texts, **changed}.items())
+        asked = _append(question, said + template.closing) if said else question
+        return tokenize_prompt(tokenizer, asked, chat_template_kwargs=chat_template_kwargs)
+
+    ids, cut = prompt_ids(), False
+    order = context.cut if context.cut is not None else tuple(k for k in reversed(shown) if k != "answer")
+    for kind in order:
+        if len(ids) <= limit:
+            break
+        if kind not in texts:
+            continue
+        cut = True
+        fitted, left, _ = _fit(tokenizer, shown[kind], partial(_with, prompt_ids, kind), limit)
+        if fitted is None:
+            del texts[kind]
+            left = 0
+        ids = fitted or prompt_ids()
+        kept = left if kind == "demonstration" else kept
+    if len(ids) > limit:
+        raise ValueError(f"max_length: expected at least {len(ids)} tokens, which must not be cut, got {max_length}")
+    kind = "peer" if "demonstration" in texts else "other" if texts or replaced else "nothing"
+    return PrivilegedContext(ids, kind, kept, truncated=cut)
+
+
+def _with(prompt_ids: Callable[..., tuple[int, ...]], kind: str, text: str) -> tuple[int, ...]:
+    return prompt_ids(**{kind: text})
+
+
+def _says_something(tokenizer: Any, content: Content) -> bool:
+    return bool((content if isinstance(content, str) else _decode(tokenizer, content)).strip())
+
+
+THINKING = (("<think>", "</think>"), ("<|channel|>analysis", "<|channel|>final<|message|>"))
+
+
+def without_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Sequence[int]:
+    """The tokens after a rollout's thinking: ``<think> .. </think>``, or gpt-oss's channels. Those of a rollout without
+    either as they are; none where the thinking does not end."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    for begin, end in THINKING:
+        if end in text:
+            return tokenizer(text=text.rpartition(end)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        if begin in text:
+            return ()
+    return ids
 
 
 def _fit(

@@ -1,20 +1,28 @@
-"""From scored rollouts to the teacher's prompt for each of them: peers, contexts, divergence positions."""
+"""From scored rollouts to the teacher's prompts for each of them: peers, contexts, divergence positions."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from hsd.hindsight.context import ContextParts, ContextTemplate, PrivilegedContext, build_context
+from hsd.hindsight.context import (
+    Content,
+    Context,
+    ContextTemplate,
+    PrivilegedContext,
+    render_context,
+    without_thinking,
+)
 from hsd.hindsight.credit import divergence_position
-from hsd.hindsight.groups import Member, Prompt
+from hsd.hindsight.groups import Group, Member, Prompt, Rollout
 from hsd.hindsight.peers import choose_peers, peer_rng
 
 
 @dataclass(frozen=True)
 class RolloutView:
-    """All that a method may use to choose the teacher's context for one rollout."""
+    """All that a method may use to choose the teacher's contexts for one rollout."""
 
     member: Member
     row: Mapping[str, Any]  # of the data set
@@ -22,6 +30,19 @@ class RolloutView:
     feedback: str | None  # of the environment on this very rollout
     show_answer: bool  # beside a demonstration, if it is not blank (LiveCodeBench has no answers)
     fallback: str  # without a demonstration or feedback: "answer", or nothing ("mask")
+    groups: Sequence[Sequence[Rollout]] = ()  # of the whole step, over all ranks, by `Member.number`
+    rng: random.Random = field(default_factory=random.Random)  # this rollout's own
+    settings: Mapping[str, Any] = field(default_factory=dict)  # method_args
+    shown: Callable[[Sequence[int]], Sequence[int]] = lambda ids: ids  # of a rollout's tokens: without its thinking
+
+    @property
+    def group(self) -> Group:
+        return self.member.group
+
+    @property
+    def i(self) -> int:
+        """The rollout's index in its group."""
+        return self.member.index
 
     @property
     def answer(self) -> str | None:
@@ -30,12 +51,16 @@ class RolloutView:
 
     @property
     def peer_ids(self) -> Sequence[int] | None:
-        """The peer's tokens."""
-        return None if self.peer is None else self.member.group.rollouts[self.peer].token_ids
+        """What is shown of the peer's tokens."""
+        return None if self.peer is None else self.rollout(self.peer)
+
+    def rollout(self, j: int) -> Sequence[int]:
+        """What is shown of the tokens of the group's rollout ``j``."""
+        return self.shown(self.group.rollouts[j].token_ids)
 
 
-# None where there is nothing to show: the rollout is left out of the divergence.
-ContextOf = Callable[[RolloutView], ContextParts | None]
+# An empty list where there is nothing to show: the rollout is left out of the divergence.
+Contexts = Callable[[RolloutView], list[Context]]
 
 
 @dataclass(frozen=True)
@@ -52,18 +77,23 @@ class TeacherPrompts:
     """Makes the teacher's prompts of a run.
 
     Args:
-        context_of: The method's choice of the teacher's context.
+        contexts: The method's choice of the teacher's contexts.
+        count: How many there are at most.
         peer_rule: As in :func:`hsd.hindsight.peers.choose_peers`; None where the method draws no peers.
         template_for: The wording for a prompt.
+        strip_thinking: Show rollouts without their thinking.
         max_length, chat_template_kwargs: As in :func:`hsd.hindsight.context.build_context`.
     """
 
-    context_of: ContextOf
+    contexts: Contexts
     tokenizer: Any
     template_for: Callable[[Prompt], ContextTemplate]
+    count: int = 1
     peer_rule: str | None = "uniform"
     show_answer: bool = True
     fallback: str = "answer"
+    strip_thinking: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     max_length: int | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
@@ -75,31 +105,58 @@ class TeacherPrompts:
         feedback: Sequence[str | None],
         *,
         step: int,
-    ) -> list[TeacherPrompt]:
-        """One for each of ``members``, whose data-set rows and feedback these are."""
+        groups: Sequence[Sequence[Rollout]] = (),
+    ) -> list[list[TeacherPrompt]]:
+        """``count`` for each of ``members``, whose data-set rows and feedback these are; ``groups`` as in
+        `RolloutView`.
+
+        Where a rollout has fewer contexts the question alone, of kind "nothing", stands for the others.
+        """
         drawn: dict[int, list[int | None]] = {}
         prompts = []
         for m, row, text in zip(members, rows, feedback, strict=True):
             if self.peer_rule is not None and m.number not in drawn:
                 drawn[m.number] = choose_peers(m.group, self.peer_rule, rng=peer_rng(self.seed, step, m.number))
-            peer = drawn[m.number][m.index] if drawn else None
-            prompts.append(self._prompt(RolloutView(m, row, peer, text, self.show_answer, self.fallback)))
+            view = RolloutView(
+                m,
+                row,
+                peer=drawn[m.number][m.index] if drawn else None,
+                feedback=text,
+                show_answer=self.show_answer,
+                fallback=self.fallback,
+                groups=groups,
+                # Negative numbers are not groups'.
+                rng=peer_rng(self.seed, step, -1 - m.number * len(m.group.rollouts) - m.index),
+                settings=self.settings,
+                shown=self._shown,
+            )
+            found = self.contexts(view)
+            if len(found) > self.count:
+                raise ValueError(f"contexts: expected {self.count} for a rollout at most, got {len(found)}")
+            padded = [*found, *[Context()] * (self.count - len(found))]
+            prompts.append([self._prompt(view, context) for context in padded])
         return prompts
 
-    def _prompt(self, view: RolloutView) -> TeacherPrompt:
-        parts = self.context_of(view) or ContextParts()
-        question = view.member.group.prompt
-        context = build_context(
+    def _shown(self, ids: Sequence[int]) -> Sequence[int]:
+        return without_thinking(self.tokenizer, ids) if self.strip_thinking else ids
+
+    def _prompt(self, view: RolloutView, context: Context) -> TeacherPrompt:
+        question = view.group.prompt
+        made = render_context(
             self.tokenizer,
             question,
-            parts.answer,
-            parts.demonstration,
+            context,
             self.template_for(question),
-            feedback=parts.feedback,
             max_length=self.max_length,
             chat_template_kwargs=self.chat_template_kwargs,
         )
         tau = None
-        if view.peer_ids is not None and context.kind == "peer":  # it may have been left out for length
-            tau = divergence_position(view.member.group.rollouts[view.member.index].token_ids, view.peer_ids)
-        return TeacherPrompt(context, tau)
+        if view.peer is not None and made.kind == "peer":  # it may have been left out for length
+            rollouts = view.group.rollouts
+            tau = divergence_position(rollouts[view.i].token_ids, rollouts[view.peer].token_ids)
+        return TeacherPrompt(made, tau)
+
+
+def parts(**contents: Content | None) -> tuple[tuple[str, Content], ...]:
+    """A context's parts, by kind and in order; None and an empty text are left out."""
+    return tuple((kind, content) for kind, content in contents.items() if content)

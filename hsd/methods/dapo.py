@@ -1,7 +1,8 @@
-"""DAPO (arXiv 2503.14476) by `trl.GRPOTrainer`'s own loss: mean over all tokens of the batch, upper clip 0.28, no
-reference.
+"""DAPO (arXiv 2503.14476): GRPO with a mean over all tokens and a higher upper clip.
 
-Its dynamic sampling is not in TRL's trainer; its overlong punishment is a reward function of TRL's.
+    S = mean over all tokens of the step of -min(r_t A, clip(r_t, 0.8, 1.28) A),  no reference
+
+Its dynamic sampling is not here; its overlong punishment is a reward function of TRL's.
 """
 
 from hsd.methods.method import Method

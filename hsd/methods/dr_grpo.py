@@ -1,5 +1,9 @@
-"""Dr. GRPO (arXiv 2503.20783) by `trl.GRPOTrainer`'s own loss: A = R - mean; sum over tokens divided by the longest
-possible completion.
+"""Dr. GRPO (arXiv 2503.20783): GRPO without its two divisions.
+
+    A = R - mean over the group
+    S = sum over rollouts and tokens of GRPO's summands / (rollouts x max_completion_length)
+
+No division by the group's standard deviation, nor by a rollout's own length.
 """
 
 from hsd.methods.method import Method

@@ -1,5 +1,7 @@
-"""GSPO (arXiv 2507.18071) by `trl.GRPOTrainer`'s own loss: one importance ratio a rollout, the geometric mean of its
-tokens', clipped at 3e-4 / 4e-4.
+"""GSPO (arXiv 2507.18071): GRPO with one importance ratio a rollout.
+
+    r = exp(mean_t (log p(o_t) - log p_old(o_t))),  clipped at 1 - 3e-4 and 1 + 4e-4
+    S = mean over rollouts of -min(r A, clip(r) A)
 
 With one update per generated batch every ratio is 1, and this is GRPO.
 """

@@ -8,23 +8,24 @@ else ``c_i = a*``::
 With ``policy_coef`` c the loss is J + c times GRPO's clipped surrogate over the same rollouts.
 """
 
-from hsd.hindsight.context import ContextParts
+from hsd.hindsight.context import Context
 from hsd.hindsight.teacher_prompts import RolloutView
 from hsd.methods.method import Method, demonstrate
 
 
-def context_of(view: RolloutView) -> ContextParts | None:
+def contexts(view: RolloutView) -> list[Context]:
     return demonstrate(view, view.peer_ids)
 
 
 # All options of `HSDConfig` that a method decides where the user does not; the other methods override some.
 METHOD = Method(
     "hsd",
-    context_of,
+    contexts,
     draws_peers=True,
     defaults={
         "teacher": "live",
         "teacher_ema_rate": 0.005,
+        "teacher_copy_steps": 10,
         "show_answer": True,
         "fallback": "answer",
         "peer_rule": "auto",
@@ -33,6 +34,9 @@ METHOD = Method(
         "kl_temperature": 1.0,
         "kl_clip": 0.0,
         "loss_mean": "rollout",
+        "policy_mean": "rollout",
+        "skip_tokens": 0,
+        "strip_thinking": False,
         "importance_cap": 0.0,
         "divergence_coef": 1.0,
         "policy_coef": 0.0,

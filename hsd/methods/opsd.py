@@ -8,17 +8,17 @@ are the initial policy's::
 The paper's first version is ``divergence="jsd", kl_temperature=1.1, kl_clip=0``.
 """
 
-from hsd.hindsight.context import ContextParts
+from hsd.hindsight.context import Context
 from hsd.hindsight.teacher_prompts import RolloutView
 from hsd.methods.method import Method, demonstrate
 
 
-def context_of(view: RolloutView) -> ContextParts | None:
+def contexts(view: RolloutView) -> list[Context]:
     return demonstrate(view, view.row.get("solution"))
 
 
 METHOD = Method(
     "opsd",
-    context_of,
+    contexts,
     defaults={"teacher": "fixed", "kl_clip": 0.05, "loss_mean": "token", "reference_coef": 0.0},
 )

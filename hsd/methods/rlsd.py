@@ -14,20 +14,20 @@ from torch import Tensor
 
 from hsd.methods import opsd
 from hsd.methods.method import Method
+from hsd.methods.term import Stats, Term
 
 CLIP = 0.2
 
 
-def token_advantages(advantages: Tensor, d: Tensor, mix: float) -> Tensor:
-    """Advantages and D, both (B, T) -> (B, T)."""
-    weight = (advantages.sign() * d).exp().clamp(1.0 - CLIP, 1.0 + CLIP)
-    return advantages * ((1.0 - mix) + mix * weight)
+def advantages(s: Stats) -> Tensor:
+    weight = (s.advantages.sign() * s.d).exp().clamp(1.0 - CLIP, 1.0 + CLIP)
+    return s.advantages * ((1.0 - s.mix) + s.mix * weight)
 
 
 METHOD = Method(
     "rlsd",
-    opsd.context_of,
-    token_advantages=token_advantages,
+    opsd.contexts,
+    terms=(Term("advantage", advantages),),
     defaults={
         "divergence_coef": 0.0,
         "policy_coef": 1.0,

@@ -6,18 +6,18 @@ Published descriptions disagree on the teacher's weights and on the divergence; 
 SDFTTrainer (initial policy, JSD with 0.5) over the full vocabulary. The data set needs a ``demonstration`` column.
 """
 
-from hsd.hindsight.context import ContextParts
+from hsd.hindsight.context import Context
 from hsd.hindsight.teacher_prompts import RolloutView
 from hsd.methods.method import Method, demonstrate
 
 
-def context_of(view: RolloutView) -> ContextParts | None:
+def contexts(view: RolloutView) -> list[Context]:
     return demonstrate(view, view.row.get("demonstration"))
 
 
 METHOD = Method(
     "sdft",
-    context_of,
+    contexts,
     needs=("demonstration",),
     defaults={
         "teacher": "fixed",

@@ -9,24 +9,25 @@ pi / pi_old is 1 with one update per generated batch. The EMA moves by 0.05 an o
 is ``teacher="trust_region"``. Its correction for a rollout engine that differs from the model is not here.
 """
 
-from hsd.hindsight.context import ContextParts
+from hsd.hindsight.context import Context
 from hsd.hindsight.teacher_prompts import RolloutView
 from hsd.methods.method import Method, demonstrate
 
 
-def context_of(view: RolloutView) -> ContextParts | None:
+def contexts(view: RolloutView) -> list[Context]:
     return demonstrate(view, view.peer_ids, view.feedback)
 
 
 METHOD = Method(
     "sdpo",
-    context_of,
+    contexts,
     draws_peers=True,
     uses_feedback=True,
     defaults={
         "teacher": "ema",
         "teacher_ema_rate": 0.05,
         "show_answer": False,
+        "strip_thinking": True,
         "fallback": "mask",
         "peer_rule": "first",
         "divergence": "jsd",

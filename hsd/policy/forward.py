@@ -33,7 +33,8 @@ class Prompts:
 
 @dataclass(frozen=True)
 class RolloutInputs:
-    """Rollouts (B, T), padded on the right, and the prompts they follow: the "student"'s and the "teacher"'s."""
+    """Rollouts (B, T), padded on the right, and the prompts they follow: the "student"'s and, but for methods without
+    one, the "teacher"'s. With K contexts a rollout the latter has K B rows, those of the first context first."""
 
     prompts: Mapping[str, Prompts]
     completion_ids: Tensor  # (B, T)
@@ -45,14 +46,21 @@ class RolloutInputs:
         return self.completion_ids.shape[1]
 
     def rows(self, index: Sequence[int]) -> RolloutInputs:
-        at = list(index)
-        prompts = {who: Prompts(p.ids[at], p.mask[at]) for who, p in self.prompts.items()}
+        at, size = list(index), len(self.completion_ids)
+
+        def some(p: Prompts) -> Prompts:
+            rows = [k * size + i for k in range(len(p.ids) // size) for i in at]
+            return Prompts(p.ids[rows], p.mask[rows])
+
+        prompts = {who: some(p) for who, p in self.prompts.items()}
         return RolloutInputs(prompts, self.completion_ids[at], self.completion_mask[at])
 
     def forward(self, parts: BodyAndHead, who: str) -> Tensor:
-        """(B, T, D): `forward_rollouts` behind the prompts of ``who``."""
-        ids = torch.cat([self.prompts[who].ids, self.completion_ids], 1)
-        mask = torch.cat([self.prompts[who].mask, self.completion_mask], 1)
+        """(B, T, D), or (K B, T, D): `forward_rollouts` behind the prompts of ``who``."""
+        prompts = self.prompts[who]
+        times = len(prompts.ids) // max(1, len(self.completion_ids))
+        ids = torch.cat([prompts.ids, self.completion_ids.repeat(times, 1)], 1)
+        mask = torch.cat([prompts.mask, self.completion_mask.repeat(times, 1)], 1)
         return forward_rollouts(parts, ids, mask, self.length)
 
 

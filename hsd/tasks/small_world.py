@@ -37,7 +37,15 @@ EOS_ID = VOCABULARY.index(EOS)
 # Privileged contexts, appended to the question: the teacher's sequence is [q ; c ; o].
 WITH_PEER = "[{answer}|{demonstration}]"
 ANSWER_ONLY = "[{answer}]"
-TEMPLATE = ContextTemplate(WITH_PEER, ANSWER_ONLY)
+# What the warm start never saw, in the same marks: for methods that show other things.
+DEMONSTRATION_ONLY = "[|{demonstration}]"
+PARTS = {
+    "answer": "[{text}",
+    "demonstration": "|{text}",
+    "second": "|{text}",
+    "failure": "|#{text}",
+}
+TEMPLATE = ContextTemplate(WITH_PEER, ANSWER_ONLY, DEMONSTRATION_ONLY, parts=PARTS, closing="]")
 
 MAX_COMPLETION = 40  # tokens; a solution has 37 at most
 SLIP_RATE = 0.3  # of the steps, without a solution in context

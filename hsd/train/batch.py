@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -14,21 +14,27 @@ from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.policy.forward import Prompts, RolloutInputs
 from hsd.train.update import Targets, rollout_weights
 
+COLUMN = "column/"  # before the names of a method's own columns in TRL's dictionary
+
 
 @dataclass(frozen=True)
 class TeacherBatch:
-    """What is added to TRL's batch of B rollouts: the tensors of their teachers' prompts."""
+    """What is added to TRL's batch of B rollouts: their verdicts, and the tensors of their teachers' prompts."""
 
-    teacher_prompt_ids: Tensor  # (B, P), padded on the left
-    teacher_prompt_mask: Tensor  # (B, P)
-    has_context: Tensor  # (B,) bool; a rollout without a teacher's context is left out of the divergence
-    divergence_position: Tensor  # (B,), -1 where the rollout has no peer or never leaves it
     success: Tensor  # (B,) bool
-    tokens_per_micro_batch: Tensor  # (), what a micro-batch of one process holds on average
+    has_context: Tensor | None = None  # (B,) bool; a rollout without a teacher's context is left out of the divergence
+    divergence_position: Tensor | None = None  # (B,), -1 where the rollout has no peer or never leaves it
+    tokens_per_micro_batch: Tensor | None = None  # (), what a micro-batch of one process holds on average
+    teacher_prompt_ids: Tensor | None = None  # (B, P), or (B, K, P) for K contexts, padded on the left
+    teacher_prompt_mask: Tensor | None = None  # as the ids
+    context_weights: Tensor | None = None  # (B, K) for K > 1, 0 or 1
+    policy_tokens_per_micro_batch: Tensor | None = None  # (), also of rollouts without a context
+    reward: Tensor | None = None  # (B,)
+    group_success: Tensor | None = None  # (B,), the success rate of its group
 
     def pack(self) -> dict[str, Tensor]:
         """The entries of TRL's dictionary, which `unpack` finds again."""
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -40,33 +46,88 @@ class RolloutBatch:
     teacher: TeacherBatch
     advantages: Tensor  # (B,)
     old_logps: Tensor | None  # (B, T)
+    own: Mapping[str, Tensor] = field(default_factory=dict)  # a method's columns: (B,), (B, T) or ()
+    skip_tokens: int = 0  # of each rollout's first, which have no divergence
+
+    @property
+    def contexts(self) -> int:
+        """K."""
+        return 1 if self.teacher.context_weights is None else self.teacher.context_weights.shape[1]
 
     @property
     def divergence_mask(self) -> Tensor:
-        """(B, T), the loss mask of the rollouts whose teacher has a context."""
-        return self.loss_mask * self.teacher.has_context.unsqueeze(-1)
+        """(B, T), the loss mask of the rollouts whose teacher has a context, without the tokens that are skipped."""
+        shown = self.teacher.has_context
+        mask = self.loss_mask if shown is None else self.loss_mask * shown.unsqueeze(-1)
+        return mask * (self.position >= self.skip_tokens) if self.skip_tokens else mask
 
-    def targets(self, loss_mean: str) -> Targets:
-        """``loss_mean``, "rollout" or "token", as in `hsd.HSDConfig`."""
-        mask, over_tokens = self.divergence_mask, loss_mean == "token"
-        weights = mask / self.teacher.tokens_per_micro_batch if over_tokens else rollout_weights(mask)
-        policy_weights = rollout_weights(self.loss_mask)
-        return Targets(self.inputs.completion_ids, weights, policy_weights, self.advantages, self.old_logps)
+    @property
+    def position(self) -> Tensor:
+        """(1, T): 0, 1, ..."""
+        return torch.arange(self.loss_mask.shape[1], device=self.loss_mask.device).unsqueeze(0)
+
+    def targets(self, loss_mean: str, policy_mean: str = "rollout") -> Targets:
+        """``loss_mean`` and ``policy_mean`` as in `hsd.HSDConfig`."""
+        weights = mean_weights(self.divergence_mask, loss_mean, self.teacher.tokens_per_micro_batch)
+        policy_weights = mean_weights(self.loss_mask, policy_mean, self.teacher.policy_tokens_per_micro_batch)
+        return Targets(
+            self.inputs.completion_ids,
+            weights,
+            policy_weights,
+            self.advantages,
+            self.old_logps,
+            self.columns,
+            self.teacher.context_weights,
+        )
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Of `hsd.methods.term.Stats`."""
+        t = self.teacher
+        found = {"advantages": self.advantages.float(), "success": t.success, "length": self.loss_mask.sum(-1)}
+        given = {"has_context": t.has_context, "tau": t.divergence_position, "reward": t.reward}
+        given["group_success"] = t.group_success
+        found |= {name: value for name, value in given.items() if value is not None} | dict(self.own)
+        if t.context_weights is not None:
+            found |= {f"has_context_{k}": column for k, column in enumerate(t.context_weights.unbind(1))}
+        found |= {"position": self.position.expand(self.loss_mask.shape), "mask": self.loss_mask}
+        return {name: value.unsqueeze(-1) if value.ndim == 1 else value for name, value in found.items()}
+
+
+def mean_weights(mask: Tensor, mean: str, count: Tensor | None) -> Tensor:
+    """(B, T) that sum a token's losses to a mean: over each "rollout" and then over rollouts, over the ``count`` tokens
+    of a micro-batch ("token"), or over B times the tokens that fit ("max_length", Dr. GRPO)."""
+    if mean == "rollout":
+        return rollout_weights(mask)
+    assert count is not None
+    return mask / count
 
 
 def collate(
-    prompts: Sequence[TeacherPrompt], has_context: Tensor, success: Tensor, tokens_per_micro_batch: Tensor, pad_id: int
+    prompts: Sequence[Sequence[TeacherPrompt]],
+    success: Tensor,
+    tokens_per_micro_batch: Tensor,
+    pad_id: int,
+    **others: Tensor | None,
 ) -> TeacherBatch:
-    """The teacher's tensors of one prompt a rollout, on the device of ``success``."""
-    device = success.device
-    ids = [torch.tensor(p.context.prompt_ids) for p in prompts]
+    """The tensors of K teacher prompts a rollout, on the device of ``success``; ``others`` are fields of the result."""
+    device, several = success.device, len(prompts[0]) > 1
+    flat = [p for row in prompts for p in row]
+    ids = [torch.tensor(p.context.prompt_ids) for p in flat]
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left").to(device)
+    shown = torch.tensor([[p.context.kind != "nothing" for p in row] for row in prompts], device=device)
+    if several:
+        padded, mask = (x.reshape(*shown.shape, -1) for x in (padded, mask))
     return TeacherBatch(
-        pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left").to(device),
-        pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left").to(device),
-        has_context,
-        torch.tensor([-1 if p.tau is None else p.tau for p in prompts], device=device),
         success,
+        shown.any(-1),
+        torch.tensor([-1 if row[0].tau is None else row[0].tau for row in prompts], device=device),
         tokens_per_micro_batch,
+        padded,
+        mask,
+        shown.float() if several else None,
+        **others,
     )
 
 
@@ -78,13 +139,17 @@ def student_inputs(trl: Mapping[str, Any]) -> tuple[RolloutInputs, Tensor]:
     return RolloutInputs(prompts, trl["completion_ids"], mask), loss_mask
 
 
-def unpack(trl: Mapping[str, Any]) -> RolloutBatch:
+def unpack(trl: Mapping[str, Any], skip_tokens: int = 0) -> RolloutBatch:
     """TRL's batch, or a part of it, with the entries of `TeacherBatch.pack`."""
-    teacher = TeacherBatch(**{f.name: trl[f.name] for f in fields(TeacherBatch)})
-    student, loss_mask = student_inputs(trl)
-    prompts = {**student.prompts, "teacher": Prompts(teacher.teacher_prompt_ids, teacher.teacher_prompt_mask)}
-    inputs = replace(student, prompts=prompts)
-    return RolloutBatch(inputs, loss_mask, teacher, trl["advantages"], trl.get("old_per_token_logps"))
+    teacher = TeacherBatch(**{f.name: trl.get(f.name) for f in fields(TeacherBatch)})  # type: ignore[arg-type]
+    inputs, loss_mask = student_inputs(trl)
+    ids, prompt_mask = teacher.teacher_prompt_ids, teacher.teacher_prompt_mask
+    if ids is not None and prompt_mask is not None:
+        both = [x.transpose(0, 1).flatten(0, 1) if x.ndim == 3 else x for x in (ids, prompt_mask)]
+        inputs = replace(inputs, prompts={**inputs.prompts, "teacher": Prompts(*both)})
+    own = {name.removeprefix(COLUMN): value for name, value in trl.items() if name.startswith(COLUMN)}
+    old = trl.get("old_per_token_logps")
+    return RolloutBatch(inputs, loss_mask, teacher, trl["advantages"], old, own, skip_tokens)
 
 
 def shuffle_groups(trl: Mapping[str, Any], size: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl.trainer.grpo_config import GRPOConfig
@@ -15,6 +16,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
 from hsd.hindsight.peers import PEER_RULES
 from hsd.methods import METHODS, Method
+from hsd.methods.method import REQUIRED
+from hsd.methods.term import Schedule, scheduled
 from hsd.train.callbacks import steps_of_a_generation
 from hsd.train.update import Objective
 from hsd_kernels import Divergence
@@ -24,7 +27,6 @@ from hsd_kernels.rows import IMPLS
 UNUSED = (
     "loss_type",
     "importance_sampling_level",
-    "delta",
     "top_entropy_quantile",
     "entropy_coef",
     "use_adaptive_entropy",
@@ -36,11 +38,16 @@ UNUSED = (
     *("vllm_importance_sampling_cap", "use_bias_correction_kl"),
     *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
 )
-UNUSED_WITHOUT_POLICY_TERM = ("epsilon", "epsilon_high")
+UNUSED_WITHOUT_POLICY_TERM = ("epsilon", "epsilon_high", "delta")
+# The mean of the policy term that a loss of TRL's takes, where that loss is the clipped surrogate.
+POLICY_MEANS = {"grpo": "rollout", "dapo": "token", "dr_grpo": "max_length"}
+# Fields that a method without a teacher may have.
+OF_THE_POLICY = ("policy_coef", "reference_coef")
 # Options of GRPO that its variants decide, None until then; a user may also want TRL's own default.
 GRPO_OPTIONS = ("loss_type", "scale_rewards", "importance_sampling_level", "epsilon", "epsilon_high")
 
-Schedule = float | list[float]
+# HSD's own fields where the loss is a policy gradient alone, against METHODS["hsd"].defaults.
+WITHOUT_TEACHER = {"divergence_coef": 0.0, "policy_coef": 1.0, "reference_coef": 0.0}
 
 BY_METHOD: Any = None  # until `_take_defaults`
 SHARE, AT_LEAST_0, ABOVE_0, AT_LEAST_1, FINITE = "(0, 1]", "[0, inf)", "(0, inf)", "[1, inf)", "(-inf, inf)"
@@ -56,8 +63,8 @@ class HSDConfig(GRPOConfig):
     """TRL's `GRPOConfig` with what the update needs. The HSD paper's values (arXiv 2606.15576) are the defaults of the
     learning rate, its constant schedule, Adam's beta2, top_p, the group size and temperature; lengths, batch and steps
     are the user's. Options that `hsd.methods.METHODS["hsd"].defaults` names are the method's to decide where they are
-    not given, and hold its choice afterwards. A `Schedule` is a number, or [start, end, steps]: linear in optimizer
-    steps, then constant."""
+    not given, and hold its choice afterwards. A `Schedule` is a number; [start, end, steps], linear in optimizer steps,
+    then constant; or knots [[step, value], ...]."""
 
     learning_rate: float = option(1e-6, "initial learning rate", AT_LEAST_0)
     lr_scheduler_type: str = "constant"
@@ -66,7 +73,17 @@ class HSDConfig(GRPOConfig):
     method: str = option("hsd", "member of the family, each a page in docs/methods.md", choices=tuple(METHODS))
     divergence_coef: Schedule = option(None, "weight of the divergence from the teacher", AT_LEAST_0)
     policy_coef: Schedule = option(None, "weight of GRPO's clipped surrogate over the same rollouts", AT_LEAST_0)
-    advantage_mix: Schedule = option(None, "rlsd: share of the teacher's weights in the advantage", AT_LEAST_0)
+    advantage_mix: Schedule = option(
+        None, "rlsd and its kind: share of the teacher's weights in the advantage", AT_LEAST_0
+    )
+    policy_loss: Literal["auto", "fused", "trl"] = option(
+        "auto", "who computes the loss of a method without a teacher: auto is fused where its options allow it"
+    )
+    policy_mean: Literal["rollout", "token", "max_length"] = option(
+        None,
+        "as loss_mean for the policy term, or over the tokens that fit (max_length); else loss_type's",
+    )
+    method_args: dict[str, Any] | None = option(None, "settings of the method's own: `hsd methods NAME` lists them")
     # "auto" is "paired" where prefixes are shared, which has the same expected gradient and at most two contexts a
     # group, and else "uniform".
     peer_rule: str = option(None, "how a peer is drawn from the group's successes", choices=("auto", *PEER_RULES))
@@ -86,13 +103,21 @@ class HSDConfig(GRPOConfig):
     loss_mean: Literal["rollout", "token"] = option(
         None, "mean of the divergence over a rollout's tokens, then over rollouts, or over all tokens of the step"
     )
+    skip_tokens: int = option(None, "tokens at the start of each rollout that have no divergence", AT_LEAST_0)
+    strip_thinking: bool = option(None, "whether rollouts are shown to the teacher without their thinking")
     importance_cap: float = option(
         None, "a token's divergence times min(pi / pi_old, cap), where rollouts are older; 0 is none", AT_LEAST_0
     )
-    teacher: Literal["live", "ema", "fixed", "trust_region"] = option(None, "the teacher's weights: docs/teachers.md")
+    teacher: Literal["live", "ema", "fixed", "trust_region", "copy", "gated"] = option(
+        None, "the teacher's weights: docs/teachers.md"
+    )
+    teacher_copy_steps: int = option(None, "every so many steps a copy teacher becomes the student", AT_LEAST_1)
     teacher_ema_rate: float = option(None, "share of the student that enters an ema teacher at each step", SHARE)
+    teacher_gate: list[float] | None = option(
+        None, "gated: [generations, gain of success over them, truncated share], which must hold for a refresh"
+    )
     trust_region_share: float = option(0.05, "share of the live logits in those of a trust_region teacher", SHARE)
-    reference_coef: float = option(
+    reference_coef: Schedule = option(
         None, "weight of KL(student || reference); GRPO's own beta is for TRL's losses only", AT_LEAST_0
     )
     reference_kl: Literal["exact", "k3"] = option("exact", "full vocabulary (exact), or at the sampled token (k3)")
@@ -139,13 +164,14 @@ class HSDConfig(GRPOConfig):
         """Where the user left the choice to the method."""
         method = self.method_spec
         own = METHODS["hsd"].defaults | {name: _grpo_defaults()[name] for name in GRPO_OPTIONS}
-        own |= method.defaults if method.has_teacher else {"reference_coef": 0.0, **method.defaults}
+        own |= method.defaults if method.has_teacher else WITHOUT_TEACHER | method.defaults
         for name in own:
             if getattr(self, name) is None:
                 setattr(self, name, own[name])
 
     def _check_together(self) -> None:
         """What one field alone does not show."""
+        self.settings  # noqa: B018
         policy_term = self.policy_coef != 0.0
         if self.has_teacher:
             inherited = _grpo_defaults()
@@ -160,15 +186,21 @@ class HSDConfig(GRPOConfig):
                     "vllm_importance_sampling_correction: expected False, because the loss of method="
                     f"{self.method!r} does not use it, got True"
                 )
+            if self.policy_loss == "trl":
+                raise ValueError(f"policy_loss: expected 'auto' or 'fused' with method={self.method!r}, got 'trl'")
         else:
-            for name, value in (METHODS["hsd"].defaults | {"reference_coef": 0.0}).items():
-                if getattr(self, name) != value:
+            reason = self.why_trl()
+            if self.policy_loss == "fused" and reason is not None:
+                raise ValueError(f"policy_loss: expected 'trl' or 'auto' with {reason}, got 'fused'")
+            for name, value in (METHODS["hsd"].defaults | WITHOUT_TEACHER).items():
+                if getattr(self, name) != value and (name not in OF_THE_POLICY or not self.own_loss):
                     raise ValueError(
-                        f"{name}: expected {value!r} with method={self.method!r}, whose loss is TRL's and has no "
-                        f"teacher (its reference is GRPO's beta), got {getattr(self, name)!r}"
+                        f"{name}: expected {value!r} with method={self.method!r}, "
+                        + ("which has no teacher" if self.own_loss else "whose loss is TRL's (its reference is beta)")
+                        + f", got {getattr(self, name)!r}"
                     )
         made_early = policy_term or (self.reference_coef and self.reference_kl == "k3") or self.tree_token_budget
-        if self.fp16 and self.has_teacher and made_early:
+        if self.fp16 and self.own_loss and made_early:
             raise ValueError(
                 "fp16: expected False (bf16 or fp32) with policy_coef, reference_kl='k3' or tree_token_budget, whose "
                 "gradients are made before the loss scale and would leave fp16's range, got True"
@@ -179,13 +211,20 @@ class HSDConfig(GRPOConfig):
                 f"sampling ({self.temperature}), whose ratio pi / pi_old would be of two policies, got "
                 f"{self.importance_cap}"
             )
-        if self.method_spec.token_advantages is None and self.advantage_mix:
+        if not self.method_spec.defaults.get("advantage_mix") and self.advantage_mix:
             raise ValueError(f"advantage_mix: expected 0 with method={self.method!r}, got {self.advantage_mix}")
         if self.beta != 0.0 and self.has_teacher:
             raise ValueError(
                 f"beta: expected 0 (GRPO's beta loads a second reference and samples its KL), got {self.beta}; "
                 "use reference_coef for KL(student || initial policy), and reference_kl='k3' to sample it"
             )
+        gate = self.teacher_gate
+        if (self.teacher == "gated") != (gate is not None):
+            raise ValueError(
+                f"teacher_gate: expected [generations, gain, truncated share] with teacher='gated' alone, got {gate}"
+            )
+        if gate is not None and (len(gate) != 3 or gate[0] < 1 or gate[1] < 0.0 or not 0.0 <= gate[2] <= 1.0):
+            raise ValueError(f"teacher_gate: expected [at least 1, at least 0, a share], got {gate}")
         if self.reference_refresh_steps is not None and not self.reference_coef:
             raise ValueError("reference_refresh_steps: expected None without reference_coef, which is 0")
         period = steps_of_a_generation(self)
@@ -212,6 +251,46 @@ class HSDConfig(GRPOConfig):
     def has_teacher(self) -> bool:
         return self.method_spec.has_teacher
 
+    def why_trl(self) -> str | None:
+        """What TRL's own loss alone can do, of a method without a teacher; None where the fused one does."""
+        inherited = _grpo_defaults()
+        if self.loss_type not in POLICY_MEANS:
+            return f"loss_type={self.loss_type!r}"
+        allowed = ("loss_type", "importance_sampling_level")
+        for name in (*(n for n in UNUSED if n not in allowed), "beta", "use_liger_kernel"):
+            if name in inherited and getattr(self, name) != inherited[name]:
+                return f"{name}={getattr(self, name)!r}"
+        if self.vllm_importance_sampling_correction:
+            return "vllm_importance_sampling_correction=True"
+        return "fp16=True" if self.fp16 else None
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether the loss is made here, not by TRL."""
+        return self.has_teacher or (self.policy_loss != "trl" and self.why_trl() is None)
+
+    @property
+    def mean_of_policy(self) -> str:
+        """The policy term's mean: "rollout", "token" or "max_length"."""
+        return self.policy_mean if self.has_teacher else POLICY_MEANS[str(self.loss_type)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's own settings, and two that the rollouts have. Raises ValueError for an unknown one, and for one
+        that is required."""
+        own, given = self.method_spec.settings, self.method_args or {}
+        for name in given:
+            if name not in own:
+                raise ValueError(f"method_args: expected names among {sorted(own)}, got {name!r}")
+        missing = [name for name, value in own.items() if value is REQUIRED and name not in given]
+        if missing:
+            raise ValueError(
+                f"method_args: expected {missing[0]!r} for method={self.method!r}, whose source does not publish it, "
+                f"got {sorted(given)}"
+            )
+        known = {"max_completion_length": self.max_completion_length, "num_generations": self.num_generations}
+        return {**known, **own, **given}
+
     @property
     def needs_old_logps(self) -> bool:
         """Whether the loss needs log-probs under the policy that sampled, where a generation serves several steps."""
@@ -219,19 +298,23 @@ class HSDConfig(GRPOConfig):
 
     def objective(self, step: int) -> Objective:
         """The objective at an optimizer step, counted from 0."""
-        reshape, mix = self.method_spec.token_advantages, scheduled(self.advantage_mix, step)
         return Objective(
             divergence=Divergence(
                 self.divergence, self.jsd_beta, self.kl_temperature, self.kl_clip or None, self.kl_clip_form
             ),
             divergence_coef=scheduled(self.divergence_coef, step),
             importance_cap=self.importance_cap or None,
-            reference_coef=self.reference_coef,
+            reference_coef=scheduled(self.reference_coef, step),
             reference_kl=self.reference_kl,
             policy_coef=scheduled(self.policy_coef, step),
-            token_advantages=None if reshape is None else lambda a, d: reshape(a, d, mix),
+            terms=self.method_spec.terms,
+            step=step,
+            advantage_mix=scheduled(self.advantage_mix, step),
+            settings=self.settings,
             epsilon_low=self.epsilon,
             epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
+            dual_clip=self.delta,
+            sequence_ratio=self.importance_sampling_level == "sequence",
             sampling_temperature=self.temperature,
             memory_bytes=self.memory_bytes,
             impl=self.kernel_impl,
@@ -277,11 +360,23 @@ def _check_field(declared: Option, value: Any) -> None:
     if interval is None or value is None:
         return
     if declared.type == Schedule:
-        numbers = list(value) if isinstance(value, list | tuple) else [value, value, 1]
-        if len(numbers) != 3 or not all(_inside(x, interval) for x in numbers) or numbers[2] < 1:
-            raise ValueError(f"{name}: expected a number in {interval} or [start, end, steps], got {value!r}")
+        if not _is_schedule(value, interval):
+            raise ValueError(
+                f"{name}: expected a number in {interval} or [start, end, steps] or knots [[step, value], ...], steps "
+                f"ascending, got {value!r}"
+            )
     elif not _inside(value, interval):
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+
+
+def _is_schedule(value: Any, interval: str) -> bool:
+    if not isinstance(value, list | tuple):
+        return _inside(value, interval)
+    if value and all(isinstance(knot, list | tuple) and len(knot) == 2 for knot in value):
+        steps = [step for step, _ in value]
+        ascending = all(a < b for a, b in pairwise(steps))
+        return all(_inside(x, AT_LEAST_0) for x in steps) and ascending and all(_inside(y, interval) for _, y in value)
+    return len(value) == 3 and all(_inside(x, interval) for x in value) and value[2] >= 1
 
 
 def _inside(value: Any, interval: str) -> bool:
@@ -291,14 +386,6 @@ def _inside(value: Any, interval: str) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def scheduled(value: Schedule, step: int) -> float:
-    """``value`` itself, or, for [start, end, steps], the straight line from start to end at ``step``."""
-    if not isinstance(value, list | tuple):
-        return float(value)
-    start, end, steps = value
-    return start + (end - start) * min(step / steps, 1.0)
 
 
 def _grpo_defaults() -> dict[str, Any]:

@@ -63,6 +63,8 @@ def _offloads(policy: Any) -> bool:
 
 def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
     """Raise ValueError for what ``engine`` rules out; ``peft``: whether LoRA is trained."""
+    if args.method_spec.scores and (engine.name == "fsdp" or engine.stage == 3):
+        raise ValueError(f"method: expected one without a scoring pass under {engine}, got {args.method!r}")
     if engine.name == "fsdp" and args.has_teacher:
         if engine.fsdp_version != 2:
             raise ValueError(
@@ -73,7 +75,7 @@ def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
                 f"fsdp_offload_params: expected False with a frozen policy beside the student (teacher={args.teacher!r}"
                 f", reference_coef={args.reference_coef}), got True"
             )
-    if (engine.name == "fsdp" or engine.stage == 3) and args.has_teacher and args.tree_token_budget is not None:
+    if (engine.name == "fsdp" or engine.stage == 3) and args.own_loss and args.tree_token_budget is not None:
         raise ValueError(
             f"tree_token_budget: expected None under {engine}, where ranks take part in each other's forward passes "
             f"and a tree over the budget takes as many as its rank's rollouts ask for, got {args.tree_token_budget}"

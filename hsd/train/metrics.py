@@ -28,16 +28,20 @@ def group_metrics(success: Tensor, has_peer: Tensor, unscored: Tensor, size: int
     }
 
 
-def context_metrics(prompts: Sequence[TeacherPrompt]) -> dict[str, float]:
+def context_metrics(prompts: Sequence[Sequence[TeacherPrompt]]) -> dict[str, float]:
+    """Of the first context of each rollout."""
     return {
-        "fallback_share": sum(p.context.kind != "peer" for p in prompts) / len(prompts),
-        "demonstration_truncated": sum(p.context.truncated for p in prompts) / len(prompts),
+        "fallback_share": sum(row[0].context.kind != "peer" for row in prompts) / len(prompts),
+        "demonstration_truncated": sum(row[0].context.truncated for row in prompts) / len(prompts),
     }
 
 
 def loss_metrics(out: LossOutput, batch: RolloutBatch) -> dict[str, Tensor]:
     """Means over the tokens of a micro-batch, in nats, and credit of its failing rollouts."""
     stats = out.stats
+    if stats is None:
+        return {}
+    assert batch.teacher.divergence_position is not None
     assert stats.student_logps is not None and stats.teacher_logps is not None
     mask = batch.divergence_mask
     a = credit(stats.teacher_logps, stats.student_logps)

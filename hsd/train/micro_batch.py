@@ -7,7 +7,7 @@ budget is differentiated a few rollouts at a time. Loss and gradient are the sam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from hsd.policy.tree.two_phase import two_phase_loss
 from hsd.train.batch import RolloutBatch
 from hsd.train.teachers import FrozenPolicies
 from hsd.train.update import LossOutput, Objective, method_loss
-from hsd_kernels import RowStats
+from hsd_kernels import Head, RowStats
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class States:
     """Of the rollouts' tokens; the student's (B, T, D) with gradient."""
 
     student: Tensor
-    teacher: FrozenStates
+    teachers: tuple[FrozenStates, ...]  # of each context; none for a method without a teacher
     reference: FrozenStates | None
 
 
@@ -41,7 +41,7 @@ class MicroBatchLoss:
     Args:
         frozen: The policies of teacher and reference beside the live one.
         sharing: "tree", "prompt" or "none", as in `hsd.policy.tree.forward.make_tree_batch`.
-        loss_mean: As in `hsd.HSDConfig`.
+        loss_mean, policy_mean: As in `hsd.HSDConfig`.
         always: Share prefixes also where that saves little.
         token_budget: Tokens of a tree above which it is differentiated in chunks.
     """
@@ -49,6 +49,7 @@ class MicroBatchLoss:
     frozen: FrozenPolicies
     sharing: str
     loss_mean: str
+    policy_mean: str = "rollout"
     always: bool = False
     token_budget: int | None = None
 
@@ -58,8 +59,16 @@ class MicroBatchLoss:
             return self._in_chunks(policy, batch, tree, budget, objective)
         states = self._one_by_one(policy, batch) if tree is None else self._through(tree, policy, batch)
         head = body_and_head(policy).head
-        targets = batch.targets(self.loss_mean)
-        return method_loss(states.student, head, states.teacher, states.reference, targets, objective)
+        targets = batch.targets(self.loss_mean, self.policy_mean)
+        return method_loss(states.student, head, states.teachers, states.reference, targets, objective)
+
+    @torch.no_grad()
+    def stats(self, policy: Any, batch: RolloutBatch, objective: Objective) -> RowStats:
+        """Of student and teacher, per token (B, T), nothing minimised: what a batch is scored by."""
+        measured = replace(objective, terms=(), reference_coef=0.0, importance_cap=None)
+        stats = replace(self, token_budget=None)(policy, batch, measured).stats
+        assert stats is not None
+        return stats
 
     def tree(self, batch: RolloutBatch) -> TreeBatch | None:
         """None where every sequence goes by itself."""
@@ -83,7 +92,16 @@ class MicroBatchLoss:
             frozen, reference = self.frozen.forward(policy, forward)
             live = FrozenStates(forward(parts, ["teacher"])[0]) if self.frozen.live else None
         student = forward(parts, ["student"])[0]
-        return States(student, self.frozen.combine(live, frozen, parts.head), reference)
+        return States(student, self._teachers(batch, live, frozen, parts.head), reference)
+
+    def _teachers(
+        self, batch: RolloutBatch, live: FrozenStates | None, frozen: FrozenStates | None, head: Head
+    ) -> tuple[FrozenStates, ...]:
+        """One for each context, from the states (K B, T, D) of all."""
+        states = self.frozen.combine(live, frozen, head)
+        if states is None:
+            return ()
+        return tuple(FrozenStates(part, states.head) for part in states.hidden.chunk(batch.contexts))
 
     def _through(self, tree: TreeBatch, policy: Any, batch: RolloutBatch) -> States:
         """One forward for the student; the teacher, live, takes the question's keys and values from it."""
@@ -95,7 +113,7 @@ class MicroBatchLoss:
         if self.frozen.live:
             with in_eval_mode(policy):
                 live = FrozenStates(pad_states(parts, forward_live_teacher(parts.body, tree, hidden, cache), length))
-        return States(student, self.frozen.combine(live, frozen, parts.head), reference)
+        return States(student, self._teachers(batch, live, frozen, parts.head), reference)
 
     @torch.no_grad()
     def _frozen(self, tree: TreeBatch, policy: Any, length: int) -> tuple[FrozenStates | None, FrozenStates | None]:
@@ -110,7 +128,7 @@ class MicroBatchLoss:
         self, policy: Any, batch: RolloutBatch, tree: TreeBatch, budget: int, objective: Objective
     ) -> LossOutput:
         """The same loss and gradient for a tree over the budget. Frozen policies share within a chunk only."""
-        targets, length = batch.targets(self.loss_mean), batch.inputs.length
+        targets, length = batch.targets(self.loss_mean, self.policy_mean), batch.inputs.length
         parts = body_and_head(policy)
         outs: list[LossOutput] = []
 
@@ -118,19 +136,21 @@ class MicroBatchLoss:
             part = tree_of(batch.inputs.rows(chunk), self.sharing)
             frozen, reference = self._frozen(part, policy, length)
             seen = FrozenStates(pad_states(parts, live, length)) if self.frozen.live else None
-            teacher = self.frozen.combine(seen, frozen, parts.head)
+            teachers = self._teachers(batch, seen, frozen, parts.head)
             hidden = pad_states(parts, student, length)
             some = targets.rows(torch.tensor(list(chunk), device=targets.ids.device))
-            outs.append(method_loss(hidden, parts.head, teacher, reference, some, objective))
+            outs.append(method_loss(hidden, parts.head, teachers, reference, some, objective))
             return outs[-1].loss
 
         elsewhere = None if self.frozen.live else lambda chunk: []
         loss = two_phase_loss(policy, parts.body, tree, chunk_loss, budget, teacher=elsewhere)
         references = [out.reference for out in outs if out.reference is not None]
-        return LossOutput(loss, _joined([out.stats for out in outs]), _joined(references) if references else None)
+        return LossOutput(loss, _joined([out.stats for out in outs if out.stats is not None]), _joined(references))
 
 
-def _joined(tables: list[RowStats]) -> RowStats:
-    """Of consecutive rollouts."""
+def _joined(tables: list[RowStats]) -> RowStats | None:
+    """Of consecutive rollouts; None of none."""
+    if not tables:
+        return None
     joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*tables, strict=True)]
     return RowStats(*joined)

@@ -5,6 +5,8 @@
 | live | the student of the moment |
 | fixed | the initial policy (with LoRA: adapters off) |
 | ema | an average that moves by ``teacher_ema_rate`` towards the student at each optimizer step |
+| copy | the student as it stood at the last multiple of ``teacher_copy_steps`` steps |
+| gated | the initial policy until the gate of ``teacher_gate`` opens, then the student of that step, and so on |
 | trust_region | logits (1 - s) initial + s live, s = ``trust_region_share`` |
 
 The reference is the initial policy, or, with ``reference_refresh_steps`` n, an average of the policy (moved by
@@ -35,6 +37,7 @@ from hsd.train.config import HSDConfig
 from hsd_kernels import Head
 
 INITIAL, EMA, REFERENCE, AVERAGE = "initial_policy", "ema_teacher", "reference", "reference_average"
+COPY = "copied_teacher"
 
 # (body and head, which prompts the rollouts follow: "student", "teacher" or both) -> states (B, T, D) of each
 Forward = Callable[[BodyAndHead, Sequence[str]], Sequence[Tensor]]
@@ -42,7 +45,7 @@ Forward = Callable[[BodyAndHead, Sequence[str]], Sequence[Tensor]]
 
 def roles(args: HSDConfig) -> tuple[str | None, str | None]:
     """Names of the frozen weights of the teacher and of the reference; None where there are none."""
-    kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA}
+    kinds = {"fixed": INITIAL, "trust_region": INITIAL, "ema": EMA, "copy": COPY, "gated": COPY}
     teacher = kinds.get(args.teacher) if args.has_teacher else None
     reference = INITIAL if args.reference_refresh_steps is None else REFERENCE
     return teacher, reference if args.reference_coef else None
@@ -82,7 +85,7 @@ class FrozenPolicies:
     @property
     def live(self) -> bool:
         """Whether the student's own weights compute the teacher's states, alone or as a share."""
-        return self.args.teacher in ("live", "trust_region")
+        return self.args.has_teacher and self.args.teacher in ("live", "trust_region")
 
     def forward(self, policy: Any, forward: Forward) -> tuple[FrozenStates | None, FrozenStates | None]:
         """The frozen part of the teacher (None for a live one), and the reference, one forward pass each.
@@ -108,19 +111,20 @@ class FrozenPolicies:
         with adapters_off(policy) if name == INITIAL else under_adapter(policy, name):
             return [FrozenStates(hidden) for hidden in forward(body_and_head(policy), prompts)]
 
-    def combine(self, live: FrozenStates | None, frozen: FrozenStates | None, head: Head) -> FrozenStates:
-        """The teacher, from its states under the student's weights and under frozen ones."""
+    def combine(self, live: FrozenStates | None, frozen: FrozenStates | None, head: Head) -> FrozenStates | None:
+        """The teacher, from its states under the student's weights and under frozen ones; None without a teacher."""
         if live is None or frozen is None:
-            states = live or frozen
-            assert states is not None
-            return states
+            return live or frozen
         return mix_logits(frozen, live, head, self.args.trust_region_share)
 
     @torch.no_grad()
-    def step(self, policy: nn.Module, steps_done: int) -> None:
-        """After an optimizer step."""
+    def step(self, policy: nn.Module, steps_done: int, refresh: bool = False) -> None:
+        """After an optimizer step; ``refresh``: whether the gate of a gated teacher has opened."""
         if EMA in self.names:
             self._move(policy, EMA, self.args.teacher_ema_rate)
+        due = steps_done % self.args.teacher_copy_steps == 0 if self.args.teacher == "copy" else refresh
+        if COPY in self.names and due:
+            self._move(policy, COPY, 1.0)
         every = self.args.reference_refresh_steps
         if AVERAGE in self.names and every is not None:
             self._move(policy, AVERAGE, self.args.reference_ema_rate)

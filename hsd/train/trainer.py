@@ -18,8 +18,10 @@ What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,13 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
+from hsd.files import replacing
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
 from hsd.hindsight.groups import Prompt, Rollout, members
 from hsd.hindsight.teacher_prompts import TeacherPrompt, TeacherPrompts
+from hsd.methods.method import Generation, State
+from hsd.methods.state import RefreshGate
+from hsd.methods.term import Stats, scheduled
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.policy.forward import RolloutInputs
 from hsd.policy.frozen import in_eval_mode
@@ -47,16 +53,17 @@ from hsd.policy.tree.check import try_tree, warn_unshared, why_not
 from hsd.policy.vocabulary import check_vocabulary
 from hsd.process import settle
 from hsd.train.alarms import repeated_tail
-from hsd.train.batch import collate, shuffle_groups, student_inputs, unpack
+from hsd.train.batch import COLUMN, TeacherBatch, collate, shuffle_groups, student_inputs, unpack
 from hsd.train.callbacks import RunFiles, steps_of_a_generation
 from hsd.train.config import HSDConfig
-from hsd.train.limits import check_engine, engine_of
+from hsd.train.limits import Engine, check_engine, engine_of
 from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
 from hsd.train.micro_batch import MicroBatchLoss
 from hsd.train.teachers import FrozenPolicies, check_fresh_adapter
-from hsd_kernels import fused_token_logps
+from hsd_kernels import RowStats, fused_token_logps
 
 # What the environment says about each completion: called with prompts=, completions= and the data-set columns.
+STATE, GATE = "method_state.json", "teacher_gate.json"
 FeedbackFn = Callable[..., Sequence[str | None]]
 
 
@@ -96,8 +103,9 @@ class HSDTrainer(GRPOTrainer):
         **kwargs: Any,
     ):
         settle()  # reward functions have children
-        _check_columns("train_dataset", train_dataset, args)
-        _check_columns("eval_dataset", kwargs.get("eval_dataset"), args)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", kwargs.get("eval_dataset"))):
+            for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+                check_columns(name, getattr(part, "column_names", None) or (), args)
         for name in ("environment_factory", "rollout_func"):  # they may change the question after the data set
             if args.has_teacher and kwargs.get(name) is not None:
                 raise ValueError(
@@ -116,16 +124,18 @@ class HSDTrainer(GRPOTrainer):
         self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self._redirect = _ForwardRedirection()
         held = weights_of(self.accelerator, self._redirect)
-        check_engine(args, engine_of(self.accelerator), peft=hasattr(policy, "peft_config"))
+        engine = engine_of(self.accelerator)
+        check_engine(args, engine, peft=hasattr(policy, "peft_config"))
         tried = policy
-        if args.has_teacher:
-            if held.gathers:  # weights that a rank lacks cannot be compared: those of a small model like it are
-                tried = small_model(policy, self.accelerator.device)
+        if args.own_loss and held.gathers:  # weights that a rank lacks cannot be compared: those of a small model are
+            tried = small_model(policy, self.accelerator.device)
+        self.own_loss = args.own_loss and (args.has_teacher or self._can_be_fused(tried, engine))
+        if self.own_loss:
             body_and_head(policy)
             check_body_and_head(tried, body_and_head(tried))
             if not held.gathers:
                 check_fresh_adapter(policy, args)
-        self.prefix_sharing = self._choose_sharing(policy, tried) if args.has_teacher else "none"
+        self.prefix_sharing = self._choose_sharing(policy, tried) if self.own_loss else "none"
         rule = "uniform" if self.prefix_sharing == "none" else "paired"
         self.peer_rule = rule if args.peer_rule == "auto" else args.peer_rule
         self.frozen = FrozenPolicies(policy, args, held)
@@ -133,14 +143,40 @@ class HSDTrainer(GRPOTrainer):
             self.frozen,
             self.prefix_sharing,
             args.loss_mean,
+            args.mean_of_policy,
             always=args.prefix_sharing != "auto",
             token_budget=args.tree_token_budget,
         )
         self.teacher_prompts = self._teacher_prompts()
+        make_state = args.method_spec.state
+        self.method_state = None if make_state is None else make_state()
+        gate = args.teacher_gate
+        self.gate = None if gate is None else RefreshGate(int(gate[0]), gate[1], gate[2])
+        self.refresh = False  # set by a generation, taken by the step after it
         # Set by _calculate_rewards, taken and cleared by _generate_and_score_completions, which calls it.
         self._scored: Scored | None = None
         self.add_callback(_AfterStep(self))
         self.add_callback(RunFiles(Path(str(args.output_dir))))
+
+    def _can_be_fused(self, tried: Any, engine: Engine) -> bool:
+        """Whether the fused loss of a method without a teacher is TRL's for this model. Raises ValueError where it was
+        asked for and is not."""
+        reason = None
+        if self.aux_loss_enabled:
+            reason = f"router_aux_loss_coef={self.args.router_aux_loss_coef}: the fused loss has no such term"
+        elif engine.name == "fsdp" and engine.fsdp_version != 2:
+            reason = f"fsdp_version={engine.fsdp_version} flattens the weights that the fused loss reads"
+        else:
+            try:
+                check_body_and_head(tried, body_and_head(tried))
+            except ValueError as error:
+                reason = str(error)
+        if reason is None:
+            return True
+        if self.args.policy_loss == "fused" or self.args.reference_coef or self.args.policy_coef != 1.0:
+            raise ValueError(f"policy_loss: expected 'trl' for this model, got {self.args.policy_loss!r}: {reason}")
+        warnings.warn(f"policy_loss: TRL's own loss, because {reason}", stacklevel=3)
+        return False
 
     def _choose_sharing(self, policy: Any, tried: Any) -> str:
         """ "tree", "prompt" or "none". Before frozen copies are made: they take the tree as the policy does."""
@@ -167,7 +203,7 @@ class HSDTrainer(GRPOTrainer):
     def _teacher_prompts(self) -> TeacherPrompts | None:
         args, method = self.args, self.args.method_spec
         given: Any = self.chat_template_kwargs
-        if method.context_of is None:
+        if method.contexts is None:
             return None
 
         def template_for(prompt: Prompt) -> ContextTemplate:
@@ -175,12 +211,15 @@ class HSDTrainer(GRPOTrainer):
             return self.context_template or args.context_template(default)
 
         return TeacherPrompts(
-            method.context_of,
+            method.contexts,
             self._tokenizer,
             template_for,
+            count=method.max_contexts,
             peer_rule=self.peer_rule if method.draws_peers else None,
             show_answer=args.show_answer,
             fallback=args.fallback,
+            strip_thinking=args.strip_thinking,
+            settings=args.settings,
             seed=args.seed,
             max_length=args.max_teacher_prompt_length,
             # As TRL renders the student's prompt.
@@ -234,18 +273,33 @@ class HSDTrainer(GRPOTrainer):
         has_peer = torch.tensor([m.has_peer for m in mine], device=device)
         batch["advantages"] = batch["advantages"].masked_fill(scored.unscored[first : first + len(inputs)], 0.0)
         everywhere: Any = self.accelerator.gather(torch.stack([success, has_peer], -1))
-        self._record(mode, group_metrics(everywhere[:, 0], everywhere[:, 1], scored.unscored, size))
+        metrics = group_metrics(everywhere[:, 0], everywhere[:, 1], scored.unscored, size)
+        self._record(mode, metrics)
+        if self.gate is not None and mode == "train":
+            truncated = self._metrics[mode]["completions/clipped_ratio"][-1]  # of all ranks, as the success rate
+            self.refresh = self.gate.step(metrics["success_rate"].item(), truncated)
         tails = sum(map(repeated_tail, scored.completion_ids)) / len(scored.completion_ids)
-        if self.teacher_prompts is None:
-            self._record(mode, {"repeated_tail": tails})
+        prompts = None
+        if self.teacher_prompts is not None:
+            groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+            prompts = self.teacher_prompts.make(
+                mine, inputs, scored.feedback, step=self.state.global_step, groups=groups
+            )
+        self._record(mode, (context_metrics(prompts) if prompts else {}) | {"repeated_tail": tails})
+        if not self.own_loss:
             return batch
-        prompts = self.teacher_prompts.make(mine, inputs, scored.feedback, step=self.state.global_step)
-        self._record(mode, context_metrics(prompts) | {"repeated_tail": tails})
-        self._add_teacher(batch, prompts, success)
+        rewards = [m.group.rollouts[m.index].reward for m in mine]
+        rates = [len(m.group.successes) / len(m.group.rollouts) for m in mine]
+        facts = {
+            "reward": torch.tensor(rewards, device=device),
+            "group_success": torch.tensor(rates, device=device),
+        }
+        self._add_rows(batch, prompts, success, facts)
         if "old_per_token_logps" in batch and self.args.needs_old_logps:
             # TRL's left-padded prompts have no position ids: with GPT-2's absolute positions its log-probs are of
             # another policy than the loss's, 2 to 6 nats away.
             batch["old_per_token_logps"] = self._logps(*student_inputs(batch), temperature=self.temperature)
+        self._add_columns(batch)
         return batch
 
     def _rollouts(self, batch: dict[str, Any], scored: Scored) -> list[Rollout]:
@@ -260,14 +314,77 @@ class HSDTrainer(GRPOTrainer):
         ids = gather_object(scored.completion_ids)
         return [Rollout(tuple(i), reward=r, mean_logp=p) for i, r, p in zip(ids, scored.rewards, logps, strict=True)]
 
-    def _add_teacher(self, batch: dict[str, Any], prompts: Sequence[TeacherPrompt], success: Tensor) -> None:
-        has_context = torch.tensor([p.context.kind != "nothing" for p in prompts], device=success.device)
-        # What a micro-batch of one process holds on average: the mean over all tokens of a step divides by it.
-        tokens: Any = (student_inputs(batch)[1].sum(-1) * has_context).sum()
-        tokens = self.accelerator.reduce(tokens.float(), reduction="mean")
+    def _add_rows(
+        self,
+        batch: dict[str, Any],
+        prompts: Sequence[Sequence[TeacherPrompt]] | None,
+        success: Tensor,
+        facts: Mapping[str, Tensor],
+    ) -> None:
+        """What the loss takes beside TRL's entries: verdicts, the teacher's prompts, and what a micro-batch of one
+        process holds on average, by which the mean over all tokens of a step divides."""
         steps: Any = self.args.steps_per_generation if self._mode == "train" else 1
+        mask = student_inputs(batch)[1]
+        longest: Any = self.max_completion_length
+        if self.args.mean_of_policy == "max_length":
+            scored = torch.tensor(float(len(mask) * longest), device=mask.device)
+        else:
+            scored = self._mean_over_ranks(mask.sum())
+        scored = scored.clamp_min(1.0) / steps
+        if prompts is None:
+            batch |= TeacherBatch(success, policy_tokens_per_micro_batch=scored, **facts).pack()
+            return
+        shown = torch.tensor([any(p.context.kind != "nothing" for p in row) for row in prompts], device=mask.device)
+        tokens = self._mean_over_ranks((mask[:, self.args.skip_tokens :].sum(-1) * shown).sum())
         pad_id: Any = self._tokenizer.pad_token_id
-        batch |= collate(prompts, has_context, success, tokens.clamp_min(1.0) / steps, pad_id).pack()
+        rows = collate(
+            prompts,
+            success,
+            tokens.clamp_min(1.0) / steps,
+            pad_id,
+            policy_tokens_per_micro_batch=scored,
+            **facts,
+        )
+        batch |= rows.pack()
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        reduced: Any = self.accelerator.reduce(value.float(), reduction="mean")
+        return reduced
+
+    def _add_columns(self, batch: dict[str, Any]) -> None:
+        """The columns of the method's own `on_batch`, from the whole generation and the method's state."""
+        method, step = self.args.method_spec, self.state.global_step
+        if method.on_batch is None:
+            return
+        columns = unpack(batch, self.args.skip_tokens).columns
+        rows = self._score(batch) if method.scores else None
+        mix = scheduled(self.args.advantage_mix, step)
+        stats = Stats(rows, columns, self.args.settings, step, mix)
+        state = self.method_state if self._mode == "train" else copy.deepcopy(self.method_state)
+        found = dict(method.on_batch(Generation(stats, self._of_all_ranks), state))
+        if "advantages" in found:
+            batch["advantages"] = found.pop("advantages").to(batch["advantages"].dtype)
+        batch |= {COLUMN + name: value for name, value in found.items()}
+
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        padded = self.accelerator.pad_across_processes(values.float(), pad_index=float("nan"))  # type: ignore[arg-type]
+        gathered: Any = self.accelerator.gather(padded)
+        return gathered[~gathered.isnan()]
+
+    def _score(self, batch: Mapping[str, Any]) -> RowStats:
+        """Student and teacher (B, T) over the generation, a micro-batch at a time, without gradient."""
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        objective = self.args.objective(self.state.global_step)
+        tables = []
+        with in_eval_mode(policy), self.accelerator.autocast():
+            for rows in torch.arange(len(batch["completion_ids"])).split(self.args.per_device_train_batch_size):
+                some = {
+                    name: value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim else value
+                    for name, value in batch.items()
+                }
+                tables.append(self.micro_batch_loss.stats(policy, unpack(some, self.args.skip_tokens), objective))
+        columns: list[Any] = [None if c[0] is None else torch.cat(c) for c in zip(*tables, strict=True)]
+        return RowStats(*columns)
 
     @property
     def _mode(self) -> str:
@@ -300,7 +417,7 @@ class HSDTrainer(GRPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("return_outputs: expected False, HSDTrainer computes no model outputs")
-        if not self.args.has_teacher:
+        if not self.own_loss:
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         policy: Any = self.accelerator.unwrap_model(model)
         # Through the wrapper's forward, so that DDP and FSDP hooks apply. Accelerate's autocast sits in the very
@@ -309,9 +426,10 @@ class HSDTrainer(GRPOTrainer):
             return self._redirect(model, policy, self._hsd_loss, policy, inputs)
 
     def _hsd_loss(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
-        batch, mode = unpack(inputs), self._mode
+        batch, mode = unpack(inputs, self.args.skip_tokens), self._mode
         out = self.micro_batch_loss(policy, batch, self.args.objective(self.state.global_step))
-        self._record(mode, loss_metrics(out, batch))
+        if metrics := loss_metrics(out, batch):
+            self._record(mode, metrics)
         # As in GRPOTrainer: the mean over the micro-batches of one optimizer step.
         return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
 
@@ -330,7 +448,16 @@ class HSDTrainer(GRPOTrainer):
         # First, so that a checkpoint with a trainer_state.json, which is written last, is whole.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         self.frozen.save(self.accelerator.unwrap_model(self.model), folder, writes=self.args.should_save)
+        if self.args.should_save:
+            for name, state in self._states().items():
+                with replacing(folder / name) as part:
+                    part.write_text(json.dumps(state.state_dict()))
         super()._save_checkpoint(model, trial)
+
+    def _states(self) -> dict[str, State]:
+        """By file, what is remembered beside the weights."""
+        both = {STATE: self.method_state, GATE: self.gate}
+        return {name: state for name, state in both.items() if state is not None}
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Also where ranks hold parts: whole weights, gathered one at a time and written by one rank."""
@@ -353,6 +480,14 @@ class HSDTrainer(GRPOTrainer):
     def _load_frozen(self, folder: Path) -> None:
         period = steps_of_a_generation(self.args)
         self.frozen.load(self.accelerator.unwrap_model(self.model), folder)
+        for name, state in self._states().items():
+            path = folder / name
+            if not path.exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: expected {path}, which a run with method={self.args.method!r} and "
+                    f"teacher={self.args.teacher!r} saves"
+                )
+            state.load_state_dict(json.loads(path.read_text()))
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         if step % period:
             warnings.warn(
@@ -369,16 +504,16 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         t = self.trainer
         policy: Any = t.accelerator.unwrap_model(t.model)
-        t.frozen.step(policy, state.global_step)
+        t.frozen.step(policy, state.global_step, t.refresh)
+        t.refresh = False
 
 
-def _check_columns(name: str, dataset: Any, args: HSDConfig) -> None:
+def check_columns(name: str, columns: Collection[str], args: HSDConfig) -> None:
+    """Raise ValueError where the method needs a column that is not among ``columns``; none at all are not known."""
     needed = {"prompt", "answer", *args.method_spec.needs}
-    for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
-        columns = getattr(part, "column_names", None) or ()
-        if columns and not needed <= set(columns):
-            wanted = f"columns {sorted(needed)} for method={args.method!r}"
-            raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
+    if columns and not needed <= set(columns):
+        wanted = f"columns {sorted(needed)} for method={args.method!r}"
+        raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
 
 
 class QuestionOrder(RepeatSampler):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hsd.methods.term import TERMS, Stats, Term, active
 from hsd.policy.forward import FrozenStates
 from hsd_kernels import Divergence, Head, HSDKLOutput, RowStats, fused_hsd_kl, fused_token_logps, fused_token_loss
 
@@ -22,13 +24,21 @@ class Objective:
     reference_coef: float = 0.0
     reference_kl: str = "exact"
     policy_coef: float = 0.0
-    # (advantages (B, T), log q(o_t) - log p(o_t) (B, T)) -> advantages (B, T)
-    token_advantages: Callable[[Tensor, Tensor], Tensor] | None = None
+    terms: tuple[Term, ...] = TERMS
+    step: int = 0
+    advantage_mix: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
+    dual_clip: float | None = None
+    sequence_ratio: bool = False  # one importance ratio a rollout, the geometric mean of its tokens' (GSPO)
     sampling_temperature: float = 1.0
     memory_bytes: int | None = None
     impl: str = "auto"
+
+    def active(self, kind: str) -> list[tuple[Term, float]]:
+        outer = self.divergence_coef if kind == "divergence" else self.policy_coef
+        return active(self.terms, kind, outer, self.step)
 
 
 @dataclass(frozen=True)
@@ -44,17 +54,40 @@ class Targets:
     policy_weights: Tensor  # (B, T)
     advantages: Tensor | None = None  # (B,)
     old_logps: Tensor | None = None  # (B, T), of ``ids`` under the policy that sampled them
+    columns: Mapping[str, Tensor] = field(default_factory=dict)  # of `Stats`: (B, 1), (B, T) or ()
+    context_weights: Tensor | None = None  # (B, K) where there are K > 1 contexts
 
     def rows(self, index: Tensor) -> Targets:
         """Of some rollouts; the weights are kept, so that the losses of all parts add up."""
-        some = [None if t is None else t[index] for t in (self.advantages, self.old_logps)]
-        return Targets(self.ids[index], self.divergence_weights[index], self.policy_weights[index], *some)
+        optional = (self.advantages, self.old_logps, self.context_weights)
+        advantages, old_logps, weights = (None if t is None else t[index] for t in optional)
+        columns = {name: t[index] if t.ndim else t for name, t in self.columns.items()}
+        return Targets(
+            self.ids[index],
+            self.divergence_weights[index],
+            self.policy_weights[index],
+            advantages,
+            old_logps,
+            columns,
+            weights,
+        )
+
+    def of_context(self, k: int) -> Targets:
+        """With the divergence's weights of the rollouts that have context ``k``."""
+        if self.context_weights is None:
+            return self
+        return replace(self, divergence_weights=self.divergence_weights * self.context_weights[:, k : k + 1])
+
+    def at(self, rows: Tensor) -> dict[str, Tensor]:
+        """The columns (C,) of some tokens of the flat batch."""
+        shape = self.ids.shape
+        return {n: t.expand(shape).reshape(-1)[rows] if t.ndim else t for n, t in self.columns.items()}
 
 
 @dataclass(frozen=True)
 class LossOutput:
     loss: Tensor  # scalar, with gradient
-    stats: RowStats  # of student and teacher, per token (B, T), detached
+    stats: RowStats | None  # of student and teacher, per token (B, T), detached; None without a teacher
     reference: RowStats | None = None  # of student and reference policy, None without one
 
 
@@ -92,48 +125,89 @@ def hsd_loss(
     Nats. Source: arXiv 2606.15576, the objective J and its reference term.
     """
     weights = rollout_weights(mask)
-    return method_loss(student_hidden, head, teacher, reference, Targets(target_ids, weights, weights), objective)
+    return method_loss(student_hidden, head, (teacher,), reference, Targets(target_ids, weights, weights), objective)
 
 
 def method_loss(
     student_hidden: Tensor,
     head: Head,
-    teacher: FrozenStates,
+    teachers: Sequence[FrozenStates],
     reference: FrozenStates | None,
     targets: Targets,
     objective: Objective,
 ) -> LossOutput:
-    """``sum(w_d (divergence_coef L + reference_coef K)) + policy_coef sum(w_p S)``, each term where its coefficient
-    is not 0.
+    """The sum of the objective's terms, and ``reference_coef sum(w_d K)``. By default the terms are
+    ``divergence_coef sum(w_d L) + policy_coef sum(w_p S)``.
 
-    L is the divergence between teacher and student, K the KL(student || reference), S the clipped surrogate on
-    GRPO's advantages, reshaped by ``objective.token_advantages`` where there is one. ``reference_kl="k3"`` replaces K
-    by its sampled estimate, under w_p. The statistics are those of teacher and student whatever is minimised.
-    ``student_hidden`` is (B, T, D), as in `hsd_loss`; weights and advantages are those of ``targets``.
+    L is the divergence between teacher and student, K the KL(student || reference), S the clipped surrogate on the
+    advantages; `hsd.methods.term.Term` says what a method's own terms are. ``reference_kl="k3"`` replaces K by its
+    sampled estimate, under w_p. A term whose coefficient is 0 is not computed. ``teachers`` are those of each context,
+    none for a method without a teacher. ``student_hidden`` is (B, T, D), as in `hsd_loss`; weights and advantages are
+    those of ``targets``.
     """
     o = objective
     if o.reference_coef != 0.0 and reference is None:
         raise ValueError(f"reference: expected hidden states with reference_coef={o.reference_coef}, got None")
     exact = reference if o.reference_coef != 0.0 and o.reference_kl == "exact" else None
-    if o.divergence_coef > 0.0:
-        out = _divergence(student_hidden, head, teacher, targets, o, o.divergence_coef, exact)
-        loss = out.loss
+    divergences = o.active("divergence") if teachers else []
+    fused = next((d for d in divergences if not d[0].divergence and d[0].context == 0), None)
+    out, loss, to_reference = None, None, None
+    contexts = _other_contexts(student_hidden, head, teachers, targets, o)
+    if fused is not None:
+        out = _divergence(student_hidden, head, teachers[0], targets, o, *fused, exact, contexts)
+        loss, to_reference = out.loss, out.reference
     else:
-        with torch.no_grad():
-            out = _divergence(student_hidden.detach(), head, teacher, targets, o, 1.0, None)
-        loss = student_hidden.new_zeros((), dtype=out.loss.dtype)
+        if teachers:
+            with torch.no_grad():
+                measured = _divergence(student_hidden.detach(), head, teachers[0], targets, o)
+            out = measured
+        dtype = torch.promote_types(torch.float32, student_hidden.dtype) if out is None else out.loss.dtype
+        loss = student_hidden.new_zeros((), dtype=dtype)
         if exact is not None:
-            towards = Objective(Divergence("reverse_kl"), memory_bytes=o.memory_bytes, impl=o.impl)
-            pulled = _divergence(student_hidden, head, exact, targets, towards, o.reference_coef, None)
-            loss = pulled.loss
-            out = out._replace(reference=pulled.stats)
+            towards = replace(o, divergence=Divergence("reverse_kl"), importance_cap=None)
+            pulled = _divergence(student_hidden, head, exact, targets, towards, Term("divergence"), o.reference_coef)
+            loss, to_reference = pulled.loss, pulled.stats
+    for term, coef in divergences:
+        if fused is None or term is not fused[0]:
+            loss = (
+                loss
+                + _divergence(student_hidden, head, teachers[term.context], targets, o, term, coef, None, contexts).loss
+            )
+    stats = None if out is None else out.stats
     sampled = reference if o.reference_coef != 0.0 and o.reference_kl == "k3" else None
-    if o.policy_coef > 0.0 or sampled is not None:
-        loss = loss + _sampled_terms(student_hidden, head, out.stats, sampled, targets, o)
+    facts = _facts(o, stats, targets.columns, contexts and (_must(stats), *contexts))
+    if o.active("advantage") or sampled is not None:
+        loss = loss + _surrogate(student_hidden, head, facts, sampled, targets, o)
+    if own := o.active("sampled"):
+        logps = _logps(student_hidden, head, targets, o.divergence.temperature)
+        for term, coef in own:
+            assert term.fn is not None
+            loss = loss + coef * (targets.policy_weights * term.fn(logps, facts)).sum()
     if torch.is_grad_enabled() and not loss.requires_grad:  # every coefficient is 0 at this step of its schedule
         leaves = (student_hidden, head.weight, head.bias)
         loss = loss + 0.0 * sum(x.sum() for x in leaves if x is not None)
-    return LossOutput(loss, out.stats, out.reference)
+    return LossOutput(loss, stats, to_reference)
+
+
+def _must(stats: RowStats | None) -> RowStats:
+    assert stats is not None
+    return stats
+
+
+def _facts(o: Objective, rows: RowStats | None, columns: Mapping[str, Tensor], contexts: Sequence[RowStats]) -> Stats:
+    return Stats(rows, columns, o.settings, o.step, o.advantage_mix, tuple(contexts))
+
+
+def _other_contexts(
+    student_hidden: Tensor, head: Head, teachers: Sequence[FrozenStates], t: Targets, o: Objective
+) -> tuple[RowStats, ...]:
+    """The statistics of the second context and those after it."""
+    with torch.no_grad():
+        return tuple(
+            _divergence(student_hidden.detach(), head, teacher, t, o, Term("divergence", context=k)).stats
+            for k, teacher in enumerate(teachers)
+            if k > 0
+        )
 
 
 def _divergence(
@@ -142,22 +216,25 @@ def _divergence(
     teacher: FrozenStates,
     t: Targets,
     o: Objective,
-    coef: float,
-    reference: FrozenStates | None,
+    term: Term = TERMS[0],
+    coef: float = 1.0,
+    reference: FrozenStates | None = None,
+    contexts: Sequence[RowStats] = (),
 ) -> HSDKLOutput:
     """``sum(w_d (coef L + reference_coef K))`` in one fused pass."""
+    t = t.of_context(term.context)
     out = fused_hsd_kl(
         student_hidden,
         teacher.hidden,
         head,
-        divergence=o.divergence,
+        divergence=replace(o.divergence, **term.divergence),
         teacher_head=teacher.head,
         reference_hidden=None if reference is None else reference.hidden,
         reference_head=None if reference is None else reference.head,
         reference_coef=0.0 if reference is None else o.reference_coef / coef,
         target_ids=t.ids,
         token_weights=t.divergence_weights * coef,
-        token_weight_fn=_capped_ratio(t, o),
+        token_weight_fn=_weight_of_tokens(t, o, term, contexts),
         reduction="sum",
         memory_bytes=o.memory_bytes,
         impl=o.impl,
@@ -167,8 +244,30 @@ def _divergence(
     return out
 
 
+def _weight_of_tokens(
+    t: Targets, o: Objective, term: Term, contexts: Sequence[RowStats]
+) -> Callable[[RowStats], Tensor] | None:
+    """min(pi / pi_old, cap) times the term's weight. Rollouts of the current policy have a ratio of 1: no hook."""
+    ratio = _capped_ratio(t, o)
+    if term.fn is None:
+        return ratio
+    fn = term.fn
+
+    def weight(stats: RowStats) -> Tensor:
+        some = tuple(_rows_at(table, stats.rows) for table in contexts)
+        some = some and (stats, *some) if term.context == 0 else ()
+        own = fn(_facts(o, stats, t.at(stats.rows), some)).to(stats.kl.dtype)
+        return own if ratio is None else own * ratio(stats)
+
+    return weight
+
+
+def _rows_at(table: RowStats, rows: Tensor) -> RowStats:
+    columns: list[Any] = [None if c is None else c.reshape(-1)[rows] for c in table]
+    return RowStats(*columns)
+
+
 def _capped_ratio(t: Targets, o: Objective) -> Callable[[RowStats], Tensor] | None:
-    """min(pi / pi_old, cap). Rollouts of the current policy have a ratio of 1 and need no hook."""
     if t.old_logps is None or o.importance_cap is None:
         return None
     old, cap = t.old_logps.reshape(-1), o.importance_cap
@@ -180,29 +279,32 @@ def _capped_ratio(t: Targets, o: Objective) -> Callable[[RowStats], Tensor] | No
     return ratio
 
 
-def _sampled_terms(
-    student_hidden: Tensor, head: Head, stats: RowStats, reference: FrozenStates | None, t: Targets, o: Objective
+def _logps(hidden: Tensor, head: Head, t: Targets, temperature: float) -> Tensor:
+    return fused_token_logps(hidden, head, t.ids, token_weights=t.policy_weights, temperature=temperature)
+
+
+def _surrogate(
+    student_hidden: Tensor, head: Head, facts: Stats, reference: FrozenStates | None, t: Targets, o: Objective
 ) -> Tensor:
-    """``sum(w_p (policy_coef S + reference_coef k3))``, each where its coefficient is not 0."""
+    """``sum(w_p (S + reference_coef k3))``, S on the coefficients' sum of advantages, each where it is not 0."""
     reference_logps = None
     if reference is not None:
         with torch.no_grad():
-            reference_logps = fused_token_logps(
-                reference.hidden,
-                reference.head or head,
-                t.ids,
-                token_weights=t.policy_weights,
-                temperature=o.sampling_temperature,
-            )
+            reference_logps = _logps(reference.hidden, reference.head or head, t, o.sampling_temperature)
     advantages = None
-    if o.policy_coef > 0.0:
+    for term, coef in o.active("advantage"):
         if t.advantages is None:
             raise ValueError(f"advantages: expected a tensor with policy_coef={o.policy_coef}, got None")
-        advantages = t.advantages.float().unsqueeze(-1).expand(t.ids.shape)
-        if o.token_advantages is not None:
-            assert stats.teacher_logps is not None and stats.student_logps is not None
-            advantages = o.token_advantages(advantages, stats.teacher_logps - stats.student_logps)
-        advantages = o.policy_coef * advantages
+        plain = t.advantages.float().unsqueeze(-1).expand(t.ids.shape)
+        own = coef * (plain if term.fn is None else term.fn(facts).expand(t.ids.shape))
+        advantages = own if advantages is None else advantages + own
+    if o.sequence_ratio and advantages is not None:
+        logps = _logps(student_hidden, head, t, o.sampling_temperature)
+        loss = (t.policy_weights * sequence_surrogate(logps, advantages, t, o)).sum()
+        if reference_logps is None:
+            return loss
+        gap = reference_logps - logps
+        return loss + o.reference_coef * (t.policy_weights * (torch.expm1(gap) - gap)).sum()
     return fused_token_loss(
         student_hidden,
         head,
@@ -211,9 +313,23 @@ def _sampled_terms(
         old_logps=None if advantages is None else t.old_logps,
         epsilon_low=o.epsilon_low,
         epsilon_high=o.epsilon_high,
+        dual_clip=None if advantages is None else o.dual_clip,
         reference_logps=reference_logps,
         reference_coef=0.0 if reference_logps is None else o.reference_coef,
         token_weights=t.policy_weights,
         temperature=o.sampling_temperature,
         reduction="sum",
     ).loss
+
+
+def sequence_surrogate(logps: Tensor, advantages: Tensor, t: Targets, o: Objective) -> Tensor:
+    """(B, T) of the clipped surrogate whose ratio is a rollout's, exp(mean_t (log p - log p_old)).
+
+    Source: GSPO, arXiv 2507.18071, equations 5 and 7."""
+    mask = (t.policy_weights != 0).to(logps.dtype)
+    old = logps.detach() if t.old_logps is None else t.old_logps
+    ratio = (((logps - old) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1.0)).exp()
+    bounded = ratio.clamp(1.0 - o.epsilon_low, 1.0 + o.epsilon_high)
+    if o.dual_clip is not None:
+        ratio = ratio.clamp_max(o.dual_clip)
+    return -torch.minimum(ratio * advantages, bounded * advantages)

@@ -14,9 +14,10 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.small_world import __main__ as experiment
 from benchmarks.small_world import before
 from benchmarks.small_world import run as work
-from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, FULL, MAIN, QUICK, Run, Scale, queue
+from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, FULL, LEAGUE, MAIN, QUICK, Run, Scale, queue
 from benchmarks.small_world.queue import Job, drain
 from benchmarks.small_world.results import coverage_bins, interval, paired
+from hsd.methods import METHODS
 from hsd.tasks import small_world
 
 
@@ -108,6 +109,9 @@ def test_plan_has_every_method_and_ablation_for_its_seeds():
     assert {(r.name, r.seed) for r in mains} == {(m, s) for m in MAIN for s in range(FULL.seeds)}
     assert {"grpo", "dr_grpo", "dapo", "opsd", "grpo+opsd", "sdpo", "hsd"} <= set(MAIN)
     assert len({r.options["teacher"] for r in mains if r.name in ("hsd", "opsd", "grpo+opsd")}) == 1
+    texts = {name for name, method in METHODS.items() if method.needs}  # they need columns that are not here
+    assert {*MAIN, *LEAGUE} == METHODS.keys() - texts
+    assert {(r.name, r.seed) for r in runs if r.part == "league"} == {(m, s) for m in LEAGUE for s in range(FULL.seeds)}
     for part, rows in ABLATIONS.items():
         assert BASE_ROW[part] not in rows
         assert {r.seed for r in runs if r.part == part} == set(range(FULL.ablation_seeds)), part
@@ -167,7 +171,7 @@ def fake_warm(folder, seed, steps, scale):
 
 
 def fake_train(run, scale, warm, scratch):
-    end = 0.5 + 0.01 * sorted(MAIN).index(run.method) + 0.1 * run.seed
+    end = 0.5 + 0.01 * sorted({*MAIN, *LEAGUE}, key=lambda m: (m in LEAGUE, m)).index(run.method) + 0.1 * run.seed
     config = work.config(run, scale, scratch)
     return {
         "curve": [(2, 0.5), (4, end)],
@@ -193,6 +197,7 @@ def test_experiment_from_the_command_line_to_the_report(tmp_path, monkeypatch, c
     last = sorted(MAIN)[-1]
     assert f"Order here: {last}" in report and "| hsd | 1 | " in report and "sdpo | 1 | 0.570 | -" in report
     assert "| paper, OPSD | 7 | 13 |" in report and "| peer + answer | 70 | 80 | 0.300 | 7.000 |" in report
+    assert "## The league" in report and "| vopd | 1 | " in report and "## Teachers over 4 steps" in report
     assert "step 4: success fell" in report and "| 0.1 | " in report and "Not run" not in report
     for picture in ("curves.png", "coverage.png", "sweeps.png"):
         assert f"({picture})" in report and (tmp_path / "results" / picture).stat().st_size > 5_000

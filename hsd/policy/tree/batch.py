@@ -22,7 +22,10 @@ def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 def tree_of(inputs: RolloutInputs, sharing: str) -> TreeBatch:
     """The tree of all student and teacher sequences."""
-    student, teacher = (token_lists(p.ids, p.mask) for p in (inputs.prompts["student"], inputs.prompts["teacher"]))
+    student, teacher = (
+        token_lists(inputs.prompts[who].ids, inputs.prompts[who].mask) if who in inputs.prompts else []
+        for who in ("student", "teacher")
+    )
     rollouts = token_lists(inputs.completion_ids, inputs.completion_mask)
     return make_tree_batch(student, rollouts, teacher, sharing=sharing)
 
@@ -30,7 +33,8 @@ def tree_of(inputs: RolloutInputs, sharing: str) -> TreeBatch:
 def pays(tree: TreeBatch, inputs: RolloutInputs, live_teacher: bool) -> bool:
     """Whether the tree saves enough of what separate forward passes compute, padding included."""
     teacher = tree.teacher_only if live_teacher else tree.teacher_nodes
-    separate = sum(p.ids.numel() + inputs.completion_ids.numel() for p in inputs.prompts.values())
+    length = inputs.completion_ids.shape[1]
+    separate = sum(p.ids.numel() + len(p.ids) * length for p in inputs.prompts.values())
     return separate >= PAYS * (len(tree.student_nodes) + len(teacher))
 
 

@@ -27,7 +27,8 @@ class TreeBatch:
     The last token of a rollout predicts nothing that is asked for, so it is not in the trie.
 
     Attributes:
-        student, teacher: for each rollout, the nodes that predict its tokens.
+        student, teacher: for each rollout, the nodes that predict its tokens; of the teacher's contexts one after
+            the other.
         student_nodes, teacher_nodes: all nodes on the paths of either side, ascending.
     """
 
@@ -65,7 +66,8 @@ class KVCache:
 def make_tree_batch(
     prompts: TokenLists, rollouts: TokenLists, teacher_prompts: TokenLists = (), *, sharing: str = "tree"
 ) -> TreeBatch:
-    """The tree of rollouts ``o_i`` after ``prompts[i]`` and, if given, ``teacher_prompts[i]`` (``[q ; c_i]``).
+    """The tree of rollouts ``o_i`` after ``prompts[i]`` and, if given, ``teacher_prompts[i]`` (``[q ; c_i]``), and with
+    K contexts a rollout after ``teacher_prompts[k * len(rollouts) + i]`` of each.
 
     ``sharing="tree"`` shares every common prefix, "prompt" only what lies within the first ``len(prompts[i])`` tokens.
 
@@ -73,11 +75,14 @@ def make_tree_batch(
     """
     if sharing not in SHARING:
         raise ValueError(f"sharing: expected one of {SHARING}, got {sharing!r}")
-    sides = [("prompts", prompts), ("teacher_prompts", teacher_prompts)][: 2 if len(teacher_prompts) else 1]
+    g = len(rollouts)
+    starts = range(0, len(teacher_prompts), max(1, g))
+    sides = [("prompts", prompts), *(("teacher_prompts", teacher_prompts[k : k + g]) for k in starts)]
     sequences: list[list[int]] = []
     for name, side in sides:
         if len(side) != len(rollouts):
-            raise ValueError(f"{name}: expected {len(rollouts)} token lists, one a rollout, got {len(side)}")
+            got = len(prompts if name == "prompts" else teacher_prompts)
+            raise ValueError(f"{name}: expected {len(rollouts)} token lists, one a rollout, got {got}")
         for i, (prompt, rollout) in enumerate(zip(side, rollouts, strict=True)):
             if not len(prompt):
                 raise ValueError(
@@ -86,7 +91,6 @@ def make_tree_batch(
             sequences.append([*prompt, *rollout[:-1]] if len(rollout) else [])
     limits = None if sharing == "tree" else [len(p) for p in prompts] * len(sides)
     trie = build_trie(sequences, limits)
-    g = len(rollouts)
     ends = [
         path[len(path) - len(rollouts[i % g]) :] if len(rollouts[i % g]) else path for i, path in enumerate(trie.path)
     ]

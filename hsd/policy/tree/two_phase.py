@@ -111,8 +111,7 @@ def chunks_of(tree: TreeBatch, visits: np.ndarray, budget: int) -> list[list[int
     used = 0
     for i in range(len(tree.student)):
         cost = int((visits[tree.trie.path[i]] < 2).sum())
-        if tree.teacher:
-            cost += len(tree.trie.path[len(tree.student) + i])
+        cost += sum(len(path) for path in tree.trie.path[len(tree.student) + i :: len(tree.student)])
         if not chunks or (cost and used and used + cost > budget):
             chunks.append([])
             used = 0
@@ -134,7 +133,7 @@ def _live_teacher(
     trie, g = tree.trie, len(tree.student)
     if not tree.teacher:
         return lambda chunk: []
-    repeated = np.setdiff1d(np.flatnonzero(trie.visits(range(g, 2 * g)) > 1), shared)
+    repeated = np.setdiff1d(np.flatnonzero(trie.visits(range(g, g + len(tree.teacher))) > 1), shared)
     past = None if keys is None else keys.detach()
     hidden = [leaves[0].detach()] if leaves else []
     with torch.no_grad(), in_eval_mode(model):
@@ -146,11 +145,12 @@ def _live_teacher(
     known = np.concatenate([shared, repeated])
 
     def states(chunk: Chunk) -> list[Tensor]:
-        own = np.setdiff1d(trie.nodes_of([g + i for i in chunk]), known)
+        rows = [k + i for k in range(0, len(tree.teacher), g) for i in chunk]  # context by context
+        own = np.setdiff1d(trie.nodes_of([g + i for i in rows]), known)
         with torch.no_grad(), in_eval_mode(model):
             new = [forward_nodes(body, trie, own, past=past, backend=backend)[0]] if len(own) else []
             parts = [h.to((hidden or new)[0].dtype) for h in [*hidden, *new]]
-            return rows_of(torch.cat(parts), np.concatenate([known, own]), [tree.teacher[i] for i in chunk])
+            return rows_of(torch.cat(parts), np.concatenate([known, own]), [tree.teacher[i] for i in rows])
 
     return states
 

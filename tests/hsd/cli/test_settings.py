@@ -183,7 +183,10 @@ def test_overrides_take_the_type_of_their_field(load):
         (["--learning_rate"], "--learning_rate: expected a value, got none"),
         (["--learning_rate", "--bf16", "true"], "--learning_rate: expected a value, got none"),
         (["--learning_rate", "fast"], "--learning_rate: train.learning_rate: expected a valid number"),
-        (["--teacher", "frozen"], "--teacher: train.teacher: expected 'live', 'ema', 'fixed' or 'trust_region'"),
+        (
+            ["--teacher", "frozen"],
+            "--teacher: train.teacher: expected 'live', 'ema', 'fixed', 'trust_region', 'copy' or 'gated'",
+        ),
         (["other.yaml"], "arguments: expected --key value, got 'other.yaml'"),
     ],
 )

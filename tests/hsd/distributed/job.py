@@ -26,6 +26,8 @@ DDP = {
     # Means over all tokens of the step, and advantages of groups that no rank holds whole.
     "sdpo": (2, {"method": "sdpo", "gradient_accumulation_steps": 3}),
     "grpo+opsd": (2, {"method": "grpo+opsd"}),
+    "dapo": (2, {"method": "dapo", "gradient_accumulation_steps": 3}),  # the fused surrogate, a mean over tokens
+    "egrsd": (2, {"method": "egrsd", "gradient_accumulation_steps": 3}),  # numbers of the whole generation
     "budget": (4, {"teacher": "live", "reference_coef": 0.0, "prefix_sharing": "tree", "tree_token_budget": 40}),
 }
 

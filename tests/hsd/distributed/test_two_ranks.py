@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_runs import QUESTIONS, SIZE, assert_same, joined, launch, one_process, saved
-from tiny_runs import TOKENIZER, half
+from tiny_runs import STEP, TOKENIZER, half
 
 from hsd.hindsight.groups import Group, Rollout
 from hsd.hindsight.peers import choose_peers, peer_rng
@@ -28,6 +28,16 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
     launch(PATH, [folder], folder, seconds=400)
     return folder
+
+
+def test_moments_and_the_maximum_are_those_of_all_ranks(folder):
+    ranks = saved(folder, "ddp-egrsd")
+    batch = joined([b for rank in ranks for b in rank["batches"]])
+    length = batch["completion_mask"].sum(-1)
+    reward = batch["success"] * (1.0 + 0.5 * (1.0 - length / STEP["max_completion_length"]))
+    expected = (reward - reward.mean()) / reward.std(correction=0)
+    torch.testing.assert_close(batch["advantages"], expected, rtol=1e-4, atol=1e-5)
+    assert batch["column/most_entropy"] >= 1.0
 
 
 @pytest.mark.parametrize("name", job.DDP)

@@ -11,10 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from hsd.hindsight.context import (
     DEFAULT_CHAT_TEMPLATE,
     DEFAULT_TEXT_TEMPLATE,
+    Context,
     ContextTemplate,
     build_context,
     check_alignment,
+    render_context,
     tokenize_prompt,
+    without_thinking,
 )
 from hsd.hindsight.groups import Prompt
 from hsd.tasks import small_world
@@ -237,3 +240,91 @@ def test_check_alignment():
         check_alignment([1, 5, 6], [1, 5, 6, 9], [5, 6])
     with pytest.raises(ValueError, match=r"^teacher_ids: expected .* 2 rollout tokens, got 1 tokens"):
         check_alignment([1, 5, 6], [6], [5, 6])
+
+
+# -- contexts of parts -------------------------------------------------------------------------------------------------
+
+PARTS = {"answer": " [{text}", "demonstration": "|{text}", "failure": "!{text}", "verdict": "?{text}"}
+OF_PARTS = ContextTemplate(" [{answer}|{demonstration}]", " [{answer}]", parts=PARTS, closing="]")
+
+
+def rendered(tokenizer, context, prompt=TEXT, **options):
+    return render_context(tokenizer, prompt, context, OF_PARTS, **options)
+
+
+def test_parts_follow_each_other_in_order_and_empty_ones_vanish(tokenizer):
+    failed = ids_of(tokenizer, "4 + 4")
+    parts = (("verdict", "no"), ("failure", failed), ("demonstration", "  "), ("answer", "7"))
+    made = rendered(tokenizer, Context(parts))
+    assert text_of(tokenizer, made.prompt_ids) == "<s>" + TEXT + "?no!4 + 4 [7]"
+    assert (made.kind, made.truncated) == ("other", False)
+    chat = rendered(tokenizer, Context(parts), CHAT)
+    assert "What is 3 + 4??no!4 + 4 [7]<|im_end|>" in text_of(tokenizer, chat.prompt_ids)
+    braces = rendered(tokenizer, Context((("verdict", "{x} {"), ("answer", "}"))))
+    assert text_of(tokenizer, braces.prompt_ids).endswith("?{x} { [}]")
+
+
+def test_answer_demonstration_and_feedback_have_the_templates_own_words(tokenizer):
+    for parts in ({"answer": "7"}, {"answer": "7", "demonstration": "3 + 4 = 7"}, {"demonstration": "x"}, {}):
+        made = rendered(tokenizer, Context(tuple(parts.items())))
+        given = {"answer": None, "demonstration": None} | parts
+        assert made == build_context(tokenizer, TEXT, **given, template=OF_PARTS)
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        (None, "?ok|ab"),
+        (("verdict",), "|abcdef"),
+        (("verdict", "demonstration"), "|abcdef"),
+        (("demonstration",), "?ok|ab"),
+    ],
+)
+def test_parts_are_cut_in_the_order_that_is_declared(cut, expected, tokenizer):
+    parts = (("verdict", "ok"), ("demonstration", "abcdef"))
+    whole = rendered(tokenizer, Context((*parts, ("answer", "7"))))
+    limit = len(whole.prompt_ids) - (4 if expected.startswith("?") else 3)
+    made = rendered(tokenizer, Context((*parts, ("answer", "7")), cut=cut), max_length=limit)
+    said = text_of(tokenizer, made.prompt_ids).removeprefix("<s>" + TEXT)
+    assert made.truncated and len(made.prompt_ids) <= limit
+    if cut and cut[0] == "verdict":
+        assert said == "|abcdef [7]"  # a verdict of which nothing fits is left out, with its words; then the template's
+    else:
+        assert said == expected + " [7]"
+
+
+def test_what_must_not_be_cut_is_named(tokenizer):
+    context = Context((("verdict", "ok"), ("answer", "7")), cut=())
+    with pytest.raises(ValueError, match=r"^max_length: expected at least \d+ tokens, which must not be cut, got 5"):
+        rendered(tokenizer, context, max_length=5)
+    with pytest.raises(ValueError, match=r"^parts: expected kinds among .*, got \['poem'\]"):
+        rendered(tokenizer, Context((("poem", "x"),)))
+    with pytest.raises(ValueError, match=r"^parts\['a'\]: expected exactly the fields"):
+        ContextTemplate(" [{answer}|{demonstration}]", " [{answer}]", parts={"a": "{answer}"})
+
+
+def test_another_question_replaces_the_students(tokenizer):
+    made = rendered(tokenizer, Context(question="3 plus 4?"))
+    assert (text_of(tokenizer, made.prompt_ids), made.kind) == ("<s>3 plus 4?", "other")
+    both = rendered(tokenizer, Context((("verdict", "ok"),), question=CHAT))
+    assert "What is 3 + 4??ok]<|im_end|>" in text_of(tokenizer, both.prompt_ids) and both.kind == "other"
+    assert rendered(tokenizer, Context()).kind == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<think>so</think> 7", "7"),
+        ("so\n</think>\n\n7<|im_end|>", "7<|im_end|>"),
+        ("<think>so", ""),
+        ("<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>7", "7"),
+        ("<|channel|>analysis<|message|>so", ""),
+        ("a < b, think > 7", "a < b, think > 7"),
+    ],
+)
+def test_a_rollout_without_its_thinking(text, left, tokenizer):
+    ids = ids_of(tokenizer, text)
+    found = without_thinking(tokenizer, ids)
+    assert tokenizer.decode(list(found)) == left
+    if text == left:
+        assert found is ids  # bit by bit

@@ -163,7 +163,7 @@ def over_none(x, mask, shown):
 
 def test_trl_methods_are_trls(tmp_path):
     """The same weights, questions and seed through `GRPOTrainer` and through method='dr_grpo'."""
-    ours = trainer_of(tmp_path / "ours", method="dr_grpo")
+    ours = trainer_of(tmp_path / "ours", method="dr_grpo", policy_loss="trl")
     _, after = moved(ours)
     trl = GRPOTrainer(
         model=build(),
@@ -201,7 +201,7 @@ def test_trls_own_default_may_be_asked_for(method, name, value, otherwise, tmp_p
 def test_our_surrogate_is_trls_grpo_loss(tmp_path):
     """With nothing but the policy term (an RLSD whose mix is 0), the step is that of TRL's loss_type='grpo'."""
     _, after = moved(trainer_of(tmp_path / "ours", method="rlsd", advantage_mix=0.0))
-    _, expected = moved(trainer_of(tmp_path / "trl", method="grpo"))
+    _, expected = moved(trainer_of(tmp_path / "trl", method="grpo", policy_loss="trl"))
     for name in expected:
         torch.testing.assert_close(after[name], expected[name], rtol=1e-4, atol=1e-6)
 
@@ -327,7 +327,7 @@ def test_each_method_shows_its_own_context(tmp_path):
     ("options", "named"),
     [
         ({"method": "hsdd"}, "method"),
-        ({"method": "grpo", "reference_coef": 0.1}, "reference_coef"),
+        ({"method": "grpo", "policy_loss": "trl", "reference_coef": 0.1}, "reference_coef"),
         ({"method": "grpo", "teacher": "ema"}, "teacher"),
         ({"advantage_mix": 0.5}, "advantage_mix"),
         ({"method": "opsd", "epsilon": 0.3}, "epsilon"),

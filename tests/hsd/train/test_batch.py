@@ -11,10 +11,9 @@ CONTEXTS = (((5, 6), "peer", 1), ((7,), "answer_only", None), ((8, 9, 1), "nothi
 
 
 def trl_batch():
-    prompts = [TeacherPrompt(PrivilegedContext(ids, kind, 0, truncated=False), tau) for ids, kind, tau in CONTEXTS]
-    has_context = torch.tensor([p.context.kind != "nothing" for p in prompts])
+    prompts = [[TeacherPrompt(PrivilegedContext(ids, kind, 0, truncated=False), tau)] for ids, kind, tau in CONTEXTS]
     success = torch.tensor([False, True, False, True])
-    teacher = collate(prompts, has_context, success, torch.tensor(3.0), pad_id=0)
+    teacher = collate(prompts, success, torch.tensor(3.0), pad_id=0)
     return {
         "prompt_ids": torch.tensor([[1, 2]] * 4),
         "prompt_mask": torch.ones(4, 2, dtype=torch.long),

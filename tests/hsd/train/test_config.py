@@ -6,6 +6,7 @@ import pytest
 from trl.trainer.grpo_config import GRPOConfig
 
 from hsd.methods import METHODS
+from hsd.methods.method import REQUIRED
 from hsd.train.config import HSDConfig, options, scheduled
 
 INHERITED = {f.name for f in dataclasses.fields(GRPOConfig)}
@@ -47,11 +48,12 @@ def test_the_ends_of_an_interval_are_inside():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_left_to_the_method_afterwards(method):
-    config = make(method=method)
+    required = {name: 1.0 for name, value in METHODS[method].settings.items() if value is REQUIRED}
+    config = make(method=method, method_args=required)
     for declared in options():
         if declared.by_method:
             assert getattr(config, declared.name) is not None, declared.name
-    assert config.has_teacher is (METHODS[method].context_of is not None)
+    assert config.has_teacher is (METHODS[method].contexts is not None)
 
 
 @pytest.mark.parametrize("bad", [[1.0, 0.0], [1.0, -1.0, 5], [1.0, 0.0, 0], "much"])

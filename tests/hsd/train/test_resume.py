@@ -96,6 +96,10 @@ RUNS = {
         "reference_refresh_steps": 3,
         "reference_ema_rate": 0.3,
     },
+    "copy": {"teacher": "copy", "teacher_copy_steps": 3, "reference_coef": 0.0},
+    "gated": {"teacher": "gated", "teacher_gate": [2, 0.0, 1.0], "reference_coef": 0.0},
+    "antisd": {"method": "antisd", "method_args": {"verdict": False}},
+    "egrsd": {"method": "egrsd"},
     "lora+reference": {"teacher": "live", "reference_coef": 0.5, "peft_config": LORA},
     "lora+ema+refreshed reference": {
         "teacher": "ema",
@@ -128,6 +132,9 @@ def assert_resumes(tmp_path, cut, steps, options):
     assert equal(second.model, whole.model)
     assert_equal(whole.optimizer.state_dict(), second.optimizer.state_dict(), "optimizer")
     assert_equal(whole.lr_scheduler.state_dict(), second.lr_scheduler.state_dict(), "schedule")
+    if whole.method_state is not None:
+        assert whole.method_state == second.method_state != whole.args.method_spec.state()
+    assert whole.gate == second.gate
     assert whole.frozen.models.keys() == second.frozen.models.keys()
     assert all(equal(whole.frozen.models[kind], second.frozen.models[kind]) for kind in whole.frozen.models)
 

@@ -1,0 +1,67 @@
+"""The recipes of docs/methods.md run as they stand, the table names every method, and `hsd methods` tells of them."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from tiny_runs import half, make, qwen3
+
+from hsd.cli.__main__ import main
+from hsd.hindsight.context import ContextTemplate
+from hsd.methods import METHODS, MODULES
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "methods.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+TEMPLATE = ContextTemplate("[{answer}|{demonstration}]", "[{answer}]", "[|{demonstration}]", "[{feedback}]")
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_recipe_of_the_page_trains(number, tmp_path, monkeypatch):
+    block = BLOCKS[number]
+    assert len(block.splitlines()) < 30
+    namespace = {}
+    exec(block, namespace)
+    monkeypatch.setitem(METHODS, "rlrt", namespace["METHOD"])  # under the name of another
+    options = {"feedback_fn": lambda completions, **kw: [None] * len(completions)} if number == 0 else {}
+    trainer = make(qwen3(), tmp_path, reward=half, template=TEMPLATE, method="rlrt", max_steps=2, **options)
+    start = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
+    assert any((a != b).any() for a, b in zip(start, trainer.model.parameters(), strict=True))
+
+
+def test_there_is_a_recipe_for_each_extension_point():
+    assert len(BLOCKS) == 3
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.METHOD.name)
+def test_every_method_is_a_short_file_with_its_equation(module):
+    from hsd.cli.methods import equation
+
+    assert equation(module), "no indented block in the docstring"
+    assert len(Path(module.__file__).read_text().splitlines()) < 80
+    name = Path(module.__file__).name
+    assert f"`{module.METHOD.name}`" in PAGE and f"`{name}`" in PAGE
+
+
+def test_the_command_lists_them(capsys):
+    assert main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name}: " in listed for name in METHODS)
+    assert "scoring 2" in listed and "method_args.no_confidence" in listed and "teacher 8" in listed
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_command_shows_one(name, capsys):
+    assert main(["methods", name]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"method: {name}\n")
+    for setting in METHODS[name].settings:
+        assert f"    {setting}: " in out
+
+
+def test_an_unknown_method_is_one_line(capsys):
+    assert main(["methods", "hsdd"]) == 2
+    assert capsys.readouterr().err.startswith("error: name: expected one of hsd, ")

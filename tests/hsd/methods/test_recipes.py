@@ -1,0 +1,330 @@
+"""Each recipe's loss and gradient against its equation over full logits in fp64, and identities of the equations."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+from hsd.methods import METHODS
+from hsd.methods.cl_egrsd import lookahead
+from hsd.methods.method import Generation
+from hsd.methods.state import Hysteresis, RefreshGate, RunningMoments
+from hsd.methods.term import Stats
+from hsd.policy.forward import FrozenStates, RolloutInputs
+from hsd.train.batch import RolloutBatch, TeacherBatch
+from hsd.train.config import HSDConfig
+from hsd.train.update import Objective, method_loss
+from hsd_kernels import Head
+
+B, T, D, V, G = 6, 5, 6, 11, 3
+MASK = torch.tensor(
+    [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+)
+SUCCESS = torch.tensor([True, False, False, True, True, False])
+ADVANTAGES = torch.tensor([1.2, -0.7, -0.5, 0.6, 0.4, -1.1], dtype=torch.float64)
+SHOWN = torch.tensor([True, True, True, True, True, False])  # the last rollout's teacher has no context
+LENGTH = MASK.sum(-1, keepdim=True).double()
+NUMBERS = {"max_completion_length": 8, "num_generations": G}
+
+
+def draw(seed, *shape, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Case:
+    """A batch with everything that a method may read, and its full logits."""
+
+    def __init__(self, method, *, step=1, contexts=1, advantages=ADVANTAGES, state=None, **options):
+        self.method = METHODS[method]
+        options = {"bf16": False, "use_cpu": True, "per_device_train_batch_size": B, **NUMBERS} | options
+        self.config = HSDConfig("unused", method=method, **options)
+        self.objective = self.config.objective(step)
+        self.hidden = draw(1, B, T, D).requires_grad_()
+        self.weight = draw(2, V, D, scale=0.8).requires_grad_()
+        self.teachers = [FrozenStates(draw(3 + k, B, T, D)) for k in range(contexts)]
+        self.reference = FrozenStates(draw(20, B, T, D))
+        self.ids = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(9))
+        several = None
+        if contexts > 1:
+            several = SHOWN[:, None].float().repeat(1, contexts)
+            several[1, 1:] = 0.0  # fewer contexts than the others
+        rates = SUCCESS.reshape(-1, G).double().mean(-1).repeat_interleave(G)
+        count = torch.tensor(float(MASK.sum()))
+        facts = TeacherBatch(
+            SUCCESS, SHOWN, torch.full((B,), -1), (MASK * SHOWN[:, None]).sum().float(), None, None, several, count,
+            SUCCESS.float(), rates,
+        )  # fmt: skip
+        inputs = RolloutInputs({}, self.ids, MASK)
+        batch = RolloutBatch(inputs, MASK, facts, advantages, None, {}, self.config.skip_tokens)
+        self.state = state or (self.method.state() if self.method.state else None)
+        own, self.advantages = {}, advantages
+        if self.method.on_batch is not None:
+            measured = Objective(self.objective.divergence)
+            rows = self.loss(batch, measured, terms=()).stats
+            stats = Stats(rows, batch.columns, self.config.settings, step, self.objective.advantage_mix)
+            own = dict(self.method.on_batch(Generation(stats, lambda x: x), self.state))
+            self.advantages = own.pop("advantages", advantages)
+        self.batch = RolloutBatch(inputs, MASK, facts, self.advantages, None, own, self.config.skip_tokens)
+        logits = lambda h: torch.einsum("btd,vd->btv", h, self.weight)  # noqa: E731
+        self.p = logits(self.hidden).log_softmax(-1)
+        self.q = [logits(t.hidden).detach().log_softmax(-1) for t in self.teachers]
+        self.r = logits(self.reference.hidden).detach().log_softmax(-1)
+        self.lp, self.lr = (x.gather(-1, self.ids[..., None])[..., 0] for x in (self.p, self.r))
+        self.lq = [x.gather(-1, self.ids[..., None])[..., 0] for x in self.q]
+        self.shown = SHOWN[:, None] * MASK
+
+    def loss(self, batch, objective, **changes):
+        if changes:
+            objective = Objective(objective.divergence, terms=changes["terms"])
+        targets = batch.targets(self.config.loss_mean, self.config.mean_of_policy)
+        teachers = self.teachers if self.config.has_teacher else ()
+        return method_loss(self.hidden, Head(self.weight), teachers, self.reference, targets, objective)
+
+    @property
+    def a(self):
+        return self.advantages[:, None]
+
+    @property
+    def d(self):
+        """D, 0 where there is no teacher."""
+        return (self.lq[0] - self.lp.detach()) * self.shown
+
+    def check(self, expected):
+        out = self.loss(self.batch, self.objective)
+        torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-9)
+        inputs = (self.hidden, self.weight)
+        for got, wanted in zip(
+            torch.autograd.grad(out.loss, inputs), torch.autograd.grad(expected, inputs), strict=True
+        ):
+            assert wanted.abs().max() > 1e-4
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
+
+
+def over_rollouts(x, mask=MASK):
+    return ((x * mask).sum(-1) / mask.sum(-1).clamp_min(1)).mean()
+
+
+def over_tokens(x, mask=MASK):
+    return (x * mask).sum() / mask.sum()
+
+
+def kl(a, b):
+    return (a.exp() * (a - b)).sum(-1)
+
+
+def entropy(a):
+    return -(a.exp() * a).sum(-1)
+
+
+def surrogate(c, advantages, mean=over_rollouts):
+    return mean(-(c.lp - c.lp.detach()).exp() * advantages)
+
+
+def test_sdpg():
+    c = Case("sdpg", step=25, method_args={"cap": 4.0})
+    r = kl(c.p, c.q[0])
+    assert (r[SHOWN] > 4.0).any() and (r < 4.0).any()
+    dense = over_rollouts(r * (c.a > 0) * (r.detach() <= 4.0), c.shown)
+    c.check(surrogate(c, c.a) + 0.5e-3 * dense + 0.5e-3 * over_rollouts(kl(c.p, c.r), c.shown))
+
+
+def egrsd_expected(c, doubt):
+    r = SUCCESS * (1 + 0.5 * (1 - LENGTH[:, 0] / 8))
+    a = ((r - r.mean()) / r.std(correction=0))[:, None]
+    most = max(1.0, entropy(c.q[0])[c.shown.bool()].max().item())
+    w = (a.sign() * c.d).exp().clamp(0.8, 1.2) * (1 - 0.9 * doubt / most).clamp(0.1, 1.0)
+    return surrogate(c, a * w)
+
+
+def test_egrsd():
+    c = Case("egrsd", method_args={"g": 0.9})
+    c.check(egrsd_expected(c, entropy(c.q[0]) * c.shown))
+
+
+def test_cl_egrsd():
+    c = Case("cl_egrsd", method_args={"g": 0.9, "window": 2})
+    h = entropy(c.q[0]) * c.shown
+    doubt = torch.zeros_like(h)
+    for i in range(B):
+        for t in range(int(LENGTH[i])):
+            doubt[i, t] = h[i, t : min(t + 2, int(LENGTH[i]))].min()
+    c.check(egrsd_expected(c, doubt))
+    assert torch.equal(lookahead(h, MASK, 1), h * MASK)
+
+
+def test_egrsd_keeps_an_advantage_where_grpo_has_none():
+    c = Case("egrsd", advantages=torch.zeros(B, dtype=torch.float64))
+    assert c.advantages.abs().min() > 0
+
+
+@pytest.mark.parametrize("method", ["rlrt", "rlsd", "rlcsd"])
+def test_nothing_happens_without_an_advantage(method):
+    c = Case(method, contexts=METHODS[method].max_contexts, advantages=torch.zeros(B, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(c.loss(c.batch, c.objective).loss, c.hidden)
+    assert gradient.abs().max() == 0
+
+
+def test_rlrt():
+    c = Case("rlrt", method_args={"e": 0.5})
+    w = (-c.a.sign() * c.d).exp().clamp(0.5, 1.5)
+    c.check(surrogate(c, c.a * torch.where(SUCCESS[:, None], 0.5 + 0.5 * w, 1.0), over_tokens))
+    plain = Case("rlrt", advantage_mix=0.0)
+    plain.check(surrogate(plain, plain.a, over_tokens))
+
+
+def test_rlrt_without_a_mix_is_dapo():
+    a, b = Case("rlrt", advantage_mix=0.0), Case("dapo")
+    assert a.objective.epsilon_high == b.objective.epsilon_high == 0.28
+    assert a.loss(a.batch, a.objective).loss == b.loss(b.batch, b.objective).loss
+
+
+def test_rlcsd():
+    c = Case("rlcsd", contexts=2, step=25)
+    there = c.shown.clone()
+    there[1] = 0  # it has no second context: q- = p
+    d = (c.lq[0] - c.lp.detach()) * c.shown - (c.lq[1] - c.lp.detach()) * there
+    w = (c.a.sign() * d).exp().clamp(0.8, 1.2)
+    c.check(surrogate(c, c.a * torch.where(SHOWN[:, None], 0.75 + 0.25 * w, 1.0)))
+
+
+@pytest.mark.parametrize(("warm", "gate"), [(0.1, 1.0), (1e6, 0.0)])
+def test_antisd(warm, gate):
+    c = Case("antisd", state=Hysteresis(level=warm, seen=[warm] * 5))
+    phi = 0.5 * (softplus(c.d) - math.log(2.0))
+    c.check(surrogate(c, c.a - 0.5 * gate * phi, over_tokens))
+
+
+def test_antisd_is_the_ascent_of_the_jsd():
+    """Over o ~ p, of one token's softmax, the expected gradient is minus that of JSD_0.5."""
+    x, q = draw(1, V).requires_grad_(), draw(2, V).log_softmax(-1)
+    p = x.log_softmax(-1)
+    phi = 0.5 * (softplus(q - p.detach()) - math.log(2.0))
+    expected = (p.detach().exp() * phi * p).sum()  # the loss -A log p with A = -phi
+    m = (0.5 * p.exp() + 0.5 * q.exp()).log()
+    jsd = 0.5 * (p.exp() * (p - m)).sum() + 0.5 * (q.exp() * (q - m)).sum()
+    torch.testing.assert_close(torch.autograd.grad(expected, x, retain_graph=True)[0], -torch.autograd.grad(jsd, x)[0])
+
+
+def test_vopd():
+    c = Case("vopd", method_args={"rl": 1.0})
+    b = (kl(c.p, c.q[0]) * c.shown).detach()
+    c.check(surrogate(c, c.a + c.d + b, over_tokens))
+
+
+def test_vopd_is_the_dense_reverse_kl_in_expectation():
+    x, q = draw(1, V).requires_grad_(), draw(2, V).log_softmax(-1)
+    p = x.log_softmax(-1)
+    reverse = kl(p, q)
+    dense = torch.autograd.grad(reverse, x, retain_graph=True)[0]
+    d = (q - p).detach()
+    assert (p.exp() * (d + reverse)).sum().item() == pytest.approx(0.0, abs=1e-12)
+    for baseline in (0.0, reverse.item()):
+        loss = -(p.detach().exp() * (d + baseline) * p).sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True)[0], dense)
+
+
+def test_ssopd():
+    c = Case("ssopd", method_args={"tokens": 3})
+    clipped = (c.q[0].exp() * (c.q[0] - c.p)).clamp(max=0.05).sum(-1)
+    expected = surrogate(c, c.a)
+    for i in range(B):
+        if SHOWN[i]:
+            s = SUCCESS.reshape(-1, G).double().mean(-1)[i // G]
+            m = min(3, int(LENGTH[i]))
+            expected = expected + 0.5 * 4 * s * (1 - s) * clipped[i, :m].mean() / (B // G)
+    c.check(expected)
+
+
+def test_msd():
+    c = Case("msd", method_args={"no_confidence": 1.5})
+    w = (1 - entropy(c.q[0]) / 1.5).clamp(0, 1) * (1 - c.lp.detach().exp())
+    assert (w == 0).any() and (w > 0).any()
+    c.check(over_tokens(w * kl(c.p, c.q[0]), c.shown))
+
+
+def sgsd_losses(c, reward):
+    total = 0
+    for i in range(B):
+        terms = []
+        for k in range(8):
+            if SHOWN[i] and (i != 1 or k == 0):
+                d = (c.lq[k].detach() - c.lp)[i, : int(LENGTH[i])]
+                s = d.detach().clamp(-3, 3).mean()
+                sign = (1 if reward[i] > 0 else -1) * (s.sign() if abs(s) > 0.05 else 0)
+                terms.append(sign * (math.log(2) - softplus(-0.5 * d.square())).mean())
+        total = total + (sum(terms) / len(terms) if terms else 0)
+    return total / B
+
+
+def test_sgsd():
+    c = Case("sgsd", contexts=8)
+    c.check(sgsd_losses(c, SUCCESS.double()))
+    assert abs(sgsd_losses(c, SUCCESS.double())) <= math.log(2)
+    torch.testing.assert_close(sgsd_losses(c, SUCCESS.double()), -sgsd_losses(c, 1.0 - SUCCESS.double()))
+
+
+@pytest.mark.parametrize("method", ["mopd", "ccopd", "atesd", "hsd_unpaired"])
+def test_contexts_alone_change_no_loss(method):
+    c = Case(method, reference_coef=0.0)
+    mean = over_tokens if c.config.loss_mean == "token" else over_rollouts
+    dense = kl(c.p, c.q[0]) if c.config.divergence == "reverse_kl" else kl(c.q[0], c.p)
+    c.check(mean(dense, c.shown))
+
+
+def test_skipped_tokens_have_no_divergence():
+    c = Case("hsd", skip_tokens=2, reference_coef=0.0)
+    c.check(over_rollouts(kl(c.q[0], c.p), c.shown * (torch.arange(T) >= 2)))
+
+
+def test_a_token_mean_and_a_dual_clip_of_the_policy_term():
+    c = Case("grpo+opsd", policy_mean="token", delta=1.5, divergence_coef=0.0)
+    old = (c.lp + draw(30, B, T)).detach()
+    targets = c.batch.targets("rollout", "token")
+    out = method_loss(
+        c.hidden, Head(c.weight), c.teachers, None, type(targets)(**{**vars(targets), "old_logps": old}), c.objective
+    )
+    ratio = (c.lp - old).exp()
+    value = torch.minimum(ratio.clamp_max(1.5) * c.a, ratio.clamp(0.8, 1.2) * c.a)
+    expected = over_tokens(-value)
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=0)
+    got, wanted = (torch.autograd.grad(x, c.hidden)[0] for x in (out.loss, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+
+def test_running_moments_are_those_of_all_values():
+    values, moments = draw(1, 40, scale=3.0), RunningMoments()
+    for part in values.split([1, 9, 30]):
+        moments.update(part)
+    assert moments.mean == pytest.approx(values.mean().item())
+    assert moments.std == pytest.approx(values.std(correction=0).item())
+
+
+def test_the_gate():
+    gate = Hysteresis()
+    assert [gate.step(v) for v in (1.0, 3.0, 2.0, 2.0, 9.0)] == [0.0] * 5 and gate.level == 2.0
+    # Open at first, so also between the two levels; closed below 0.93 x 2; open again from 2 on only.
+    assert [gate.step(v) for v in (1.9, 1.85, 1.9, 2.0, 1.87)] == [1.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_teacher_is_refreshed_when_success_has_risen_and_few_rollouts_are_cut():
+    gate = RefreshGate(window=2, gain=0.1, tail=0.2)
+    steps = [(0.4, 0.0), (0.4, 0.0), (0.6, 0.0), (0.6, 0.0), (0.9, 0.5), (0.9, 0.5)]
+    # The level is 0.4 at first; 0.5 is a refresh. Then success rises with cut rollouts among the two.
+    assert [gate.step(*s) for s in steps] == [False, False, True, False, False, False]
+    assert [gate.step(*s) for s in [(math.nan, 0.0), (0.9, 0.0), (0.9, 0.0)]] == [False, False, True]
+    assert gate.level == 0.9
+
+
+@pytest.mark.parametrize("made", [RunningMoments, Hysteresis])
+def test_a_state_goes_through_json(made):
+    first, second = made(), made()
+    feed = (lambda s: s.update(draw(1, 5))) if made is RunningMoments else (lambda s: s.step(0.3))
+    feed(first)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    feed(first), feed(second)
+    assert first == second
