@@ -9,6 +9,7 @@ the backward runs the chunks again with the upstream gradient as weights, ``fuse
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,8 +228,8 @@ def _backward_flops(*shapes: Any, **given: Any) -> int:
 
 def _products(shapes: Any, made: Wanted) -> int:
     t = Tensors(*shapes[: len(Tensors._fields)])
-    (tokens, dim), vocab = t.student_hidden, t.weight[0]
-    return 2 * tokens * dim * vocab * (2 + (t.reference_hidden is not None) + made.hidden + made.weight)
+    unit: Any = 2 * math.prod(t.student_hidden) * t.weight[0]
+    return int(unit * (2 + (t.reference_hidden is not None) + made.hidden + made.weight))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], given: dict[str, Any], output: tuple[Tensor, ...]) -> None:

@@ -221,7 +221,7 @@ def test_k3_and_refresh(tmp_path):
     steps = []
     step = trainer.frozen.step
 
-    def remember(policy, done):
+    def remember(policy, done, refresh=False):
         steps.append(policy.model.embed_tokens.weight.detach().clone())
         step(policy, done)
 
