@@ -16,7 +16,7 @@ open openat stat stat64 lstat lstat64 fstat fstat64 newfstatat fstatat64 statx a
 getdents getdents64 getcwd chdir fchdir readlink readlinkat statfs fstatfs umask fadvise64
 dup dup2 dup3 pipe pipe2 poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait
 epoll_pwait2 eventfd2 timerfd_create timerfd_settime timerfd_gettime
-mmap mmap2 mprotect munmap mremap madvise brk msync mincore mlock munlock mseal
+mmap mmap2 mprotect munmap mremap madvise brk msync mincore mseal
 rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack pause alarm
 getitimer setitimer nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times
 futex futex_waitv futex_wake futex_wait set_robust_list get_robust_list set_tid_address rseq membarrier
