@@ -76,7 +76,7 @@ FORBIDDEN = {
     "another's cores": "import os; os.sched_getaffinity(1)",
     "another's group": "import os; os.getpgid(1)",
     "system call of 32 bits": X86,
-    "locked memory": "import ctypes; c = ctypes.CDLL(None); print(1 / (1 + c.mlock(ctypes.create_string_buffer(9), 9)))",
+    "locked memory": "import ctypes as c; print(1 / (1 + c.CDLL(None).mlock(c.create_string_buffer(9), 9)))",
     "lease": "import fcntl, os; fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_WRLCK)",
     "forget the parent's death": "import ctypes; c = ctypes.CDLL(None); print(1 / (1 + c.prctl(1, 0, 0, 0, 0)))",
     "key ring": "import ctypes; c = ctypes.CDLL(None); print(1 / (1 + c.syscall(250, 0, -3, 0)))",
