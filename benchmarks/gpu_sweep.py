@@ -19,14 +19,14 @@ import workloads
 from contenders import fused
 from suite import Recorder, Row, markdown, synchronize
 
-from hsd_kernels import Divergence
+from hsd_kernels import Divergence, Head
 
 SHAPE = {"cuda": (1024, 64, 151_936), "cpu": (8, 16, 512)}
 GRID: dict[str, tuple[int, ...]] = {"block_v": (1024, 2048, 4096), "num_warps": (2, 4, 8, 16), "num_stages": (1,)}
 LANE_COLUMNS = (8, 32)  # columns a thread holds at a time: what is outside spills or starves
 CALLS = 5
 TWO_PASSES = ("statistics", "gradient")  # what runs where a row's slices do not fit the device, and over shards
-WORK: dict[str, dict[str, Any]] = {"one_read_twice": {"divergence": "jsd"}}
+WORK: dict[str, dict[str, Any]] = {"one_read_softcap": {"softcap": 30.0}}
 PATHS: dict[str, dict[str, Any]] = {
     "forward KL": {},
     "reverse KL": {"divergence": "reverse_kl"},
@@ -82,16 +82,17 @@ def path(device: str, two_passes: bool, options: dict[str, Any]) -> Row:
     return {"kernels": kernel_seconds(device, two_passes, **options)}
 
 
-def kernel_seconds(device: str, two_passes: bool, **options: Any) -> dict[str, float]:
+def kernel_seconds(device: str, two_passes: bool, softcap: float | None = None, **options: Any) -> dict[str, float]:
     """Seconds a call of each kernel that Triton compiled, by the profiler."""
     from hsd_kernels import rows
 
     student, teacher, weight = workloads.gaussian(SHAPE[device], torch.bfloat16, device)
     student.requires_grad_()
+    head = Head(weight, softcap=softcap)
 
     def call() -> None:
         student.grad = None
-        fused(student, teacher, weight, **options).backward()
+        fused(student, teacher, head, **options).backward()
 
     if device == "cuda" and two_passes:
         with mock.patch.object(rows, "both_in_one_read", return_value=None):
@@ -129,7 +130,7 @@ def table(rows: list[Row]) -> str:
             paths.append([r["path"], r["passes"], f"{sum(times.values()) * 1e3:.3f}" if times else failed])
             continue
         config = ", ".join(f"{k} {v}" for k, v in r["config"].items())
-        times = {name: s for name, s in times.items() if name.startswith(r["kernel"].removesuffix("_twice"))}
+        times = {name: s for name, s in times.items() if name.startswith(r["kernel"].removesuffix("_softcap"))}
         if "failed" in r or not times:
             cells.append([r["kernel"], config, f"failed: {r.get('failed', 'no kernel was seen')}"])
             continue

@@ -283,7 +283,8 @@ def _statistics(
     target_ids = None if b.target_ids is None else _part(b.target_ids, here)
     rows = _part(b.rows, here)
     gradient = weights is not None and dz is not None
-    both = row_backends.both_in_one_read(p.rows_impl, x_s) if gradient and p.shards is None else None
+    whole = gradient and p.shards is None
+    both = row_backends.both_in_one_read(p.rows_impl, x_s, side.spec) if whole else None
     if both is not None:
         stats = both(*given, target_ids, rows, weights, dz)
     else:
