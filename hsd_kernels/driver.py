@@ -148,6 +148,8 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
         logits = _table(first, p.logits_dtype, size.stride, vocab)
         wide_dz, reference_dz = _table(second, term_dtype, size.stride, vocab).split(term_rows)
         dz = _table(third, dz_dtype, size.stride, vocab)
+        if third.device.type == "cpu" and size.stride > vocab:
+            third.view(dz_dtype).view(-1, size.stride)[:, vocab:] = 0  # `gemm.backproject`
         space = _Workspace(logits, dz, wide_dz, reference_dz)
         for start in range(0, rows.numel(), size.buffer):
             buffer = _buffer(p, sides, rows, weights, slice(start, start + size.buffer))
