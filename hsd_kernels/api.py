@@ -163,7 +163,7 @@ def fused_hsd_kl(
     tokens = math.prod(shape)  # not numel(): it would make a dynamic number of tokens a constant for torch.export
 
     def flat(hidden: Tensor) -> Tensor:
-        return hidden.reshape(tokens, hidden.shape[-1])
+        return hidden if hidden.dim() == 2 else hidden.reshape(tokens, hidden.shape[-1])
 
     def wanted(t: Tensor | None) -> bool:
         return torch.is_grad_enabled() and t is not None and t.requires_grad

@@ -20,7 +20,7 @@ from hsd_kernels import gemm, memory
 from hsd_kernels import rows as row_backends
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.head import Head
-from hsd_kernels.op_support import Gradients, Wanted, wide_dtype, without_autocast
+from hsd_kernels.op_support import Gradients, Wanted, in_dtype, wide_dtype, without_autocast
 from hsd_kernels.row_stats import COLUMNS, RowStats
 from hsd_kernels.vocab_filter import active_columns, take_columns_
 from hsd_kernels.vocab_parallel import Shards
@@ -66,13 +66,14 @@ class Result:
     """Sums over rows of weight * (factor * divergence + coef * reference KL) and its gradients; gradients not wanted
     are None. ``filtered`` (2,) is the L1 mass of dz that the filter left out, and all of it."""
 
-    stats: Tensor  # (len(COLUMNS), T), zero in rows that were dropped
-    reference_stats: Tensor | None  # the same, with the reference policy for the teacher
+    tokens: int
     factor: Tensor | None  # (T,) what the hook returned, None without one
-    grad_hidden: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
     filtered: Tensor
+    stats: Tensor | None = None  # (len(COLUMNS), T), zero in rows that were dropped
+    reference_stats: Tensor | None = None  # the same, with the reference policy for the teacher
+    grad_hidden: Tensor | None = None
 
     @property
     def gradients(self) -> Gradients:
@@ -81,10 +82,15 @@ class Result:
     def put(self, name: str, at: slice | Tensor, value: Tensor) -> None:
         """``value`` for the token positions ``at`` of ``stats`` or ``reference_stats`` (..., T), or of ``grad_hidden``
         (T, D): the tensor itself where it is for all of them."""
-        held = getattr(self, name)
-        if value.shape == held.shape:
+        axis = 0 if name == "grad_hidden" else 1
+        if value.shape[axis] == self.tokens:
             setattr(self, name, value)
-        elif name == "grad_hidden":
+            return
+        if getattr(self, name) is None:
+            shape = (self.tokens, *value.shape[1:]) if axis == 0 else (*value.shape[:-1], self.tokens)
+            setattr(self, name, value.new_zeros(shape))
+        held = getattr(self, name)
+        if axis == 0:
             held[at] = value
         else:
             held[:, at] = value
@@ -109,9 +115,9 @@ def run(
 @dataclass(frozen=True)
 class _Workspace:
     logits: Tensor  # (sides * chunk, V)
-    dz: Tensor  # (buffer, V), (0, V) without a gradient
-    wide_dz: Tensor  # (chunk, V) in fp32 for the gradient of a bias, (0, V) without one or where dz is in fp32 itself
-    reference_dz: Tensor  # (chunk, V), (0, V) without a gradient of a reference term
+    dz: Tensor | None  # (buffer, V), None without a gradient
+    wide_dz: Tensor | None  # (chunk, V) in fp32 for the gradient of a bias, None without one or where dz is in fp32
+    reference_dz: Tensor | None  # (chunk, V), None without a gradient of a reference term
 
 
 @dataclass(frozen=True)
@@ -132,24 +138,15 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
     size = _sizes(p, len(sides), rows.numel(), wanted)
     out = _empty_result(p, wanted, factor is not None, rows.numel(), size)
     if rows.numel() == 0:
-        if out.grad_weight is not None:
-            out.grad_weight.zero_()
-        return out
-    dz_dtype = gemm.gradient_dtype(p.student_hidden, p.wide)
-    term_dtype = p.wide if wanted.bias else dz_dtype
+        return _filled_with_zeros(p, out, wanted)
+    narrow = gemm.gradient_dtype(p.student_hidden, p.wide)
+    term = p.wide if wanted.bias else narrow
     buffer_rows, chunk_rows = (size.buffer, size.chunk) if any(wanted) else (0, 0)
-    term_rows = (chunk_rows if term_dtype != dz_dtype else 0, chunk_rows if p.reference else 0)
-    logits_size = len(sides) * size.chunk * size.stride * p.logits_dtype.itemsize
-    terms_size = sum(term_rows) * size.stride * term_dtype.itemsize
-    dz_size = buffer_rows * size.stride * dz_dtype.itemsize
+    tables = [(len(sides) * size.chunk, p.logits_dtype), (buffer_rows, narrow)]
+    tables += [(chunk_rows if term != narrow else 0, term), (chunk_rows if p.reference else 0, term)]
     vocab = p.head.weight.shape[0]
-    with memory.borrowed(logits_size + terms_size + dz_size, p.student_hidden.device) as block:
-        first, second, third = block.split((logits_size, terms_size, dz_size))
-        logits = _table(first, p.logits_dtype, size.stride, vocab)
-        wide_dz, reference_dz = _table(second, term_dtype, size.stride, vocab).split(term_rows)
-        dz = _table(third, dz_dtype, size.stride, vocab)
-        if third.device.type == "cpu" and size.stride > vocab:
-            third.view(dz_dtype).view(-1, size.stride)[:, vocab:] = 0  # `gemm.backproject`
+    with memory.borrowed(tables, vocab, size.stride, p.student_hidden.device) as (logits, dz, wide_dz, reference_dz):
+        assert logits is not None
         space = _Workspace(logits, dz, wide_dz, reference_dz)
         for start in range(0, rows.numel(), size.buffer):
             buffer = _buffer(p, sides, rows, weights, slice(start, start + size.buffer))
@@ -157,14 +154,14 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
                 _chunk(p, sides, buffer, factor, out, space, slice(first, first + size.chunk))
                 for first in range(0, buffer.rows.numel(), size.chunk)
             ]
-            if any(wanted):
+            if dz is not None:
                 h_s = buffer.hidden[0]
                 largest = None if p.filter_eps is None and factor is None else torch.cat(magnitudes)
                 if factor is not None:  # dW = dz^T h: 0 times the NaN of a row that the hook dropped would be NaN
                     assert largest is not None
                     h_s = h_s.masked_fill((largest == 0).unsqueeze(-1), 0.0)
                 used = _part(dz, slice(0, len(h_s)))
-                _backward_gemms(p, used, h_s, buffer.at, out, largest, first=start == 0, spare=logits)
+                _backward_gemms(p, used, h_s, buffer.at, out, wanted, largest, first=start == 0, spare=logits)
     if callable(factor):
         assert out.factor is not None
         bad = int((~out.factor[rows].isfinite()).count_nonzero())
@@ -175,12 +172,6 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
         if out.grad_hidden is not None:
             p.shards.sum_(out.grad_hidden)
     return out
-
-
-def _table(block: Tensor, dtype: torch.dtype, stride: int, vocab: int) -> Tensor:
-    """A block of bytes as rows of ``vocab`` numbers that begin ``stride`` apart."""
-    rows = block.view(dtype).view(-1, stride)
-    return rows if stride == vocab else rows[:, :vocab]
 
 
 def _part(x: Tensor, here: slice) -> Tensor:
@@ -197,7 +188,7 @@ def _buffer(p: Problem, sides: list[Side], rows: Tensor, weights: Tensor, here: 
         given = p.target_ids[at] if p.shards is None else p.target_ids[at] - p.shards.start
         target_ids = given.clamp(0, p.head.weight.shape[0] - 1)
         strange = given != target_ids
-    return _Buffer(at, _part(rows, here), hidden, _part(weights, here).to(p.wide), silent, target_ids, strange)
+    return _Buffer(at, _part(rows, here), hidden, in_dtype(_part(weights, here), p.wide), silent, target_ids, strange)
 
 
 def _chunk(
@@ -214,13 +205,10 @@ def _chunk(
     hidden = [_part(h, here) for h in b.hidden]
     student = hidden[0] - hidden[1] if p.teacher.spec.linear else hidden[0]
     x = _logits(sides, [student, *hidden[1:]], space.logits)
-    dz = _part(space.dz, slice(here.start, here.start + len(student))) if space.dz.numel() else None
-    narrow_dz, dz = dz, dz if dz is None or not space.wide_dz.numel() else space.wide_dz[: len(student)]
-    at = (
-        slice(b.at.start + here.start, b.at.start + here.start + len(student))
-        if isinstance(b.at, slice)
-        else b.at[here]
-    )
+    n = len(student)
+    narrow_dz = None if space.dz is None else _part(space.dz, slice(here.start, here.start + n))
+    dz = narrow_dz if space.wide_dz is None else _part(space.wide_dz, slice(0, n))
+    at = slice(b.at.start + here.start, b.at.start + here.start + n) if isinstance(b.at, slice) else b.at[here]
 
     weights, silent = _part(b.weights, here), _part(b.silent[0], here)
     if callable(factor):
@@ -242,12 +230,12 @@ def _chunk(
     if p.reference is not None:
         silent = _part(b.silent[1], here)
         ready = (_part(b.weights, here) * p.reference_coef).masked_fill(silent, 0.0)
-        part = None if dz is None else space.reference_dz[: len(student)]
+        part = None if space.reference_dz is None else _part(space.reference_dz, slice(0, n))
         stats = _statistics(p, p.reference, b, here, x[0], x[2], silent, ready, part)
         out.put("reference_stats", at, stats.stack())
         largest = torch.maximum(largest, ready.abs())
-        if dz is not None:
-            dz += space.reference_dz[: len(student)]
+        if dz is not None and part is not None:
+            dz += part
     if out.grad_bias is not None and dz is not None:
         out.grad_bias += dz.sum(0, dtype=p.wide)
     if narrow_dz is not None and dz is not None and narrow_dz is not dz:
@@ -274,8 +262,9 @@ def _logits(sides: list[Side], hidden: list[Tensor], workspace: Tensor) -> list[
         members = [i for i, side in enumerate(sides) if side.head is head]
         stop = start + n * len(members)
         stacked = hidden[members[0]] if len(members) == 1 else torch.cat([hidden[i] for i in members])
-        gemm.project_out(stacked, head.weight, workspace[start:stop])
-        for i, part in zip(members, workspace[start:stop].split(n), strict=True):
+        place = _part(workspace, slice(start, stop))
+        gemm.project_out(stacked, head.weight, place)
+        for i, part in zip(members, place.split(n), strict=True):
             x[i] = part
         start = stop
     return x
@@ -332,6 +321,7 @@ def _backward_gemms(
     h_s: Tensor,
     at: slice | Tensor,
     out: Result,
+    wanted: Wanted,
     largest: Tensor | None,
     first: bool,
     spare: Tensor,
@@ -344,15 +334,15 @@ def _backward_gemms(
         out.filtered += torch.stack([active.dropped, active.total]).to(out.filtered)
         columns = active.columns
     if columns is None:
-        if out.grad_hidden is not None:
-            out.put("grad_hidden", at, gemm.backproject(dz, weight, out.grad_hidden.dtype))
+        if wanted.hidden:
+            out.put("grad_hidden", at, gemm.backproject(dz, weight, _hidden_dtype(p)))
         if out.grad_weight is not None:
             gemm.accumulate_(out.grad_weight, dz, h_s, first)
         return
     dz, shape = take_columns_(dz, columns), (columns.numel(), weight.shape[1])
-    if out.grad_hidden is not None:
+    if wanted.hidden:
         weight = torch.index_select(weight, 0, columns, out=_within(spare, shape, weight.dtype))
-        out.put("grad_hidden", at, gemm.backproject(dz, weight, out.grad_hidden.dtype))
+        out.put("grad_hidden", at, gemm.backproject(dz, weight, _hidden_dtype(p)))
     if out.grad_weight is not None:
         part = _within(spare, shape, out.grad_weight.dtype)
         gemm.accumulate_(part, dz, h_s, first=True)
@@ -372,36 +362,32 @@ def _within(spare: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 
 
 def _empty_result(p: Problem, wanted: Wanted, has_factor: bool, rows: int, size: memory.Sizes) -> Result:
-    tokens, weight = p.student_hidden.shape[0], p.head.weight
-
-    def zeros(*shape: int, unless: bool = False) -> Tensor:
-        return (
-            p.student_hidden.new_empty(shape, dtype=p.wide)
-            if unless
-            else p.student_hidden.new_zeros(shape, dtype=p.wide)
-        )
-
-    everything = rows == tokens > 0  # no row keeps what it is given here
-
-    # fp16 has no room for a gradient that is yet to be divided by the token count and multiplied by a loss scale; the
-    # parts of a vocabulary's shards are summed before they are rounded.
-    wide = p.student_hidden.dtype == torch.float16 or p.shards is not None
-    narrow = p.wide if wide else p.student_hidden.dtype
-    head = p.student_hidden.dtype if size.buffer >= rows and gemm.sums_narrow(weight) else p.wide
-    grad_hidden = None
-    if wanted.hidden and everything and size.buffer >= rows:  # to be replaced as a whole: the shape without the memory
-        grad_hidden = p.student_hidden.new_empty(1, dtype=narrow).expand(p.student_hidden.shape)
-    elif wanted.hidden:
-        grad_hidden = p.student_hidden.new_zeros(p.student_hidden.shape, dtype=narrow)
+    tokens, weight, like = p.student_hidden.shape[0], p.head.weight, p.student_hidden
+    head = like.dtype if size.buffer >= rows and gemm.sums_narrow(weight) else p.wide
     return Result(
-        stats=zeros(len(COLUMNS), tokens, unless=everything),
-        reference_stats=None if p.reference is None else zeros(len(COLUMNS), tokens, unless=everything),
-        factor=zeros(tokens) + 1.0 if has_factor else None,
-        grad_hidden=grad_hidden,
-        grad_weight=p.student_hidden.new_empty(weight.shape, dtype=head) if wanted.weight else None,
-        grad_bias=zeros(weight.shape[0]) if wanted.bias else None,
-        filtered=zeros(2),
+        tokens=tokens,
+        factor=like.new_ones(tokens, dtype=p.wide) if has_factor else None,
+        grad_weight=like.new_empty(weight.shape, dtype=head) if wanted.weight else None,
+        grad_bias=like.new_zeros(weight.shape[0], dtype=p.wide) if wanted.bias else None,
+        filtered=like.new_zeros(2, dtype=p.wide),
     )
+
+
+def _hidden_dtype(p: Problem) -> torch.dtype:
+    """fp16 has no room for a gradient that is yet to be divided by the token count and multiplied by a loss scale; the
+    parts of a vocabulary's shards are summed before they are rounded."""
+    wide = p.student_hidden.dtype == torch.float16 or p.shards is not None
+    return p.wide if wide else p.student_hidden.dtype
+
+
+def _filled_with_zeros(p: Problem, out: Result, wanted: Wanted) -> Result:
+    out.stats = p.student_hidden.new_zeros(len(COLUMNS), out.tokens, dtype=p.wide)
+    out.reference_stats = None if p.reference is None else out.stats.clone()
+    if wanted.hidden:
+        out.grad_hidden = p.student_hidden.new_zeros(p.student_hidden.shape, dtype=_hidden_dtype(p))
+    if out.grad_weight is not None:
+        out.grad_weight.zero_()
+    return out
 
 
 def _sizes(p: Problem, sides: int, rows: int, wanted: Wanted) -> memory.Sizes:

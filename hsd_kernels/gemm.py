@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hsd_kernels import native
+from hsd_kernels.op_support import in_dtype
 
 UPCAST_ROWS = 8192
 UNSPLIT = 1 << 24  # elements of an output that has a tile for each multiprocessor, four times over
@@ -123,7 +124,7 @@ def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) ->
     elif by == "mkl":
         _mkl_gemm(dz, hidden, grad_weight, trans_a=True, beta=0.0 if first else 1.0)
     else:
-        operands = (dz.t().to(grad_weight.dtype), hidden.to(grad_weight.dtype))
+        operands = (in_dtype(dz.t(), grad_weight.dtype), in_dtype(hidden, grad_weight.dtype))
         torch.mm(*operands, out=grad_weight) if first else grad_weight.addmm_(*operands)
 
 

@@ -6,7 +6,7 @@ are made, read and forgotten chunk by chunk; the products with dz, which read an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -83,16 +83,37 @@ def _up(n: int, multiple: int) -> int:
 
 
 @contextmanager
-def borrowed(size: int, device: torch.device) -> Iterator[Tensor]:
-    """``size`` bytes. Taken out of `_spare` while in use: calls may nest and threads may meet."""
+def borrowed(
+    tables: Sequence[tuple[int, torch.dtype]], columns: int, stride: int, device: torch.device
+) -> Iterator[list[Tensor | None]]:
+    """A (rows, columns) tensor for each (rows, dtype), its rows ``stride`` apart; None for no rows. On a CPU they lie
+    in memory that is taken out of `_spare` while in use: calls may nest and threads may meet. Rows of bf16 have zeros
+    between them there (`gemm.backproject`)."""
+    if device.type != "cpu":
+        made = [torch.empty(rows, stride, dtype=dtype, device=device) if rows else None for rows, dtype in tables]
+        yield [t if t is None or stride == columns else t[:, :columns] for t in made]
+        return
+    size = sum(rows * stride * dtype.itemsize for rows, dtype in tables)
     try:
-        memory = _spare.pop() if device.type == "cpu" else None
+        memory = _spare.pop()
     except IndexError:
         memory = None
     if memory is None or memory.numel() < size:
-        memory = torch.empty(size, dtype=torch.uint8, device=device)
-    yield memory[:size]
-    if device.type == "cpu" and memory.numel() <= DEFAULT_MEMORY_BYTES:
+        memory = torch.empty(size, dtype=torch.uint8)
+
+    def over(start: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        place = (start // dtype.itemsize, (rows, columns), (stride, 1))
+        return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), *place)  # pyright: ignore
+
+    found: list[Tensor | None] = []
+    start = 0
+    for rows, dtype in tables:
+        found.append(over(start, rows, columns, dtype) if rows else None)
+        if rows and dtype == torch.bfloat16 and stride > columns:
+            over(start + columns * dtype.itemsize, rows, stride - columns, dtype).zero_()
+        start += rows * stride * dtype.itemsize
+    yield found
+    if memory.numel() <= DEFAULT_MEMORY_BYTES:
         _spare[:] = [memory]
 
 

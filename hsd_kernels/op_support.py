@@ -46,7 +46,7 @@ def stored(made: Gradients, student_hidden: Tensor, scale: float) -> tuple[Tenso
     def finish(g: Tensor | None) -> Tensor:
         if g is None:
             return student_hidden.new_empty(0)
-        return (g if scale == 1.0 else g.mul_(scale)).to(storage_dtype(student_hidden))
+        return in_dtype(g if scale == 1.0 else g.mul_(scale), storage_dtype(student_hidden))
 
     return finish(made.hidden), finish(made.weight), finish(made.bias)
 
@@ -98,6 +98,11 @@ def checked_targets(ids: Tensor, rows: Tensor, vocab: int | None) -> Tensor:
 def savable(t: Tensor | None) -> Tensor | None:
     """A teacher that was made under `torch.inference_mode` cannot be saved for a backward: its copy can."""
     return t.clone() if t is not None and t.is_inference() else t
+
+
+def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, without a call where it is: a small problem is bound by its calls."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def times(weights: Tensor, values: Tensor) -> Tensor:

@@ -153,22 +153,29 @@ def _forward(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
         scale = 1.0 / (max(rows.numel(), 1) if o.num_items is None else o.num_items)
     # Scaled before the GEMMs rather than in a pass over dW after them.
     before = _FP16_ROOM if t.student_hidden.dtype == torch.float16 else scale
-    result = run(problem, rows, weights * before, _hooks.get(o.hook), o.made)
-
-    full = weights
-    if t.token_weights is not None:
-        full = torch.zeros_like(t.token_weights, dtype=weights.dtype)
-        full[rows] = weights
-    of_teacher, of_reference = full if result.factor is None else full * result.factor, full * problem.reference_coef
-    effective = torch.stack([of_teacher, of_reference]) if o.reduction == "none" else weights.new_empty(0)
-    terms = times(of_teacher, _kl(result.stats))
-    reference_stats = result.stats.new_empty(0)
-    if result.reference_stats is not None:
+    ones = t.token_weights is None and not o.hook
+    result = run(problem, rows, weights * before if before != 1.0 else weights, _hooks.get(o.hook), o.made)
+    stats = result.stats
+    assert stats is not None
+    effective = weights.new_empty(0)
+    if ones and o.reduction != "none" and result.reference_stats is None:  # the same in fewer calls
+        terms = _kl(stats)
+        of_reference = None
+    else:
+        full = weights
+        if t.token_weights is not None:
+            full = torch.zeros_like(t.token_weights, dtype=weights.dtype)
+            full[rows] = weights
+        of_teacher, of_reference = full if result.factor is None else full * result.factor, full * o.reference_coef
+        effective = torch.stack([of_teacher, of_reference]) if o.reduction == "none" else effective
+        terms = times(of_teacher, _kl(stats))
+    reference_stats = stats.new_empty(0)
+    if result.reference_stats is not None and of_reference is not None:
         reference_stats = result.reference_stats
         terms = terms + times(of_reference, _kl(reference_stats))
     loss = terms if o.reduction == "none" else terms.sum() * scale
     made = stored(result.gradients, t.student_hidden, scale / before)
-    return (loss, result.stats, reference_stats, effective, result.filtered, *made)
+    return (loss, stats, reference_stats, effective, result.filtered, *made)
 
 
 def _backward(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hsd_kernels import native
 from hsd_kernels.divergence import DIVERGENCES, RowSpec
+from hsd_kernels.op_support import in_dtype
 from hsd_kernels.row_stats import COLUMNS, RowStats
 
 
@@ -51,7 +52,7 @@ def gradient_(
         "grad_sum": stats.grad_sum,
         "weights": weights,
     }
-    per_row = {name: t.to(torch.float32).contiguous() for name, t in per_row.items()}
+    per_row = {name: in_dtype(t, torch.float32).contiguous() for name, t in per_row.items()}
     form = _form(spec) | {"chain": spec.chain}
     torch.ops.hsd_cpu.gradient(out, x_student, x_teacher, **biases, **per_row, **form, **native.run())
 
