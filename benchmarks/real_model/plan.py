@@ -1,0 +1,52 @@
+"""What is run: every row of the experiment and what was expected of it before it ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+STEPS = 16  # of 24 rollouts; no training question comes twice in 28
+MEASURE_TEACHER = 5  # every so many steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """``options`` are those of `hsd.HSDConfig` beside the task's."""
+
+    name: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    expected: str = ""
+
+
+COPY = {"teacher": "copy", "teacher_copy_steps": 4}
+WORDS = {  # the default words, which ask for the teacher's own
+    "with_peer_template": "\n\nHere is the reference answer and a correct solution to the same problem.\n\n"
+    "Reference answer: {answer}\n\nCorrect solution:\n{demonstration}\n\nNow solve the problem in your own words.",
+    "answer_only_template": "\n\nHere is the reference answer to the problem.\n\nReference answer: {answer}\n\n"
+    "Now solve the problem in your own words.",
+}
+GRPO = {"kl_temperature": 1.0, "teacher": None, "policy_loss": "fused"}
+ROWS = (
+    Row("grpo", "grpo", GRPO, "0.9: only the reward counts, and nothing holds the student back"),
+    Row("hsd fixed", "hsd", {}, "0.5 to 0.7: within 0.1 of the fixed teacher's own success"),
+    Row("hsd copy 4", "hsd", COPY, "above fixed by 0.1 or more: each copy starts where the student is"),
+    Row("hsd fixed + policy", "hsd", {"policy_coef": 1.0}, "between fixed and GRPO, nearer to GRPO"),
+    Row("hsd fixed, reverse KL", "hsd", {"divergence": "reverse_kl"}, "fixed + 0.05: it seeks the teacher's mode"),
+    Row("opsd", "opsd", {"kl_clip": 0.0}, "below fixed: the answer alone makes a worse teacher (0.53 for 0.73)"),
+    Row("hsd unpaired", "hsd_unpaired", {}, "as opsd or lower: the wrong sum stands in the context"),
+    Row("hsd copy 4 + policy", "hsd", {**COPY, "policy_coef": 1.0}, "GRPO's end, reached in fewer steps"),
+    Row("hsd live", "hsd", {"teacher": "live"}, "rises, then falls: the drift that both contexts share"),
+    Row("hsd copy 4, reverse KL", "hsd", {**COPY, "divergence": "reverse_kl"}, "as copy 4 or above"),
+    Row("hsd ema 0.1", "hsd", {"teacher": "ema", "teacher_ema_rate": 0.1}, "between fixed and copy 4"),
+    Row("hsd fixed, JSD", "hsd", {"divergence": "jsd"}, "as fixed, slower"),
+    Row("hsd fixed, peers only", "hsd", {"fallback": "mask"}, "fixed + 0.05: the better of the two contexts alone"),
+    Row("hsd fixed, default words", "hsd", WORDS, "below fixed: a worse teacher (0.57 for 0.73)"),
+)
+BY_NAME = {row.name: row for row in ROWS}
+
+
+def key(name: str, seed: int) -> str:
+    """A file name."""
+    words = "".join(c if c.isalnum() or c in ".-" else " " for c in name.replace("+", "and")).split()
+    return "-".join([*words, f"seed{seed}"])
