@@ -26,6 +26,14 @@ WORDS = {  # the default words, which ask for the teacher's own
     "answer_only_template": "\n\nHere is the reference answer to the problem.\n\nReference answer: {answer}\n\n"
     "Now solve the problem in your own words.",
 }
+# The peer as the model's own earlier reply, in the turns of the model's chat format: nothing speaks of a reference.
+AGAIN = "<|im_end|>\n<|im_start|>user\nThat is right, the answer is {answer}. Say it again."
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+TURNS = {
+    "with_peer_template": TURN + "{demonstration}" + AGAIN,
+    "answer_only_template": TURN + "{answer}" + AGAIN.replace(", the answer is {answer}", ""),
+}
+PEERS_ONLY = {"fallback": "mask"}
 GRPO = {"kl_temperature": 1.0, "teacher": None, "policy_loss": "fused"}
 ROWS = (
     Row("grpo", "grpo", GRPO, "0.9: only the reward counts, and nothing holds the student back"),
@@ -41,6 +49,31 @@ ROWS = (
     Row("hsd ema 0.1", "hsd", {"teacher": "ema", "teacher_ema_rate": 0.1}, "between fixed and copy 4"),
     Row("hsd fixed, JSD", "hsd", {"divergence": "jsd"}, "as fixed, slower"),
     Row("hsd fixed, peers only", "hsd", {"fallback": "mask"}, "fixed + 0.05: the better of the two contexts alone"),
+    # Added after "hsd fixed" (0.508) had learnt its context's words, "Correct answer: 18", and a probe of other words.
+    Row(
+        "hsd turns, peers only",
+        "hsd",
+        {**TURNS, **PEERS_ONLY},
+        "0.75, fixed + 0.2: this teacher answers 0.93 rightly in the words of the peer",
+    ),
+    Row(
+        "hsd turns copy 4, peers only",
+        "hsd",
+        {**TURNS, **PEERS_ONLY, **COPY},
+        "above turns by 0.05 to 0.1",
+    ),
+    Row(
+        "hsd turns",
+        "hsd",
+        TURNS,
+        "below peers only: shown the answer alone it gives a bare number, which the student cannot add up as well",
+    ),
+    Row(
+        "hsd turns copy 4, peers only + policy",
+        "hsd",
+        {**TURNS, **PEERS_ONLY, **COPY, "policy_coef": 1.0},
+        "GRPO's end or above, in fewer steps",
+    ),
     Row("hsd fixed, default words", "hsd", WORDS, "below fixed: a worse teacher (0.57 for 0.73)"),
 )
 BY_NAME = {row.name: row for row in ROWS}

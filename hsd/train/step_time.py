@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 
 class StepTime:
-    """Wall seconds by part, and the sampled tokens, since the last `take`. On a GPU a part ends when its work is queued,
-    or read by the host, as sampled tokens and losses are."""
+    """Wall seconds by part, and the sampled tokens, since the last `take`.
+
+    On a GPU a part ends when its work is queued, or read by the host, as sampled tokens and losses are.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}

@@ -262,8 +262,8 @@ class HSDTrainer(GRPOTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _generate(self, prompts):
-        # Around the whole generation autocast casts the weights once, not once a token. Where a rank holds a part of them,
-        # the cast copies would stay on it.
+        # Around the whole generation autocast casts the weights once, not once a token. Where a rank holds a part of
+        # them, the copies would be of all.
         once = nullcontext() if self._sharded else self.accelerator.autocast()
         with self.step_time.part("sampling"), once:
             found = super()._generate(prompts)
@@ -352,7 +352,8 @@ class HSDTrainer(GRPOTrainer):
             rollouts = sample_from_ids(model, self._tokenizer, shown, sampling, seed=seed)
         texts: Any = self._tokenizer.batch_decode(rollouts, skip_special_tokens=True)
         asked = [row["prompt"] for row in inputs]
-        replies = [t if isinstance(p, str) else [{"role": "assistant", "content": t}] for p, t in zip(asked, texts)]
+        plain = isinstance(asked[0], str)
+        replies = texts if plain else [[{"role": "assistant", "content": text}] for text in texts]
         rewards = super()._calculate_rewards(inputs, asked, replies, rollouts)[first : first + len(inputs)]
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
