@@ -7,7 +7,8 @@ All contact with TRL is in this file. After a batch is generated and scored, eve
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 - overridden: ``_get_train_sampler``, ``_prepare_inputs``, ``_calculate_rewards``, ``_generate_and_score_completions``,
-  ``_generate``, ``training_step``, ``compute_loss``, and of transformers' Trainer ``_save_checkpoint``, ``_load_optimizer_and_scheduler``
+  ``_generate``, ``training_step``, ``compute_loss``, and of transformers' Trainer ``_save_checkpoint``,
+  ``_load_optimizer_and_scheduler``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``,
@@ -167,7 +168,7 @@ class HSDTrainer(GRPOTrainer):
         # Set by _calculate_rewards, taken and cleared by _generate_and_score_completions, which calls it.
         self._scored: Scored | None = None
         self.add_callback(_AfterStep(self))
-        self.add_callback(RunFiles(Path(str(args.output_dir))))
+        self.add_callback(RunFiles(Path(str(args.output_dir)), args.teacher if args.has_teacher else ""))
 
     def _can_be_fused(self, tried: Any, engine: Engine) -> bool:
         """Whether the fused loss of a method without a teacher is TRL's for this model. Raises ValueError where it was
