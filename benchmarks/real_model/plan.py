@@ -66,7 +66,7 @@ ROWS = (
         "hsd turns",
         "hsd",
         TURNS,
-        "below peers only: shown the answer alone it gives a bare number, which the student cannot add up as well",
+        "below peers only: shown the answer alone it gives a bare number, where the student adds up badly",
     ),
     Row(
         "hsd turns copy 4, peers only + policy",
