@@ -74,8 +74,8 @@ ROWS = (
         {**TURNS, **PEERS_ONLY, **COPY, "policy_coef": 1.0},
         "GRPO's end or above, in fewer steps",
     ),
-    # Added after "hsd turns, peers only" (0.367) had refuted that the teacher's success (0.64 to 1) is the ceiling: what
-    # a teacher says rightly because it was told teaches no sum. The reward must choose among its forms.
+    # Added after "hsd turns, peers only" (0.367) had refuted that the teacher's success (0.64 to 1) is the ceiling:
+    # what a teacher says rightly because it was told teaches no sum. The reward must choose among its forms.
     Row(
         "hsd 1 to 0 + policy",
         "hsd",
@@ -83,6 +83,12 @@ ROWS = (
         "GRPO's end: the teacher shortens replies early, the reward alone decides from step 9 on",
     ),
     Row("hsd 0.1 + policy", "hsd", {"policy_coef": 1.0, "divergence_coef": 0.1}, "GRPO - 0.1 or better"),
+    Row(
+        "hsd fixed, skip 1 + policy",
+        "hsd",
+        {"policy_coef": 1.0, "skip_tokens": 1},
+        "above fixed + policy: the context's words enter with the first token, which the reward alone chooses here",
+    ),
     Row("hsd fixed, default words", "hsd", WORDS, "below fixed: a worse teacher (0.57 for 0.73)"),
 )
 BY_NAME = {row.name: row for row in ROWS}

@@ -57,7 +57,7 @@ def write(folder: Path) -> str:
         [
             "# SmolLM2-135M-Instruct on additions",
             "Made by `python -m benchmarks.real_model --report` from the files beside it. Held out: 40 questions x 3"
-            " replies a seed, temperature 0.6, 12 tokens at most. A seed draws the questions' split, their order and the"
+            " replies a seed, temperature 0.6, 12 tokens at most. A seed draws the questions' split and order and the"
             " sampling; the model is the same.",
             success_table(runs, names),
             "## What the replies are made of\n\nAll seeds together: share of the replies, success inside.",
