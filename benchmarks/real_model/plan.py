@@ -34,6 +34,7 @@ TURNS = {
     "answer_only_template": TURN + "{answer}" + AGAIN.replace(", the answer is {answer}", ""),
 }
 PEERS_ONLY = {"fallback": "mask"}
+BEST = {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 8]}  # also the task's own setting
 GRPO = {"kl_temperature": 1.0, "teacher": None, "policy_loss": "fused"}
 ROWS = (
     Row("grpo", "grpo", GRPO, "0.9: only the reward counts, and nothing holds the student back"),
@@ -79,7 +80,7 @@ ROWS = (
     Row(
         "hsd 1 to 0 + policy",
         "hsd",
-        {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 8]},
+        BEST,
         "GRPO's end: the teacher shortens replies early, the reward alone decides from step 9 on",
     ),
     Row("hsd 0.1 + policy", "hsd", {"policy_coef": 1.0, "divergence_coef": 0.1}, "GRPO - 0.1 or better"),

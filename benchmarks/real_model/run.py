@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from benchmarks.real_model.plan import MEASURE_TEACHER, Row
+from benchmarks.real_model.plan import BEST, MEASURE_TEACHER, Row
 from benchmarks.small_world.run import rounded
 from hsd.evaluate import end_token_ids, sample, score, success
 from hsd.tasks import registered
@@ -86,7 +86,9 @@ def config(row: Row, task: Task, seed: int, steps: int, folder: Path) -> HSDConf
     own = {"save_strategy": "no", "disable_tqdm": True, "max_steps": steps, "seed": seed, "method": row.method}
     if row.method != "grpo":
         own["teacher_success_every"] = MEASURE_TEACHER
-    return HSDConfig(output_dir=str(folder), **{**task.config, **own, **row.options})
+    # The task begins with the best of these rows; a row begins with HSD as it is.
+    base = {k: v for k, v in task.config.items() if k not in (*BEST, "teacher_success_every")}
+    return HSDConfig(output_dir=str(folder), **{**base, **own, **row.options})
 
 
 def measured(task: Task, policy: Policy, seed: int) -> dict[str, Any]:

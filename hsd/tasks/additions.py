@@ -40,8 +40,8 @@ def task(seed: int) -> Task:
         eval_samples=3,
         credit_questions=12,
         train={
-            "max_steps": 20,
-            "save_steps": 5,
+            "max_steps": 16,
+            "save_steps": 4,
             "save_total_limit": 2,
             "learning_rate": 2e-5,
             "lr_scheduler_type": "constant_with_warmup",
@@ -51,6 +51,10 @@ def task(seed: int) -> Task:
             "kl_temperature": 0.6,
             "teacher": "fixed",
             "reference_coef": 0.0,
+            # HSD alone takes over its context's words; the reward must have the last word (docs/real_model.md).
+            "policy_coef": 1.0,
+            "divergence_coef": [1.0, 0.0, 8],
+            "teacher_success_every": 5,
             "bf16": True,
             "use_cpu": not torch.cuda.is_available(),
             "gradient_checkpointing": False,
