@@ -52,9 +52,8 @@ def meaning_of(logs: Mapping[str, Any], teacher: str) -> str | None:
     told = f"success of the student {own:.2f}, of replies sampled from the teacher's contexts {shown:.2f}"
     if shown <= own:
         return f"{told}: this teacher has nothing to teach; other words of the context, or another one, may"
-    if teacher in ("fixed", "ema", "gated", "copy"):
-        kept = "a fixed teacher" if teacher == "fixed" else "a teacher that moves little"
-        return f"{told}: {kept} does not carry the student far beyond that"
+    if teacher == "fixed":
+        return f"{told}: about the most that the divergence from a fixed teacher can give, and no forecast"
     return told
 
 
