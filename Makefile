@@ -10,7 +10,7 @@ demo: $(VENV)/.train
 	$(BIN)/hsd demo small $(if $(STEPS),--max_steps $(STEPS)) $(if $(ARGS),$(ARGS))
 
 demo-smollm2: $(VENV)/.train
-	$(BIN)/hsd demo smollm2 $(if $(STEPS),--max_steps $(STEPS)) $(if $(ARGS),$(ARGS))
+	$(BIN)/hsd demo additions $(if $(STEPS),--max_steps $(STEPS)) $(if $(ARGS),$(ARGS))
 
 test: lint
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""`hsd demo small|smollm2 [--key value ...]`: watch a language model get better at reasoning.
+"""`hsd demo small|additions|smollm2 [--key value ...]`: watch a language model get better at reasoning.
 
 Evaluates a registered task's initial policy, measures its credit, trains it, evaluates it again and reports, all in
 runs/NAME-seedN. Ctrl-C stops after the current step and leaves a checkpoint; the same command goes on.
@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 HELP = "train a small model here and report: success before and after, and where the credit lands"
 TAKES_OVERRIDES = True
-TASKS = {"small": "small_world", "smollm2": "smollm2"}
+TASKS = {"small": "small_world", "additions": "additions", "smollm2": "smollm2"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

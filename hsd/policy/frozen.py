@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode without gradients; tied weights stay tied."""
     twin = copy.deepcopy(model)
+    twin.__dict__.pop("forward", None)  # a wrapper that was set on the model, as accelerate's, still calls that model
     twin.requires_grad_(False)
     return twin.eval()
 

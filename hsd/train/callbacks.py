@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -18,6 +20,7 @@ STEP_COLUMNS = {
     "loss": "loss",
     "kl": "hsd/kl",
     "success": "hsd/success_rate",
+    "teacher's": "hsd/teacher_success",
     "coverage": "hsd/coverage",
     "|A| at tau": "hsd/credit_at_tau",
     "mass(8)": "hsd/credit_mass_8",
@@ -27,6 +30,33 @@ STEP_COLUMNS = {
 }
 
 
+def split_of(logs: Mapping[str, Any]) -> list[str]:
+    """The seconds of a step by part, and the sampled tokens a second; none where they were not measured."""
+    parts = {
+        key.removeprefix("time/").removesuffix("_s").replace("_", " "): seconds
+        for key, seconds in logs.items()
+        if key.startswith("time/") and not key.endswith("per_s")
+    }
+    if not parts:
+        return []
+    speed = logs.get("time/sampled_tokens_per_s")
+    told = " + ".join(f"{name} {seconds:.2g}" for name, seconds in parts.items())
+    return [f"({told})"] + ([f"{speed:.3g} tokens/s"] if speed is not None else [])
+
+
+def meaning_of(logs: Mapping[str, Any], teacher: str) -> str | None:
+    """What the success of the first measured step says about the steps to come; None where it was not measured."""
+    own, shown = logs.get("hsd/success_rate"), logs.get("hsd/teacher_success")
+    if own is None or shown is None or own != own:
+        return None
+    told = f"success of the student {own:.2f}, of replies sampled from the teacher's contexts {shown:.2f}"
+    if shown <= own:
+        return f"{told}: this teacher has nothing to teach; other words of the context, or another one, may"
+    if teacher == "fixed":
+        return f"{told}: about the most that the divergence from a fixed teacher can give, and no forecast"
+    return told
+
+
 class StepLine(ProgressCallback):
     """A progress bar with one short line per logged step, instead of the whole dictionary."""
 
@@ -34,6 +64,7 @@ class StepLine(ProgressCallback):
         if self.training_bar is None or not logs or "loss" not in logs:
             return
         cells = [f"{name} {logs[key]:.3g}" for name, key in STEP_COLUMNS.items() if logs.get(key) is not None]
+        cells += split_of(logs)
         self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(cells))
 
 
@@ -43,8 +74,9 @@ class RunFiles(TrainerCallback):
     On resume, lines after the checkpoint's step are dropped, so the file reads like that of an uninterrupted run.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, teacher: str = ""):
         self.path = folder / "metrics.jsonl"
+        self.teacher = teacher
         self.raised: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -59,6 +91,10 @@ class RunFiles(TrainerCallback):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         row = {"step": state.global_step, **logs}
+        if not any("hsd/teacher_success" in earlier for earlier in self.history) and (
+            said := meaning_of(logs, self.teacher)
+        ):
+            print(f"step {state.global_step}: {said}", flush=True)
         self.history.append(row)
         new = {k: v for k, v in alarms(self.history).items() if k not in self.raised}
         if new:

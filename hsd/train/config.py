@@ -116,6 +116,9 @@ class HSDConfig(GRPOConfig):
     teacher_gate: list[float] | None = option(
         None, "gated: [generations, gain of success over them, truncated share], which must hold for a refresh"
     )
+    teacher_success_every: int | None = option(
+        None, "every so many steps replies are sampled from the teacher's contexts and scored; none: never", AT_LEAST_1
+    )
     trust_region_share: float = option(0.05, "share of the live logits in those of a trust_region teacher", SHARE)
     reference_coef: Schedule = option(
         None, "weight of KL(student || reference); GRPO's own beta is for TRL's losses only", AT_LEAST_0
@@ -225,6 +228,13 @@ class HSDConfig(GRPOConfig):
             )
         if gate is not None and (len(gate) != 3 or gate[0] < 1 or gate[1] < 0.0 or not 0.0 <= gate[2] <= 1.0):
             raise ValueError(f"teacher_gate: expected [at least 1, at least 0, a share], got {gate}")
+        if self.teacher_success_every is not None and (not self.has_teacher or self.teacher == "trust_region"):
+            which = (
+                f"teacher={self.teacher!r}, whose logits are of two models"
+                if self.has_teacher
+                else (f"method={self.method!r}, which has no teacher")
+            )
+            raise ValueError(f"teacher_success_every: expected None with {which}, got {self.teacher_success_every}")
         if self.reference_refresh_steps is not None and not self.reference_coef:
             raise ValueError("reference_refresh_steps: expected None without reference_coef, which is 0")
         period = steps_of_a_generation(self)

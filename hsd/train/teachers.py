@@ -15,7 +15,8 @@ The reference is the initial policy, or, with ``reference_refresh_steps`` n, an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ class FrozenPolicies:
         teacher = self._under(policy, self.teacher, forward, ("teacher",))[0] if self.teacher else None
         reference = self._under(policy, self.reference, forward, ("student",))[0] if self.reference else None
         return teacher, reference
+
+    @contextmanager
+    def sampler(self, policy: Any) -> Iterator[Any]:
+        """The model that samples as the teacher does; of a teacher that is one model on ranks that hold it whole."""
+        if self.teacher is None or self.teacher in self.models:
+            yield self.models[self.teacher] if self.teacher else policy
+            return
+        with adapters_off(policy) if self.teacher == INITIAL else under_adapter(policy, self.teacher):
+            yield policy
 
     def _under(self, policy: Any, name: str, forward: Forward, prompts: Sequence[str]) -> list[FrozenStates]:
         if name in self.models:

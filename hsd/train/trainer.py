@@ -7,10 +7,12 @@ All contact with TRL is in this file. After a batch is generated and scored, eve
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 - overridden: ``_get_train_sampler``, ``_prepare_inputs``, ``_calculate_rewards``, ``_generate_and_score_completions``,
-  ``compute_loss``, and of transformers' Trainer ``_save_checkpoint``, ``_load_optimizer_and_scheduler``
+  ``_generate``, ``training_step``, ``compute_loss``, and of transformers' Trainer ``_save_checkpoint``,
+  ``_load_optimizer_and_scheduler``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
-  ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``
+  ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``,
+  ``_pending_extra_logs``, ``_pending_metrics``
 - keys of its batch: ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, ``tool_mask``,
   ``advantages``, ``old_per_token_logps`` (`hsd.train.batch` takes them from there)
 - functions: ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its arguments
@@ -20,8 +22,10 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
+from hsd.evaluate.sampling import Sampling, sample_from_ids
 from hsd.files import replacing
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
 from hsd.hindsight.groups import Prompt, Rollout, members
@@ -59,6 +64,7 @@ from hsd.train.config import HSDConfig
 from hsd.train.limits import Engine, check_engine, engine_of
 from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
 from hsd.train.micro_batch import MicroBatchLoss
+from hsd.train.step_time import StepTime
 from hsd.train.teachers import FrozenPolicies, check_fresh_adapter
 from hsd_kernels import RowStats, fused_token_logps
 
@@ -111,8 +117,10 @@ class HSDTrainer(GRPOTrainer):
                 raise ValueError(
                     f"{name}: expected None with method={args.method!r}, whose teacher is given the data set's"
                 )
+        self.step_time = StepTime()
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.args: HSDConfig
+        self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if self._is_vlm:
             raise ValueError("model: expected a text model, got a vision-language one")
         check_vocabulary(self.accelerator.unwrap_model(self.model), self._tokenizer)
@@ -121,9 +129,13 @@ class HSDTrainer(GRPOTrainer):
         self.context_template = context_template
         self.feedback_fn = feedback_fn
         policy: Any = self.accelerator.unwrap_model(self.model)
-        self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self._redirect = _ForwardRedirection()
         held = weights_of(self.accelerator, self._redirect)
+        if args.teacher_success_every and held.gathers:
+            raise ValueError(
+                "teacher_success_every: expected None where a rank holds a part of the weights, which cannot sample, "
+                f"got {args.teacher_success_every}"
+            )
         engine = engine_of(self.accelerator)
         check_engine(args, engine, peft=hasattr(policy, "peft_config"))
         tried = policy
@@ -156,7 +168,7 @@ class HSDTrainer(GRPOTrainer):
         # Set by _calculate_rewards, taken and cleared by _generate_and_score_completions, which calls it.
         self._scored: Scored | None = None
         self.add_callback(_AfterStep(self))
-        self.add_callback(RunFiles(Path(str(args.output_dir))))
+        self.add_callback(RunFiles(Path(str(args.output_dir)), args.teacher if args.has_teacher else ""))
 
     def _can_be_fused(self, tried: Any, engine: Engine) -> bool:
         """Whether the fused loss of a method without a teacher is TRL's for this model. Raises ValueError where it was
@@ -246,6 +258,19 @@ class HSDTrainer(GRPOTrainer):
             self._buffered_inputs = split_tensor_dict(shuffle_groups(batch, size), steps)
         return self._buffered_inputs[self._step % steps]
 
+    def training_step(self, model, inputs, num_items_in_batch):
+        with self.step_time.part("update"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _generate(self, prompts):
+        # Around the whole generation autocast casts the weights once, not once a token. Where a rank holds a part of
+        # them, the copies would be of all.
+        once = nullcontext() if self._sharded else self.accelerator.autocast()
+        with self.step_time.part("sampling"), once:
+            found = super()._generate(prompts)
+        self.step_time.tokens += sum(map(len, found[1]))
+        return found
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
@@ -261,6 +286,10 @@ class HSDTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self.step_time.part("rewards"):  # and contexts
+            return self._generated(inputs)
+
+    def _generated(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         scored, self._scored = self._scored, None
         assert scored is not None
@@ -286,6 +315,10 @@ class HSDTrainer(GRPOTrainer):
                 mine, inputs, scored.feedback, step=self.state.global_step, groups=groups
             )
         self._record(mode, (context_metrics(prompts) if prompts else {}) | {"repeated_tail": tails})
+        every = self.args.teacher_success_every
+        if prompts and every and mode == "train" and self.state.global_step % every == 0:
+            with self.step_time.part("teacher_success"):
+                self._record(mode, {"teacher_success": self._teacher_success(inputs, prompts, first)})
         if not self.own_loss:
             return batch
         rewards = [m.group.rollouts[m.index].reward for m in mine]
@@ -301,6 +334,34 @@ class HSDTrainer(GRPOTrainer):
             batch["old_per_token_logps"] = self._logps(*student_inputs(batch), temperature=self.temperature)
         self._add_columns(batch)
         return batch
+
+    @torch.no_grad()
+    def _teacher_success(
+        self, inputs: list[dict[str, Any]], prompts: Sequence[Sequence[TeacherPrompt]], first: int
+    ) -> float:
+        """Share of successes among replies sampled from the teacher, one from the first context of each rollout."""
+        args, policy = self.args, self.accelerator.unwrap_model(self.model)
+        sampling = Sampling(
+            int(self.max_completion_length),  # type: ignore[arg-type]
+            args.temperature,
+            args.top_p,
+            batch_size=len(inputs),
+        )
+        shown = [list(row[0].context.prompt_ids) for row in prompts]
+        seed = hash((args.seed, self.state.global_step, first)) % 2**31
+        with self.frozen.sampler(policy) as model, in_eval_mode(model), self.accelerator.autocast():
+            rollouts = sample_from_ids(model, self._tokenizer, shown, sampling, seed=seed)
+        texts: Any = self._tokenizer.batch_decode(rollouts, skip_special_tokens=True)
+        asked = [row["prompt"] for row in inputs]
+        plain = isinstance(asked[0], str)
+        replies = texts if plain else [[{"role": "assistant", "content": text}] for text in texts]
+        rewards = super()._calculate_rewards(inputs, asked, replies, rollouts)[first : first + len(inputs)]
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
+        counts = torch.tensor([row[0].context.kind != "nothing" for row in prompts], device=rewards.device)
+        counts &= ~rewards.isnan().all(-1)
+        return ((weighted >= args.success_reward) & counts).sum().item() / max(int(counts.sum()), 1)
 
     def _rollouts(self, batch: dict[str, Any], scored: Scored) -> list[Rollout]:
         """The rollouts of all ranks."""
@@ -501,8 +562,16 @@ class _AfterStep(TrainerCallback):
     def __init__(self, trainer: HSDTrainer):
         self.trainer = trainer
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.step_time.add("optimizer", time.perf_counter() - self.began)
+
     def on_step_end(self, args, state, control, **kwargs):
         t = self.trainer
+        for name, value in t.step_time.take().items():
+            t._metrics["train"][f"time/{name}"].append(value)
         policy: Any = t.accelerator.unwrap_model(t.model)
         t.frozen.step(policy, state.global_step, t.refresh)
         t.refresh = False

@@ -69,4 +69,4 @@ def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tiny, 
 
 def test_what_is_not_a_demo_is_named(capsys):
     assert main(["demo", "large"]) == 2
-    assert "'small', 'smollm2'" in capsys.readouterr().err
+    assert "'small', 'additions', 'smollm2'" in capsys.readouterr().err

@@ -177,3 +177,17 @@ def test_a_frozen_adapter_is_read_as_itself_and_changes_nothing_else():
         torch.testing.assert_close(model(ids).logits, alone(ids).logits, rtol=0, atol=0)
         assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     assert not torch.allclose(model(ids).logits, before)
+
+
+def test_a_wrapper_that_was_set_on_the_model_does_not_bind_its_copy_to_it():
+    """As accelerate's mixed precision does: the copied wrapper would still call the model that is trained."""
+    model = build(1)
+    own = model.forward
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    twin, ids = frozen_copy(model), torch.tensor([[3, 4, 5]])
+    before = twin(ids).logits
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    assert torch.equal(twin(ids).logits, before)
+    assert not torch.equal(model(ids).logits, before)

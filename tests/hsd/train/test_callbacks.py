@@ -13,7 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hsd.hindsight.context import ContextTemplate
 from hsd.tasks import small_world
-from hsd.train.callbacks import RunFiles, StepLine, StopOnSignal, last_checkpoint, load_metrics
+from hsd.train.callbacks import (
+    RunFiles,
+    StepLine,
+    StopOnSignal,
+    last_checkpoint,
+    load_metrics,
+    meaning_of,
+    split_of,
+)
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 
@@ -263,3 +271,40 @@ def test_the_last_whole_checkpoint(tmp_path):
         if whole:
             (folder / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_the_split_of_a_step_names_its_parts_and_the_speed():
+    logs = {"time/sampling_s": 2.5, "time/update_s": 1.0, "time/sampled_tokens_per_s": 104.4, "loss": 1.0}
+    assert split_of(logs) == ["(sampling 2.5 + update 1)", "104 tokens/s"]
+    assert split_of({"time/update_s": 1.0}) == ["(update 1)"]
+    assert split_of({"loss": 1.0}) == []
+
+
+@pytest.mark.parametrize(
+    "own, shown, teacher, said",
+    [
+        (0.1, 0.4, "fixed", "0.40: about the most"),
+        (0.1, 0.4, "copy", "0.40"),
+        (0.4, 0.4, "fixed", "nothing to teach"),
+        (0.5, 0.4, "live", "nothing to teach"),
+        (0.1, None, "fixed", None),
+        (None, 0.4, "fixed", None),
+        (float("nan"), 0.4, "fixed", None),
+    ],
+)
+def test_what_the_teachers_success_means(own, shown, teacher, said):
+    found = meaning_of({"hsd/success_rate": own, "hsd/teacher_success": shown}, teacher)
+    assert found is None if said is None else said in str(found)
+
+
+def test_the_meaning_is_printed_at_the_first_measured_step_alone(tmp_path, capsys):
+    files = RunFiles(tmp_path, "fixed")
+    begin(files)
+    log(files, 1, loss=0.5, **{"hsd/success_rate": 0.1})
+    for step in (2, 3):
+        log(files, step, loss=0.5, **{"hsd/success_rate": 0.1, "hsd/teacher_success": 0.4})
+    again = RunFiles(tmp_path, "fixed")
+    begin(again, step=3)
+    log(again, 4, loss=0.5, **{"hsd/success_rate": 0.1, "hsd/teacher_success": 0.4})
+    said = [line for line in capsys.readouterr().out.splitlines() if "sampled from the teacher" in line]
+    assert len(said) == 1 and said[0].startswith("step 2: success of the student 0.10")

@@ -1,0 +1,101 @@
+"""What is run: every row of the experiment and what was expected of it before it ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+STEPS = 16  # of 24 rollouts; no training question comes twice in 28
+MEASURE_TEACHER = 5  # every so many steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """``options`` are those of `hsd.HSDConfig` beside the task's."""
+
+    name: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    expected: str = ""
+
+
+COPY = {"teacher": "copy", "teacher_copy_steps": 4}
+WORDS = {  # the default words, which ask for the teacher's own
+    "with_peer_template": "\n\nHere is the reference answer and a correct solution to the same problem.\n\n"
+    "Reference answer: {answer}\n\nCorrect solution:\n{demonstration}\n\nNow solve the problem in your own words.",
+    "answer_only_template": "\n\nHere is the reference answer to the problem.\n\nReference answer: {answer}\n\n"
+    "Now solve the problem in your own words.",
+}
+# The peer as the model's own earlier reply, in the turns of the model's chat format: nothing speaks of a reference.
+AGAIN = "<|im_end|>\n<|im_start|>user\nThat is right, the answer is {answer}. Say it again."
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+TURNS = {
+    "with_peer_template": TURN + "{demonstration}" + AGAIN,
+    "answer_only_template": TURN + "{answer}" + AGAIN.replace(", the answer is {answer}", ""),
+}
+PEERS_ONLY = {"fallback": "mask"}
+BEST = {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 8]}  # also the task's own setting
+GRPO = {"kl_temperature": 1.0, "teacher": None, "policy_loss": "fused"}
+ROWS = (
+    Row("grpo", "grpo", GRPO, "0.9: only the reward counts, and nothing holds the student back"),
+    Row("hsd fixed", "hsd", {}, "0.5 to 0.7: within 0.1 of the fixed teacher's own success"),
+    Row("hsd copy 4", "hsd", COPY, "above fixed by 0.1 or more: each copy starts where the student is"),
+    Row("hsd fixed + policy", "hsd", {"policy_coef": 1.0}, "between fixed and GRPO, nearer to GRPO"),
+    Row("hsd fixed, reverse KL", "hsd", {"divergence": "reverse_kl"}, "fixed + 0.05: it seeks the teacher's mode"),
+    Row("opsd", "opsd", {"kl_clip": 0.0}, "below fixed: the answer alone makes a worse teacher (0.53 for 0.73)"),
+    Row("hsd unpaired", "hsd_unpaired", {}, "as opsd or lower: the wrong sum stands in the context"),
+    Row("hsd copy 4 + policy", "hsd", {**COPY, "policy_coef": 1.0}, "GRPO's end, reached in fewer steps"),
+    Row("hsd live", "hsd", {"teacher": "live"}, "rises, then falls: the drift that both contexts share"),
+    Row("hsd copy 4, reverse KL", "hsd", {**COPY, "divergence": "reverse_kl"}, "as copy 4 or above"),
+    Row("hsd ema 0.1", "hsd", {"teacher": "ema", "teacher_ema_rate": 0.1}, "between fixed and copy 4"),
+    Row("hsd fixed, JSD", "hsd", {"divergence": "jsd"}, "as fixed, slower"),
+    Row("hsd fixed, peers only", "hsd", {"fallback": "mask"}, "fixed + 0.05: the better of the two contexts alone"),
+    # Added after "hsd fixed" (0.508) had learnt its context's words, "Correct answer: 18", and a probe of other words.
+    Row(
+        "hsd turns, peers only",
+        "hsd",
+        {**TURNS, **PEERS_ONLY},
+        "0.75, fixed + 0.2: this teacher answers 0.93 rightly in the words of the peer",
+    ),
+    Row(
+        "hsd turns copy 4, peers only",
+        "hsd",
+        {**TURNS, **PEERS_ONLY, **COPY},
+        "above turns by 0.05 to 0.1",
+    ),
+    Row(
+        "hsd turns",
+        "hsd",
+        TURNS,
+        "below peers only: shown the answer alone it gives a bare number, where the student adds up badly",
+    ),
+    Row(
+        "hsd turns copy 4, peers only + policy",
+        "hsd",
+        {**TURNS, **PEERS_ONLY, **COPY, "policy_coef": 1.0},
+        "GRPO's end or above, in fewer steps",
+    ),
+    # Added after "hsd turns, peers only" (0.367) had refuted that the teacher's success (0.64 to 1) is the ceiling:
+    # what a teacher says rightly because it was told teaches no sum. The reward must choose among its forms.
+    Row(
+        "hsd 1 to 0 + policy",
+        "hsd",
+        BEST,
+        "GRPO's end: the teacher shortens replies early, the reward alone decides from step 9 on",
+    ),
+    Row("hsd 0.1 + policy", "hsd", {"policy_coef": 1.0, "divergence_coef": 0.1}, "GRPO - 0.1 or better"),
+    Row(
+        "hsd fixed, skip 1 + policy",
+        "hsd",
+        {"policy_coef": 1.0, "skip_tokens": 1},
+        "above fixed + policy: the context's words enter with the first token, which the reward alone chooses here",
+    ),
+    Row("hsd fixed, default words", "hsd", WORDS, "below fixed: a worse teacher (0.57 for 0.73)"),
+)
+BY_NAME = {row.name: row for row in ROWS}
+
+
+def key(name: str, seed: int) -> str:
+    """A file name."""
+    words = "".join(c if c.isalnum() or c in ".-" else " " for c in name.replace("+", "and")).split()
+    return "-".join([*words, f"seed{seed}"])

@@ -1,0 +1,208 @@
+"""The report of what is finished: tables and a picture, from the runs' files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.real_model.plan import BY_NAME, ROWS
+from benchmarks.small_world.results import interval
+from hsd.evaluate.interval import share
+
+FORMS = ("the sum, then its value", "a number alone", "other words")
+SHORT = 10  # tokens; with its end
+
+
+def form_of(reply: str) -> str:
+    """What a reply is made of, whether it is right or wrong; the sum counts where the reply opens with it."""
+    text = reply.strip()
+    if re.match(r"\d+\s*\+\s*\d+\s*(=|is|equals)\s*\d", text):
+        return FORMS[0]
+    return FORMS[1] if re.fullmatch(r"\d+\W*", text) else FORMS[2]
+
+
+def forms(replies: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float | None]]:
+    """Of each form its share of the replies, and the success rate inside it; None where there is no such reply."""
+    found = {}
+    for form in FORMS:
+        rewards = [r["reward"] for r in replies if form_of(r["reply"]) == form]
+        found[form] = (len(rewards) / len(replies), sum(rewards) / len(rewards) if rewards else None)
+    return found
+
+
+def among_short(replies: Sequence[dict[str, Any]]) -> tuple[float | None, int]:
+    """Success among replies that ended within `SHORT` tokens, and how many they are: gains that are not brevity's."""
+    rewards = [r["reward"] for r in replies if r["ended"] and r["tokens"] <= SHORT]
+    return (sum(rewards) / len(rewards) if rewards else None), len(rewards)
+
+
+def load(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """{row: {seed: run}}; a run of the plan, or the start."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        run = json.loads(path.read_text())
+        found.setdefault(run["asked"]["name"], {})[run["asked"]["seed"]] = run
+    return found
+
+
+def write(folder: Path) -> str:
+    """``folder``/report.md and curves.png; where they are."""
+    runs = load(folder)
+    names = [name for name in ("start", *BY_NAME) if name in runs]
+    text = "\n\n".join(
+        [
+            "# SmolLM2-135M-Instruct on additions",
+            "Made by `python -m benchmarks.real_model --report` from the files beside it. Held out: 40 questions x 3"
+            " replies a seed, temperature 0.6, 12 tokens at most. A seed draws the questions' split and order and the"
+            " sampling; the model is the same.",
+            success_table(runs, names),
+            "## What the replies are made of\n\nAll seeds together: share of the replies, success inside.",
+            form_table(runs, names),
+            "## What was expected before the run, and found",
+            expected_table(runs),
+            "## Steps\n\n" + steps_table(runs),
+            "![success of the rollouts against steps and CPU seconds](curves.png)",
+            "Rows of the plan that were not run: "
+            + (", ".join(row.name for row in ROWS if row.name not in runs) or "none")
+            + ".",
+        ]
+    )
+    (folder / "report.md").write_text(text + "\n")
+    if any("cpu_seconds" in run for by_seed in runs.values() for run in by_seed.values()):
+        plot(folder / "curves.png", runs)
+    return f"{folder / 'report.md'}: {sum(map(len, runs.values()))} runs"
+
+
+def success_table(runs: dict[str, dict[int, dict[str, Any]]], names: Sequence[str]) -> str:
+    rows = []
+    for name in names:
+        by_seed = runs[name]
+        seeds = " ".join(
+            f"{s}: {r['held_out']['mean']:.3f} [{r['held_out']['low']:.3f}, {r['held_out']['high']:.3f}]"
+            for s, r in sorted(by_seed.items())
+        )
+        every = [reply for r in by_seed.values() for reply in r["replies"]]
+        short, n = among_short(every)
+        rows.append(
+            [
+                name,
+                pooled(by_seed),
+                str(interval([r["held_out"]["mean"] for r in by_seed.values()])),
+                seeds,
+                "" if short is None else f"{short:.3f} of {n}",
+                f"{sum(r['held_out']['mean_length'] for r in by_seed.values()) / len(by_seed):.1f}",
+            ]
+        )
+    head = [
+        "run",
+        "success, all seeds",
+        "mean ± over seeds",
+        "each seed",
+        f"among replies of <= {SHORT} tokens",
+        "tokens",
+    ]
+    return table(head, rows)
+
+
+def pooled(by_seed: dict[int, dict[str, Any]]) -> str:
+    """Success over the questions of all seeds, with the interval over questions."""
+    grid = []
+    for run in by_seed.values():
+        rewards, n = [r["reward"] for r in run["replies"]], run["held_out"]["samples"]
+        grid += [rewards[at : at + n] for at in range(0, len(rewards), n)]
+    found = share(grid)
+    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def form_table(runs: dict[str, dict[int, dict[str, Any]]], names: Sequence[str]) -> str:
+    rows = []
+    for name in names:
+        found = forms([reply for run in runs[name].values() for reply in run["replies"]])
+        cells = [f"{100 * s:.0f} %" + ("" if rate is None else f", {rate:.2f}") for s, rate in found.values()]
+        rows.append([name, *cells])
+    return table(["run", *FORMS], rows)
+
+
+def expected_table(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
+    rows = []
+    for row in ROWS:
+        if row.name in runs:
+            found = ", ".join(f"{r['held_out']['mean']:.3f}" for _, r in sorted(runs[row.name].items()))
+            rows.append([row.name, row.expected, found])
+    return table(["run", "expected", "found, each seed"], rows)
+
+
+def steps_table(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """The median CPU seconds of a step, wall seconds by part, and the teacher's own success in the run."""
+    rows = []
+    for row in ROWS:
+        for seed, run in sorted(runs.get(row.name, {}).items()):
+            steps = run["steps"]
+            parts = [
+                f"{name} {median(filled(steps[key])):.2f}"
+                for name in ("sampling", "update", "optimizer")
+                if filled(steps.get(key := f"time/{name}_s", []))
+            ]
+            shown = [f"{x:.2f}" for x in filled(steps.get("hsd/teacher_success", []))]
+            means = [f"{x:.2f}" for x in by_four(steps["hsd/success_rate"])]
+            alarm = "; ".join(run["alarms"].values())
+            rows.append(
+                [
+                    row.name,
+                    str(seed),
+                    " ".join(means),
+                    " ".join(shown) or "not measured",
+                    f"{median(run['cpu_seconds']):.1f}",
+                    ", ".join(parts),
+                    alarm or "none",
+                ]
+            )
+    head = ["run", "seed", "success of the rollouts, by four steps", "teacher's own, at steps 1, 6, 11, 16"]
+    return table([*head, "CPU s a step", "wall s a step", "alarms"], rows)
+
+
+def filled(values: Sequence[float | None]) -> list[float]:
+    return [v for v in values if v is not None]
+
+
+def by_four(values: Sequence[float]) -> list[float]:
+    return [sum(values[at : at + 4]) / len(values[at : at + 4]) for at in range(0, len(values), 4)]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def plot(path: Path, runs: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """Success of the rollouts, means of four steps and of all seeds, against steps and CPU seconds. No question comes
+    twice, so that every point is of questions that were not trained on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    fig, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    styles = ["-", "--", "-.", ":"]
+    for i, row in enumerate(row for row in ROWS if row.name in runs):
+        found = list(runs[row.name].values())
+        curves = [by_four(run["steps"]["hsd/success_rate"]) for run in found]
+        mean = [sum(points) / len(points) for points in zip(*curves, strict=True)]
+        steps = [4 * (at + 1) - 1.5 for at in range(len(mean))]
+        cpu = sum(median(run["cpu_seconds"]) for run in found) / len(found)
+        style = {"linestyle": styles[i // 10], "marker": "o", "markersize": 3, "color": f"C{i % 10}"}
+        label = f"{row.name} ({len(found)})"
+        axes[0].plot(steps, mean, label=label, **style)
+        axes[1].plot([cpu * s for s in steps], mean, **style)
+    axes[0].set_xlabel("optimizer steps of 24 rollouts")
+    axes[1].set_xlabel("CPU seconds, one thread")
+    axes[0].set_ylabel("success of the rollouts")
+    axes[0].set_ylim(0, 1)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(0.74, 0.5), fontsize=8)
+    fig.tight_layout(rect=(0, 0, 0.74, 1))
+    fig.savefig(path, dpi=110)
+    pyplot.close(fig)
