@@ -23,7 +23,7 @@ from suite import Row, load
 from timing import header
 
 KEYS = ("table", "part", "fact", "C", "divergence", "case", "shape", "axis", "contender", "kernel", "config", "rows")
-KEYS += ("dW", "model")
+KEYS += ("dW", "model", "commit")
 READ = """
 bf16 inputs, forward and backward. The bare GEMMs run in turns with each contender: the ratio is to those of the same
 minute, since the card lowers its clock under load. `GB above` is the allocator's peak above inputs and gradients.
