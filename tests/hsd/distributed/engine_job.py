@@ -32,6 +32,7 @@ _FSDP2 = {
 }
 ENVIRONMENT = {"fsdp2": _FSDP2} | {f"zero{stage}": {"DS_ACCELERATOR": "cpu"} for stage in (1, 2, 3)}
 LIVE = {"teacher": "live", "reference_coef": 0.0}
+ANTISD = {"method": "antisd", "method_args": {"verdict": False}}
 # name: (rows of a rank's micro-batch, HSDConfig's fields, arguments of `rank_runs.make`)
 CASES = {
     "live": (2, LIVE | CHECKPOINTED, {"tied": False}),
@@ -41,6 +42,9 @@ CASES = {
     "perplexity peers": (2, LIVE | {"peer_rule": "lowest_perplexity", "prefix_sharing": "none"}, {}),
     "sdpo": (2, {"method": "sdpo"}, {"tied": False}),
     "grpo+opsd, old": (2, {"method": "grpo+opsd", "num_iterations": 2}, {}),
+    "copy": (2, {"teacher": "copy", "teacher_copy_steps": 2, "reference_coef": 0.5, "method": "egrsd"}, {}),
+    # A live teacher scores; the tokenizer lacks the words of a verdict.
+    "antisd": (1, ANTISD | {"gradient_accumulation_steps": 2}, {"tied": False}),
     "lora, fixed+reference": (2, {"teacher": "fixed", "reference_coef": 0.5}, {"lora": True}),
     "lora, ema": (2, {"teacher": "ema", "reference_coef": 0.5, "reference_refresh_steps": 1}, {"lora": True}),
 }
