@@ -46,7 +46,7 @@ def test_rows_that_are_not_the_teachers_are_refused(states):
     student, teacher, weight, rows = states
     with pytest.raises(ValueError, match=r"^rows: expected \(18,\) with 9 true"):
         fused_linear_aux(student, teacher[:-1], weight, rows)
-    with pytest.raises(ValueError, match="^rows: "):
+    with pytest.raises(ValueError, match=r"^rows: "):
         fused_linear_aux(student, teacher, weight, rows[:-1])
 
 
