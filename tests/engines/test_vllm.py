@@ -1,5 +1,5 @@
-"""vLLM on a CPU (`make test-engines`): colocated rollouts of `HSDTrainer` come from the trained policy, and `hsd eval`'s
-engine generates what transformers does."""
+"""vLLM on a CPU (`make test-engines`): colocated rollouts come from the trained policy, and the engine of `hsd eval`
+generates what transformers does."""
 
 import importlib.util
 import os
