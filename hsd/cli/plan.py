@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{model.path}: {shape.parameters:,} parameters, {shape.trained:,} trained")
     print(f"{args.gpus} GPUs of {args.memory:g} GB, {engine}; counted, not measured\n")
     for title, items in (("GB on each GPU", found.memory), ("GB that each GPU sends in a step", found.traffic)):
-        print(title)
+        if items:
+            print(title)
         for item in items:
             when = "" if item.phase == "always" else f", in the {item.phase}"
             print(f"  {item.bytes / GB:9.2f}  {item.what}{when}")

@@ -194,6 +194,12 @@ def claim(run: Run, task: Task) -> None:
     steps = any(out.glob("checkpoint-*")) or (metrics.exists() and metrics.stat().st_size > 0)
     if path.exists() and (steps or (out / "model").exists() or (out / BEFORE).exists()):
         began = read_json(path)
+        ranks = began.get("processes", asked["processes"])
+        if ranks != asked["processes"]:
+            raise ValueError(
+                f"processes: {out} holds a run of {ranks}, got {asked['processes']}; states of optimizer and sampling "
+                "belong to their ranks: resume on as many, or choose another --output_dir"
+            )
         free = {f"train.{key}" for key in FREE}
         if run.config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
             free.discard("train.max_steps")  # the schedule ends with it
@@ -214,7 +220,7 @@ def claim(run: Run, task: Task) -> None:
 def identity(run: Run, task: Task) -> dict[str, Any]:
     """All that makes a run what it is, by key: also what was left to its default, and the questions themselves."""
     s = run.settings
-    found: dict[str, Any] = {"task": s.task, "reward": s.reward}
+    found: dict[str, Any] = {"task": s.task, "reward": s.reward, "processes": run.config.world_size}
     for name, part in (("model", s.model), ("data", s.data)):
         found |= {f"{name}.{key}": value for key, value in asdict(part).items()}
     found |= {f"train.{f.name}": getattr(run.config, f.name) for f in fields(run.config)}

@@ -436,42 +436,49 @@ class HSDTrainer(GRPOTrainer):
         """Student and teacher (B, T) over the generation, a micro-batch at a time, without gradient."""
         policy: Any = self.accelerator.unwrap_model(self.model)
         objective = self.args.objective(self.state.global_step)
-        tables = []
-        with in_eval_mode(policy), self.accelerator.autocast():
-            for rows in torch.arange(len(batch["completion_ids"])).split(self.args.per_device_train_batch_size):
-                some = {
-                    name: value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim else value
-                    for name, value in batch.items()
-                }
-                tables.append(self.micro_batch_loss.stats(policy, unpack(some, self.args.skip_tokens), objective))
+
+        def score(rows: Tensor) -> RowStats:
+            some = {
+                name: value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim else value
+                for name, value in batch.items()
+            }
+            return self.micro_batch_loss.stats(policy, unpack(some, self.args.skip_tokens), objective)
+
+        tables = self._measure(score, len(batch["completion_ids"]))
         columns: list[Any] = [None if c[0] is None else torch.cat(c) for c in zip(*tables, strict=True)]
         return RowStats(*columns)
+
+    @torch.no_grad()
+    def _measure(self, measure: Callable[[Tensor], Any], rows: int) -> list[Any]:
+        """``measure(rows of a micro-batch)`` for each of a generation, where the policy's weights are whole."""
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        wrapper: Any = self.model_wrapped  # the engine's, whose hooks gather weights
+        found: list[Any] = []
+        with in_eval_mode(policy), self.accelerator.autocast():
+            for part in torch.arange(rows).split(self.args.per_device_train_batch_size):
+                if self._sharded:
+                    # Not as the forward's result, which FSDP2 rounds to the precision that it computes in.
+                    self._redirect(wrapper, policy, lambda part=part: found.append(measure(part)))
+                else:
+                    found.append(measure(part))
+        if self.is_fsdp_enabled:
+            reshard(policy)
+        return found
 
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"  # type: ignore[union-attr]
 
-    @torch.no_grad()
     def _logps(self, inputs: RolloutInputs, weights: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-prob (B, T) of each rollout's tokens under the policy that sampled it, 0 where the weight (B, T) is."""
-        policy: Any = self.accelerator.unwrap_model(self.model)
-        wrapper: Any = self.model_wrapped  # the engine's, whose hooks gather weights
-        parts = body_and_head(policy)
+        parts = body_and_head(self.accelerator.unwrap_model(self.model))
 
         def logps(rows: Tensor) -> Tensor:
             some = inputs.rows(rows.tolist())
             ids, hidden = some.completion_ids, some.forward(parts, "student")
             return fused_token_logps(hidden, parts.head, ids, token_weights=weights[rows], temperature=temperature)
 
-        parts_of_batch = torch.arange(len(weights)).split(self.args.per_device_train_batch_size)
-        with in_eval_mode(policy), self.accelerator.autocast():
-            if self._sharded:
-                found = [self._redirect(wrapper, policy, logps, rows) for rows in parts_of_batch]
-            else:
-                found = [logps(rows) for rows in parts_of_batch]
-        if self.is_fsdp_enabled:
-            reshard(policy)
-        return torch.cat(found)
+        return torch.cat(self._measure(logps, len(weights)))
 
     # -- the loss -------------------------------------------------------------------------------------------------
 

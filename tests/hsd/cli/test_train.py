@@ -17,6 +17,7 @@ from hsd.cli.run import BEFORE, claim, prepare
 from hsd.cli.settings import load
 from hsd.tasks import small_world
 from hsd.train.callbacks import load_metrics
+from hsd.train.config import HSDConfig
 
 CONFIG = """
 model: {path: model}
@@ -94,6 +95,18 @@ def test_a_folder_with_another_run_is_refused(here, words, named):
     with pytest.raises(ValueError, match=named):
         claim(*asked(*words))
     assert Path("out/config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(("began", "now"), [(1, 2), (2, 1)])
+def test_another_number_of_processes_is_refused_also_with_the_same_batch(here, monkeypatch, began, now):
+    def processes(n):
+        monkeypatch.setattr(HSDConfig, "world_size", property(lambda self: n))
+        return ["--per_device_train_batch_size", str(8 // n)]
+
+    begin(processes(began))
+    claim(*asked(*processes(began)))
+    with pytest.raises(ValueError, match=f"^processes: out holds a run of {began}, got {now}; states of optimizer"):
+        claim(*asked(*processes(now)))
 
 
 def test_other_questions_are_another_run(here):

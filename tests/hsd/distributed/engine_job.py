@@ -32,6 +32,7 @@ _FSDP2 = {
 }
 ENVIRONMENT = {"fsdp2": _FSDP2} | {f"zero{stage}": {"DS_ACCELERATOR": "cpu"} for stage in (1, 2, 3)}
 LIVE = {"teacher": "live", "reference_coef": 0.0}
+ANTISD = {"method": "antisd", "method_args": {"verdict": False}}
 # name: (rows of a rank's micro-batch, HSDConfig's fields, arguments of `rank_runs.make`)
 CASES = {
     "live": (2, LIVE | CHECKPOINTED, {"tied": False}),
@@ -41,11 +42,15 @@ CASES = {
     "perplexity peers": (2, LIVE | {"peer_rule": "lowest_perplexity", "prefix_sharing": "none"}, {}),
     "sdpo": (2, {"method": "sdpo"}, {"tied": False}),
     "grpo+opsd, old": (2, {"method": "grpo+opsd", "num_iterations": 2}, {}),
+    "copy": (2, {"teacher": "copy", "teacher_copy_steps": 1, "reference_coef": 0.5, "method": "egrsd"}, {}),
+    "lora, gated": (2, {"teacher": "gated", "teacher_gate": [1, 0.0, 1.0], "reference_coef": 0.0}, {"lora": True}),
+    # A live teacher scores; the tokenizer lacks the words of a verdict.
+    "antisd": (1, ANTISD | {"gradient_accumulation_steps": 2}, {"tied": False}),
     "lora, fixed+reference": (2, {"teacher": "fixed", "reference_coef": 0.5}, {"lora": True}),
     "lora, ema": (2, {"teacher": "ema", "reference_coef": 0.5, "reference_refresh_steps": 1}, {"lora": True}),
 }
 WITHOUT = {
-    "zero2": ("lora, fixed+reference", "perplexity peers", "grpo+opsd, old", "trust region, tree"),
+    "zero2": ("copy", "antisd", "lora, fixed+reference", "perplexity peers", "grpo+opsd, old", "trust region, tree"),
 }
 RUN = {
     "teacher": "ema",
@@ -144,6 +149,9 @@ def one_step(engine: str, name: str, folder: Path) -> dict:
     gradient = {n: before[n] - after[n] for n in before}
     shared = [t is not None for t in trees]
     out = {"gradient": gradient, "batches": trainer.batches, "shared": shared, "asked": asked}
+    if options.get("teacher") in ("copy", "gated"):  # is the student after the step
+        student = {n.replace(".default.", ".*."): t for n, t in after.items()}
+        out["copied"] = [student, frozen(trainer)["copied_teacher"]]
     return out | {"loss": trainer.state.log_history[0]["loss"]}
 
 

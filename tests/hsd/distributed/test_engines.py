@@ -56,6 +56,14 @@ def test_a_step_has_the_gradient_of_one_process(engine, name, folders, tmp_path)
         assert_same(rank["gradient"], expected)
 
 
+@pytest.mark.parametrize("engine", job.ENGINES)
+def test_a_copied_teacher_becomes_the_student(engine, folders):
+    for name in ("copy", "lora, gated"):
+        if name not in job.WITHOUT.get(engine, ()):
+            for rank in saved(folders(engine), name):
+                assert_equal(*rank["copied"])
+
+
 def test_ranks_share_prefixes_together(folders):
     """A micro-batch of one row: sharing pays on one rank and not on the other, and gathers must not be mixed up."""
     for engine in ("zero3", "fsdp2"):
