@@ -61,8 +61,8 @@ def jobs(out: Path, scale: Scale, runs: Sequence[Run]) -> list[Job]:
     for run in runs:
         folder = out / "warm_starts" / run.warm
         if run.warm not in todo:
-            asked = {"seed": run.seed, "warm_steps": run.warm_steps, "scale": scale.identity}
-            start = partial(before.warm_start, folder, run.seed, run.warm_steps, scale)
+            asked = {"seed": run.seed, "warm_steps": run.warm_steps, "terms": run.terms, "scale": scale.identity}
+            start = partial(before.warm_start, folder, run.seed, run.warm_steps, scale, run.terms)
             todo[run.warm] = Job(run.warm, asked, start)
         train = partial(work.train, run, scale, folder, out / "scratch" / run.key)
         todo[run.key] = Job(run.key, {"run": asdict(run), "scale": scale.identity}, train, needs=run.warm)
