@@ -125,8 +125,8 @@ LONG_TEACHERS: dict[str, dict[str, Any]] = {
     "trust_region": {},
 }
 
-# Six summands instead of four: five steps that each slip in 30 % of the cases, so p is near 0.15 and one reward is spread
-# over more decisions.
+# Six summands instead of four: five steps that each slip in 30 % of the cases, so p is near 0.15 and one reward is
+# spread over more decisions.
 CHAIN_TERMS = 6
 CHAINS = ("hsd", "grpo", "grpo+opsd", "sdpo", "egrsd", "rlsd")
 CHAIN_OPTIONS = MAIN | LEAGUE

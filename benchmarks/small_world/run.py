@@ -63,7 +63,9 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
     probes = None
     if run.part == "long":
         task = replace(small_world.task(run.seed), sampling=sampling)
-        groups = sample_groups(task, Policy(model, tokenizer), validation[: scale.credit_questions], run.seed, GROUP_SIZE)
+        groups = sample_groups(
+            task, Policy(model, tokenizer), validation[: scale.credit_questions], run.seed, GROUP_SIZE
+        )
         probes = Probes(model, tokenizer, groups, run.seed, scale.probe_every)
     if scratch.exists():
         shutil.rmtree(scratch)  # a killed run's

@@ -142,6 +142,9 @@ class HSDConfig(GRPOConfig):
     tree_token_budget: int | None = option(
         None, "tokens of a micro-batch's tree above which it is differentiated in parts, same gradient", AT_LEAST_1
     )
+    draw_cap: int | None = option(
+        None, "texts and rollouts that a method's draw may ask for in a step; by default four a rollout", AT_LEAST_1
+    )
     kernel_impl: str = option("auto", "impl of hsd_kernels.fused_hsd_kl", choices=IMPLS)
     memory_bytes: int | None = option(None, "memory_bytes of hsd_kernels.fused_hsd_kl", AT_LEAST_1)
     logging_steps: float = 1
@@ -225,6 +228,13 @@ class HSDConfig(GRPOConfig):
             )
         if gate is not None and (len(gate) != 3 or gate[0] < 1 or gate[1] < 0.0 or not 0.0 <= gate[2] <= 1.0):
             raise ValueError(f"teacher_gate: expected [at least 1, at least 0, a share], got {gate}")
+        if self.draw_cap is not None and self.method_spec.draw is None:
+            raise ValueError(f"draw_cap: expected None with method={self.method!r}, which draws nothing")
+        if self.tree_token_budget is not None and self.method_spec.max_rows > 1:
+            raise ValueError(
+                f"tree_token_budget: expected None with method={self.method!r}, whose losses compare two sequences, "
+                f"got {self.tree_token_budget}"
+            )
         if self.reference_refresh_steps is not None and not self.reference_coef:
             raise ValueError("reference_refresh_steps: expected None without reference_coef, which is 0")
         period = steps_of_a_generation(self)

@@ -99,6 +99,14 @@ class FrozenPolicies:
         reference = self._under(policy, self.reference, forward, ("student",))[0] if self.reference else None
         return teacher, reference
 
+    def write(self, policy: Any, sample: Callable[[Any], Any]) -> Any:
+        """What ``sample`` makes of a model with the teacher's frozen weights (a trust region's initial ones)."""
+        assert self.teacher is not None
+        if self.teacher in self.models:
+            return sample(self.models[self.teacher])
+        with adapters_off(policy) if self.teacher == INITIAL else under_adapter(policy, self.teacher):
+            return sample(policy)
+
     def _under(self, policy: Any, name: str, forward: Forward, prompts: Sequence[str]) -> list[FrozenStates]:
         if name in self.models:
             twin = self.models[name]
