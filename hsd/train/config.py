@@ -170,6 +170,10 @@ class HSDConfig(GRPOConfig):
         own |= method.defaults if method.has_teacher else WITHOUT_TEACHER | method.defaults
         for name in own:
             if getattr(self, name) is None:
+                if own[name] is REQUIRED:
+                    raise ValueError(
+                        f"{name}: expected a value for method={self.method!r}, whose source publishes none, got None"
+                    )
                 setattr(self, name, own[name])
 
     def _check_together(self) -> None:
