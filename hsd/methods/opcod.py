@@ -7,9 +7,9 @@ In the source two models tutor each other; here the EMA of the student (0.05) cr
 trainer does. Critiques must not give the answer away: one that does is not shown, and the alarm counts it. Failures
 alone are criticised. A rollout with neither is left out.
 
-Confidence: medium (paper; no public code). Full vocabulary for its top 100 and tail (``top_k``). Not here: the tutor's
-silence while its validation gap exceeds 0.2, and its concept tags. The earliest success of a question is kept as a
-text.
+Confidence: medium (paper; no public code). Full vocabulary for its top 100 and tail (``kl_top_k=100``). Not here: the
+tutor's silence while its validation gap exceeds 0.2, and its concept tags. The earliest success of a question is kept
+as a text.
 """
 
 from dataclasses import dataclass, field

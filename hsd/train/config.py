@@ -100,6 +100,14 @@ class HSDConfig(GRPOConfig):
     kl_clip_form: Literal["opsd", "nonnegative"] = option(
         "opsd", "clips p log(p / q), whose sum may then be negative (opsd), or p log(p / q) - p + q (nonnegative)"
     )
+    kl_top_k: int = option(None, "likeliest tokens that the divergence compares; 0 is the vocabulary", AT_LEAST_0)
+    kl_top_of: Literal["student", "teacher"] = option(None, "whose likeliest tokens")
+    kl_rest: Literal["tail", "renormalise"] = option(
+        None, "the other tokens: one bucket (tail), or left out and both sides renormalised"
+    )
+    kl_floor: float = option(
+        None, "the teacher's probability of a token is at least this share of the student's; 0 is none", AT_LEAST_0
+    )
     loss_mean: Literal["rollout", "token"] = option(
         None, "mean of the divergence over a rollout's tokens, then over rollouts, or over all tokens of the step"
     )
@@ -314,7 +322,15 @@ class HSDConfig(GRPOConfig):
         """The objective at an optimizer step, counted from 0."""
         return Objective(
             divergence=Divergence(
-                self.divergence, self.jsd_beta, self.kl_temperature, self.kl_clip or None, self.kl_clip_form
+                self.divergence,
+                self.jsd_beta,
+                self.kl_temperature,
+                self.kl_clip or None,
+                self.kl_clip_form,
+                self.kl_top_k or None,
+                self.kl_top_of,
+                self.kl_rest,
+                self.kl_floor or None,
             ),
             divergence_coef=scheduled(self.divergence_coef, step),
             importance_cap=self.importance_cap or None,
