@@ -25,6 +25,7 @@ from hsd.methods import (
     pbsd,
     plan_reference,
     rcsd,
+    resd,
     rlcsd,
     rlrt,
     rlsd,
@@ -42,7 +43,7 @@ from hsd.methods.method import Method
 
 MODULES = (
     *(hsd, hsd_unpaired, opsd, sdpo, sdft, mopd, atesd, atesd_learned, ccopd, msd),  # a divergence
-    *(step_critique, rcsd, opcod),  # under a text that a model has written
+    *(step_critique, rcsd, opcod, resd),  # under a text that a model has written
     *(grpo_opsd, ssopd, sdpg, trace),  # a divergence beside a policy gradient
     *(rlsd, egrsd, cl_egrsd, rlrt, rlcsd),  # the teacher weighs the advantage
     *(antisd, vopd, sgsd),  # the teacher makes the advantage, or the loss of the sampled token

@@ -23,6 +23,7 @@ GIVEN = {
     "step_critique": {"ask": "[{solution}|{attempt}"},
     "rcsd": {"ask": "[{answer}|{rubric}"},
     "opcod": {"ask": "[{attempt}"},
+    "resd": {"ask": "[{attempt}{feedback}"},
     "trace": {
         "ask": "[{attempt}",
         "separator": "+",
@@ -94,8 +95,6 @@ def test_accumulation_and_the_tree_change_nothing(method, tmp_path):
 
 @pytest.mark.parametrize("method", ["opcod", "atesd_learned", "dapo", "pbsd", "resd"])
 def test_a_resumed_run_is_the_uninterrupted_one(method, tmp_path):
-    if method not in METHODS:
-        pytest.skip(f"{method} is not here")
     options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-3}
     whole = trainer_of(tmp_path / "whole", method, max_steps=4, **options)
     whole.train()

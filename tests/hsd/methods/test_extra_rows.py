@@ -180,3 +180,51 @@ def test_what_goes_through_the_models_is_rollouts_and_then_rows():
     teacher = whole.prompts["teacher"]
     assert isinstance(teacher, Prompts) and teacher.ids.shape == (B + 4, S)
     assert teacher.mask[:B].sum(-1).tolist() == [2] * B and teacher.mask[:B, :-2].sum() == 0
+
+
+def test_rcsd():
+    c = Case("rcsd", kl_top_k=4, kl_temperature=1.0)
+    at = c.q[0].topk(4, -1).indices
+    p, q = (x.gather(-1, at).log_softmax(-1) for x in (c.p, c.q[0]))
+    c.check(over_tokens((q.exp() * (q - p)).clamp(max=0.05).sum(-1), c.shown))
+
+
+def test_sdpo_as_published():
+    c = Case("sdpo", kl_top_k=4)
+    at = c.p.detach().topk(4, -1).indices
+    tail = lambda x: x.scatter(-1, at, -torch.inf).logsumexp(-1, keepdim=True)  # noqa: E731
+    p, q = (torch.cat([x.gather(-1, at), tail(x)], -1) for x in (c.p, c.q[0]))
+    m = (0.5 * p.exp() + 0.5 * q.exp()).log()
+    c.check(over_tokens(0.5 * (kl(p, m) + kl(q, m)), c.shown))
+
+
+def test_resd():
+    c = Case("resd", kl_top_k=0, divergence="reverse_kl")
+    floored = torch.maximum(c.q[0], c.p.detach() + math.log(0.2))
+    s = SUCCESS.double().mean()
+    w = torch.where(SUCCESS, 1 - s, s)
+    assert (floored > c.q[0]).any()
+    c.check(over_tokens((w / w.mean())[:, None] * (c.p.exp() * (c.p - floored)).sum(-1), c.shown))
+
+
+@pytest.mark.parametrize("success", [0.0, 1.0])
+def test_resds_weights_are_1_on_average_and_in_unmixed_batches(success):
+    from hsd.methods import METHODS
+    from hsd.methods.method import Generation
+    from hsd.methods.term import Stats
+
+    for flags, mixed in ((torch.full((4, 1), success), False), (torch.tensor([[1.0], [1.0], [1.0], [0.0]]), True)):
+        stats = Stats(None, {"success": flags}, {"weighted": True})
+        weight = METHODS["resd"].on_batch(Generation(stats, lambda x: x), None)["weight"]
+        assert weight.mean().item() == pytest.approx(1.0)
+        assert mixed or weight.tolist() == pytest.approx([1.0] * 4)
+
+
+def test_a_lesson_is_proven_once_and_the_book_is_short():
+    from hsd.methods.state import Playbook
+
+    book = Playbook()
+    for n in range(4):
+        book.lessons["q"] = f"lesson {n}"
+        book.prove("q", 3), book.prove("q", 3)
+    assert book.lines == ["lesson 1", "lesson 2", "lesson 3"] and not book.lessons
