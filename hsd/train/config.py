@@ -155,6 +155,9 @@ class HSDConfig(GRPOConfig):
     )
     kernel_impl: str = option("auto", "impl of hsd_kernels.fused_hsd_kl", choices=IMPLS)
     memory_bytes: int | None = option(None, "memory_bytes of hsd_kernels.fused_hsd_kl", AT_LEAST_1)
+    diagnostics: bool = option(
+        False, "also log top-k overlap, teacher sharpening, compression of the tails, epistemic words"
+    )
     logging_steps: float = 1
     loss_type: str | None = None
     scale_rewards: str | None = None

@@ -20,6 +20,7 @@ from hsd.policy.tree.batch import pad_states, pays, tree_of
 from hsd.policy.tree.forward import TreeBatch, forward_frozen, forward_live_teacher, forward_student, rows_of
 from hsd.policy.tree.two_phase import two_phase_loss
 from hsd.train.batch import RolloutBatch
+from hsd.train.diagnostics import overlap
 from hsd.train.teachers import FrozenPolicies
 from hsd.train.update import LossOutput, Objective, Targets, method_loss
 from hsd_kernels import Head, RowStats
@@ -57,6 +58,7 @@ class MicroBatchLoss:
         loss_mean, policy_mean: As in `hsd.HSDConfig`.
         always: Share prefixes also where that saves little.
         token_budget: Tokens of a tree above which it is differentiated in chunks.
+        diagnostics: Whether to compare the likeliest tokens of student and teacher; not of a batch in chunks.
     """
 
     frozen: FrozenPolicies
@@ -65,6 +67,7 @@ class MicroBatchLoss:
     policy_mean: str = "rollout"
     always: bool = False
     token_budget: int | None = None
+    diagnostics: bool = False
 
     def __call__(self, policy: Any, batch: RolloutBatch, objective: Objective) -> LossOutput:
         over_rows = objective.over_rows()
@@ -74,7 +77,14 @@ class MicroBatchLoss:
         if tree is not None and budget is not None and len(tree.trie) > budget and torch.is_grad_enabled():
             return self._in_chunks(policy, batch, tree, budget, objective)
         states = self._one_by_one(policy, batch) if tree is None else self._through(tree, policy, batch)
-        return self._of(states, body_and_head(policy).head, batch, objective, range(len(batch.whole.completion_ids)))
+        head = body_and_head(policy).head
+        out = self._of(states, head, batch, objective, range(len(batch.whole.completion_ids)))
+        if not (self.diagnostics and states.teachers):
+            return out
+        size, length = batch.loss_mask.shape
+        mine = states.at(range(size), length)
+        temperature = objective.divergence.temperature
+        return replace(out, overlap=overlap(mine.student, mine.teachers[0], head, batch.divergence_mask, temperature))
 
     def _of(
         self, states: States, head: Head, batch: RolloutBatch, objective: Objective, which: Sequence[int]

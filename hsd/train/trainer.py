@@ -55,10 +55,12 @@ from hsd.policy.tree.attention import enable_tree
 from hsd.policy.tree.check import try_tree, warn_unshared, why_not
 from hsd.policy.vocabulary import check_vocabulary
 from hsd.process import settle
+from hsd.progress import say
 from hsd.train.alarms import repeated_tail
 from hsd.train.batch import COLUMN, TeacherBatch, collate, padded_ids, shuffle_groups, student_inputs, unpack
 from hsd.train.callbacks import TEXTS, RunFiles, steps_of_a_generation
 from hsd.train.config import HSDConfig
+from hsd.train.diagnostics import of_texts
 from hsd.train.draw import Writer, draw_metrics, marks, pack_rows, record
 from hsd.train.draw import run as run_draw
 from hsd.train.limits import Engine, check_engine, engine_of
@@ -164,6 +166,7 @@ class HSDTrainer(GRPOTrainer):
             args.mean_of_policy,
             always=args.prefix_sharing != "auto",
             token_budget=args.tree_token_budget,
+            diagnostics=args.diagnostics,
         )
         self.teacher_prompts = self._teacher_prompts()
         make_state = args.method_spec.state
@@ -320,6 +323,8 @@ class HSDTrainer(GRPOTrainer):
                 notes={(n, i): note for n, d in enumerate(drawn) for i, note in d.notes.items()},
                 state=self.method_state,
             )
+        if self.args.diagnostics:
+            self._record(mode, of_texts(self._tokenizer.batch_decode(scored.completion_ids, skip_special_tokens=True)))
         self._record(mode, (context_metrics(prompts) if prompts else {}) | {"repeated_tail": tails})
         if not self.own_loss:
             return batch
@@ -622,7 +627,7 @@ class HSDTrainer(GRPOTrainer):
     def _hsd_loss(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
         batch, mode = unpack(inputs, self.args.skip_tokens), self._mode
         out = self.micro_batch_loss(policy, batch, self.args.objective(self.state.global_step))
-        if metrics := loss_metrics(out, batch):
+        if metrics := loss_metrics(out, batch, diagnostics=self.args.diagnostics):
             self._record(mode, metrics)
         # As in GRPOTrainer: the mean over the micro-batches of one optimizer step.
         return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
@@ -694,6 +699,13 @@ class HSDTrainer(GRPOTrainer):
 class _AfterStep(TrainerCallback):
     def __init__(self, trainer: HSDTrainer):
         self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """The initial gap, by which the gain of a run is bounded (arXiv 2605.30070: it was linear in it)."""
+        gaps = self.trainer._metrics["train"].get("hsd/kl", [])
+        if state.global_step == 0 and gaps and state.is_world_process_zero:
+            gap = sum(gaps) / len(gaps)
+            say(f"before step 1 student and teacher are {gap:.3g} nats a token apart ({self.trainer.args.divergence})")
 
     def on_step_end(self, args, state, control, **kwargs):
         t = self.trainer

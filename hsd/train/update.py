@@ -95,6 +95,7 @@ class LossOutput:
     loss: Tensor  # scalar, with gradient
     stats: RowStats | None  # of student and teacher, per token (B, T), detached; None without a teacher
     reference: RowStats | None = None  # of student and reference policy, None without one
+    overlap: Mapping[str, Tensor] = field(default_factory=dict)  # `hsd.train.diagnostics.overlap`, where asked for
 
 
 def rollout_weights(mask_BT: Tensor) -> Tensor:
