@@ -14,13 +14,11 @@ which is ``writer_fn``). Conflict: which side's top 100; the full vocabulary her
 
 import re
 
-from torch import Tensor
-
 from hsd.hindsight.context import Context
 from hsd.hindsight.teacher_prompts import RolloutView, parts
 from hsd.methods.draw import Ask, Drawn, GroupView, Talk
 from hsd.methods.method import Method
-from hsd.methods.term import Stats, Term, scheduled
+from hsd.methods.term import Term, scheduled
 
 FADE = [[0, 0.5], [10, 0.5], [40, 0.0]]
 WORDS = {"tag_key": "it has a decisive step", "tag_error": "it has an error", "step": "\n{n}. {step}"}
@@ -59,15 +57,11 @@ def contexts(view: RolloutView) -> list[Context]:
     return [Context(parts(tag=view.settings[f"tag_{view.note}"]))] if view.note else []
 
 
-def policy(s: Stats) -> Tensor:
-    return s.advantages * (1.0 - (s["key"] + s["error"]) * scheduled(FADE, s.step) / 0.5)
-
-
 METHOD = Method(
     "trace",
     contexts,
     terms=(
-        Term("advantage", policy),
+        Term("advantage", lambda s: s.advantages * (1.0 - (s["key"] + s["error"]) * scheduled(FADE, s.step) / 0.5)),
         Term("divergence", lambda s: s.settings["mu_key"] * s["key"], FADE, {"kind": "forward_kl", "clip": 0.05}),
         Term("divergence", lambda s: s.settings["mu_error"] * s["error"], FADE, {"kind": "reverse_kl", "clip": 0.05}),
     ),
