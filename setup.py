@@ -32,9 +32,10 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fvisibil
 # Only these files may use these instructions; csrc/cpu/operators.cpp asks the machine first.
 X86_FLAGS = {"avx2.cpp": ["-mavx2", "-mfma"], "avx512.cpp": ["-mavx512f"]}
 X86_FLAGS["avx512_bf16.cpp"] = ["-mavx512bw", "-mavx512bf16"]
+X86_FLAGS["amx_bf16.cpp"] = ["-mavx512bw", "-mamx-tile", "-mamx-bf16"]
 TORCH_2_9 = "-DTORCH_TARGET_VERSION=0x0209000000000000"  # the stable ABI of torch 2.9 and of every later one
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("baseline", "avx2", "avx512", "avx512_bf16", "operators")]
-HEADERS = [f"csrc/cpu/{name}.h" for name in ("passes", "simd", "elementary", "rows", "columns")]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16", "operators")]
+HEADERS = [f"csrc/cpu/{name}.h" for name in ("passes", "pairs", "simd", "elementary", "rows", "columns")]
 
 
 class PerFileFlags(build_ext):

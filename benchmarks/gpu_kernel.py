@@ -18,6 +18,8 @@ from contenders import CONTENDERS, NEEDS, YARDSTICKS, Loss, bare_gemms, cross_en
 from suite import Recorder, Row, in_turns, markdown, missing, ms, synchronize, timed
 from torch import Tensor
 
+from hsd_kernels import Divergence
+
 GATE_SHAPE = (96, 64, 1000)
 GATE = 0.2  # relative L1 against fp64, bf16 inputs: is it the same function at all?
 FLOOR_ROWS = {"cuda": (2048, 4096, 8192), "cpu": (32, 64)}
@@ -41,6 +43,7 @@ class Work:
 
 ALL, FROZEN, NOTHING = Work(), Work(3, head=False), Work(2, hidden=False, head=False)
 LABELS = Work(3)  # cross-entropy: no teacher
+CLIPPED = Divergence(clip=0.05)  # OPSD's
 
 
 def ours(**options: Any) -> Loss:
@@ -60,6 +63,7 @@ OURS: dict[str, tuple[Loss, Work]] = {
     "hsd_kernels, linear bf16, 4.6 GiB": (ours(logits_dtype=torch.bfloat16, memory_bytes=round(4.6 * 2**30)), ALL),
     "hsd_kernels, reverse KL": (ours(divergence="reverse_kl"), ALL),
     "hsd_kernels, JSD": (ours(divergence="jsd"), ALL),
+    "hsd_kernels, clip": (ours(divergence=CLIPPED), ALL),
     "hsd_kernels, head frozen": (CONTENDERS["hsd_kernels"], FROZEN),
     "hsd_kernels, no gradient": (with_stats, NOTHING),
     "hsd_kernels, torch rows": (ours(impl="torch"), ALL),
@@ -84,7 +88,7 @@ LARGE += ("hsd_kernels, linear bf16, 4.6 GiB", "hsd_kernels, head frozen", "hsd_
 ANCHORED = ("hsd_kernels", "hsd_kernels, 4.6 GiB", "hsd_kernels, linear bf16", "TRL chunked", "Liger chunked")
 ANCHORED += ("Liger Triton JSD", "naive full logits", "CCE cross-entropy")
 COMPILED = "naive, torch.compile"
-OTHER_FUNCTION = {"hsd_kernels, reverse KL": "reverse_kl", "hsd_kernels, JSD": "jsd"}
+OTHER_FUNCTION = {"hsd_kernels, reverse KL": "reverse_kl", "hsd_kernels, JSD": "jsd", "hsd_kernels, clip": CLIPPED}
 
 
 def run(recorder: Recorder) -> None:

@@ -90,8 +90,9 @@ def fused_hsd_kl(
         token_weights: (...), finite, without gradient; multiplies each token's divergence. Tokens of weight 0 are
             dropped before the GEMM. Costs one host synchronization.
         token_weight_fn: called once per chunk with `RowStats` (including ``rows``, the flat token positions); returns
-            the (C,) weights that multiply those of ``token_weights`` (but not for the reference term). No gradient
-            flows through it. Not available under ``torch.compile(fullgraph=True)``.
+            the (C,) weights, finite, that multiply those of ``token_weights`` (but not for the reference term). No
+            gradient flows through it. One host synchronization a call. Not available under
+            ``torch.compile(fullgraph=True)``.
         reduction: "mean" over the tokens of nonzero ``token_weights`` (or ``num_items``), "sum", or "none".
         num_items: replaces the count that "mean" divides by, for gradient accumulation.
         logits_dtype: None keeps the logits of a chunk in fp32. torch.bfloat16, for bf16 inputs, one head and no
@@ -158,7 +159,8 @@ def fused_hsd_kl(
     check_per_token("token_weights", token_weights, student, "student_hidden")
     check_no_tangent("fused_hsd_kl", *tensors, token_weights)
 
-    shape, tokens = student.shape[:-1], student.shape[:-1].numel()
+    shape = student.shape[:-1]
+    tokens = math.prod(shape)  # not numel(): it would make a dynamic number of tokens a constant for torch.export
 
     def flat(hidden: Tensor) -> Tensor:
         return hidden.reshape(tokens, hidden.shape[-1])

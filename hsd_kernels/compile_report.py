@@ -21,8 +21,6 @@ from typing import Any
 
 from hsd_kernels.configs import ARCHITECTURES, RowConfig, row_config
 
-COMPILED = ("statistics", "gradient", "one_read")
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -36,8 +34,7 @@ class Variant:
     @property
     def config(self) -> str:
         """The kernel's name in `configs`."""
-        heavy = self.kernel == "one_read" and (self.divergence == "jsd" or self.clip or self.softcap)
-        return "one_read_twice" if heavy else self.kernel
+        return "one_read_softcap" if self.kernel == "one_read" and self.softcap else self.kernel
 
     def __str__(self) -> str:
         flags = [name for name in ("clip", "softcap", "bias") if getattr(self, name)]
@@ -45,19 +42,27 @@ class Variant:
 
 
 # The first is what a run of defaults launches, the last has everything in it.
-_FORMS: tuple[dict[str, Any], ...] = (
+_KL: tuple[dict[str, Any], ...] = (
     {},
     {"logits": "bf16"},
     {"bias": True},
     {"softcap": True},
     {"divergence": "reverse_kl"},
+)
+_ALL: tuple[dict[str, Any], ...] = (
+    *_KL,
     {"clip": True},
     {"divergence": "reverse_kl", "clip": True},
     {"divergence": "jsd"},
     {"divergence": "jsd", "clip": True, "softcap": True, "bias": True},
 )
-VARIANTS = tuple(Variant(kernel, **form) for kernel in COMPILED for form in _FORMS)
-QUICK = tuple(Variant(kernel, **form) for kernel in COMPILED for form in (_FORMS[0], _FORMS[-1]))
+_FORMS = {
+    "statistics": _ALL,
+    "gradient": _ALL,
+    "one_read": (*_KL, {"divergence": "reverse_kl", "softcap": True, "bias": True}),
+}
+VARIANTS = tuple(Variant(kernel, **form) for kernel, forms in _FORMS.items() for form in forms)
+QUICK = tuple(Variant(kernel, **form) for kernel, forms in _FORMS.items() for form in (forms[0], forms[-1]))
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def run(
 class _Workspace:
     logits: Tensor  # (sides * chunk, V)
     dz: Tensor  # (buffer, V), (0, V) without a gradient
+    wide_dz: Tensor  # (chunk, V) in fp32 for the gradient of a bias, (0, V) without one or where dz is in fp32 itself
     reference_dz: Tensor  # (chunk, V), (0, V) without a gradient of a reference term
 
 
@@ -134,15 +135,22 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
         if out.grad_weight is not None:
             out.grad_weight.zero_()
         return out
-    gradient_rows = (size.buffer, size.chunk if p.reference else 0) if any(wanted) else (0, 0)
-    logits_size = len(sides) * size.chunk * size.stride * p.logits_dtype.itemsize
     dz_dtype = gemm.gradient_dtype(p.student_hidden, p.wide)
-    dz_size = sum(gradient_rows) * size.stride * dz_dtype.itemsize
+    term_dtype = p.wide if wanted.bias else dz_dtype
+    buffer_rows, chunk_rows = (size.buffer, size.chunk) if any(wanted) else (0, 0)
+    term_rows = (chunk_rows if term_dtype != dz_dtype else 0, chunk_rows if p.reference else 0)
+    logits_size = len(sides) * size.chunk * size.stride * p.logits_dtype.itemsize
+    terms_size = sum(term_rows) * size.stride * term_dtype.itemsize
+    dz_size = buffer_rows * size.stride * dz_dtype.itemsize
     vocab = p.head.weight.shape[0]
-    with memory.borrowed(logits_size + dz_size, p.student_hidden.device) as block:
-        logits = _table(block[:logits_size], p.logits_dtype, size.stride, vocab)
-        dz, reference_dz = _table(block[logits_size:], dz_dtype, size.stride, vocab).split(gradient_rows)
-        space = _Workspace(logits, dz, reference_dz)
+    with memory.borrowed(logits_size + terms_size + dz_size, p.student_hidden.device) as block:
+        first, second, third = block.split((logits_size, terms_size, dz_size))
+        logits = _table(first, p.logits_dtype, size.stride, vocab)
+        wide_dz, reference_dz = _table(second, term_dtype, size.stride, vocab).split(term_rows)
+        dz = _table(third, dz_dtype, size.stride, vocab)
+        if third.device.type == "cpu" and size.stride > vocab:
+            third.view(dz_dtype).view(-1, size.stride)[:, vocab:] = 0  # `gemm.backproject`
+        space = _Workspace(logits, dz, wide_dz, reference_dz)
         for start in range(0, rows.numel(), size.buffer):
             buffer = _buffer(p, sides, rows, weights, slice(start, start + size.buffer))
             magnitudes = [
@@ -157,6 +165,11 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
                     h_s = h_s.masked_fill((largest == 0).unsqueeze(-1), 0.0)
                 used = _part(dz, slice(0, len(h_s)))
                 _backward_gemms(p, used, h_s, buffer.at, out, largest, first=start == 0, spare=logits)
+    if callable(factor):
+        assert out.factor is not None
+        bad = int((~out.factor[rows].isfinite()).count_nonzero())
+        if bad:
+            raise ValueError(f"token_weight_fn: expected finite numbers, got {bad} that are NaN or infinite")
     if p.shards is not None:
         p.shards.sum_(out.filtered)
         if out.grad_hidden is not None:
@@ -202,6 +215,7 @@ def _chunk(
     student = hidden[0] - hidden[1] if p.teacher.spec.linear else hidden[0]
     x = _logits(sides, [student, *hidden[1:]], space.logits)
     dz = _part(space.dz, slice(here.start, here.start + len(student))) if space.dz.numel() else None
+    narrow_dz, dz = dz, dz if dz is None or not space.wide_dz.numel() else space.wide_dz[: len(student)]
     at = (
         slice(b.at.start + here.start, b.at.start + here.start + len(student))
         if isinstance(b.at, slice)
@@ -236,6 +250,8 @@ def _chunk(
             dz += space.reference_dz[: len(student)]
     if out.grad_bias is not None and dz is not None:
         out.grad_bias += dz.sum(0, dtype=p.wide)
+    if narrow_dz is not None and dz is not None and narrow_dz is not dz:
+        narrow_dz.copy_(dz)
     return largest
 
 
@@ -283,7 +299,8 @@ def _statistics(
     target_ids = None if b.target_ids is None else _part(b.target_ids, here)
     rows = _part(b.rows, here)
     gradient = weights is not None and dz is not None
-    both = row_backends.both_in_one_read(p.rows_impl, x_s) if gradient and p.shards is None else None
+    whole = gradient and p.shards is None
+    both = row_backends.both_in_one_read(p.rows_impl, x_s, side.spec) if whole else None
     if both is not None:
         stats = both(*given, target_ids, rows, weights, dz)
     else:
@@ -390,13 +407,14 @@ def _empty_result(p: Problem, wanted: Wanted, has_factor: bool, rows: int, size:
 def _sizes(p: Problem, sides: int, rows: int, wanted: Wanted) -> memory.Sizes:
     weight = p.head.weight
     own = weight.shape[0]
+    dz_bytes = gemm.gradient_dtype(p.student_hidden, p.wide).itemsize
     sum_bytes = weight.numel() * (p.wide.itemsize - weight.element_size()) if wanted.weight else 0
     return memory.sizes(
         rows,
         own if p.shards is None else p.shards.largest,  # ranks must take the same chunks
         p.student_hidden.device.type,
-        sides * p.logits_dtype.itemsize,
-        gemm.gradient_dtype(p.student_hidden, p.wide).itemsize if any(wanted) else 0,
+        sides * p.logits_dtype.itemsize + (p.wide.itemsize if wanted.bias and dz_bytes < p.wide.itemsize else 0),
+        dz_bytes if any(wanted) else 0,
         p.memory_bytes,
         # A filter keeps the columns that any row of a buffer needs.
         one_level=p.filter_eps is not None,

@@ -25,9 +25,10 @@ UNSPLIT = 1 << 24  # elements of an output that has a tile for each multiprocess
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS's names for them
 
 ProductName = Literal["logits", "dH", "dW"]
-By = Literal["own", "mkl", "torch"]
+By = Literal["tiles", "vdpbf16ps", "mkl", "torch"]
 BY: dict[By, str] = {
-    "own": "vdpbf16ps of the C++ library, bf16 into fp32",
+    "tiles": "AMX tiles of the C++ library, bf16 into fp32",
+    "vdpbf16ps": "vdpbf16ps of the C++ library, bf16 into fp32",
     "mkl": "MKL's bf16 into fp32",
     "torch": "torch.mm, of operands upcast to fp32 where the result is not rounded to bf16 next",
 }
@@ -38,29 +39,32 @@ class Machine:
     """What multiplies bf16 here: the CPU's instructions, the C++ library's products and MKL's."""
 
     bf16: Literal["amx", "avx512", "none"]
-    own: bool
+    vdpbf16ps: bool  # of the C++ library
+    tiles: bool  # of the C++ library
     mkl: bool
 
 
 def plan(product: ProductName, a: Tensor, b: Tensor, out: torch.dtype, on: Machine | None = None) -> By:
     """Who computes a CPU product of the operands a and b into ``out``.
 
-    "own" is the C++ library's vdpbf16ps (csrc/cpu/avx512_bf16.cpp), for logits and dW: 2.3 times as fast as MKL's on a
-    CPU with AVX512_BF16 and no AMX (benchmarks/results/products_cpu.md). It takes operands and sums below 2**-126 in
-    magnitude as 0, as torch's bf16 product does there. dH is torch's there, 2.1 times as fast as MKL's, where it is
-    rounded to bf16 next. "mkl" runs on AMX, and where the C++ library was not built. Without bf16 instructions MKL is
-    no faster than torch's fp32 product (benchmarks/results/products_cpu_no_bf16.md).
+    Logits and dW: the C++ library's products, 1.2 to 2.3 times as fast as MKL's on AMX (csrc/cpu/amx_bf16.cpp,
+    benchmarks/results/products_cpu_amx.md) and 2.3 times with AVX512_BF16 alone (csrc/cpu/avx512_bf16.cpp,
+    products_cpu.md). They take operands and sums below 2**-126 in magnitude as 0, as torch's bf16 product does. dH is
+    torch's where it is rounded to bf16 next. "mkl" is for dH in fp32, and where the C++ library was not built. Without
+    bf16 instructions MKL is no faster than torch's fp32 product (products_cpu_no_bf16.md).
     """
     here = machine() if on is None else on
     on_cpu = a.device.type == "cpu" and a.dtype == b.dtype == torch.bfloat16
     if not on_cpu or here.bf16 == "none" or not (_rows_apart(a) and _rows_apart(b)):
         return "torch"
     if product == "dH":
-        return "mkl" if here.mkl and not (out == torch.bfloat16 and here.bf16 == "avx512") else "torch"
+        return "mkl" if here.mkl and out != torch.bfloat16 else "torch"
     if out != torch.float32:
         return "torch"
-    if here.own and here.bf16 == "avx512":
-        return "own"
+    if here.tiles and here.bf16 == "amx":
+        return "tiles"
+    if here.vdpbf16ps and here.bf16 == "avx512":
+        return "vdpbf16ps"
     return "mkl" if here.mkl else "torch"
 
 
@@ -73,8 +77,8 @@ def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         return
     by = plan("logits", hidden, weight, out.dtype)
-    if by == "own":
-        torch.ops.hsd_cpu.project_out(out, hidden, weight, threads=torch.get_num_threads())
+    if by in ("tiles", "vdpbf16ps"):
+        torch.ops.hsd_cpu.project_out(out, hidden, weight, tiles=by == "tiles", threads=torch.get_num_threads())
     elif by == "mkl":
         _mkl_gemm(hidden, weight, out, trans_b=True)
     else:
@@ -84,7 +88,8 @@ def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def backproject(dz: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """dz @ weight: (n, V), (V, D) -> (n, D), rounded once to ``dtype``."""
+    """dz @ weight: (n, V), (V, D) -> (n, D), rounded once to ``dtype``. Where rows of dz are apart, finite numbers lie
+    between them: torch's product on AMX multiplies up to 31 of them by 0."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if weight.dtype == wide:
         return torch.mm(dz, weight)
@@ -112,8 +117,9 @@ def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) ->
             torch.addmm(grad_weight, dz.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
         return
     by = plan("dW", dz, hidden, grad_weight.dtype)
-    if by == "own":
-        torch.ops.hsd_cpu.accumulate(grad_weight, dz, hidden, adds=not first, threads=torch.get_num_threads())
+    if by in ("tiles", "vdpbf16ps"):
+        how = {"tiles": by == "tiles", "threads": torch.get_num_threads()}
+        torch.ops.hsd_cpu.accumulate(grad_weight, dz, hidden, adds=not first, **how)
     elif by == "mkl":
         _mkl_gemm(dz, hidden, grad_weight, trans_a=True, beta=0.0 if first else 1.0)
     else:
@@ -132,12 +138,13 @@ def sums_narrow(weight: Tensor) -> bool:
     splits a small one by rows, and may add up the parts in bf16."""
     if weight.dtype != torch.bfloat16:
         return False
-    return weight.numel() >= UNSPLIT if weight.is_cuda else machine().bf16 == "avx512"
+    return weight.numel() >= UNSPLIT if weight.is_cuda else machine().bf16 != "none"
 
 
 def machine() -> Machine:
-    own = native.available() and native.facts().has_products
-    return Machine(_bf16_instructions(), own, _mkl_routine() is not None)
+    own = native.facts() if native.available() else None
+    vdpbf16ps, tiles = (own.has_products, own.has_tiles) if own is not None else (False, False)
+    return Machine(_bf16_instructions(), vdpbf16ps, tiles, _mkl_routine() is not None)
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ABI = 6  # HSD_CPU_ABI in csrc/cpu/operators.cpp: of these schemas and what they mean
+ABI = 7  # HSD_CPU_ABI in csrc/cpu/operators.cpp: of these schemas and what they mean
 FOLDER = Path(__file__).parent
 BUILD = "HSD_BUILD_CPU=1 python setup.py build_ext --inplace"
 VARIANTS = ("baseline", "avx2", "avx512")
@@ -29,17 +29,17 @@ _RUN = "int variant, int threads"
 
 # Of torch.ops.hsd_cpu, which return nothing but what they write.
 SCHEMAS = (
-    # (ABI, number of the fastest of VARIANTS, whether this CPU runs the products)
-    "facts() -> (int, int, bool)",
+    # `Facts`
+    "facts() -> (int, int, bool, bool)",
     # out: the COLUMNS of hsd_kernels/row_stats.py. The log-probs of a target outside the vocabulary are NaN.
     f"statistics(Tensor(a!) out, {_ROWS}, Tensor? target_ids, *, {_FORM}, {_RUN}) -> ()",
     # out may lie over x_student or x_teacher: element 0 of a row on element 0, and no wider.
     f"gradient(Tensor(a!) out, {_ROWS}, Tensor student_top, Tensor teacher_top, "
     "Tensor student_log_sum, Tensor teacher_log_sum, Tensor grad_sum, Tensor weights, *, "
     f"{_FORM}, float chain, {_RUN}) -> ()",
-    # out = a w^T and out = or, with adds, += a^T w: bf16 into fp32.
-    "project_out(Tensor(a!) out, Tensor a, Tensor w, *, int threads) -> ()",
-    "accumulate(Tensor(a!) out, Tensor a, Tensor w, *, bool adds, int threads) -> ()",
+    # out = a w^T and out = or, with adds, += a^T w: bf16 into fp32, by AVX512_BF16 or on AMX tiles.
+    "project_out(Tensor(a!) out, Tensor a, Tensor w, *, bool tiles, int threads) -> ()",
+    "accumulate(Tensor(a!) out, Tensor a, Tensor w, *, bool adds, bool tiles, int threads) -> ()",
     # L1 norm and largest magnitude of each column: NaN where one of its elements is.
     f"column_norms(Tensor(a!) mass, Tensor(b!) largest, Tensor dz, *, {_RUN}) -> ()",
     # x[:, i] = x[:, columns[i]], columns ascending.
@@ -58,6 +58,7 @@ class Facts(NamedTuple):
     abi: int
     fastest: int  # in VARIANTS
     has_products: bool  # AVX512_BF16
+    has_tiles: bool  # AMX_BF16, and the system lets this process use it
 
 
 def find() -> Path | None:

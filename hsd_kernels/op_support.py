@@ -86,12 +86,18 @@ def live_rows(token_weights: Tensor | None, like: Tensor) -> tuple[Tensor, Tenso
 def checked_targets(ids: Tensor, rows: Tensor, vocab: int | None) -> Tensor:
     """As int64. On CUDA a check would synchronize: there the log-probs of an id out of range are NaN. So they are
     where the vocabulary is divided over ranks, ``vocab`` None."""
+    ids = ids.long()  # first: torch has no minimum of unsigned numbers of 16 bits or more
     live = ids[rows]
     if vocab is not None and not ids.is_cuda and live.numel():
         low, high = int(live.min()), int(live.max())
         if low < 0 or high >= vocab:
             raise ValueError(f"target_ids: expected values in [0, {vocab}), got {low} to {high}")
-    return ids.long()
+    return ids
+
+
+def savable(t: Tensor | None) -> Tensor | None:
+    """A teacher that was made under `torch.inference_mode` cannot be saved for a backward: its copy can."""
+    return t.clone() if t is not None and t.is_inference() else t
 
 
 def times(weights: Tensor, values: Tensor) -> Tensor:

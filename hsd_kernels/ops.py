@@ -32,6 +32,7 @@ from hsd_kernels.op_support import (
     first_order_only,
     live_rows,
     register_autograd,
+    savable,
     stored,
     stored_fake,
     times,
@@ -239,7 +240,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], given: dict[str, Any], out
     ctx.given, ctx.options, ctx.dtype = given, o, t.student_hidden.dtype
     # Through autograd, so that an in-place change before the backward is an error, not a wrong gradient.
     if o.reruns:
-        ctx.save_for_backward(*t._replace(target_ids=None, token_weights=out.effective))
+        ctx.save_for_backward(*map(savable, t._replace(target_ids=None, token_weights=out.effective)))
     else:
         effective = out.effective if o.reduction == "none" else None
         ctx.save_for_backward(out.grad_hidden, out.grad_weight, out.grad_bias, effective)

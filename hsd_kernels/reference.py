@@ -41,7 +41,9 @@ def per_token_divergence(
     elif d.kind == "reverse_kl" or (d.kind == "jsd" and d.beta == 1.0):
         terms = _kl_terms(ls, lt, d)
     else:
-        lm = torch.logaddexp(ls + math.log1p(-d.beta), lt + math.log(d.beta))
+        nowhere = (ls == -math.inf) & (lt == -math.inf)  # autograd of logaddexp would find NaN
+        ls_, lt_ = ls.masked_fill(nowhere, 0.0), lt.masked_fill(nowhere, 0.0)
+        lm = torch.logaddexp(ls_ + math.log1p(-d.beta), lt_ + math.log(d.beta)).masked_fill(nowhere, -math.inf)
         plain = Divergence()
         terms = d.beta * _kl_terms(lt, lm, plain) + (1.0 - d.beta) * _kl_terms(ls, lm, plain)
     if d.clip is not None:
@@ -147,7 +149,8 @@ def _bounded_exp(x: Tensor) -> Tensor:
 
 def _kl_terms(log_p: Tensor, log_q: Tensor, d: Divergence) -> Tensor:
     p = log_p.exp()
-    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
+    # 0 log 0 = 0, chosen before the product: after it autograd would still find 0 * inf.
+    terms = p * (log_p - log_q).masked_fill(p == 0, 0.0)
     if d.clip is not None and d.clip_form == "nonnegative":
         terms = terms - p + log_q.exp()
     return terms

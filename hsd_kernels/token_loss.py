@@ -6,6 +6,7 @@ per-token loss has an upstream gradient per row; its backward makes the chunks' 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -228,7 +229,8 @@ def _call(
     for name, t in per_token.items():
         check_per_token(name, t, hidden, "hidden")
     check_no_tangent("fused_token_loss", hidden, weight, bias, *per_token.values())
-    shape, tokens = hidden.shape[:-1], hidden.shape[:-1].numel()
+    shape = hidden.shape[:-1]
+    tokens = math.prod(shape)
 
     def flat(name: str) -> Tensor | None:
         t = per_token.get(name)

@@ -16,11 +16,7 @@
 #endif
 #include <string.h>
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in the header of GCC 12 itself, GCC bug 105593
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
+#include "pairs.h"
 #include "passes.h"
 
 namespace {
@@ -33,36 +29,6 @@ constexpr int PAIRS = 128;   // of k: a block of the sum
 // A pair of bf16, neighbours in k, is one uint32_t; this is one k of COLUMNS rows or columns of w.
 typedef uint32_t Pairs[COLUMNS];
 
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The first n of 32 lanes; n may be past either end.
-inline __mmask32 first(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
-
-// 16 rows of 16 pairs into 16 pairs of 16 rows, COLUMNS apart.
-inline void transpose(__m512i r[16], uint32_t* to) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        for (int j = 0; j < 2; j++) {
-            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-        }
-    }
-    for (int c = 0; c < 4; c++) {  // quarter q of r[i + c] holds rows i to i + 3 of pair 4 q + c
-        const __m512i even_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
-        const __m512i even_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-        const __m512i odd_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-        const __m512i odd_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-        _mm512_store_si512(to + c * COLUMNS, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
-        _mm512_store_si512(to + (4 + c) * COLUMNS, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
-        _mm512_store_si512(to + (8 + c) * COLUMNS, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
-        _mm512_store_si512(to + (12 + c) * COLUMNS, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
-    }
-}
-
 // `rows` rows of w from (v, k) on, at most COLUMNS, `depth` numbers of each; 0 past either end, up to 16 pairs.
 void pack_rows(const Product& p, int64_t v, int64_t k, int64_t rows, int64_t depth, Pairs* to) {
     const uint16_t* from = (const uint16_t*)p.w + v * p.w_stride + k;
@@ -73,20 +39,8 @@ void pack_rows(const Product& p, int64_t v, int64_t k, int64_t rows, int64_t dep
                 const __mmask32 mask = i + l < rows ? first(depth - j) : 0u;
                 r[l] = _mm512_maskz_loadu_epi16(mask, from + (i + l) * p.w_stride + j);
             }
-            transpose(r, &to[j / 2][i]);
+            transpose<COLUMNS>(r, &to[j / 2][i]);
         }
-    }
-}
-
-// 32 pairs of a row and the next, 0 where the mask is and where `both` says there is no next.
-inline void pair(const uint16_t* row, int64_t stride, bool both, __mmask32 mask, uint32_t* to) {
-    const __m512i even = _mm512_maskz_loadu_epi16(mask, row);
-    const __m512i odd = _mm512_maskz_loadu_epi16(both ? mask : 0u, row + stride);
-    const __m256i halves[2][2] = {{_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)},
-                                  {_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)}};
-    for (int i = 0; i < 2; i++) {
-        const __m512i low = _mm512_cvtepu16_epi32(halves[i][0]), high = _mm512_cvtepu16_epi32(halves[i][1]);
-        _mm512_storeu_si512(to + 16 * i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
 }
 
@@ -194,7 +148,7 @@ void hsd_accumulate_block_of(const Product& p, int64_t block) {
         for (int64_t j = 0; j < pairs; j++) {
             const uint16_t* row = (const uint16_t*)p.a + (k + 2 * j) * p.a_stride + v;
             const bool both = 2 * j + 1 < depth;
-            for (int64_t i = 0; i < rows; i += 32) pair(row + i, p.a_stride, both, first(rows - i), line + i);
+            for (int64_t i = 0; i < rows; i += 32) pair<16>(row + i, p.a_stride, both, first(rows - i), line + i);
             for (int64_t i = 0; i * ROWS < rows; i++)
                 _mm512_storeu_si512(a + i * BAND + j * ROWS, _mm512_loadu_si512(line + i * ROWS));
         }
@@ -204,7 +158,7 @@ void hsd_accumulate_block_of(const Product& p, int64_t block) {
                 const uint16_t* row = (const uint16_t*)p.w + (k + 2 * j) * p.w_stride + d;
                 const bool both = 2 * j + 1 < depth;
                 for (int t = 0; t * COLUMNS < columns; t++)
-                    pair(row + t * COLUMNS, p.w_stride, both, first(columns - t * COLUMNS), w[t][j]);
+                    pair<16>(row + t * COLUMNS, p.w_stride, both, first(columns - t * COLUMNS), w[t][j]);
             }
             for (int64_t i = 0; i * ROWS < rows; i++) {
                 const Tile tile = tile_of<1, ROWS>(at_most(ROWS, rows - i * ROWS));

@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdlib>
+#include <memory>
+
 #include "passes.h"
 
 using torch::headeronly::ScalarType;
@@ -11,7 +14,7 @@ using torch::stable::Tensor;
 typedef std::optional<Tensor> MaybeTensor;
 typedef std::optional<double> MaybeFloat;
 
-#define HSD_CPU_ABI 6
+#define HSD_CPU_ABI 7
 
 // Parts of the schemas, by their names in native.py.
 #define ROWS Tensor x_student, Tensor x_teacher, MaybeTensor bias, MaybeTensor teacher_bias
@@ -39,7 +42,16 @@ bool has_products() {
 #endif
 }
 
-std::tuple<int64_t, int64_t, bool> facts() { return {HSD_CPU_ABI, fastest(), has_products()}; }
+bool has_tiles() {
+#ifdef __x86_64__
+    static const bool has = hsd_has_tiles();
+    return has;
+#else
+    return false;
+#endif
+}
+
+std::tuple<int64_t, int64_t, bool, bool> facts() { return {HSD_CPU_ABI, fastest(), has_products(), has_tiles()}; }
 
 const Variant& numbered(int64_t variant) {
     STD_TORCH_CHECK(0 <= variant && variant <= fastest(), "variant: expected at most ", fastest(), ", got ", variant);
@@ -148,27 +160,57 @@ void gradient(Tensor out, ROWS, Tensor student_top, Tensor teacher_top, Tensor s
     for_each(n, threads, [&](int64_t row) { v.gradient_row(rows, g, row); });
 }
 
-Product product(const Matrix& a, const Matrix& w, const Tensor& out, int64_t vocab, int64_t rows, int64_t columns) {
-    STD_TORCH_CHECK(has_products(), "products: expected a CPU with AVX512_BF16, got one without");
+// `tiles`: on AMX tiles.
+Product product(const Matrix& a, const Matrix& w, const Tensor& out, int64_t vocab, int64_t rows, int64_t columns,
+                bool tiles) {
+    STD_TORCH_CHECK(tiles ? has_tiles() : has_products(), "products: expected a CPU with ",
+                    tiles ? "AMX_BF16" : "AVX512_BF16", ", got one without");
     const Matrix o = matrix("out", out, rows, columns);
     STD_TORCH_CHECK(a.is_bf16 && w.is_bf16 && !o.is_bf16, "products: expected bfloat16 into float32, got other dtypes");
     return {a.x, w.x, (float*)o.x, a.stride, w.stride, o.stride, a.rows, vocab, w.columns, false};
 }
 
-void project_out(Tensor out, Tensor a, Tensor w, int64_t threads) {
-    const Matrix am = matrix("a", a), wm = matrix("w", w, w.size(0), am.columns);
-    const Product p = product(am, wm, out, wm.rows, am.rows, wm.rows);
+struct Free {
+    void operator()(uint32_t* x) const { std::free(x); }
+};
+
+// The side of a product that each block reads, in tiles.
+std::unique_ptr<uint32_t, Free> packed(const Product& p, Sum sum, int64_t n, int64_t k, int64_t threads) {
+    std::unique_ptr<uint32_t, Free> to;
 #ifdef __x86_64__
+    to.reset((uint32_t*)std::aligned_alloc(64, (size_t)hsd_tiles_of(n, k) * 4 + 64));
+    STD_TORCH_CHECK(to, "products: expected memory for ", hsd_tiles_of(n, k) * 4, " bytes, got none");
+    for_each(blocks_of(n, hsd_tiles_part), threads, [&](int64_t i) { hsd_tiles_pack(p, sum, i, to.get()); });
+#endif
+    return to;
+}
+
+void project_out(Tensor out, Tensor a, Tensor w, bool tiles, int64_t threads) {
+    const Matrix am = matrix("a", a), wm = matrix("w", w, w.size(0), am.columns);
+    const Product p = product(am, wm, out, wm.rows, am.rows, wm.rows, tiles);
+#ifdef __x86_64__
+    if (tiles) {
+        const auto rows = packed(p, LOGITS, p.rows, p.dim, threads);
+        for_each(blocks_of(p.vocab, hsd_tiles_block), threads,
+                 [&](int64_t block) { hsd_tiles_project_out(p, rows.get(), block); });
+        return;
+    }
     const int64_t blocks = blocks_of(p.vocab, hsd_project_out_block);
     for_each(blocks, threads, [&](int64_t block) { hsd_project_out_block_of(p, block); });
 #endif
 }
 
-void accumulate(Tensor out, Tensor a, Tensor w, bool adds, int64_t threads) {
+void accumulate(Tensor out, Tensor a, Tensor w, bool adds, bool tiles, int64_t threads) {
     const Matrix am = matrix("a", a), wm = matrix("w", w, am.rows, w.size(1));
-    Product p = product(am, wm, out, am.columns, am.columns, wm.columns);
+    Product p = product(am, wm, out, am.columns, am.columns, wm.columns, tiles);
     p.adds = adds;
 #ifdef __x86_64__
+    if (tiles) {
+        const auto columns = packed(p, DW, p.dim, p.rows, threads);
+        for_each(blocks_of(p.vocab, hsd_tiles_block), threads,
+                 [&](int64_t block) { hsd_tiles_accumulate(p, columns.get(), block); });
+        return;
+    }
     const int64_t blocks = blocks_of(p.vocab, hsd_accumulate_block);
     for_each(blocks, threads, [&](int64_t block) { hsd_accumulate_block_of(p, block); });
 #endif

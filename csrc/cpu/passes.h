@@ -110,3 +110,13 @@ extern const int64_t hsd_project_out_block;
 void hsd_project_out_block_of(const Product& product, int64_t block);
 extern const int64_t hsd_accumulate_block;
 void hsd_accumulate_block_of(const Product& product, int64_t block);
+
+// The same on AMX tiles: one side is packed once, `part` by part, the rest block by block.
+enum Sum { LOGITS, DW };
+bool hsd_has_tiles();
+int64_t hsd_tiles_of(int64_t n, int64_t k);  // numbers of uint32_t that (n, k) take
+void hsd_tiles_pack(const Product& product, Sum sum, int64_t part, uint32_t* to);
+constexpr int64_t hsd_tiles_part = 32;
+extern const int64_t hsd_tiles_block;
+void hsd_tiles_project_out(const Product& product, const uint32_t* a, int64_t block);
+void hsd_tiles_accumulate(const Product& product, const uint32_t* w, int64_t block);

@@ -135,7 +135,7 @@ def matrix_products() -> Facts:
     here = gemm.machine()
     return found | {
         "bf16 instructions": here.bf16,
-        "C++ products": here.own,
+        "C++ products": [name for name in ("tiles", "vdpbf16ps") if getattr(here, name)],
         "MKL's product": here.mkl,
         "cuda bfloat16": "cuBLAS, out_dtype=float32",
     }

@@ -25,6 +25,7 @@ from types import ModuleType
 import torch
 
 from hsd_kernels import native
+from hsd_kernels.divergence import RowSpec
 from hsd_kernels.row_stats import RowStats
 
 MODULES = {"torch": "eager", "triton": "triton_rows", "cpp": "cpp"}  # by the name that ``impl`` has for them
@@ -55,13 +56,13 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     return importlib.import_module(f"hsd_kernels.rows.{MODULES[impl]}")
 
 
-def both_in_one_read(backend: ModuleType, logits: torch.Tensor) -> Callable[..., RowStats] | None:
+def both_in_one_read(backend: ModuleType, logits: torch.Tensor, spec: RowSpec) -> Callable[..., RowStats] | None:
     """``statistics_and_gradient_`` of these logits (`hsd_kernels.rows.one_read`) where ``backend`` has it."""
     if not backend.__name__.endswith(MODULES["triton"]):
         return None
     from hsd_kernels.rows import one_read
 
-    return one_read.statistics_and_gradient_ if one_read.fits(logits) else None
+    return one_read.statistics_and_gradient_ if one_read.serves(logits, spec) else None
 
 
 def _best(device: torch.device, dtype: torch.dtype) -> str:

@@ -87,7 +87,7 @@ def test_confident_rows_lose_what_the_best_fp32_form_loses(impl, temperature, of
         given = (student, teacher, row_spec(temperature=temperature), None, None)
         positions, ones, found = torch.arange(len(student)), torch.ones(len(student)), torch.empty_like(student)
         if impl == "one read":
-            both = rows.both_in_one_read(backend, student)
+            both = rows.both_in_one_read(backend, student, given[2])
             assert both is not None
             both(*given, None, positions, ones, found)
         else:

@@ -255,6 +255,18 @@ def test_numbers_of_any_real_type_are_accepted():
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int32])
+def test_target_ids_of_any_integers(dtype):
+    student, teacher, weight = torch.randn(2, 4), torch.randn(2, 4), torch.randn(100, 4)
+    found, want = (
+        fused_hsd_kl(student, teacher, weight, target_ids=ids, return_stats=True).stats.student_logps
+        for ids in (torch.tensor([7, 99]).to(dtype), torch.tensor([7, 99]))
+    )
+    assert found.equal(want)
+    with pytest.raises(ValueError, match=r"^target_ids: expected values in \[0, 100\), got 7 to 100$"):
+        fused_hsd_kl(student, teacher, weight, target_ids=torch.tensor([7, 100]).to(dtype))
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)])
 def test_output_shapes_dtypes_and_gradients(shape):
     hidden, teacher, weight = grad(*shape, D), torch.randn(*shape, D), grad(V, D)

@@ -189,3 +189,35 @@ def test_what_is_kept_for_the_backward():
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             fused_hsd_kl(student.requires_grad_(), teacher, weight.requires_grad_(), reduction=reduction)
         assert 0 < sum(kept) <= allowed
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_of_inference_mode(reduction):
+    """Autograd refuses to save one for the backward, which a trained head with reduction "none" has to run again."""
+    student, teacher, weight = small_problem(7)
+    with torch.inference_mode():
+        of_inference = teacher * 1.0
+    found = {}
+    for name, given in (("inference", of_inference), ("plain", teacher)):
+        s, w = student.clone().requires_grad_(), weight.clone().requires_grad_()
+        fused_hsd_kl(s, given, w, reduction=reduction).sum().backward()
+        found[name] = torch.cat([s.grad, w.grad])
+    assert found["inference"].equal(found["plain"])
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_the_gradient_of_a_bias_is_of_unrounded_dz(with_reference):
+    """In bf16 dz is rounded for the products. Over many tokens a bias sums it: 0.2 % of the parts, more of the sum."""
+    student, teacher, weight = (t.detach().bfloat16() for t in small_problem(96, 16, 61))
+    bias = torch.zeros(61, dtype=torch.bfloat16)
+    options = {"reference_hidden": teacher.flip(0), "reference_coef": 0.5} if with_reference else {}
+
+    def of_bias(loss, dtype):
+        b = bias.to(dtype, copy=True).requires_grad_()
+        given = {name: v.to(dtype) if torch.is_tensor(v) else v for name, v in options.items()}
+        loss(student.to(dtype), teacher.to(dtype), Head(weight.to(dtype), b), reduction="sum", **given).backward()
+        return b.grad
+
+    exact = of_bias(reference.hsd_kl, torch.float64)
+    # Rounded once, to the bias' own dtype.
+    torch.testing.assert_close(of_bias(fused_hsd_kl, torch.bfloat16).double(), exact, rtol=2.0**-8, atol=1e-6)

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from hsd_kernels import configs
-from hsd_kernels.compile_report import COMPILED
 
 
 def test_nearest_lower_architecture():
@@ -31,7 +30,9 @@ def test_pinned_configurations_compile_without_spills(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     _, *lines, summary = result.stdout.splitlines()
     compiled = {(line.split()[0], int(arch)) for line in lines for arch in re.findall(r" sm_(\d+) ", line)}
-    assert compiled == {(kernel, arch) for kernel in COMPILED for arch in configs.ARCHITECTURES}
+    assert compiled == {
+        (kernel, arch) for kernel in ("statistics", "gradient", "one_read") for arch in configs.ARCHITECTURES
+    }
     assert summary == f"{len(lines)} variants compiled, 0 spill"
     assert all(line.split()[-2] == "16" for line in lines), "loads are not vectorised"
     plain = next(line for line in lines if line.startswith("one_read") and " sm_90 " in line)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsd_kernels import Head, fused_hsd_kl, reference
+from hsd_kernels import Divergence, Head, fused_hsd_kl, reference
 from hsd_kernels.divergence import DIVERGENCES
 from hsd_kernels.testing import assert_within_budget, double, draw, grads, logit_pair, small_problem
 
@@ -108,3 +108,30 @@ def test_large_logits(size, divergence):
         # d weight is dz^T h: the logits once more. A KL of 1e4 carries the rounding of a probability 1e4 times.
         size_of = scale * max(1.0, truth.abs().max().item())
         assert_within_budget(name, got, want, truth, scale=2.0 * size_of)
+
+
+@pytest.mark.parametrize("where", ["both", "student"])
+@every_divergence
+def test_the_definition_keeps_its_gradient_beside_an_impossible_token(where, divergence):
+    """Autograd of ``0 * log 0`` is NaN where the 0 is chosen after the product."""
+    student, teacher = draw(5, 9, dtype=torch.float64).requires_grad_(), draw(5, 9, seed=1, dtype=torch.float64)
+    blocked = torch.zeros(9, dtype=torch.float64)
+    blocked[[2, 8]] = -INF
+    of_teacher = teacher + (blocked if where == "both" else 0.0)
+    value = reference.per_token_divergence(student + blocked, of_teacher, Divergence(divergence, beta=0.3))
+    (found,) = torch.autograd.grad(value.sum(), student)
+    want, gradient = law(student.detach() + blocked, of_teacher, divergence, 0.3)
+    torch.testing.assert_close(value.detach(), want)
+    torch.testing.assert_close(found, gradient)
+
+
+@every_divergence
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_one_token_in_the_vocabulary_has_nothing_to_learn(impl, divergence):
+    """log_softmax of one logit is 0 whatever the logit is."""
+    student, teacher = draw(6, 8).requires_grad_(), draw(6, 8, seed=1)
+    head = Head(draw(1, 8, seed=2).requires_grad_(), draw(1, seed=3).requires_grad_())
+    loss = fused_hsd_kl(student, teacher, head, divergence=divergence, impl=impl)
+    loss.backward()
+    for value in (loss.detach(), student.grad, head.weight.grad, head.bias.grad):
+        assert value.eq(0).all()

@@ -19,11 +19,12 @@ class Idle:
         pass
 
 
+ALL = {"vdpbf16ps": True, "tiles": True, "mkl": True}
 MACHINES = {
-    "own": gemm.Machine("avx512", own=True, mkl=True),
-    "mkl": gemm.Machine("amx", own=True, mkl=True),
-    "mkl and torch": gemm.Machine("avx512", own=False, mkl=True),
-    "upcast": gemm.Machine("none", own=True, mkl=True),
+    "vdpbf16ps": gemm.Machine("avx512", **ALL),
+    "tiles": gemm.Machine("amx", **ALL),
+    "mkl": gemm.Machine("avx512", **ALL | {"vdpbf16ps": False}),
+    "upcast": gemm.Machine("none", **ALL),
 }
 
 
@@ -31,8 +32,8 @@ MACHINES = {
 def route(request, monkeypatch):
     """The products as some CPU would have them computed, as far as this one can."""
     machine, here = MACHINES[request.param], gemm.machine()
-    if request.param == "own":
-        vdpbf16ps()
+    if request.param in OWN:
+        products(request.param)
     elif request.param == "upcast":
         monkeypatch.setattr(gemm, "UPCAST_ROWS", 50)
     elif not here.mkl:
@@ -41,30 +42,40 @@ def route(request, monkeypatch):
     return request.param
 
 
-def vdpbf16ps():
+OWN = ("vdpbf16ps", "tiles")
+
+
+def products(by):
     """(hidden, weight, out) -> out = hidden @ weight.T, (dz, hidden, out, adds) -> out = or += dz.T @ hidden."""
-    if not gemm.machine().own:
-        pytest.skip("the C++ library is not built, or finds no avx512_bf16 on this CPU")
+    if not getattr(gemm.machine(), by):
+        pytest.skip(f"the C++ library is not built, or finds no {by} on this CPU")
+
+    def how():
+        return {"tiles": by == "tiles", "threads": torch.get_num_threads()}
 
     def project_out(hidden, weight, out):
-        torch.ops.hsd_cpu.project_out(out, hidden, weight, threads=torch.get_num_threads())
+        torch.ops.hsd_cpu.project_out(out, hidden, weight, **how())
 
     def accumulate(dz, hidden, out, adds=False):
-        torch.ops.hsd_cpu.accumulate(out, dz, hidden, adds=adds, threads=torch.get_num_threads())
+        torch.ops.hsd_cpu.accumulate(out, dz, hidden, adds=adds, **how())
 
     return project_out, accumulate
+
+
+own_products = pytest.mark.parametrize("by", OWN)
 
 
 @pytest.mark.parametrize(
     ("machine", "logits", "dh_into_bf16", "dh_into_fp32", "dw"),
     [
-        (gemm.Machine("avx512", own=True, mkl=True), "own", "torch", "mkl", "own"),
-        (gemm.Machine("avx512", own=True, mkl=False), "own", "torch", "torch", "own"),
-        (gemm.Machine("avx512", own=False, mkl=True), "mkl", "torch", "mkl", "mkl"),
-        (gemm.Machine("avx512", own=False, mkl=False), "torch", "torch", "torch", "torch"),
-        (gemm.Machine("amx", own=True, mkl=True), "mkl", "mkl", "mkl", "mkl"),
-        (gemm.Machine("amx", own=True, mkl=False), "torch", "torch", "torch", "torch"),
-        (gemm.Machine("none", own=True, mkl=True), "torch", "torch", "torch", "torch"),
+        (gemm.Machine("avx512", **ALL), "vdpbf16ps", "torch", "mkl", "vdpbf16ps"),
+        (gemm.Machine("avx512", **ALL | {"mkl": False}), "vdpbf16ps", "torch", "torch", "vdpbf16ps"),
+        (gemm.Machine("avx512", False, True, True), "mkl", "torch", "mkl", "mkl"),
+        (gemm.Machine("avx512", False, False, False), "torch", "torch", "torch", "torch"),
+        (gemm.Machine("amx", **ALL), "tiles", "torch", "mkl", "tiles"),
+        (gemm.Machine("amx", True, False, True), "mkl", "torch", "mkl", "mkl"),
+        (gemm.Machine("amx", True, False, False), "torch", "torch", "torch", "torch"),
+        (gemm.Machine("none", **ALL), "torch", "torch", "torch", "torch"),
     ],
 )
 def test_the_plan(machine, logits, dh_into_bf16, dh_into_fp32, dw):
@@ -102,7 +113,7 @@ def test_products_accumulate_wide(route, dtype, n, vocab, dim):
     torch.testing.assert_close(workspace.double(), hidden.double() @ weight.double().T, **close)
 
     assert gemm.gradient_dtype(hidden, wide) == (BF16 if dtype == BF16 and route != "upcast" else wide)
-    narrow = torch.full((n, vocab + 5), float("nan"), dtype=gemm.gradient_dtype(hidden, wide))[:, :vocab]
+    narrow = torch.zeros(n, vocab + 5, dtype=gemm.gradient_dtype(hidden, wide))[:, :vocab]
     narrow.copy_(dz)  # rows as in the buffer, apart by more than V
     back = gemm.backproject(narrow, weight, wide)
     assert back.dtype == wide
@@ -118,11 +129,12 @@ def test_products_accumulate_wide(route, dtype, n, vocab, dim):
     torch.testing.assert_close(total.double(), 2.0 * dz.double().T @ hidden.double(), **close)
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2, 7, 33, 512, 1057])  # a block of k is 256
+@pytest.mark.parametrize("dim", [0, 1, 2, 7, 33, 512, 1057])  # a sum is of 256 k, or of 512
 @pytest.mark.parametrize("vocab", [1, 31, 33, 1000])
 @pytest.mark.parametrize("n", [1, 13, 30])
-def test_logits_by_vdpbf16ps(n, vocab, dim, monkeypatch):
-    product, _ = vdpbf16ps()
+@own_products
+def test_logits_by_our_own(by, n, vocab, dim, monkeypatch):
+    product, _ = products(by)
     hidden, weight = draw(n, dim + 3)[:, 3:], draw(vocab, dim + 5)[:, 5:]  # rows apart, at odd addresses
     memory = torch.full((n, vocab + 7), float("nan"))
     out = memory[:, 4 : 4 + vocab]
@@ -144,8 +156,9 @@ def test_logits_by_vdpbf16ps(n, vocab, dim, monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, 2, 33, 256, 515])  # a block of the sum is 256 rows
 @pytest.mark.parametrize("vocab", [1, 13, 384, 800])  # a block of V is 384 rows of dW, twelve at a time
 @pytest.mark.parametrize("dim", [1, 33, 260])
-def test_head_gradient_by_vdpbf16ps(n, vocab, dim, monkeypatch):
-    _, accumulate = vdpbf16ps()
+@own_products
+def test_head_gradient_by_our_own(by, n, vocab, dim, monkeypatch):
+    _, accumulate = products(by)
     dz, hidden = draw(n, 2 * vocab + 3)[:, 3 : 3 + vocab], draw(n, dim + 5)[:, 5:]  # rows apart, at odd addresses
     memory = torch.full((vocab, dim + 7), float("nan"))
     out = memory[:, 4 : 4 + dim]
@@ -166,18 +179,20 @@ def test_head_gradient_by_vdpbf16ps(n, vocab, dim, monkeypatch):
     assert torch.equal(alone[0, 0], out[-1, -1]), "the order of a sum depends on where it stands"
 
 
-def test_vdpbf16ps_has_room_for_many_logits():
+@own_products
+def test_room_for_many_logits(by):
     """Row times stride past 2**31: of the output, on pages that nothing touches but its last two rows."""
     hidden, weight = draw(70, 2), draw(40, 2)
     stride = 2**25
     out = torch.empty(69 * stride + 40).as_strided((70, 40), (stride, 1))
-    vdpbf16ps()[0](hidden, weight, out)
+    products(by)[0](hidden, weight, out)
     torch.testing.assert_close(out[-2:].double(), hidden[-2:].double() @ weight.double().T, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_vdpbf16ps_spreads_what_is_not_finite_and_no_further(bad):
-    product, accumulate = vdpbf16ps()
+@own_products
+def test_what_is_not_finite_spreads_no_further(by, bad):
+    product, accumulate = products(by)
     for dim in (7, 33, 600):
         for i, v, k in [(0, 0, 0), (12, 32, dim - 1), (5, 39, dim // 2)]:
             around, weight = draw(13, dim + 1), draw(40, dim + 1)
@@ -199,10 +214,11 @@ def test_vdpbf16ps_spreads_what_is_not_finite_and_no_further(bad):
             torch.testing.assert_close(out, dz.float().T @ hidden.float(), rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
-def test_vdpbf16ps_loses_what_is_below_the_normal_numbers():
+@own_products
+def test_what_is_below_the_normal_numbers_is_lost(by):
     """An operand below 2**-126 is 0, however large the other; a product too, even if the sum of two would be normal.
     At 2**-126 and above nothing is lost."""
-    (product, _), smallest = vdpbf16ps(), 2.0**-126
+    (product, _), smallest = products(by), 2.0**-126
 
     def of(a, w):
         out = torch.full((1, 1), float("nan"))
@@ -215,6 +231,25 @@ def test_vdpbf16ps_loses_what_is_below_the_normal_numbers():
     assert of([2.0**100], [smallest / 2]) == 0.0
     assert of([smallest, smallest], [0.5, 0.5]) == 0.0
     assert of([smallest, 1.0], [0.5, 1.0]) == 1.0
+
+
+def test_tiles_leave_those_of_torch_as_they_were():
+    """torch's products keep the configuration of a thread's tiles from call to call."""
+    project_out, _ = products("tiles")
+    hidden, weight = draw(40, 96), draw(70, 96)
+    want, out = hidden @ weight.T, torch.empty(40, 70)
+    for _ in range(3):
+        project_out(hidden[:33], weight[:35], out[:33, :35])
+        assert torch.equal(hidden @ weight.T, want)
+
+
+def test_what_lies_between_rows_of_dz_reaches_nothing(route, poisoned_memory):
+    """torch's product on AMX reads past a row: 0 * NaN is NaN."""
+    student, teacher = draw(64, 64).requires_grad_(), draw(65, 64)[:64]
+    for vocab in (4001, 4002, 4016):
+        memory._spare[:] = [torch.full((1 << 23,), 255, dtype=torch.uint8)]  # NaN in bf16
+        (grad,) = torch.autograd.grad(fused_hsd_kl(student, teacher, draw(vocab, 64)), student)
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("chunks", [1, 3])

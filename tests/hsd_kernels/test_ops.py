@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hsd_kernels import Divergence, Head, fused_hsd_kl, ops
+from hsd_kernels import Divergence, Head, fused_hsd_kl, fused_token_loss, ops
 
 T, D, V = 12, 16, 61
 
@@ -230,3 +230,29 @@ def test_a_counter_of_flops_sees_the_products(frozen, reference, reduction, unit
             student, teacher, weight.detach() if frozen else weight, reduction=reduction, **extra
         ).sum().backward()
     assert counter.get_total_flops() == units * 2 * T * D * V
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.weight, self.loss = torch.nn.Parameter(draw(V, D, seed=2)), loss
+
+    def forward(self, student, other):
+        return self.loss(student, other, self.weight)
+
+
+@pytest.mark.parametrize("leading", [(6,), (2, 3)])
+@pytest.mark.parametrize("loss", ["kl", "token"])
+def test_export_with_a_dynamic_number_of_tokens(loss, leading):
+    def token(student, targets, weight):
+        return fused_token_loss(student, weight, targets, advantages=torch.ones_like(student[..., 0]))
+
+    def given(leading):
+        return draw(*leading, D), draw(*leading, D, seed=1) if loss == "kl" else torch.zeros(leading, dtype=torch.long)
+
+    module = Exported(fused_hsd_kl if loss == "kl" else token)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    axis = len(leading) - 1
+    program = torch.export.export(module, given(leading), dynamic_shapes=({axis: tokens}, {axis: tokens}))
+    longer = given((*leading[:-1], 11))
+    torch.testing.assert_close(program.module()(*longer), module(*longer))

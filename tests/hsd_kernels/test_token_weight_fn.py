@@ -1,5 +1,7 @@
 """The weight function: what it is shown, what its weights multiply, and that weight 0 drops a token."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from hsd_kernels.row_stats import COLUMNS
 from hsd_kernels.testing import draw, grads, rows_of_bytes, small_problem
 
 F64, NAN = torch.float64, float("nan")
+RowsOnly = namedtuple("RowsOnly", "rows")
 
 
 def test_token_weight_fn_sees_its_rows_and_multiplies_the_weights(monkeypatch):
@@ -140,3 +143,19 @@ def test_weight_zero_from_the_hook_leaves_the_reference_term(reduction):
     )
     for got, a, b in zip(found, without, alone, strict=True):
         torch.testing.assert_close(got, a + 0.3 * b)
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_weight_from_the_hook_is_checked_as_a_given_one_is(reduction, bad):
+    student, teacher, weight = small_problem(6)
+
+    def one_bad(stats):
+        return torch.where(stats.rows == 4, bad, 1.0)
+
+    for options in ({"token_weight_fn": one_bad}, {"token_weights": one_bad(RowsOnly(torch.arange(6)))}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"^{name}: expected finite numbers, got 1 that are NaN or infinite$"):
+            fused_hsd_kl(student, teacher, weight, reduction=reduction, **options)
+    kept = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0])  # a row that does not exist is not shown to the hook
+    assert fused_hsd_kl(student, teacher, weight, token_weights=kept, token_weight_fn=one_bad).isfinite()

@@ -75,9 +75,9 @@ def test_the_products_are_those_that_run(monkeypatch):
 
     products = ("cpu bfloat16, logits", "cpu bfloat16, dH", "cpu bfloat16, dW")
     for machine, expected in (
-        (gemm.Machine("avx512", own=True, mkl=True), ["own", "torch", "own"]),
-        (gemm.Machine("amx", own=True, mkl=True), ["mkl", "mkl", "mkl"]),
-        (gemm.Machine("none", own=False, mkl=False), ["torch", "torch", "torch"]),
+        (gemm.Machine("avx512", vdpbf16ps=True, tiles=False, mkl=True), ["vdpbf16ps", "torch", "vdpbf16ps"]),
+        (gemm.Machine("amx", vdpbf16ps=True, tiles=True, mkl=True), ["tiles", "torch", "tiles"]),
+        (gemm.Machine("none", vdpbf16ps=False, tiles=False, mkl=False), ["torch", "torch", "torch"]),
     ):
         monkeypatch.setattr(gemm, "machine", lambda machine=machine: machine)
         found = doctor.matrix_products()
