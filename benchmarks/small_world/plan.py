@@ -114,6 +114,7 @@ LEAGUE: dict[str, dict[str, Any]] = {
     "antisd": {**SHOWN, "method_args": {"verdict": False}},
     "vopd": POLICY_GRADIENT,
     "gspo": POLICY_GRADIENT,
+    "brts": DIVERGENCE,
 }
 # How long each teacher holds, on the first seed: HSD for many more steps.
 LONG_TEACHERS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ from hsd.viewer.make import sample_groups
 
 TEMPLATE = small_world.TEMPLATE
 SAMPLING = Sampling(max_new_tokens=small_world.MAX_COMPLETION, batch_size=128)
-PASS_AT, PASS_QUESTIONS = 8, 128  # samples of each of the first final questions
+PASS_AT = 8  # samples of each of the first quarter of the final questions
 # Of each step's metrics, those in the report.
 KEPT = (
     "hsd/success_rate",
@@ -87,7 +87,7 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
     result = {
         "curve": curve.points,
         "final": asdict(evaluate(model, tokenizer, final if run.part != "pilot" else validation, run.seed, sampling)),
-        "pass_at_8": spread(model, tokenizer, final[:PASS_QUESTIONS], run.seed, sampling),
+        "pass_at_8": spread(model, tokenizer, final[: scale.final // 4], run.seed, sampling),
         "probes": probes.rows if probes else [],
         "steps": {k: [rounded(row.get(k)) for row in rows] for k in KEPT if any(k in row for row in rows)},
         "alarms": {k: f"step {row['step']}: {v}" for row in rows for k, v in row.get("alarms", {}).items()},
