@@ -13,7 +13,13 @@ from hsd.hindsight.teacher_prompts import Contexts, RolloutView, parts
 from hsd.methods.draw import Draw
 from hsd.methods.term import TERMS, Stats, Term
 
-REQUIRED: Any = object()  # a setting that the source does not publish
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Any = _Required()  # a setting that the source does not publish
 
 
 class State(Protocol):
