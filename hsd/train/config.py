@@ -243,7 +243,7 @@ class HSDConfig(GRPOConfig):
             )
         if gate is not None and (len(gate) != 3 or gate[0] < 1 or gate[1] < 0.0 or not 0.0 <= gate[2] <= 1.0):
             raise ValueError(f"teacher_gate: expected [at least 1, at least 0, a share], got {gate}")
-        if self.draw_cap is not None and self.method_spec.draw is None:
+        if self.draw_cap is not None and not self.draws:
             raise ValueError(f"draw_cap: expected None with method={self.method!r}, which draws nothing")
         if self.tree_token_budget is not None and self.method_spec.max_rows > 1:
             raise ValueError(
@@ -315,6 +315,11 @@ class HSDConfig(GRPOConfig):
             )
         known = {"max_completion_length": self.max_completion_length, "num_generations": self.num_generations}
         return {**known, **own, **given}
+
+    @property
+    def draws(self) -> bool:
+        """Whether the method draws; `dapo` does with ``method_args.rounds`` alone."""
+        return self.method_spec.draw is not None and self.settings.get("rounds") != 0
 
     @property
     def needs_old_logps(self) -> bool:

@@ -123,15 +123,15 @@ class HSDTrainer(GRPOTrainer):
                 raise ValueError(
                     f"{name}: expected None with method={args.method!r}, whose teacher is given the data set's"
                 )
-        if args.method_spec.draw is not None and not args.own_loss:
+        if args.draws and not args.own_loss:
             raise ValueError(
                 f"policy_loss: expected 'fused' with method={args.method!r}, which draws, {args.why_trl()}"
             )
-        if writer_fn is not None and args.method_spec.draw is None:
+        if writer_fn is not None and not args.draws:
             raise ValueError(f"writer_fn: expected None with method={args.method!r}, which draws nothing")
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.args: HSDConfig
-        if args.method_spec.draw is not None and self.tools:
+        if args.draws and self.tools:
             raise ValueError(f"tools: expected none with method={args.method!r}, which draws, got {len(self.tools)}")
         if self._is_vlm:
             raise ValueError("model: expected a text model, got a vision-language one")
@@ -276,7 +276,7 @@ class HSDTrainer(GRPOTrainer):
             if len(feedback) != len(inputs):
                 raise ValueError(f"feedback_fn: expected {len(inputs)} texts, one a completion, got {len(feedback)}")
         self._scored = Scored(*self._weighted(rewards), [list(ids) for ids in completion_ids_list], feedback)
-        return rewards if self.args.method_spec.draw is None else self._draw(inputs, rewards, self._scored)
+        return self._draw(inputs, rewards, self._scored) if self.args.draws else rewards
 
     def _weighted(self, rewards: Tensor) -> tuple[list[float], Tensor]:
         """Of (N, functions): the weighted sums, and which have no verdict: every verifier failed, so that they are no

@@ -292,3 +292,10 @@ def test_empty_and_leaking_texts_are_alarms(name, calm, alarming):
     assert not alarms([{f"hsd/{name}": calm}] * 10)
     (found,) = alarms([{f"hsd/{name}": alarming}] * 10)
     assert found in ("empty texts", "leaks")
+
+
+def test_dapo_draws_with_rounds_alone(tmp_path):
+    plain = trainer_of(tmp_path / "a", "dapo", method_args=None, policy_loss="trl")  # TRL's own loss takes no draw
+    assert not plain.own_loss and not plain.args.draws
+    with pytest.raises(ValueError, match=r"^policy_loss: expected 'fused' with method='dapo', which draws"):
+        trainer_of(tmp_path / "b", "dapo", policy_loss="trl")
