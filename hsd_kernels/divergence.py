@@ -23,6 +23,12 @@ negative and are not clipped, so the sum may be negative. In the non-negative fo
 back into each summand, f_v = p (log p - log q) - p + q >= 0, so the clipped sum stays non-negative; its g_v is 0 where
 clipped. The JSD's summands have that form already. Every row backend implements this table; the eager reference does
 not use it and so checks it.
+
+With ``top_k`` the sum is over buckets: the k tokens, and the rest as one (``rest="tail"``), or the k tokens alone with
+both sides renormalised on them. g and G are those of the bucket's log-probs. Of a tail with mass P each token's dz is
+``ps_v (g_tail / P - G)``; a token outside renormalised support has none. A ``floor`` r replaces a bucket's lt by
+max(lt, ls + log r), constant in the student, so that the teacher's masses may sum to more than 1 and a KL may be
+negative. These rows are the torch ones, whatever the backend.
 """
 
 from __future__ import annotations
@@ -34,6 +40,8 @@ from hsd_kernels.values import check_choice, check_positive, check_share
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 CLIP_FORMS = ("opsd", "nonnegative")
+SIDES = ("student", "teacher")
+RESTS = ("tail", "renormalise")
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,18 @@ class Divergence:
         clip: pointwise clip: every vocabulary summand is replaced by min(., clip) before the sum. None for none.
         clip_form: "opsd" clips the summands p log(p / q), so that the per-token value may be negative;
             "nonnegative" clips p log(p / q) - p + q, which have the same sum and none below 0.
+        top_k: compare the k likeliest tokens of ``top_of`` instead of the vocabulary; None, or V and more, for all.
+        top_of: "student" or "teacher".
+        rest: what becomes of the other tokens: one bucket, the "tail", or nothing ("renormalise": both sides are
+            divided by their mass on the k tokens).
+        floor: the teacher's log-prob of each bucket is at least the student's plus log(floor), not renormalised. None
+            for none.
 
     Raises:
         ValueError, TypeError: naming the field.
 
-    Source: the loss of Hindsight Self-Distillation, arXiv 2606.15576; JSD and clip as in OPSD, arXiv 2601.18734.
+    Source: the loss of Hindsight Self-Distillation, arXiv 2606.15576; JSD and clip as in OPSD, arXiv 2601.18734; top k
+    and tail: SDPO, arXiv 2601.20802; renormalised: RCSD, arXiv 2606.19327; floor: RESD, arXiv 2605.12741.
     """
 
     kind: str = "forward_kl"
@@ -60,6 +75,10 @@ class Divergence:
     temperature: float = 1.0
     clip: float | None = None
     clip_form: str = "opsd"
+    top_k: int | None = None
+    top_of: str = "student"
+    rest: str = "tail"
+    floor: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("divergence.kind", self.kind, DIVERGENCES)
@@ -67,11 +86,20 @@ class Divergence:
         check_positive("divergence.temperature", self.temperature)
         check_positive("divergence.clip", self.clip, optional=True)
         check_choice("divergence.clip_form", self.clip_form, CLIP_FORMS)
+        check_positive("divergence.top_k", self.top_k, optional=True, integer=True)
+        check_choice("divergence.top_of", self.top_of, SIDES)
+        check_choice("divergence.rest", self.rest, RESTS)
+        check_positive("divergence.floor", self.floor, optional=True)
 
     @property
     def is_nonnegative(self) -> bool:
         """Whether the sum of the f_v is at least 0."""
-        return self.clip is None or self.clip_form == "nonnegative" or self.kind == "jsd"
+        return self.floor is None and (self.clip is None or self.clip_form == "nonnegative" or self.kind == "jsd")
+
+    @property
+    def in_buckets(self) -> bool:
+        """Whether the sum is not the plain one over the vocabulary: top_k or floor."""
+        return self.top_k is not None or self.floor is not None
 
     def resolved(self) -> Divergence:
         """beta = 0 is the forward KL and beta = 1 the reverse KL, as in GKD: the raw formula would vanish there."""

@@ -31,6 +31,11 @@ def per_token_divergence(
     d = Divergence(divergence) if isinstance(divergence, str) else divergence
     ls = torch.log_softmax(student_logits, -1)
     lt = torch.log_softmax(teacher_logits.detach(), -1)
+    if d.top_k is not None and d.top_k < ls.shape[-1]:
+        ids = (ls.detach() if d.top_of == "student" else lt).topk(d.top_k, -1).indices
+        ls, lt = _in_buckets(ls, ids, d.rest), _in_buckets(lt, ids, d.rest)
+    if d.floor is not None:
+        lt = torch.maximum(lt, ls.detach() + math.log(d.floor))
     if d.kind == "forward_kl" or (d.kind == "jsd" and d.beta == 0.0):
         terms = _kl_terms(lt, ls, d)
     elif d.kind == "reverse_kl" or (d.kind == "jsd" and d.beta == 1.0):
@@ -44,6 +49,14 @@ def per_token_divergence(
     if d.clip is not None:
         terms = terms.clamp_max(d.clip)
     return terms.sum(-1)
+
+
+def _in_buckets(logps: Tensor, ids: Tensor, rest: str) -> Tensor:
+    """(..., k) renormalised, or (..., k + 1) with the log of the other tokens' mass."""
+    kept = logps.gather(-1, ids)
+    if rest == "renormalise":
+        return kept - kept.logsumexp(-1, keepdim=True)
+    return torch.cat([kept, logps.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)], -1)
 
 
 def hsd_kl(

@@ -58,6 +58,10 @@ class Shards:
     ) -> RowStats:
         """Statistics of whole rows from those of this rank's part of them."""
         table = gather(stats.stack(), self.group).transpose(0, 1)  # (columns, ranks, C)
+        if spec.divergence.in_buckets:
+            raise ValueError(
+                f"divergence: expected no top_k and no floor with a sharded vocabulary, got {spec.divergence}"
+            )
         whole = merge_parts(RowStats.unstack(table, stats.rows, stats.student_logps is not None), spec)
         if spec.divergence.kind == "jsd" or spec.divergence.clip is not None:
             from hsd_kernels.rows.eager import summand_sums

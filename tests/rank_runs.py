@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tiny_runs import LORA, STEP, TOKENIZER, half, qwen3
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from hsd.hindsight.context import ContextTemplate
@@ -92,10 +93,19 @@ def joined(batches):
             rows = [row for b in batches for row in b[name]]
             side = "right" if name.startswith("completion") else "left"
             pad = TOKENIZER.pad_token_id if name.endswith("_ids") else 0
+            if name.startswith("rows/") and value.ndim > 2:
+                side = "left" if "teacher" in name else "right"
+                longest = max(row.shape[-1] for row in rows)
+                ends = [longest - row.shape[-1] for row in rows]
+                rows = [
+                    functional.pad(r, (n, 0) if side == "left" else (0, n)) for r, n in zip(rows, ends, strict=True)
+                ]
             out[name] = pad_sequence(rows, True, pad, padding_side=side) if value.ndim == 2 else torch.stack(rows)
         elif name.startswith("column/"):
             assert all(torch.equal(b[name], value) for b in batches), name  # a number of the generation
             out[name] = value
+    if "rows/mask" in out:
+        out["rows/rows_per_micro_batch"] = out["rows/mask"].any(-1).sum().float()
     tokens = out["completion_mask"].sum(-1)
     out["policy_tokens_per_micro_batch"] = tokens.sum().float()  # all of the step's, in one micro-batch
     if "has_context" in out:

@@ -43,7 +43,7 @@ STEP = QUIET | {  # one step of SGD at learning rate 1, which moves the weights 
     "learning_rate": 1.0,
     "max_grad_norm": 0.0,
 }
-OF_TRAINER = ("peft_config", "feedback_fn", "eval_dataset", "environment_factory", "rollout_func")
+OF_TRAINER = ("peft_config", "feedback_fn", "writer_fn", "eval_dataset", "environment_factory", "rollout_func")
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 

@@ -3,6 +3,7 @@
     python -m benchmarks.small_world            # about an hour on two quiet cores
     python -m benchmarks.small_world --quick    # under five minutes: does it all work?
     python -m benchmarks.small_world --report   # of what is finished
+    python -m benchmarks.small_world --part long    # the teachers over 300 steps alone
 
 Every run is a process with one thread and leaves one JSON file in ``--out``; the same command goes on after a kill. The
 report, its pictures and all results in one file are written to ``--results``.
@@ -32,12 +33,16 @@ HERE = Path(__file__).parent
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     scale = QUICK if args.quick else FULL
-    todo = jobs(args.out, scale, queue(scale))
+    runs = [run for run in queue(scale) if args.part in (None, run.part)]
+    if not runs:
+        sys.exit(f"--part: expected one of {', '.join(sorted({r.part for r in queue(scale)}))}, got {args.part}")
+    todo = jobs(args.out, scale, runs)
     failed = []
     if not args.report:
         work.quiet()
         failed = drain(args.out, todo, args.workers, say)
-    say(report.write(args.out, args.results, todo, "python -m benchmarks.small_world" + " --quick" * args.quick))
+    command = "python -m benchmarks.small_world" + " --quick" * args.quick + f" --part {args.part}" * bool(args.part)
+    say(report.write(args.out, args.results, todo, command))
     if failed:
         sys.exit(f"{len(failed)} runs failed, see {args.out / 'logs'}: {', '.join(failed)}")
 
@@ -46,12 +51,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_world")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps")
     parser.add_argument("--report", action="store_true", help="train nothing: report what is finished")
+    parser.add_argument("--part", help="only these runs, with a report of their own: long, chains, league, ...")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, help="where runs and warm starts go (runs/small_world)")
     parser.add_argument("--results", type=Path, help="where the report goes (benchmarks/small_world/results)")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / ("small_world_quick" if args.quick else "small_world")
-    args.results = args.results or (args.out if args.quick else HERE / "results")
+    args.results = args.results or (args.out if args.quick else HERE / "results" / (args.part or ""))
     return args
 
 
@@ -61,8 +67,8 @@ def jobs(out: Path, scale: Scale, runs: Sequence[Run]) -> list[Job]:
     for run in runs:
         folder = out / "warm_starts" / run.warm
         if run.warm not in todo:
-            asked = {"seed": run.seed, "warm_steps": run.warm_steps, "scale": scale.identity}
-            start = partial(before.warm_start, folder, run.seed, run.warm_steps, scale)
+            asked = {"seed": run.seed, "warm_steps": run.warm_steps, "terms": run.terms, "scale": scale.identity}
+            start = partial(before.warm_start, folder, run.seed, run.warm_steps, scale, run.terms)
             todo[run.warm] = Job(run.warm, asked, start)
         train = partial(work.train, run, scale, folder, out / "scratch" / run.key)
         todo[run.key] = Job(run.key, {"run": asdict(run), "scale": scale.identity}, train, needs=run.warm)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.small_world.plan import GROUP_SIZE, Scale
-from benchmarks.small_world.run import SAMPLING, TEMPLATE, evaluate, questions, rounded
-from hsd.evaluate import sample, score
+from benchmarks.small_world.run import TEMPLATE, evaluate, questions, rounded, sampling_of
+from hsd.evaluate import Sampling, sample, score
 from hsd.hindsight.credit import coverage, divergence_position
 from hsd.hindsight.groups import Group
 from hsd.hindsight.peers import choose_peers
@@ -24,16 +24,14 @@ from hsd.tasks.task import Policy
 from hsd.viewer.make import sample_groups
 from hsd.viewer.measure import WINDOWS, credit_tables, draw_peers, failing_with_peer, measure
 
-GREEDY = replace(SAMPLING, temperature=1e-3)
 
-
-def warm_start(folder: Path, seed: int, steps: int, scale: Scale) -> dict[str, Any]:
+def warm_start(folder: Path, seed: int, steps: int, scale: Scale, terms: int = small_world.TERMS) -> dict[str, Any]:
     """Train and save the policy that all runs of a seed begin with; success, coverage and credit before any of them."""
     torch.set_num_threads(1)
     started = time.process_time()
     tokenizer = small_world.build_tokenizer()
     model = small_world.build_model(seed)
-    small_world.warm_start(model, tokenizer, seed=seed, steps=steps)
+    small_world.warm_start(model, tokenizer, seed=seed, steps=steps, terms=terms)
     model.eval()
     trained = time.process_time() - started
     part = folder.with_suffix(".part")
@@ -41,16 +39,17 @@ def warm_start(folder: Path, seed: int, steps: int, scale: Scale) -> dict[str, A
     if folder.exists():
         shutil.rmtree(folder)  # a killed run's, whose JSON is missing
     part.replace(folder)
-    validation, final = questions(seed, scale)
-    task = replace(small_world.task(seed), sampling=SAMPLING)
+    sampling = sampling_of(terms)
+    validation, final = questions(seed, scale, terms)
+    task = replace(small_world.task(seed), sampling=sampling)
     groups = sample_groups(task, Policy(model, tokenizer), final[: scale.credit_questions], seed, GROUP_SIZE)
     return {
-        "validation": asdict(evaluate(model, tokenizer, validation, seed)),
-        "final": asdict(evaluate(model, tokenizer, final, seed)),
-        "greedy": evaluate(model, tokenizer, final, seed, GREEDY).mean,
-        "teacher_success": teacher_success(model, tokenizer, groups, seed),
+        "validation": asdict(evaluate(model, tokenizer, validation, seed, sampling)),
+        "final": asdict(evaluate(model, tokenizer, final, seed, sampling)),
+        "greedy": evaluate(model, tokenizer, final, seed, replace(sampling, temperature=1e-3)).mean,
+        "teacher_success": teacher_success(model, tokenizer, groups, seed, sampling),
         "credit": credit_facts(model, tokenizer, groups, seed),
-        "after_tau": after_tau(model, tokenizer, groups, seed),
+        "after_tau": after_tau(model, tokenizer, groups, seed, sampling),
         "train_cpu_seconds": trained,
         "cpu_seconds": time.process_time() - started,
     }
@@ -81,19 +80,23 @@ def credit_facts(model: Any, tokenizer: Any, groups: Sequence[Group], seed: int)
     }
 
 
-def teacher_success(model: Any, tokenizer: Any, groups: Sequence[Group], seed: int) -> dict[str, float]:
+def teacher_success(
+    model: Any, tokenizer: Any, groups: Sequence[Group], seed: int, sampling: Sampling
+) -> dict[str, float]:
     """Success of each teacher, were it to write the solution itself: what a student can take over from a fixed one."""
     shown = _contexts(groups, tokenizer, random.Random(seed))
     shares = {}
     for name in ("with_peer", "answer_only"):
         prompts = [str(group.prompt) + contexts[name] for group, _, _, contexts in shown]
         asked = [{"prompt": prompt, "answer": group.answer} for prompt, (group, *_) in zip(prompts, shown, strict=True)]
-        rewards = score(tokenizer, asked, sample(model, tokenizer, prompts, SAMPLING, seed=seed), small_world.reward)
+        rewards = score(tokenizer, asked, sample(model, tokenizer, prompts, sampling, seed=seed), small_world.reward)
         shares[name] = sum(rewards) / len(rewards) if rewards else float("nan")
     return shares
 
 
-def after_tau(model: Any, tokenizer: Any, groups: Sequence[Group], seed: int) -> dict[str, list[float]]:
+def after_tau(
+    model: Any, tokenizer: Any, groups: Sequence[Group], seed: int, sampling: Sampling
+) -> dict[str, list[float]]:
     """Once a failing rollout has left its peer, does the teacher go on from the rollout's number or from the peer's?
 
     The rollout is kept up to tau, its first other digit, and written on under each context. Returned by context:
@@ -110,7 +113,7 @@ def after_tau(model: Any, tokenizer: Any, groups: Sequence[Group], seed: int) ->
     shares = {}
     for name in ("with_peer", "answer_only", "alone"):
         prompts = [question + contexts[name] + prefix for question, prefix, contexts in left]
-        rest = sample(model, tokenizer, prompts, SAMPLING, seed=seed)
+        rest = sample(model, tokenizer, prompts, sampling, seed=seed)
         texts = tokenizer.batch_decode([list(r) for r in rest], skip_special_tokens=True)
         kept = [follows(question, prefix, text) for (question, prefix, _), text in zip(left, texts, strict=True)]
         shares[name] = [sum(own) / len(kept) for own in zip(*kept, strict=True)]

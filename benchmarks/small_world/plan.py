@@ -23,6 +23,7 @@ class Scale:
     validation: int = 128  # held-out questions of the curves and of the pilot; none of the final ones
     final: int = 512
     credit_questions: int = 64
+    probe_every: int = 5  # steps, in the long runs
 
     @property
     def identity(self) -> dict[str, int]:
@@ -34,6 +35,7 @@ class Scale:
             "pilot_steps",
             "long_steps",
             "warm_steps",
+            "probe_every",
         )  # of the queue, or of a run
         return {k: v for k, v in asdict(self).items() if k not in own}
 
@@ -50,6 +52,7 @@ QUICK = Scale(
     validation=64,
     final=128,
     credit_questions=16,
+    probe_every=2,
 )
 
 
@@ -65,11 +68,12 @@ class Run:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     group_size: int = GROUP_SIZE
+    terms: int = 4  # summands of a question
 
     @property
     def warm(self) -> str:
         """The key of its warm start."""
-        return f"warm-{self.warm_steps}-seed{self.seed}"
+        return f"warm-{self.warm_steps}{f'-terms{self.terms}' * (self.terms != 4)}-seed{self.seed}"
 
     @property
     def key(self) -> str:
@@ -110,6 +114,7 @@ LEAGUE: dict[str, dict[str, Any]] = {
     "antisd": {**SHOWN, "method_args": {"verdict": False}},
     "vopd": POLICY_GRADIENT,
     "gspo": POLICY_GRADIENT,
+    "brts": DIVERGENCE,
 }
 # How long each teacher holds, on the first seed: HSD for many more steps.
 LONG_TEACHERS: dict[str, dict[str, Any]] = {
@@ -120,6 +125,12 @@ LONG_TEACHERS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "trust_region": {},
 }
+
+# Six summands instead of four: five steps that each slip in 30 % of the cases, so p is near 0.15 and one reward is
+# spread over more decisions.
+CHAIN_TERMS = 6
+CHAINS = ("hsd", "grpo", "grpo+opsd", "sdpo", "egrsd", "rlsd")
+CHAIN_OPTIONS = MAIN | LEAGUE
 
 PILOT_RATES = (1e-4, 3e-4, 1e-3)
 PILOT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -190,6 +201,10 @@ def queue(scale: Scale) -> list[Run]:
     for teacher, options in LONG_TEACHERS.items():
         asked = {**MAIN["hsd"], "teacher": teacher, **options}
         runs.append(Run("long", teacher, 0, scale.long_steps, warm, "hsd", asked))
+    for seed in range(scale.ablation_seeds):
+        for method in CHAINS:
+            options = dict(CHAIN_OPTIONS[method])
+            runs.append(Run("chains", method, seed, steps, warm, method, options, terms=CHAIN_TERMS))
     for seed in range(scale.ablation_seeds):
         for part, rows in ABLATIONS.items():
             for name, (options, size) in rows.items():

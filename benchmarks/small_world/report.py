@@ -27,7 +27,8 @@ def write(out: Path, folder: Path, jobs: Sequence[Job], command: str) -> str:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(_one_line_a_run(facts))
-    drawn = pictures.draw(folder, facts)
+    parts = {r["run"]["part"] for r in facts["runs"]}
+    drawn = pictures.draw(folder, facts) if len(parts) > 1 else []
     text = render(facts, drawn)
     (folder / "report.md").write_text(text)
     return text
@@ -49,13 +50,19 @@ def _flat(found: dict[str, Any]) -> dict[str, Any]:
 
 def render(facts: dict[str, Any], drawn: Sequence[str]) -> str:
     """The report as Markdown; ``drawn`` are the pictures that there were data for."""
+    runs = facts["runs"]
+    if len({r["run"]["part"] for r in runs}) == 1:  # a part by itself
+        own = (tables.league(runs), tables.chains(runs), tables.long(runs), tables.probes(runs))
+        return "\n\n".join("\n".join(s) for s in (_head(facts), *own, _cost(facts)) if s) + "\n"
     sections = [
         _head(facts),
         tables.main(facts),
         _picture(drawn, "curves.png"),
         _settings(facts["runs"]),
         tables.league(facts["runs"]),
+        tables.chains(facts["runs"]),
         tables.long(facts["runs"]),
+        tables.probes(facts["runs"]),
         tables.credit(warm_starts(facts)),
         tables.teachers(facts),
         tables.coverage(facts["runs"], warm_starts(facts)),

@@ -6,7 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,19 @@ from transformers import Qwen3ForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.small_world.plan import Run, Scale
+from benchmarks.small_world.plan import GROUP_SIZE, Run, Scale
+from benchmarks.small_world.probes import Probes
 from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
 from hsd.tasks import small_world
+from hsd.tasks.task import Policy
 from hsd.train.callbacks import load_metrics
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
+from hsd.viewer.make import sample_groups
 
 TEMPLATE = small_world.TEMPLATE
 SAMPLING = Sampling(max_new_tokens=small_world.MAX_COMPLETION, batch_size=128)
+PASS_AT = 8  # samples of each of the first quarter of the final questions
 # Of each step's metrics, those in the report.
 KEPT = (
     "hsd/success_rate",
@@ -53,18 +57,26 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
     started, wall = time.process_time(), time.time()
     tokenizer = small_world.build_tokenizer()
     model = Qwen3ForCausalLM.from_pretrained(warm, dtype=torch.float32)
-    validation, final = questions(run.seed, scale)
-    curve = _Curve(model, tokenizer, validation, run.seed, scale.eval_every)
+    sampling = sampling_of(run.terms)
+    validation, final = questions(run.seed, scale, run.terms)
+    curve = _Curve(model, tokenizer, validation, run.seed, scale.eval_every, sampling)
+    probes = None
+    if run.part == "long":
+        task = replace(small_world.task(run.seed), sampling=sampling)
+        groups = sample_groups(
+            task, Policy(model, tokenizer), validation[: scale.credit_questions], run.seed, GROUP_SIZE
+        )
+        probes = Probes(model, tokenizer, groups, run.seed, scale.probe_every)
     if scratch.exists():
         shutil.rmtree(scratch)  # a killed run's
     trainer = HSDTrainer(
         model=model,
         reward_funcs=small_world.reward,
         args=config(run, scale, scratch),
-        train_dataset=Dataset.from_list(small_world.make_questions(2048, seed=run.seed)),
+        train_dataset=Dataset.from_list(small_world.make_questions(2048, seed=run.seed, terms=run.terms)),
         processing_class=tokenizer,
         context_template=TEMPLATE,
-        callbacks=[curve],
+        callbacks=[curve, *([probes] if probes else [])],
     )
     for printing in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printing)
@@ -74,7 +86,9 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
     rows = load_metrics(scratch / "metrics.jsonl")
     result = {
         "curve": curve.points,
-        "final": asdict(evaluate(model, tokenizer, final if run.part != "pilot" else validation, run.seed)),
+        "final": asdict(evaluate(model, tokenizer, final if run.part != "pilot" else validation, run.seed, sampling)),
+        "pass_at_8": spread(model, tokenizer, final[: scale.final // 4], run.seed, sampling),
+        "probes": probes.rows if probes else [],
         "steps": {k: [rounded(row.get(k)) for row in rows] for k in KEPT if any(k in row for row in rows)},
         "alarms": {k: f"step {row['step']}: {v}" for row in rows for k, v in row.get("alarms", {}).items()},
         "settings": {name: getattr(trainer.args, name) for name in SETTINGS} | {"peer_rule": trainer.peer_rule},
@@ -113,7 +127,7 @@ def config(run: Run, scale: Scale, folder: Path) -> HSDConfig:
         seed=run.seed,
         num_generations=run.group_size,
         per_device_train_batch_size=scale.rollouts,
-        max_completion_length=SAMPLING.max_new_tokens,
+        max_completion_length=sampling_of(run.terms).max_new_tokens,
         temperature=SAMPLING.temperature,
         top_p=SAMPLING.top_p,
         gradient_checkpointing=False,
@@ -126,9 +140,14 @@ def config(run: Run, scale: Scale, folder: Path) -> HSDConfig:
     )
 
 
-def questions(seed: int, scale: Scale) -> tuple[list[dict], list[dict]]:
+def sampling_of(terms: int) -> Sampling:
+    """Four summands have 37 tokens at most; each further one has 13 more."""
+    return replace(SAMPLING, max_new_tokens=SAMPLING.max_new_tokens + 13 * (terms - small_world.TERMS))
+
+
+def questions(seed: int, scale: Scale, terms: int = small_world.TERMS) -> tuple[list[dict], list[dict]]:
     """Held-out questions: those of the curves and the pilot, and, apart from them, those of the final success."""
-    both = small_world.make_questions(scale.final + scale.validation, seed=seed, held_out=True)
+    both = small_world.make_questions(scale.final + scale.validation, seed=seed, held_out=True, terms=terms)
     return both[scale.final :], both[: scale.final]
 
 
@@ -138,11 +157,24 @@ def evaluate(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int, sampl
     return success(rewards, rollouts, 1, end_token_ids(model, tokenizer))
 
 
+def spread(model: Any, tokenizer: Any, asked: Sequence[dict], seed: int, sampling: Sampling) -> dict[str, float]:
+    """pass@8, and how many different successful rollouts a question has among its 8, where it has any."""
+    several = [q for q in asked for _ in range(PASS_AT)]
+    rollouts = sample(model, tokenizer, [q["prompt"] for q in several], sampling, seed=seed + 1)
+    rewards = score(tokenizer, several, rollouts, small_world.reward)
+    right = [
+        {tuple(r) for r, x in zip(rollouts[at : at + PASS_AT], rewards[at : at + PASS_AT], strict=True) if x == 1.0}
+        for at in range(0, len(several), PASS_AT)
+    ]
+    solved = [len(found) for found in right if found]
+    return {"pass": len(solved) / len(right), "distinct": sum(solved) / len(solved) if solved else 0.0}
+
+
 class _Curve(TrainerCallback):
     """Success on the validation questions every so many steps; the time it takes is not the method's."""
 
-    def __init__(self, model: Any, tokenizer: Any, asked: Sequence[dict], seed: int, every: int):
-        self.ask = lambda: evaluate(model, tokenizer, asked, seed).mean
+    def __init__(self, model: Any, tokenizer: Any, asked: Sequence[dict], seed: int, every: int, sampling: Sampling):
+        self.ask = lambda: evaluate(model, tokenizer, asked, seed, sampling).mean
         self.every = every
         self.points: list[tuple[int, float]] = []
         self.cpu_seconds = 0.0

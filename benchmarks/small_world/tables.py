@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.small_world import paper
-from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, HALF, LEAGUE, LONG_TEACHERS, MAIN, SLOW, UNCLIPPED
+from benchmarks.small_world.plan import (
+    ABLATIONS,
+    BASE_ROW,
+    CHAIN_TERMS,
+    CHAINS,
+    HALF,
+    LEAGUE,
+    LONG_TEACHERS,
+    MAIN,
+    SLOW,
+    UNCLIPPED,
+)
 from benchmarks.small_world.results import coverage_bins, curve_mean, final, interval, paired, rows, warm_starts
 from hsd.hindsight.credit import coverage_peak
 
@@ -69,11 +81,12 @@ def league(runs: Sequence[dict]) -> list[str]:
     lines = [
         "## The league",
         "",
-        "Ordered by the curve's mean. Credit is the share of |A| within 8 tokens of tau, over the first ten steps.",
+        "Ordered by the curve's mean. Credit is the share of |A| within 8 tokens of tau, over the first ten steps. "
+        "Distinct: how many different successful rollouts a solved question has among 8.",
         "",
-        "| method | seeds | final success | HSD - it, paired | curve mean | HSD - it, paired | credit | alarms "
-        "| CPU s a step |",
-        "|---" * 9 + "|",
+        "| method | seeds | final success | HSD - it, paired | curve mean | HSD - it, paired | pass@8 | distinct "
+        "| credit | alarms | CPU s a step |",
+        "|---" * 11 + "|",
     ]
     for method in sorted(found, key=lambda m: -interval([curve_mean(r) for r in found[m].values()]).mean):
         by_seed = found[method]
@@ -84,9 +97,71 @@ def league(runs: Sequence[dict]) -> list[str]:
         lines.append(
             f"| {method} | {len(by_seed)} | {interval([final(r) for r in by_seed.values()])} | "
             f"{_signed(paired(hsd, by_seed))} | {interval([curve_mean(r) for r in by_seed.values()])} | "
-            f"{_signed(paired(hsd, by_seed, curve_mean))} | {f'{sum(mass) / len(mass):.2f}' if mass else '-'} | "
+            f"{_signed(paired(hsd, by_seed, curve_mean))} | {_spread(by_seed)} | "
+            f"{f'{sum(mass) / len(mass):.2f}' if mass else '-'} | "
             f"{alarms} of {len(by_seed)} | {sum(seconds) / len(seconds):.2f} |"
         )
+    return lines
+
+
+def _spread(by_seed: dict[int, dict]) -> str:
+    """ "pass@8 | distinct", where they were measured."""
+    found = [r["pass_at_8"] for r in by_seed.values() if "pass_at_8" in r]
+    if not found:
+        return "- | -"
+    return " | ".join(f"{sum(x[name] for x in found) / len(found):.2f}" for name in ("pass", "distinct"))
+
+
+def chains(runs: Sequence[dict]) -> list[str]:
+    """Six summands: more decisions for one reward."""
+    found = {m: rows(runs, "chains", m) for m in CHAINS}
+    found = {m: by_seed for m, by_seed in found.items() if by_seed}
+    if not found:
+        return []
+    lines = [
+        f"## Chains of {CHAIN_TERMS} summands",
+        "",
+        "| method | seeds | each seed | curve mean | pass@8 | distinct | alarms |",
+        "|---" * 7 + "|",
+    ]
+    for method, by_seed in found.items():
+        curve = [curve_mean(r) for r in by_seed.values()]
+        alarms = sum(bool(r["alarms"]) for r in by_seed.values())
+        ends = _each([final(by_seed[s]) for s in sorted(by_seed)])
+        lines.append(
+            f"| {method} | {len(by_seed)} | {ends} | {sum(curve) / len(curve):.3f} | {_spread(by_seed)} | {alarms} |"
+        )
+    return lines
+
+
+SPANS = (0, 10, 20, 30, 50, 100, 200, 300)
+
+
+def probes(runs: Sequence[dict]) -> list[str]:
+    """What the weights say in the teacher's context, while the student is trained."""
+    found = {t: rows(runs, "long", t).get(0) for t in LONG_TEACHERS}
+    found = {t: r["probes"] for t, r in found.items() if r is not None and r.get("probes")}
+    if not found:
+        return []
+    lines = [
+        "## Does the teacher's own distribution move?",
+        "",
+        "On fixed failing rollouts of the warm start (`probes.py`), whatever weights teach: s is what the run's "
+        "weights say behind the question, t what they say behind question and context. `common` is the cosine of their "
+        "movements (mean), `closed` and `evaded` are the changes of KL(t || s) by the student's and by the teacher's "
+        "movement (sums), the others KL at the end of the span, in nats a token.",
+        "",
+        "| teacher | steps | common | closed | evaded | KL(t \\|\\| s) | KL(t_0 \\|\\| t) | KL(t_0 \\|\\| s) |",
+        "|---" * 8 + "|",
+    ]
+    for teacher, measured in found.items():
+        for low, high in pairwise(SPANS):
+            span = [r for r in measured if low < r["step"] <= high]
+            if span:
+                common = sum(r["common"] for r in span) / len(span)
+                closed, evaded = (sum(r[name] for r in span) for name in ("closed", "evaded"))
+                last = " | ".join(f"{span[-1][name]:.3f}" for name in ("gap", "drift", "left"))
+                lines.append(f"| {teacher} | {low} to {high} | {common:.2f} | {closed:.3f} | {evaded:.3f} | {last} |")
     return lines
 
 

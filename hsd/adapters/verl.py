@@ -76,12 +76,12 @@ def register() -> None:
 
     Unlike "forward_kl_topk" it keeps a clipped divergence's negative sums, and logs no top-k masses.
     """
-    from verl.trainer.distillation.losses import (
+    from verl.trainer.distillation.losses import (  # pyright: ignore[reportMissingImports]
         DISTILLATION_LOSS_REGISTRY,
         DistillationLossSettings,
         register_distillation_loss,
     )
-    from verl.workers.utils.padding import no_padding_2_padding
+    from verl.workers.utils.padding import no_padding_2_padding  # pyright: ignore[reportMissingImports]
 
     if NAME in DISTILLATION_LOSS_REGISTRY:
         return

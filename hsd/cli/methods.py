@@ -56,7 +56,7 @@ def needs(method: Method) -> str:
     found = [f"column {name!r}" for name in method.needs]
     found += ["peers"] if method.draws_peers else []
     found += ["feedback_fn (optional)"] if method.uses_feedback else []
-    found += [f"method_args.{name}" for name in required(method)]
+    found += [f"method_args.{name}" for name in required(method)] + unpublished(method)
     return ", ".join(found) or "prompt and answer"
 
 
@@ -64,6 +64,13 @@ def required(method: Method) -> list[str]:
     from hsd.methods.method import REQUIRED
 
     return [name for name, value in method.settings.items() if value is REQUIRED]
+
+
+def unpublished(method: Method) -> list[str]:
+    """Fields of the configuration that the source leaves open."""
+    from hsd.methods.method import REQUIRED
+
+    return [name for name, value in method.defaults.items() if value is REQUIRED]
 
 
 def forwards(method: Method) -> str:
@@ -75,6 +82,8 @@ def forwards(method: Method) -> str:
     trust_region = 2 if settings["teacher"] == "trust_region" else 1
     parts = {"student 1 (with gradient)": 1, f"teacher {contexts * trust_region}": contexts}
     parts[f"scoring {1 + contexts * trust_region}"] = method.scores
+    parts[f"extra rows {method.max_rows} (student and teacher, at most)"] = method.max_rows
+    parts["what it draws"] = method.draw is not None
     parts["reference 1"] = method.has_teacher and settings["reference_coef"] != 0.0
     return " + ".join(name for name, there in parts.items() if there)
 
@@ -87,6 +96,6 @@ def in_full(method: Method, module: ModuleType) -> str:
     lines = [f"method: {method.name}", "", inspect.getdoc(module) or "", ""]
     lines += [f"needs {needs(method)}; forwards: {forwards(method)}", "", "settings (* differs from hsd's):"]
     lines += [f"  {'*' if base.get(k, v) != v or k not in base else ' '} {k}: {v}" for k, v in settings.items()]
-    own = {k: "required" if k in required(method) else v for k, v in method.settings.items()}
-    lines += ["method_args:", *(f"    {k}: {v}" for k, v in own.items())] if own else []
+    own = [f"    {k}: {v if isinstance(v, str) and v.isprintable() else repr(v)}" for k, v in method.settings.items()]
+    lines += ["method_args:", *own] if own else []
     return "\n".join(lines)

@@ -45,6 +45,13 @@ PARTS = {
     "hint": "\n\nHint: {text}",
     "translation": "\n\nThe same problem in English:\n{text}\n\nThink in English.",
     "tag": "\n\nNote on the attempt that follows: {text}",
+    "critique": "\n\nA critique of the attempt that follows:\n{text}",
+    "rubric": "\n\nRubric:\n{text}",
+    "analysis": "\n\nWhat the rubric asks for:\n{text}",
+    "plan": "\n\nA plan:\n{text}",
+    "playbook": "\n\nNotes from earlier problems:\n{text}",
+    "attempt": "\n\nAn earlier attempt:\n{text}",
+    "reflection": "\n\nWhat to learn from it:\n{text}",
     "head": "\n\nThe beginning of a reference solution:\n{text}",
 }
 

@@ -44,12 +44,6 @@ class Rollout:
             _check_finite("mean_logp", self.mean_logp)
 
 
-def succeeds(rollout: Rollout, success_reward: float) -> bool:
-    """Whether ``reward >= success_reward``, but for fp32's rounding."""
-    # TRL's rewards are fp32: its 0.9 is 0.89999998, and weights 0.01 + 0.78 + 0.21 sum to 0.99999994.
-    return rollout.reward >= success_reward - ROUNDING * max(1.0, abs(success_reward))
-
-
 @dataclass(frozen=True)
 class Group:
     """The G rollouts of one question. A rollout succeeds when ``reward >= success_reward``, but for fp32's rounding.
@@ -98,7 +92,12 @@ class Group:
         return [i for i, rollout in enumerate(self.rollouts) if not self._succeeds(rollout)]
 
     def _succeeds(self, rollout: Rollout) -> bool:
-        return succeeds(rollout, self.success_reward)
+        return self.accepts(rollout.reward)
+
+    def accepts(self, reward: float) -> bool:
+        """Whether a rollout with this reward succeeds, but for fp32's rounding."""
+        # TRL's rewards are fp32: its 0.9 is 0.89999998, and weights 0.01 + 0.78 + 0.21 sum to 0.99999994.
+        return reward >= self.success_reward - ROUNDING * max(1.0, abs(self.success_reward))
 
     @property
     def is_mixed(self) -> bool:

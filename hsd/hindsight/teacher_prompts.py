@@ -34,6 +34,8 @@ class RolloutView:
     rng: random.Random = field(default_factory=random.Random)  # this rollout's own
     settings: Mapping[str, Any] = field(default_factory=dict)  # method_args
     shown: Callable[[Sequence[int]], Sequence[int]] = lambda ids: ids  # of a rollout's tokens: without its thinking
+    note: Any = None  # what the method's draw left for this rollout
+    state: Any = None  # the method's
 
     @property
     def group(self) -> Group:
@@ -106,9 +108,11 @@ class TeacherPrompts:
         *,
         step: int,
         groups: Sequence[Sequence[Rollout]] = (),
+        notes: Mapping[tuple[int, int], Any] | None = None,
+        state: Any = None,
     ) -> list[list[TeacherPrompt]]:
-        """``count`` for each of ``members``, whose data-set rows and feedback these are; ``groups`` as in
-        `RolloutView`.
+        """``count`` for each of ``members``, whose data-set rows and feedback these are; ``groups`` and ``state`` as
+        in `RolloutView`, ``notes`` by (`Member.number`, index).
 
         Where a rollout has fewer contexts the question alone, of kind "nothing", stands for the others.
         """
@@ -129,6 +133,8 @@ class TeacherPrompts:
                 rng=peer_rng(self.seed, step, -1 - m.number * len(m.group.rollouts) - m.index),
                 settings=self.settings,
                 shown=self._shown,
+                note=(notes or {}).get((m.number, m.index)),
+                state=state,
             )
             found = self.contexts(view)
             if len(found) > self.count:
@@ -137,12 +143,8 @@ class TeacherPrompts:
             prompts.append([self._prompt(view, context) for context in padded])
         return prompts
 
-    def _shown(self, ids: Sequence[int]) -> Sequence[int]:
-        return without_thinking(self.tokenizer, ids) if self.strip_thinking else ids
-
-    def _prompt(self, view: RolloutView, context: Context) -> TeacherPrompt:
-        question = view.group.prompt
-        made = render_context(
+    def render(self, question: Prompt, context: Context) -> PrivilegedContext:
+        return render_context(
             self.tokenizer,
             question,
             context,
@@ -150,6 +152,12 @@ class TeacherPrompts:
             max_length=self.max_length,
             chat_template_kwargs=self.chat_template_kwargs,
         )
+
+    def _shown(self, ids: Sequence[int]) -> Sequence[int]:
+        return without_thinking(self.tokenizer, ids) if self.strip_thinking else ids
+
+    def _prompt(self, view: RolloutView, context: Context) -> TeacherPrompt:
+        made = self.render(view.group.prompt, context)
         tau = None
         if view.peer is not None and made.kind == "peer":  # it may have been left out for length
             rollouts = view.group.rollouts

@@ -1,8 +1,11 @@
 """The self-distillation family, one file a method: equation, source, the teacher's context, defaults, own code."""
 
 from hsd.methods import (
+    actguide,
     antisd,
     atesd,
+    atesd_learned,
+    brts,
     ccopd,
     cl_egrsd,
     dapo,
@@ -13,9 +16,16 @@ from hsd.methods import (
     gspo,
     hsd,
     hsd_unpaired,
+    mixed_policy,
     mopd,
     msd,
+    npo,
+    opcod,
     opsd,
+    pbsd,
+    plan_reference,
+    rcsd,
+    resd,
     rlcsd,
     rlrt,
     rlsd,
@@ -24,16 +34,21 @@ from hsd.methods import (
     sdpo,
     sgsd,
     ssopd,
+    stable_opd,
+    step_critique,
+    trace,
     vopd,
 )
 from hsd.methods.method import Method
 
 MODULES = (
-    *(hsd, hsd_unpaired, opsd, sdpo, sdft, mopd, atesd, ccopd, msd),  # a divergence
-    *(grpo_opsd, ssopd, sdpg),  # a divergence beside a policy gradient
+    *(hsd, hsd_unpaired, opsd, sdpo, sdft, mopd, atesd, atesd_learned, ccopd, msd),  # a divergence
+    *(step_critique, rcsd, opcod, resd),  # under a text that a model has written
+    *(grpo_opsd, ssopd, sdpg, trace),  # a divergence beside a policy gradient
     *(rlsd, egrsd, cl_egrsd, rlrt, rlcsd),  # the teacher weighs the advantage
     *(antisd, vopd, sgsd),  # the teacher makes the advantage, or the loss of the sampled token
-    *(grpo, dr_grpo, gspo, dapo),  # no teacher
+    *(stable_opd, brts, mixed_policy, pbsd, plan_reference),  # sequences that are no rollouts
+    *(grpo, dr_grpo, gspo, dapo, actguide, npo),  # no teacher
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
 

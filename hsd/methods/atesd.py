@@ -2,8 +2,8 @@
 
     L = 1/|tokens| sum_{i,t} KL(q || p),  q shown the first floor(a m) of the solution's m segments
 
-a = 0.5 is the plain baseline. The paper draws a from a Beta that a learned controller moves; its constants are
-unpublished, and it is not here. Segments are the solution's non-empty lines. Initial weights teach.
+a = 0.5 is the plain baseline. The paper draws a from a Beta that a learned controller moves: `atesd_learned`. Segments
+are the solution's non-empty lines. Initial weights teach.
 
 Confidence: medium to low (second-hand; a second source agrees on the direction).
 """
@@ -15,11 +15,14 @@ from hsd.hindsight.teacher_prompts import RolloutView, parts
 from hsd.methods.method import Method
 
 
-def contexts(view: RolloutView) -> list[Context]:
+def head(view: RolloutView, share: float) -> list[Context]:
     segments = [line for line in view.row["solution"].splitlines() if line.strip()]
-    head = "\n".join(segments[: math.floor(view.settings["share"] * len(segments))])
-    shown = parts(answer=view.answer, head=head)
+    shown = parts(answer=view.answer, head="\n".join(segments[: math.floor(share * len(segments))]))
     return [Context(shown)] if shown else []
+
+
+def contexts(view: RolloutView) -> list[Context]:
+    return head(view, view.settings["share"])
 
 
 METHOD = Method(

@@ -7,14 +7,13 @@ tau is that of the peer that HSD would show.
 """
 
 from hsd.hindsight.context import Context
-from hsd.hindsight.groups import succeeds
 from hsd.hindsight.teacher_prompts import RolloutView
 from hsd.methods.method import Method, demonstrate
 
 
 def contexts(view: RolloutView) -> list[Context]:
     elsewhere = [r for number, rollouts in enumerate(view.groups) if number != view.member.number for r in rollouts]
-    others = [r for r in elsewhere if succeeds(r, view.group.success_reward)]
+    others = [r for r in elsewhere if view.group.accepts(r.reward)]
     shows_peer = view.peer is not None and others
     return demonstrate(view, view.shown(view.rng.choice(others).token_ids) if shows_peer else None)
 

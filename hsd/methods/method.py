@@ -10,9 +10,16 @@ from torch import Tensor
 
 from hsd.hindsight.context import Content, Context
 from hsd.hindsight.teacher_prompts import Contexts, RolloutView, parts
+from hsd.methods.draw import Draw
 from hsd.methods.term import TERMS, Stats, Term
 
-REQUIRED: Any = object()  # a setting that the source does not publish
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Any = _Required()  # a setting that the source does not publish
 
 
 class State(Protocol):
@@ -60,10 +67,13 @@ class Method:
         needs: Data-set columns without which the method has nothing to show.
         on_batch: Called with each generation and the state, before the terms read either: columns of its own for
             `Stats`, and, under "advantages", other advantages (B,) than GRPO's.
+        draw: Called with each scored group, before the contexts: `hsd.methods.draw`.
+        marks: Names of the columns that it leaves.
+        max_rows: How many extra rows a rollout has at most, each a forward of student and teacher.
         scores: Whether ``on_batch`` reads student and teacher: a pass without gradient over the generation.
         state: Makes the state at the start of a run. ``on_batch`` changes it in training, and a copy in evaluation.
-        settings: Numbers of its own and their defaults, `REQUIRED` where the source publishes none; ``method_args``
-            of `HSDConfig` changes them.
+        settings: Numbers and wordings of its own and their defaults, `REQUIRED` where the source publishes none;
+            ``method_args`` of `HSDConfig` changes them.
         defaults: Of `HSDConfig`'s fields, where the user leaves the choice to the method: what differs from HSD's, or,
             without a teacher, from `GRPOConfig`'s.
     """
@@ -76,6 +86,9 @@ class Method:
     uses_feedback: bool = False
     needs: tuple[str, ...] = ()
     on_batch: OnBatch | None = None
+    draw: Draw | None = None
+    marks: tuple[str, ...] = ()
+    max_rows: int = 0
     scores: bool = False
     state: Callable[[], State] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)

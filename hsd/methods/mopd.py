@@ -5,7 +5,7 @@ and, where there is no success, the environment's feedback; a rollout with none 
 
     L = 1/|tokens| sum_{i,t} min(pi / pi_old, 2) KL(p || q)        # RKL for mathematics, JSD_0.5 otherwise in the paper
 
-An EMA of the student (0.05) teaches. Full vocabulary for the paper's top 100 and tail.
+An EMA of the student (0.05) teaches. The paper's top 100 and tail is ``kl_top_k=100``.
 
 Confidence: high (paper and code). Conflict: the run script always shows the failure, the code's default only where
 there is no success; ``failure`` is "always" or "fallback". Unlike SDPO's, the peers keep their thinking.

@@ -66,6 +66,20 @@ class Hysteresis(Saved):
 
 
 @dataclass
+class Playbook(Saved):
+    """Lessons in a line each, the newest last: one enters when its question, failed before, is solved."""
+
+    lines: list[str] = field(default_factory=list)
+    lessons: dict[str, str] = field(default_factory=dict)  # by question, not yet proven
+    successes: dict[str, str] = field(default_factory=dict)  # the last one's text, by question
+
+    def prove(self, question: str, most: int) -> None:
+        lesson = self.lessons.pop(question, "")
+        if lesson:
+            self.lines = [*(line for line in self.lines if line != lesson), lesson][-most:]
+
+
+@dataclass
 class RefreshGate(Saved):
     """When a gated teacher becomes the student: the mean success over ``window`` generations is ``gain`` above that of
     the last refresh (at first of the first window), and the share of truncated rollouts is at most ``tail``."""

@@ -107,6 +107,9 @@ class Term:
         coef: multiplies ``divergence_coef`` (divergence) or ``policy_coef`` (advantage, sampled).
         divergence: fields of `hsd_kernels.Divergence` that differ from the configuration's.
         context: the number of the context whose teacher the divergence is from.
+        rows: over the extra rows of a draw instead of the rollouts, with their own mean (`hsd.methods.draw.Row`). Their
+            columns are those of the rollout that a row belongs to, but for its own "mask", "length", "position", and
+            "slot", its number among that rollout's rows. No "advantage" has rows.
     """
 
     kind: Literal["divergence", "advantage", "sampled"]
@@ -114,12 +117,15 @@ class Term:
     coef: Schedule = 1.0
     divergence: Mapping[str, Any] = field(default_factory=dict)
     context: int = 0
+    rows: bool = False
 
 
 TERMS = (Term("divergence"), Term("advantage"))
 
 
-def active(terms: Sequence[Term], kind: str, outer: float, step: int) -> list[tuple[Term, float]]:
+def active(
+    terms: Sequence[Term], kind: str, outer: float, step: int, *, rows: bool = False
+) -> list[tuple[Term, float]]:
     """The terms of a kind whose coefficient, ``outer`` times their own, is not 0 at this step."""
-    found = [(term, outer * scheduled(term.coef, step)) for term in terms if term.kind == kind]
+    found = [(term, outer * scheduled(term.coef, step)) for term in terms if term.kind == kind and term.rows == rows]
     return [(term, coef) for term, coef in found if coef != 0.0]

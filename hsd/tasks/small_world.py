@@ -47,12 +47,11 @@ PARTS = {
 }
 TEMPLATE = ContextTemplate(WITH_PEER, ANSWER_ONLY, DEMONSTRATION_ONLY, parts=PARTS, closing="]")
 
-MAX_COMPLETION = 40  # tokens; a solution has 37 at most
+MAX_COMPLETION = 40  # tokens; a solution of four summands has 37 at most
 SLIP_RATE = 0.3  # of the steps, without a solution in context
 PREFIX_SLIP_RATE = 0.3  # of the steps in the sequences with one, which are not taught to slip
 PLAIN_SHARE, ANSWER_SHARE = 0.4, 0.2  # of the warm-start examples; the rest has a solution in context
 TERMS = 4
-SHORT_PROMPT = 20  # characters; the question and an answer have 17 at most, a solution in context 45 or more
 CACHE = Path(".cache")
 
 
@@ -140,7 +139,7 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM(config).float()
 
 
-def make_questions(n: int, *, seed: int, held_out: bool = False) -> list[dict[str, str]]:
+def make_questions(n: int, *, seed: int, held_out: bool = False, terms: int = TERMS) -> list[dict[str, str]]:
     """`n` different questions, the same for the same arguments.
 
     `held_out` chooses the side of the split (`is_held_out`): neither the warm start nor a call with
@@ -152,7 +151,7 @@ def make_questions(n: int, *, seed: int, held_out: bool = False) -> list[dict[st
         raise ValueError(f"n: expected a number of questions >= 0, got {n}")
     rng, seen, questions = random.Random(f"questions-{seed}"), set(), []
     while len(questions) < n:
-        numbers = _draw_numbers(rng, held_out=held_out)
+        numbers = _draw_numbers(rng, held_out=held_out, terms=terms)
         prompt = _prompt(numbers)
         if prompt not in seen:
             seen.add(prompt)
@@ -189,6 +188,7 @@ def warm_start(
     seed: int,
     steps: int = 2600,
     batch_size: int = 16,
+    terms: int = TERMS,
     progress: Progress | None = None,
 ) -> list[float]:
     """Supervised training on `draw_example`, in place; repeats exactly for one seed, device and thread count.
@@ -207,14 +207,15 @@ def warm_start(
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
     losses = []
+    longest = 5 * terms  # characters of a question and an answer, at most; with a solution in context it is far more
     was_training = model.training
     model.train()
     for step in range(steps):
-        examples = [draw_example(rng) for _ in range(batch_size)]
+        examples = [draw_example(rng, terms) for _ in range(batch_size)]
         # Two passes, not one padded to the longest: a sequence with a solution in context is twice as long.
         parts = (
-            [e for e in examples if len(e.prompt) <= SHORT_PROMPT],
-            [e for e in examples if len(e.prompt) > SHORT_PROMPT],
+            [e for e in examples if len(e.prompt) <= longest],
+            [e for e in examples if len(e.prompt) > longest],
         )
         characters, loss_sum = sum(len(e.solution) for e in examples), 0.0
         for part in filter(None, parts):
@@ -235,9 +236,9 @@ def warm_start(
     return losses
 
 
-def draw_example(rng: random.Random) -> Example:
+def draw_example(rng: random.Random, terms: int = TERMS) -> Example:
     """One warm-start example of a random kind: plain, answer in context, or correct solution in context."""
-    numbers = _draw_numbers(rng, held_out=False)
+    numbers = _draw_numbers(rng, held_out=False, terms=terms)
     prompt, answer = _prompt(numbers), str(sum(numbers))
     kind, sampled, taught = rng.random(), SLIP_RATE, SLIP_RATE
     if kind >= PLAIN_SHARE + ANSWER_SHARE:
@@ -301,9 +302,9 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % 8 == 0
 
 
-def _draw_numbers(rng: random.Random, *, held_out: bool) -> list[int]:
+def _draw_numbers(rng: random.Random, *, held_out: bool, terms: int) -> list[int]:
     while True:
-        numbers = [rng.randint(10, 99) for _ in range(TERMS)]
+        numbers = [rng.randint(10, 99) for _ in range(terms)]
         if is_held_out(_prompt(numbers)) == held_out:
             return numbers
 

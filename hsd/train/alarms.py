@@ -61,6 +61,11 @@ def alarms(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     helped, helps = _first(history, "hsd/failing_with_peer"), _last(history, "hsd/failing_with_peer")
     if helped is not None and helps is not None and helps < 0.5 * helped and not learned:
         found["coverage"] = f"failing rollouts with a successful peer fell from {helped:.0%} to {helps:.0%}"
+    empty, leaks = _last(history, "hsd/drawn_empty"), _last(history, "hsd/drawn_leaks")
+    if empty is not None and empty > 0.5:
+        found["empty texts"] = f"{empty:.0%} of the texts that the model writes between rollouts and teacher are empty"
+    if leaks is not None and leaks > 0.1:
+        found["leaks"] = f"{leaks:.0%} of the texts that must not give the answer away do"
     return found
 
 

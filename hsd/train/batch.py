@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from hsd.hindsight.teacher_prompts import TeacherPrompt
@@ -15,6 +16,7 @@ from hsd.policy.forward import Prompts, RolloutInputs
 from hsd.train.update import Targets, rollout_weights
 
 COLUMN = "column/"  # before the names of a method's own columns in TRL's dictionary
+ROWS = "rows/"  # before the names of `PackedRows`
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,34 @@ class TeacherBatch:
 
 
 @dataclass(frozen=True)
+class PackedRows:
+    """Up to R extra rows of each of B rollouts, as TRL's dictionary holds them: those that are not there have no
+    tokens."""
+
+    ids: Tensor  # (B, R, S)
+    mask: Tensor  # (B, R, S)
+    weight: Tensor  # (B, R)
+    rows_per_micro_batch: Tensor  # (), what one of one process holds on average
+    teacher_ids: Tensor | None = None  # (B, R, K, P), padded on the left
+    teacher_mask: Tensor | None = None
+
+    def pack(self) -> dict[str, Tensor]:
+        return {ROWS + name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ExtraRows:
+    """M extra rows, behind the rollouts that they belong to."""
+
+    whole: RolloutInputs  # of rollouts and rows, (B + M, max(T, S))
+    ids: Tensor  # (M, S)
+    mask: Tensor  # (M, S)
+    weights: Tensor  # (M, S), of each token's loss in the mean over all rows of the step
+    owner: Tensor  # (M,), the number of its rollout
+    slot: Tensor  # (M,)
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
     """B rollouts of T tokens at most, with their teachers' prompts, as the loss takes them."""
 
@@ -48,6 +78,12 @@ class RolloutBatch:
     old_logps: Tensor | None  # (B, T)
     own: Mapping[str, Tensor] = field(default_factory=dict)  # a method's columns: (B,), (B, T) or ()
     skip_tokens: int = 0  # of each rollout's first, which have no divergence
+    extra: ExtraRows | None = None
+
+    @property
+    def whole(self) -> RolloutInputs:
+        """What goes through the models: the rollouts, and behind them the extra rows."""
+        return self.inputs if self.extra is None else self.extra.whole
 
     @property
     def contexts(self) -> int:
@@ -79,6 +115,15 @@ class RolloutBatch:
             self.columns,
             self.teacher.context_weights,
         )
+
+    def targets_of_rows(self) -> Targets:
+        """Of the extra rows, whose columns are their rollouts'."""
+        x = self.extra
+        assert x is not None
+        of_owner = {n: t[x.owner] if t.ndim else t for n, t in self.columns.items() if t.ndim < 2 or t.shape[1] == 1}
+        position = torch.arange(x.ids.shape[1], device=x.ids.device).expand(x.ids.shape)
+        own = {"length": x.mask.sum(-1, keepdim=True), "slot": x.slot.unsqueeze(-1), "mask": x.mask}
+        return Targets(x.ids, x.weights, x.weights, columns=of_owner | own | {"position": position})
 
     @property
     def columns(self) -> dict[str, Tensor]:
@@ -112,10 +157,7 @@ def collate(
 ) -> TeacherBatch:
     """The tensors of K teacher prompts a rollout, on the device of ``success``; ``others`` are fields of the result."""
     device, several = success.device, len(prompts[0]) > 1
-    flat = [p for row in prompts for p in row]
-    ids = [torch.tensor(p.context.prompt_ids) for p in flat]
-    padded = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left").to(device)
-    mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left").to(device)
+    padded, mask = padded_ids([p.context.prompt_ids for row in prompts for p in row], pad_id, "left", device)
     shown = torch.tensor([[p.context.kind != "nothing" for p in row] for row in prompts], device=device)
     if several:
         padded, mask = (x.reshape(*shown.shape, -1) for x in (padded, mask))
@@ -129,6 +171,14 @@ def collate(
         shown.float() if several else None,
         **others,
     )
+
+
+def padded_ids(rows: Sequence[Sequence[int]], pad_id: int, side: str, device: Any) -> tuple[Tensor, Tensor]:
+    """(ids, mask), each (N, L)."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side=side)
+    return padded.to(device), mask.to(device)
 
 
 def student_inputs(trl: Mapping[str, Any]) -> tuple[RolloutInputs, Tensor]:
@@ -149,7 +199,34 @@ def unpack(trl: Mapping[str, Any], skip_tokens: int = 0) -> RolloutBatch:
         inputs = replace(inputs, prompts={**inputs.prompts, "teacher": Prompts(*both)})
     own = {name.removeprefix(COLUMN): value for name, value in trl.items() if name.startswith(COLUMN)}
     old = trl.get("old_per_token_logps")
-    return RolloutBatch(inputs, loss_mask, teacher, trl["advantages"], old, own, skip_tokens)
+    packed = {name.removeprefix(ROWS): value for name, value in trl.items() if name.startswith(ROWS)}
+    extra = _extra(inputs, PackedRows(**packed)) if packed else None
+    return RolloutBatch(inputs, loss_mask, teacher, trl["advantages"], old, own, skip_tokens, extra)
+
+
+def _extra(inputs: RolloutInputs, p: PackedRows) -> ExtraRows | None:
+    owner, slot = p.mask.any(-1).nonzero(as_tuple=True)
+    if not len(owner):
+        return None
+    ids, mask = p.ids[owner, slot], p.mask[owner, slot]
+    weights = p.weight[owner, slot].unsqueeze(-1) * mask / mask.sum(-1, keepdim=True) / p.rows_per_micro_batch
+    student = inputs.prompts["student"]
+    prompts = {"student": Prompts(*(torch.cat([x, x[owner]]) for x in (student.ids, student.mask)))}
+    if p.teacher_ids is not None and p.teacher_mask is not None:
+        t, size = inputs.prompts["teacher"], len(inputs.completion_ids)
+        of_rows = [x[owner, slot].transpose(0, 1) for x in (p.teacher_ids, p.teacher_mask)]  # (K, M, P)
+        of_rollouts = [x.reshape(-1, size, x.shape[-1]) for x in (t.ids, t.mask)]  # (K, B, P)
+        both = [_beside(a, b, left=True).flatten(0, 1) for a, b in zip(of_rollouts, of_rows, strict=True)]
+        prompts["teacher"] = Prompts(*both)
+    completion = [_beside(a, b) for a, b in ((inputs.completion_ids, ids), (inputs.completion_mask, mask))]
+    return ExtraRows(RolloutInputs(prompts, *completion), ids, mask, weights, owner, slot)
+
+
+def _beside(a: Tensor, b: Tensor, *, left: bool = False) -> Tensor:
+    """(.., A, L) and (.., B, L') -> (.., A + B, max(L, L')), padded with 0, which is masked."""
+    longest = max(a.shape[-1], b.shape[-1])
+    wide = [pad(x, (longest - x.shape[-1], 0) if left else (0, longest - x.shape[-1])) for x in (a, b.to(a.dtype))]
+    return torch.cat(wide, -2)
 
 
 def shuffle_groups(trl: Mapping[str, Any], size: int) -> dict[str, Any]:

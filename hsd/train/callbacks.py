@@ -68,6 +68,9 @@ class StepLine(ProgressCallback):
         self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(cells))
 
 
+TEXTS = "texts.jsonl"  # what the model wrote for a method's draw
+
+
 class RunFiles(TrainerCallback):
     """Appends every logged step to ``metrics.jsonl`` and names a collapse when the metrics show one.
 
@@ -75,7 +78,7 @@ class RunFiles(TrainerCallback):
     """
 
     def __init__(self, folder: Path, teacher: str = ""):
-        self.path = folder / "metrics.jsonl"
+        self.path, self.texts = folder / "metrics.jsonl", folder / TEXTS
         self.teacher = teacher
         self.raised: dict[str, str] = {}
 
@@ -84,8 +87,11 @@ class RunFiles(TrainerCallback):
             return
         self.history = [row for row in load_metrics(self.path) if row["step"] <= state.global_step]
         self.raised = {name: text for row in self.history for name, text in row.get("alarms", {}).items()}
-        with replacing(self.path) as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        texts = [row for row in load_metrics(self.texts) if row["step"] <= state.global_step]
+        for path, rows in ((self.path, self.history), (self.texts, texts)):
+            if rows or path.exists() or path == self.path:
+                with replacing(path) as part:
+                    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or not state.is_world_process_zero:

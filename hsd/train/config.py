@@ -100,6 +100,14 @@ class HSDConfig(GRPOConfig):
     kl_clip_form: Literal["opsd", "nonnegative"] = option(
         "opsd", "clips p log(p / q), whose sum may then be negative (opsd), or p log(p / q) - p + q (nonnegative)"
     )
+    kl_top_k: int = option(None, "likeliest tokens that the divergence compares; 0 is the vocabulary", AT_LEAST_0)
+    kl_top_of: Literal["student", "teacher"] = option(None, "whose likeliest tokens")
+    kl_rest: Literal["tail", "renormalise"] = option(
+        None, "the other tokens: one bucket (tail), or left out and both sides renormalised"
+    )
+    kl_floor: float = option(
+        None, "the teacher's probability of a token is at least this share of the student's; 0 is none", AT_LEAST_0
+    )
     loss_mean: Literal["rollout", "token"] = option(
         None, "mean of the divergence over a rollout's tokens, then over rollouts, or over all tokens of the step"
     )
@@ -145,8 +153,14 @@ class HSDConfig(GRPOConfig):
     tree_token_budget: int | None = option(
         None, "tokens of a micro-batch's tree above which it is differentiated in parts, same gradient", AT_LEAST_1
     )
+    draw_cap: int | None = option(
+        None, "texts and rollouts that a method's draw may ask for in a step; by default four a rollout", AT_LEAST_1
+    )
     kernel_impl: str = option("auto", "impl of hsd_kernels.fused_hsd_kl", choices=IMPLS)
     memory_bytes: int | None = option(None, "memory_bytes of hsd_kernels.fused_hsd_kl", AT_LEAST_1)
+    diagnostics: bool = option(
+        False, "also log top-k overlap, teacher sharpening, compression of the tails, epistemic words"
+    )
     logging_steps: float = 1
     loss_type: str | None = None
     scale_rewards: str | None = None
@@ -170,6 +184,10 @@ class HSDConfig(GRPOConfig):
         own |= method.defaults if method.has_teacher else WITHOUT_TEACHER | method.defaults
         for name in own:
             if getattr(self, name) is None:
+                if own[name] is REQUIRED:
+                    raise ValueError(
+                        f"{name}: expected a value for method={self.method!r}, whose source publishes none, got None"
+                    )
                 setattr(self, name, own[name])
 
     def _check_together(self) -> None:
@@ -235,6 +253,13 @@ class HSDConfig(GRPOConfig):
                 else (f"method={self.method!r}, which has no teacher")
             )
             raise ValueError(f"teacher_success_every: expected None with {which}, got {self.teacher_success_every}")
+        if self.draw_cap is not None and not self.draws:
+            raise ValueError(f"draw_cap: expected None with method={self.method!r}, which draws nothing")
+        if self.tree_token_budget is not None and self.method_spec.max_rows > 1:
+            raise ValueError(
+                f"tree_token_budget: expected None with method={self.method!r}, whose losses compare two sequences, "
+                f"got {self.tree_token_budget}"
+            )
         if self.reference_refresh_steps is not None and not self.reference_coef:
             raise ValueError("reference_refresh_steps: expected None without reference_coef, which is 0")
         period = steps_of_a_generation(self)
@@ -302,6 +327,11 @@ class HSDConfig(GRPOConfig):
         return {**known, **own, **given}
 
     @property
+    def draws(self) -> bool:
+        """Whether the method draws; `dapo` does with ``method_args.rounds`` alone."""
+        return self.method_spec.draw is not None and self.settings.get("rounds") != 0
+
+    @property
     def needs_old_logps(self) -> bool:
         """Whether the loss needs log-probs under the policy that sampled, where a generation serves several steps."""
         return bool(self.importance_cap) or self.policy_coef != 0.0
@@ -310,7 +340,15 @@ class HSDConfig(GRPOConfig):
         """The objective at an optimizer step, counted from 0."""
         return Objective(
             divergence=Divergence(
-                self.divergence, self.jsd_beta, self.kl_temperature, self.kl_clip or None, self.kl_clip_form
+                self.divergence,
+                self.jsd_beta,
+                self.kl_temperature,
+                self.kl_clip or None,
+                self.kl_clip_form,
+                self.kl_top_k or None,
+                self.kl_top_of,
+                self.kl_rest,
+                self.kl_floor or None,
             ),
             divergence_coef=scheduled(self.divergence_coef, step),
             importance_cap=self.importance_cap or None,

@@ -63,6 +63,8 @@ def _offloads(policy: Any) -> bool:
 
 def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
     """Raise ValueError for what ``engine`` rules out; ``peft``: whether LoRA is trained."""
+    if args.draws and (engine.name == "fsdp" or engine.stage == 3):
+        raise ValueError(f"method: expected one that draws nothing under {engine}, got {args.method!r}")
     if engine.name == "fsdp" and args.has_teacher:
         if engine.fsdp_version != 2:
             raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from hsd.hindsight.credit import credit, credit_at_divergence, credit_mass
 from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.train.batch import RolloutBatch
+from hsd.train.diagnostics import of_stats
 from hsd.train.update import LossOutput
 
 
@@ -36,7 +37,7 @@ def context_metrics(prompts: Sequence[Sequence[TeacherPrompt]]) -> dict[str, flo
     }
 
 
-def loss_metrics(out: LossOutput, batch: RolloutBatch) -> dict[str, Tensor]:
+def loss_metrics(out: LossOutput, batch: RolloutBatch, *, diagnostics: bool = False) -> dict[str, Tensor]:
     """Means over the tokens of a micro-batch, in nats, and credit of its failing rollouts."""
     stats = out.stats
     if stats is None:
@@ -54,6 +55,8 @@ def loss_metrics(out: LossOutput, batch: RolloutBatch) -> dict[str, Tensor]:
         "credit_at_tau": credit_at_divergence(a, mask, failing),
         "credit_mass_8": credit_mass(a, mask, failing, windows=(8,))[0],  # micro-batches count alike
     }
+    if diagnostics:
+        found |= of_stats(stats, mask) | dict(out.overlap)
     if out.reference is not None:
         found["reference_kl"] = (out.reference.kl * mask).sum() / tokens
     return found

@@ -20,8 +20,9 @@ from hsd.policy.tree.batch import pad_states, pays, tree_of
 from hsd.policy.tree.forward import TreeBatch, forward_frozen, forward_live_teacher, forward_student, rows_of
 from hsd.policy.tree.two_phase import two_phase_loss
 from hsd.train.batch import RolloutBatch
+from hsd.train.diagnostics import overlap
 from hsd.train.teachers import FrozenPolicies
-from hsd.train.update import LossOutput, Objective, method_loss
+from hsd.train.update import LossOutput, Objective, Targets, method_loss
 from hsd_kernels import Head, RowStats
 
 
@@ -32,6 +33,19 @@ class States:
     student: Tensor
     teachers: tuple[FrozenStates, ...]  # of each context; none for a method without a teacher
     reference: FrozenStates | None
+
+    def at(self, rows: Sequence[int], length: int) -> States:
+        """Of some rows, and their first ``length`` tokens."""
+
+        def some(x: FrozenStates) -> FrozenStates:
+            return FrozenStates(x.hidden[list(rows), :length], x.head)
+
+        reference = None if self.reference is None else some(self.reference)
+        return States(self.student[list(rows), :length], tuple(map(some, self.teachers)), reference)
+
+
+def _loss(states: States, head: Head, targets: Targets, objective: Objective) -> LossOutput:
+    return method_loss(states.student, head, states.teachers, states.reference, targets, objective)
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class MicroBatchLoss:
         loss_mean, policy_mean: As in `hsd.HSDConfig`.
         always: Share prefixes also where that saves little.
         token_budget: Tokens of a tree above which it is differentiated in chunks.
+        diagnostics: Whether to compare the likeliest tokens of student and teacher; not of a batch in chunks.
     """
 
     frozen: FrozenPolicies
@@ -52,20 +67,52 @@ class MicroBatchLoss:
     policy_mean: str = "rollout"
     always: bool = False
     token_budget: int | None = None
+    diagnostics: bool = False
 
     def __call__(self, policy: Any, batch: RolloutBatch, objective: Objective) -> LossOutput:
+        over_rows = objective.over_rows()
+        if over_rows is None:
+            batch = replace(batch, extra=None)
         tree, budget = self.tree(batch), self.token_budget
         if tree is not None and budget is not None and len(tree.trie) > budget and torch.is_grad_enabled():
             return self._in_chunks(policy, batch, tree, budget, objective)
         states = self._one_by_one(policy, batch) if tree is None else self._through(tree, policy, batch)
         head = body_and_head(policy).head
+        out = self._of(states, head, batch, objective, range(len(batch.whole.completion_ids)))
+        if not (self.diagnostics and states.teachers):
+            return out
+        size, length = batch.loss_mask.shape
+        mine = states.at(range(size), length)
+        temperature = objective.divergence.temperature
+        return replace(out, overlap=overlap(mine.student, mine.teachers[0], head, batch.divergence_mask, temperature))
+
+    def _of(
+        self, states: States, head: Head, batch: RolloutBatch, objective: Objective, which: Sequence[int]
+    ) -> LossOutput:
+        """The loss of some rollouts and extra rows, by their numbers in ``batch.whole``, whose states these are."""
         targets = batch.targets(self.loss_mean, self.policy_mean)
-        return method_loss(states.student, head, states.teachers, states.reference, targets, objective)
+        size = len(targets.ids)
+        mine = [n for n in which if n < size]
+        if len(mine) < size or batch.extra is not None:
+            states_of_mine = states.at([k for k, n in enumerate(which) if n < size], targets.ids.shape[1])
+            targets = targets.rows(torch.tensor(mine, dtype=torch.long, device=targets.ids.device))
+        else:
+            states_of_mine = states
+        parts = [LossOutput(states.student.sum() * 0.0, None)]
+        if mine:
+            parts = [_loss(states_of_mine, head, targets, objective)]
+        over_rows = objective.over_rows()
+        at = [k for k, n in enumerate(which) if n >= size]
+        if at and over_rows is not None:
+            rows = batch.targets_of_rows()
+            some = torch.tensor([which[k] - size for k in at], device=rows.ids.device)
+            parts.append(_loss(states.at(at, rows.ids.shape[1]), head, rows.rows(some), over_rows))
+        return parts[0] if len(parts) == 1 else replace(parts[0], loss=parts[0].loss + parts[1].loss)
 
     @torch.no_grad()
     def stats(self, policy: Any, batch: RolloutBatch, objective: Objective) -> RowStats:
         """Of student and teacher, per token (B, T), nothing minimised: what a batch is scored by."""
-        measured = replace(objective, terms=(), reference_coef=0.0, importance_cap=None)
+        measured = replace(objective, terms=(), reference_coef=0.0, importance_cap=None)  # no term, no extra row
         stats = replace(self, token_budget=None)(policy, batch, measured).stats
         assert stats is not None
         return stats
@@ -74,8 +121,8 @@ class MicroBatchLoss:
         """None where every sequence goes by itself."""
         if self.sharing == "none":
             return None
-        tree = tree_of(batch.inputs, self.sharing)
-        wanted = self.always or pays(tree, batch.inputs, self.frozen.live)
+        tree = tree_of(batch.whole, self.sharing)
+        wanted = self.always or pays(tree, batch.whole, self.frozen.live)
         wanted = wanted and len(tree.trie) > 0  # a batch whose rollouts are all masked has no nodes
         held = self.frozen.held
         if held.gathers:  # the same forward passes in the same order on every rank, or a gather mixes their weights
@@ -85,7 +132,7 @@ class MicroBatchLoss:
 
     def _one_by_one(self, policy: Any, batch: RolloutBatch) -> States:
         def forward(parts: BodyAndHead, prompts: Sequence[str]) -> list[Tensor]:
-            return [batch.inputs.forward(parts, who) for who in prompts]
+            return [batch.whole.forward(parts, who) for who in prompts]
 
         parts = body_and_head(policy)
         with torch.no_grad(), in_eval_mode(policy):  # no dropout noise in the target
@@ -105,7 +152,7 @@ class MicroBatchLoss:
 
     def _through(self, tree: TreeBatch, policy: Any, batch: RolloutBatch) -> States:
         """One forward for the student; the teacher, live, takes the question's keys and values from it."""
-        length, parts = batch.inputs.length, body_and_head(policy)
+        length, parts = batch.whole.length, body_and_head(policy)
         hidden, cache = forward_student(parts.body, tree, live_teacher=self.frozen.live)
         student = pad_states(parts, rows_of(hidden, tree.student_nodes, tree.student), length)
         frozen, reference = self._frozen(tree, policy, length)
@@ -128,18 +175,16 @@ class MicroBatchLoss:
         self, policy: Any, batch: RolloutBatch, tree: TreeBatch, budget: int, objective: Objective
     ) -> LossOutput:
         """The same loss and gradient for a tree over the budget. Frozen policies share within a chunk only."""
-        targets, length = batch.targets(self.loss_mean, self.policy_mean), batch.inputs.length
-        parts = body_and_head(policy)
+        length, parts = batch.whole.length, body_and_head(policy)
         outs: list[LossOutput] = []
 
         def chunk_loss(chunk: Sequence[int], student: list[Tensor], live: list[Tensor]) -> Tensor:
-            part = tree_of(batch.inputs.rows(chunk), self.sharing)
+            part = tree_of(batch.whole.rows(chunk), self.sharing)
             frozen, reference = self._frozen(part, policy, length)
             seen = FrozenStates(pad_states(parts, live, length)) if self.frozen.live else None
             teachers = self._teachers(batch, seen, frozen, parts.head)
-            hidden = pad_states(parts, student, length)
-            some = targets.rows(torch.tensor(list(chunk), device=targets.ids.device))
-            outs.append(method_loss(hidden, parts.head, teachers, reference, some, objective))
+            states = States(pad_states(parts, student, length), teachers, reference)
+            outs.append(self._of(states, parts.head, batch, objective, chunk))
             return outs[-1].loss
 
         elsewhere = None if self.frozen.live else lambda chunk: []

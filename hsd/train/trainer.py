@@ -11,11 +11,12 @@ What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
   ``_load_optimizer_and_scheduler``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
-  ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``,
+  ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``, ``eos_token_ids``,
   ``_pending_extra_logs``, ``_pending_metrics``
 - keys of its batch: ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, ``tool_mask``,
   ``advantages``, ``old_per_token_logps`` (`hsd.train.batch` takes them from there)
-- functions: ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its arguments
+- functions: ``_generate_single_turn``, ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its
+  arguments
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,15 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from hsd.evaluate.sampling import Sampling, sample_from_ids
 from hsd.files import replacing
-from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
-from hsd.hindsight.groups import Prompt, Rollout, members
+from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, tokenize_prompt
+from hsd.hindsight.groups import Member, Prompt, Rollout, members
 from hsd.hindsight.teacher_prompts import TeacherPrompt, TeacherPrompts
+from hsd.methods.draw import Ask, Outcome
 from hsd.methods.method import Generation, State
 from hsd.methods.state import RefreshGate
 from hsd.methods.term import Stats, scheduled
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
-from hsd.policy.forward import RolloutInputs
+from hsd.policy.forward import Prompts, RolloutInputs
 from hsd.policy.frozen import in_eval_mode
 from hsd.policy.sharding import gather, reshard, stored_tensors, weights_of
 from hsd.policy.stand_in import small_model
@@ -57,10 +59,14 @@ from hsd.policy.tree.attention import enable_tree
 from hsd.policy.tree.check import try_tree, warn_unshared, why_not
 from hsd.policy.vocabulary import check_vocabulary
 from hsd.process import settle
+from hsd.progress import say
 from hsd.train.alarms import repeated_tail
-from hsd.train.batch import COLUMN, TeacherBatch, collate, shuffle_groups, student_inputs, unpack
-from hsd.train.callbacks import RunFiles, steps_of_a_generation
+from hsd.train.batch import COLUMN, TeacherBatch, collate, padded_ids, shuffle_groups, student_inputs, unpack
+from hsd.train.callbacks import TEXTS, RunFiles, steps_of_a_generation
 from hsd.train.config import HSDConfig
+from hsd.train.diagnostics import of_texts
+from hsd.train.draw import Writer, draw_metrics, marks, pack_rows, record
+from hsd.train.draw import run as run_draw
 from hsd.train.limits import Engine, check_engine, engine_of
 from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
 from hsd.train.micro_batch import MicroBatchLoss
@@ -71,6 +77,7 @@ from hsd_kernels import RowStats, fused_token_logps
 # What the environment says about each completion: called with prompts=, completions= and the data-set columns.
 STATE, GATE = "method_state.json", "teacher_gate.json"
 FeedbackFn = Callable[..., Sequence[str | None]]
+WriterFn = Callable[[list[Prompt]], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class Scored:
     unscored: Tensor  # (rollouts of all ranks,) bool: every verifier failed
     completion_ids: list[list[int]]  # of this rank
     feedback: Sequence[str | None]  # of this rank
+    outcome: Outcome | None = None  # of the method's draw
+    before: float = 0.0  # success rate before it
 
 
 class HSDTrainer(GRPOTrainer):
@@ -92,6 +101,7 @@ class HSDTrainer(GRPOTrainer):
         context_template: words of the privileged context; by default the config's templates, else one that suits
             chat or plain-text prompts.
         feedback_fn: what the environment says about each completion, for methods that show it (SDPO).
+        writer_fn: writes the texts of a method's draw in the model's place, as another model would: prompts -> texts.
 
     Raises ValueError for a data set without a needed column, a model whose logits are not a plain head over its hidden
     states, and combinations that are not supported, by name.
@@ -106,6 +116,7 @@ class HSDTrainer(GRPOTrainer):
         *,
         context_template: ContextTemplate | None = None,
         feedback_fn: FeedbackFn | None = None,
+        writer_fn: WriterFn | None = None,
         **kwargs: Any,
     ):
         settle()  # reward functions have children
@@ -117,17 +128,25 @@ class HSDTrainer(GRPOTrainer):
                 raise ValueError(
                     f"{name}: expected None with method={args.method!r}, whose teacher is given the data set's"
                 )
+        if args.draws and not args.own_loss:
+            raise ValueError(
+                f"policy_loss: expected 'fused' with method={args.method!r}, which draws, {args.why_trl()}"
+            )
+        if writer_fn is not None and not args.draws:
+            raise ValueError(f"writer_fn: expected None with method={args.method!r}, which draws nothing")
         self.step_time = StepTime()
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.args: HSDConfig
         self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if args.draws and self.tools:
+            raise ValueError(f"tools: expected none with method={args.method!r}, which draws, got {len(self.tools)}")
         if self._is_vlm:
             raise ValueError("model: expected a text model, got a vision-language one")
         check_vocabulary(self.accelerator.unwrap_model(self.model), self._tokenizer)
         if feedback_fn is not None and not args.method_spec.uses_feedback:
             raise ValueError(f"feedback_fn: expected None with method={args.method!r}, which shows no feedback")
         self.context_template = context_template
-        self.feedback_fn = feedback_fn
+        self.feedback_fn, self.writer_fn = feedback_fn, writer_fn
         policy: Any = self.accelerator.unwrap_model(self.model)
         self._redirect = _ForwardRedirection()
         held = weights_of(self.accelerator, self._redirect)
@@ -158,6 +177,7 @@ class HSDTrainer(GRPOTrainer):
             args.mean_of_policy,
             always=args.prefix_sharing != "auto",
             token_budget=args.tree_token_budget,
+            diagnostics=args.diagnostics,
         )
         self.teacher_prompts = self._teacher_prompts()
         make_state = args.method_spec.state
@@ -273,17 +293,21 @@ class HSDTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
-        unscored = rewards.isnan().all(-1)  # every verifier failed: no success, no peer, no advantage
-        weighted = weighted.masked_fill(unscored, min(0.0, self.args.success_reward - 1.0))
         feedback: Sequence[str | None] = [None] * len(inputs)
         if self.feedback_fn is not None:
             columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
             feedback = self.feedback_fn(prompts=prompts, completions=completions, **columns)
             if len(feedback) != len(inputs):
                 raise ValueError(f"feedback_fn: expected {len(inputs)} texts, one a completion, got {len(feedback)}")
-        self._scored = Scored(weighted.tolist(), unscored, [list(ids) for ids in completion_ids_list], feedback)
-        return rewards
+        self._scored = Scored(*self._weighted(rewards), [list(ids) for ids in completion_ids_list], feedback)
+        return self._draw(inputs, rewards, self._scored) if self.args.draws else rewards
+
+    def _weighted(self, rewards: Tensor) -> tuple[list[float], Tensor]:
+        """Of (N, functions): the weighted sums, and which have no verdict: every verifier failed, so that they are no
+        success, no peer, and have no advantage."""
+        unscored = rewards.isnan().all(-1)
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
+        return weighted.masked_fill(unscored, min(0.0, self.args.success_reward - 1.0)).tolist(), unscored
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self.step_time.part("rewards"):  # and contexts
@@ -293,9 +317,11 @@ class HSDTrainer(GRPOTrainer):
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         scored, self._scored = self._scored, None
         assert scored is not None
-        device, mode = batch["completion_ids"].device, self._mode
-        size: Any = self.num_generations if mode == "train" else self.num_generations_eval
+        device, mode, size = batch["completion_ids"].device, self._mode, self._group_size
         first = self.accelerator.process_index * len(inputs)
+        old_logps = None
+        if scored.outcome is not None:
+            old_logps = self._put_drawn(batch, inputs, scored, first)
         rollouts = self._rollouts(batch, scored)
         mine = members(inputs, rollouts, first=first, group_size=size, success_reward=self.args.success_reward)
         success = torch.tensor([m.success for m in mine], device=device)
@@ -303,17 +329,30 @@ class HSDTrainer(GRPOTrainer):
         batch["advantages"] = batch["advantages"].masked_fill(scored.unscored[first : first + len(inputs)], 0.0)
         everywhere: Any = self.accelerator.gather(torch.stack([success, has_peer], -1))
         metrics = group_metrics(everywhere[:, 0], everywhere[:, 1], scored.unscored, size)
+        if scored.outcome is not None:
+            drawn = draw_metrics(scored.outcome, len(scored.rewards))
+            metrics |= {name: torch.tensor(value) for name, value in drawn.items()}
+            metrics["success_before_draw"] = torch.tensor(scored.before)
         self._record(mode, metrics)
         if self.gate is not None and mode == "train":
             truncated = self._metrics[mode]["completions/clipped_ratio"][-1]  # of all ranks, as the success rate
             self.refresh = self.gate.step(metrics["success_rate"].item(), truncated)
         tails = sum(map(repeated_tail, scored.completion_ids)) / len(scored.completion_ids)
-        prompts = None
+        prompts, outcome = None, scored.outcome
         if self.teacher_prompts is not None:
             groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+            drawn = [] if outcome is None else outcome.drawn
             prompts = self.teacher_prompts.make(
-                mine, inputs, scored.feedback, step=self.state.global_step, groups=groups
+                mine,
+                inputs,
+                scored.feedback,
+                step=self.state.global_step,
+                groups=groups,
+                notes={(n, i): note for n, d in enumerate(drawn) for i, note in d.notes.items()},
+                state=self.method_state,
             )
+        if self.args.diagnostics:
+            self._record(mode, of_texts(self._tokenizer.batch_decode(scored.completion_ids, skip_special_tokens=True)))
         self._record(mode, (context_metrics(prompts) if prompts else {}) | {"repeated_tail": tails})
         every = self.args.teacher_success_every
         if prompts and every and mode == "train" and self.state.global_step % every == 0:
@@ -328,7 +367,11 @@ class HSDTrainer(GRPOTrainer):
             "group_success": torch.tensor(rates, device=device),
         }
         self._add_rows(batch, prompts, success, facts)
-        if "old_per_token_logps" in batch and self.args.needs_old_logps:
+        if outcome is not None:
+            self._add_drawn(batch, mine, outcome)
+        if old_logps is not None:
+            batch["old_per_token_logps"] = old_logps
+        elif "old_per_token_logps" in batch and self.args.needs_old_logps:
             # TRL's left-padded prompts have no position ids: with GPT-2's absolute positions its log-probs are of
             # another policy than the loss's, 2 to 6 nats away.
             batch["old_per_token_logps"] = self._logps(*student_inputs(batch), temperature=self.temperature)
@@ -362,6 +405,160 @@ class HSDTrainer(GRPOTrainer):
         counts = torch.tensor([row[0].context.kind != "nothing" for row in prompts], device=rewards.device)
         counts &= ~rewards.isnan().all(-1)
         return ((weighted >= args.success_reward) & counts).sum().item() / max(int(counts.sum()), 1)
+
+    # -- a method's draw ------------------------------------------------------------------------------------------
+
+    @property
+    def _group_size(self) -> int:
+        size: Any = self.num_generations if self._mode == "train" else self.num_generations_eval
+        return size
+
+    def _draw(self, inputs: list[dict[str, Any]], rewards: Tensor, scored: Scored) -> Tensor:
+        """The rewards (N, functions) of all ranks, with those of the replies that take a rollout's place."""
+        args, size, training = self.args, self._group_size, self._mode == "train"
+        ids, feedback = gather_object(scored.completion_ids), gather_object(list(scored.feedback))
+        rows = gather_object([{k: v for k, v in row.items() if k != "completion"} for row in inputs])
+        rollouts = [Rollout(tuple(i), reward=r) for i, r in zip(ids, scored.rewards, strict=True)]
+        members_of_all = members(rows, rollouts, first=0, group_size=size, success_reward=args.success_reward)
+        outcome = run_draw(
+            args.method_spec,
+            self._writer,
+            [m.group for m in members_of_all[::size]],
+            rows,
+            self._tokenizer.batch_decode(ids, skip_special_tokens=True),
+            feedback,
+            settings=args.settings,
+            state=self.method_state if training else copy.deepcopy(self.method_state),
+            spare=self.train_dataset,  # type: ignore[arg-type]
+            seed=args.seed,
+            step=self.state.global_step,
+            cap=args.draw_cap or 4 * len(rows),
+        )
+        if not training:  # an evaluation is of the policy's own rollouts
+            outcome = replace(outcome, drawn=[replace(d, rollouts={}, row=None) for d in outcome.drawn])
+        elif self.is_world_process_zero():
+            record(Path(str(args.output_dir)) / TEXTS, self.state.global_step + 1, outcome)
+        before = sum(m.success for m in members_of_all) / max(1, int((~scored.unscored).sum()))
+        rewards = rewards.clone()
+        for n, drawn in enumerate(outcome.drawn):
+            if drawn.row is not None and len(drawn.rollouts) != size:
+                raise ValueError(f"row: expected {size} rollouts of another question, got {len(drawn.rollouts)}")
+            for i, reply in drawn.rollouts.items():
+                if len(reply.scores) != rewards.shape[1]:
+                    raise ValueError("rollouts: expected replies to asks with scored=True, got one without a reward")
+                rewards[n * size + i] = torch.tensor(reply.scores, dtype=rewards.dtype)
+        first = self.accelerator.process_index * len(inputs)
+        own, said = list(scored.completion_ids), list(scored.feedback)
+        for k, row in enumerate(inputs):
+            n, i = divmod(first + k, size)
+            if i in outcome.drawn[n].rollouts:
+                own[k], said[k] = list(outcome.drawn[n].rollouts[i].token_ids), None
+                inputs[k] = {**row, **(outcome.drawn[n].row or {})}
+        self._scored = Scored(*self._weighted(rewards), own, said, outcome, before)
+        return rewards
+
+    @property
+    def _writer(self) -> Writer:
+        return Writer(
+            self._tokenizer,
+            self._sampled,
+            self._judged,
+            gather_object,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.writer_fn,
+        )
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        given: Any = self.chat_template_kwargs
+        template = {**given, "chat_template": self.chat_template}
+        return tokenize_prompt(self._tokenizer, prompt, chat_template_kwargs=template)
+
+    def _asked_ids(self, ask: Ask) -> tuple[int, ...]:
+        if ask.context is None:
+            return self._prompt_ids(ask.prompt)
+        assert self.teacher_prompts is not None
+        return self.teacher_prompts.render(ask.prompt, ask.context).prompt_ids
+
+    def _sampled(self, asks: Sequence[Ask], who: str, seed: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Tokens and prompts of what the policy, or the run's teacher, says; the RNG of the rollouts is left alone."""
+        ids = [list(self._asked_ids(ask)) for ask in asks]
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        args, longest = self.args, self.max_completion_length
+        size = max(1, args.generation_batch_size // args.world_size)  # type: ignore[operator]
+        if who == "teacher" and self.frozen.teacher is not None:
+            sampling = Sampling(longest, args.temperature, args.top_p, size)  # type: ignore[arg-type]
+            with self.frozen.sampler(policy) as model:
+                said = sample_from_ids(model, self._tokenizer, ids, sampling, seed=seed)
+        else:
+            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                parts = [ids[at : at + size] for at in range(0, len(ids), size)]  # as large as a generation
+                said = [s for part in parts for s in self._generate_single_turn(part, None, {}, 1)[0]]
+        return [(tuple(s), tuple(p)) for s, p in zip(said, ids, strict=True)]
+
+    def _judged(
+        self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], ids: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, list[float]]:
+        chat = not isinstance(rows[0]["prompt"], str)
+        completions = [[{"role": "assistant", "content": t}] if chat else t for t in texts]
+        raw = super()._calculate_rewards(
+            [dict(row) for row in rows], [row["prompt"] for row in rows], completions, [list(i) for i in ids]
+        )
+        return raw, self._weighted(raw)[0]
+
+    def _put_drawn(
+        self, batch: dict[str, Any], inputs: Sequence[Mapping[str, Any]], scored: Scored, first: int
+    ) -> Tensor | None:
+        """The drawn rollouts in the batch's tensors. Returns the log-probs (B, T) of the policies that sampled, where
+        one of them had another prompt than the student's."""
+        assert scored.outcome is not None
+        drawn, size, device = scored.outcome.drawn, self._group_size, batch["completion_ids"].device
+        if not any(d.rollouts for d in drawn):
+            return None
+        pad_id: Any = self._tokenizer.pad_token_id
+        ids, mask = padded_ids(scored.completion_ids, pad_id, "right", device)
+        if self.args.mask_truncated_completions:
+            ends = {*self.eos_token_ids, pad_id}
+            mask = mask * torch.tensor([[row[-1] in ends] for row in scored.completion_ids], device=device)
+        batch |= {"completion_ids": ids, "completion_mask": mask}
+        batch.pop("sampling_per_token_logps", None)
+        replies = [drawn[(first + k) // size].rollouts.get((first + k) % size) for k in range(len(inputs))]
+        asked = [self._prompt_ids(row["prompt"]) for row in inputs]
+        batch["prompt_ids"], batch["prompt_mask"] = padded_ids(asked, pad_id, "left", device)
+        student, mask = student_inputs(batch)
+        hinted = any(r.prompt_ids is not None for d in drawn for r in d.rollouts.values())
+        if not (self.args.needs_old_logps and (hinted or "old_per_token_logps" in batch)):
+            batch.pop("old_per_token_logps", None)
+            return None
+        behind = [q if r is None or r.prompt_ids is None else r.prompt_ids for q, r in zip(asked, replies, strict=True)]
+        prompts = {"student": Prompts(*padded_ids(behind, pad_id, "left", device))}
+        return self._logps(replace(student, prompts=prompts), mask, temperature=self.temperature)
+
+    def _add_drawn(self, batch: dict[str, Any], mine: Sequence[Member], outcome: Outcome) -> None:
+        """Extra rows, and the columns of the draw's marks."""
+        method, where = self.args.method_spec, [(m.number, m.index) for m in mine]
+        batch |= {
+            COLUMN + k: v
+            for k, v in marks(method.marks, outcome.drawn, where, batch["completion_mask"].float()).items()
+        }
+        if not method.max_rows:
+            return
+        pad_id: Any = self._tokenizer.pad_token_id
+        rows = pack_rows(
+            [outcome.drawn[n].rows.get(i, ()) for n, i in where],
+            [m.group.prompt for m in mine],
+            method,
+            self._writer,
+            self.teacher_prompts,
+            pad_id,
+            batch["completion_ids"].device,
+            self._mean_over_ranks,
+        )
+        steps: Any = self.args.steps_per_generation if self._mode == "train" else 1
+        if rows is not None:
+            batch |= replace(rows, rows_per_micro_batch=rows.rows_per_micro_batch / steps).pack()
 
     def _rollouts(self, batch: dict[str, Any], scored: Scored) -> list[Rollout]:
         """The rollouts of all ranks."""
@@ -496,7 +693,7 @@ class HSDTrainer(GRPOTrainer):
     def _hsd_loss(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
         batch, mode = unpack(inputs, self.args.skip_tokens), self._mode
         out = self.micro_batch_loss(policy, batch, self.args.objective(self.state.global_step))
-        if metrics := loss_metrics(out, batch):
+        if metrics := loss_metrics(out, batch, diagnostics=self.args.diagnostics):
             self._record(mode, metrics)
         # As in GRPOTrainer: the mean over the micro-batches of one optimizer step.
         return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
@@ -570,7 +767,12 @@ class _AfterStep(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """The optimizer's clock, and the initial gap: the final gain was linear in it (arXiv 2605.30070)."""
         self.began = time.perf_counter()
+        gaps = self.trainer._metrics["train"].get("hsd/kl", [])
+        if state.global_step == 0 and gaps and state.is_world_process_zero:
+            gap = sum(gaps) / len(gaps)
+            say(f"before step 1 student and teacher are {gap:.3g} nats a token apart ({self.trainer.args.divergence})")
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.step_time.add("optimizer", time.perf_counter() - self.began)

@@ -35,10 +35,16 @@ class Objective:
     sampling_temperature: float = 1.0
     memory_bytes: int | None = None
     impl: str = "auto"
+    rows: bool = False  # the terms over extra rows, in place of those over rollouts
 
     def active(self, kind: str) -> list[tuple[Term, float]]:
         outer = self.divergence_coef if kind == "divergence" else self.policy_coef
-        return active(self.terms, kind, outer, self.step)
+        return active(self.terms, kind, outer, self.step, rows=self.rows)
+
+    def over_rows(self) -> Objective | None:
+        """The terms over extra rows; None where none counts at this step."""
+        there = replace(self, rows=True, reference_coef=0.0, importance_cap=None)
+        return there if there.active("divergence") or there.active("sampled") else None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class LossOutput:
     loss: Tensor  # scalar, with gradient
     stats: RowStats | None  # of student and teacher, per token (B, T), detached; None without a teacher
     reference: RowStats | None = None  # of student and reference policy, None without one
+    overlap: Mapping[str, Tensor] = field(default_factory=dict)  # `hsd.train.diagnostics.overlap`, where asked for
 
 
 def rollout_weights(mask_BT: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,12 +36,15 @@ def statistics(
         student, teacher = normalizer(y_s, kappa), normalizer(y_t, kappa)
         ls, lt = student.log_probs(y_s, kappa), teacher.log_probs(y_t, kappa)
         ps, pt = ls.exp(), lt.exp()
-        f, g = _summands(spec, ls, lt, ps, pt)
+        of = _buckets(spec, ls, lt)[1:] if divergence.in_buckets else (ls, lt, ps, pt)
+        f, g = _summands(spec, *of)
         # The rounding of a log-sum shifts a row's log-probs, and the sums of ps and pt are not quite 1. The shift is a
         # visible part of the gradient where one token has nearly all of ps, and of a KL near 0.
         sum_s, sum_t = ps.sum(-1), pt.sum(-1)
         kl = f.sum(-1)
-        if divergence.clip is None and divergence.kind != "jsd":
+        if divergence.in_buckets:
+            sum_s = of[2].sum(-1)
+        elif divergence.clip is None and divergence.kind != "jsd":
             shift = torch.log1p((sum_s - sum_t) / sum_t)
             kl += shift if divergence.kind == "forward_kl" else -shift
         out.kl[at] = kl
@@ -74,9 +78,12 @@ def gradient_(
         y_s, y_t = _pair(x_student[at], x_teacher[at], spec, bias, teacher_bias)
         student, teacher = _normalizers(stats, at)
         ls, lt = student.log_probs(y_s, kappa), teacher.log_probs(y_t, kappa)
-        ps, pt = ls.exp(), lt.exp()
-        _, g = _summands(spec, ls, lt, ps, pt)
-        dz = g if _no_grad_sum(spec) else g - ps * stats.grad_sum[at].unsqueeze(-1)
+        ps = ls.exp()
+        if spec.divergence.in_buckets:
+            dz = _from_buckets(spec, ls, lt, ps, stats.grad_sum[at].unsqueeze(-1))
+        else:
+            _, g = _summands(spec, ls, lt, ps, lt.exp())
+            dz = g if _no_grad_sum(spec) else g - ps * stats.grad_sum[at].unsqueeze(-1)
         dz *= (weights[at] * spec.chain).unsqueeze(-1)
         if spec.softcap is not None:
             dz *= 1.0 - y_s.square()
@@ -155,8 +162,41 @@ def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> 
     return f, g
 
 
+def _buckets(spec: RowSpec, ls: Tensor, lt: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """(ids (C, k) or None for all tokens, and ls, lt, ps, pt of the buckets): `divergence`."""
+    d, ids = spec.divergence, None
+    if d.top_k is not None and d.top_k < ls.shape[-1]:
+        ids = (ls if d.top_of == "student" else lt).topk(d.top_k, -1).indices
+        ls, lt = (_of_tokens(side, ids, d.rest == "tail") for side in (ls, lt))
+    if d.floor is not None:
+        lt = torch.maximum(lt, ls + math.log(d.floor))
+    return ids, ls, lt, ls.exp(), lt.exp()
+
+
+def _of_tokens(logps: Tensor, ids: Tensor, with_tail: bool) -> Tensor:
+    kept = logps.gather(-1, ids)
+    if not with_tail:
+        return kept - kept.logsumexp(-1, keepdim=True)
+    # Not 1 minus the mass of the k tokens, which is rounded away where they have nearly all of it.
+    return torch.cat([kept, logps.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)], -1)
+
+
+def _from_buckets(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, grad_sum: Tensor) -> Tensor:
+    """dz (C, V) / chain and weight."""
+    ids, b_s, b_t, p_s, p_t = _buckets(spec, ls, lt)
+    _, g = _summands(spec, b_s, b_t, p_s, p_t)
+    dz = g - p_s * grad_sum
+    if ids is None:
+        return dz
+    k = ids.shape[-1]
+    if spec.divergence.rest == "renormalise":
+        return torch.zeros_like(ls).scatter_(-1, ids, dz)
+    share = torch.where(p_s[:, k:] == 0, 0.0, (ls - b_s[:, k:]).exp())  # of the tail's mass
+    return (dz[:, k:] * share).scatter_(-1, ids, dz[:, :k])
+
+
 def _no_grad_sum(spec: RowSpec) -> bool:
-    return spec.divergence.kind == "forward_kl" and spec.divergence.clip is None
+    return spec.divergence.kind == "forward_kl" and spec.divergence.clip is None and not spec.divergence.in_buckets
 
 
 def _times(p: Tensor, log_ratio: Tensor) -> Tensor:

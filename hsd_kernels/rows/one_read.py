@@ -33,7 +33,7 @@ from torch import Tensor
 from hsd_kernels import configs
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.row_stats import COLUMNS, RowStats
-from hsd_kernels.rows import triton_rows
+from hsd_kernels.rows import eager, triton_rows
 from hsd_kernels.rows.triton_rows import (
     GRAD_SUM,
     KL,
@@ -84,6 +84,10 @@ def statistics_and_gradient_(
 ) -> RowStats:
     """`triton_rows.statistics`, and `triton_rows.gradient_` of the same rows into ``out``, which lies apart from the
     logits."""
+    if spec.divergence.in_buckets:
+        stats = eager.statistics(x_student, x_teacher, spec, bias, teacher_bias, target_ids, rows)
+        eager.gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out)
+        return stats
     n, vocab = x_student.shape
     table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
     stats = RowStats.unstack(table, rows, with_targets=target_ids is not None)

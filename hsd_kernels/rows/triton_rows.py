@@ -20,6 +20,7 @@ from torch import Tensor
 from hsd_kernels import configs
 from hsd_kernels.divergence import DIVERGENCES, RowSpec
 from hsd_kernels.row_stats import COLUMNS, RowStats
+from hsd_kernels.rows import eager
 
 FORWARD_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("forward_kl"))
 REVERSE_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("reverse_kl"))
@@ -49,6 +50,8 @@ def statistics(
     target_ids: Tensor | None,
     rows: Tensor,
 ) -> RowStats:
+    if spec.divergence.in_buckets:
+        return eager.statistics(x_student, x_teacher, spec, bias, teacher_bias, target_ids, rows)
     n, vocab = x_student.shape
     table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
     if n > 0:
@@ -90,6 +93,8 @@ def gradient_(
     weights: Tensor,
     out: Tensor,
 ) -> None:
+    if spec.divergence.in_buckets:
+        return eager.gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out)
     n, vocab = x_student.shape
     if n == 0:
         return

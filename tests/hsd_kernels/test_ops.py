@@ -53,6 +53,13 @@ def test_opcheck_forward(dtype, reduction, wanted):
     torch.library.opcheck(torch.ops.hsd_kernels.fused_hsd_kl.default, tensors, given)
 
 
+def test_opcheck_of_buckets():
+    student, teacher, reference, weight, bias = operands(torch.float32)
+    given = arguments(Divergence("reverse_kl", top_k=3, top_of="teacher", floor=0.2), "mean", [True, True, True])
+    tensors = operator_tensors(student, teacher, reference, weight, bias, torch.arange(T), draw(T).abs())
+    torch.library.opcheck(torch.ops.hsd_kernels.fused_hsd_kl.default, tensors, given)
+
+
 def test_opcheck_backward():
     student, teacher, reference, weight, bias = (t.detach() for t in operands())
     tensors = operator_tensors(student, teacher, reference, weight, bias, None, draw(2, T).abs())

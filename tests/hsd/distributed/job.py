@@ -28,6 +28,8 @@ DDP = {
     "grpo+opsd": (2, {"method": "grpo+opsd"}),
     "dapo": (2, {"method": "dapo", "gradient_accumulation_steps": 3}),  # the fused surrogate, a mean over tokens
     "egrsd": (2, {"method": "egrsd", "gradient_accumulation_steps": 3}),  # numbers of the whole generation
+    # Texts that ranks write in shares, judged in shares, and rows of which a rank may have none.
+    "brts": (2, {"method": "brts", "method_args": {"trajectories": 3}, "gradient_accumulation_steps": 3}),
     "budget": (4, {"teacher": "live", "reference_coef": 0.0, "prefix_sharing": "tree", "tree_token_budget": 40}),
 }
 

@@ -1,4 +1,4 @@
-"""The recipes of docs/methods.md run as they stand, the table names every method, and `hsd methods` tells of them."""
+"""The recipes of docs/extending run as they stand, the table names every method, and `hsd methods` tells of them."""
 
 import math
 import re
@@ -8,23 +8,31 @@ import pytest
 from tiny_runs import half, make, qwen3
 
 from hsd.cli.__main__ import main
-from hsd.hindsight.context import ContextTemplate
+from hsd.hindsight.context import PARTS, ContextTemplate
 from hsd.methods import METHODS, MODULES
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-TEMPLATE = ContextTemplate("[{answer}|{demonstration}]", "[{answer}]", "[|{demonstration}]", "[{feedback}]")
+PAGES = sorted((ROOT / "docs" / "extending").glob("*.md"))
+BLOCKS = {p.stem: re.findall(r"```python\n(.*?)```", p.read_text(), re.DOTALL) for p in PAGES}
+TEMPLATE = ContextTemplate(
+    "[{answer}|{demonstration}]",
+    "[{answer}]",
+    "[|{demonstration}]",
+    "[{feedback}]",
+    dict.fromkeys(PARTS, "|{text}"),
+    "]",
+)
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_a_recipe_of_the_page_trains(number, tmp_path, monkeypatch):
-    block = BLOCKS[number]
+@pytest.mark.parametrize("page", BLOCKS)
+def test_a_recipe_of_the_page_trains(page, tmp_path, monkeypatch):
+    (block,) = BLOCKS[page]
     assert len(block.splitlines()) < 30
     namespace = {}
     exec(block, namespace)
     monkeypatch.setitem(METHODS, "rlrt", namespace["METHOD"])  # under the name of another
-    options = {"feedback_fn": lambda completions, **kw: [None] * len(completions)} if number == 0 else {}
+    options = {"feedback_fn": lambda completions, **kw: [None] * len(completions)} if page == "contexts" else {}
     trainer = make(qwen3(), tmp_path, reward=half, template=TEMPLATE, method="rlrt", max_steps=2, **options)
     start = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
@@ -33,7 +41,7 @@ def test_a_recipe_of_the_page_trains(number, tmp_path, monkeypatch):
 
 
 def test_there_is_a_recipe_for_each_extension_point():
-    assert len(BLOCKS) == 3
+    assert sorted(BLOCKS) == ["contexts", "divergence", "draw", "rows", "state", "terms"]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.METHOD.name)

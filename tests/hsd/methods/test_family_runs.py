@@ -7,6 +7,7 @@ from tiny_runs import ACCUMULATED, QUESTIONS, TOKENIZER, Recorder, make, qwen3
 
 from hsd.hindsight.context import ContextTemplate
 from hsd.methods import METHODS
+from hsd.methods.method import REQUIRED
 from hsd.train.config import HSDConfig
 
 PARTS = {
@@ -148,11 +149,15 @@ def test_the_columns_reach_the_teacher(tmp_path):
 def test_a_missing_column_is_named(method, tmp_path):
     rows = [{k: v for k, v in r.items() if k in ("prompt", "answer")} for r in ROWS]
     with pytest.raises(ValueError, match=r"^train_dataset: expected columns .*" + METHODS[method].needs[0]):
-        make(qwen3(), tmp_path, questions=rows, method=method, method_args=GIVEN.get(method))
+        required = {name: 1.0 for name, value in METHODS[method].settings.items() if value is REQUIRED}
+        asked = {name: 1.0 for name, value in METHODS[method].defaults.items() if value is REQUIRED}
+        make(qwen3(), tmp_path, questions=rows, method=method, method_args=required, **asked)
 
 
 def test_an_unpublished_setting_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"^method_args: expected 'no_confidence' for method='msd'"):
         HSDConfig(str(tmp_path), method="msd", bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match=r"^reference_coef: expected a value for method='stable_opd'"):
+        HSDConfig(str(tmp_path), method="stable_opd", method_args={"gold": 1.0}, bf16=False, use_cpu=True)
     with pytest.raises(ValueError, match=r"^method_args: expected names among \['e'\], got 'f'"):
         HSDConfig(str(tmp_path), method="rlrt", method_args={"f": 1.0}, bf16=False, use_cpu=True)

@@ -49,7 +49,8 @@ def test_the_ends_of_an_interval_are_inside():
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_left_to_the_method_afterwards(method):
     required = {name: 1.0 for name, value in METHODS[method].settings.items() if value is REQUIRED}
-    config = make(method=method, method_args=required)
+    unpublished = {name: 1.0 for name, value in METHODS[method].defaults.items() if value is REQUIRED}
+    config = make(method=method, method_args=required, **unpublished)
     for declared in options():
         if declared.by_method:
             assert getattr(config, declared.name) is not None, declared.name

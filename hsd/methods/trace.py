@@ -1,0 +1,78 @@
+"""TRACE (arXiv 2605.10194): GRPO off the marked spans, a teacher on them, fading into DAPO by step 40.
+
+    A_t = A (1 - span_t l / 0.5),  S: the clipped surrogate (0.2, 0.28) with A_t, mean over tokens
+    L   = S + l mean over rollouts of 1/|y| sum_t (mu_K key_t KL(q || p) + mu_E error_t KL(p || q)),  summands <= 0.05
+
+l is 0.5 for 10 steps and falls to 0 at step 40. An annotator that sees the answer marks steps of each rollout, "key"
+ones of a success and "error" ones of a failure, 25 % of its tokens at most. The teacher sees only the mark's kind, and
+takes over the student's weights every 10 steps. A strong base has (mu_E, mu_K) = (0, 1), a weak one (1, 0).
+
+Confidence: high (paper; no code). The policy annotates itself here (+1.90 in the paper against +2.76 by another model,
+which is ``writer_fn``). Conflict: which side's top 100; the full vocabulary here. Ours: steps are split at
+``separator``, the reply is step numbers, and the tag's words.
+"""
+
+import re
+
+from hsd.hindsight.context import Context
+from hsd.hindsight.teacher_prompts import RolloutView, parts
+from hsd.methods.draw import Ask, Drawn, GroupView, Talk
+from hsd.methods.method import Method
+from hsd.methods.term import Term, scheduled
+
+FADE = [[0, 0.5], [10, 0.5], [40, 0.0]]
+WORDS = {"tag_key": "it has a decisive step", "tag_error": "it has an error", "step": "\n{n}. {step}"}
+ASK = (
+    "\n\nReference answer: {answer}\n\nAn attempt, step by step:{attempt}\n\nGive the numbers of "
+    "its {kind} steps, and nothing else."
+)
+
+
+def draw(view: GroupView) -> Talk:
+    settings, answer = view.settings, view.group.answer
+    kinds = ["key" if i in view.group.successes else "error" for i in range(len(view.texts))]
+    steps, asks = [step_of_tokens(view.pieces(i), settings["separator"]) for i in range(len(kinds))], []
+    for kind, text in zip(kinds, view.texts, strict=True):
+        said = enumerate(text.split(settings["separator"]))
+        numbered = "".join(settings["step"].format(n=n, step=step) for n, step in said)
+        asks.append(Ask(view.ask("ask", answer=answer, attempt=numbered, kind=kind)))
+    replies = yield asks
+    marks: dict[str, dict[int, list[float]]] = {"key": {}, "error": {}}
+    for i, (reply, of_tokens) in enumerate(zip(replies, steps, strict=True)):
+        span, most = set(), settings["most"] * len(of_tokens)
+        for n in map(int, re.findall(r"\d+", reply.text)):
+            if sum(step in {*span, n} for step in of_tokens) <= most:
+                span.add(n)
+        if any(step in span for step in of_tokens):
+            marks[kinds[i]][i] = [float(step in span) for step in of_tokens]
+    return Drawn(notes={i: kinds[i] for found in marks.values() for i in found}, marks=marks)
+
+
+def step_of_tokens(pieces: list[str], separator: str) -> list[int]:
+    """The number of the step that each token belongs to; a separator ends its own step."""
+    return [sum(piece.count(separator) for piece in pieces[:t]) for t in range(len(pieces))]
+
+
+def contexts(view: RolloutView) -> list[Context]:
+    return [Context(parts(tag=view.settings[f"tag_{view.note}"]))] if view.note else []
+
+
+METHOD = Method(
+    "trace",
+    contexts,
+    terms=(
+        Term("advantage", lambda s: s.advantages * (1.0 - (s["key"] + s["error"]) * scheduled(FADE, s.step) / 0.5)),
+        Term("divergence", lambda s: s.settings["mu_key"] * s["key"], FADE, {"kind": "forward_kl", "clip": 0.05}),
+        Term("divergence", lambda s: s.settings["mu_error"] * s["error"], FADE, {"kind": "reverse_kl", "clip": 0.05}),
+    ),
+    draw=draw,
+    marks=("key", "error"),
+    settings={"mu_key": 1.0, "mu_error": 0.0, "most": 0.25, "separator": "\n", "ask": ASK, **WORDS},
+    defaults={
+        "teacher": "copy",
+        "policy_coef": 1.0,
+        "policy_mean": "token",
+        "epsilon_high": 0.28,
+        "reference_coef": 0.0,
+    },
+)
