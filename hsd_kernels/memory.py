@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MEMORY_BYTES = {"cuda": 1640 << 20}  # with the fp32 sum of a head of 152,000 x 4,096, 3 GB above inputs and gradients
+MEMORY_BYTES = {"cuda": 1640 << 20}  # with the fp32 sum of a head of 152,000 x 4,096, 3.1 GB above inputs and gradients
 DEFAULT_MEMORY_BYTES = 704 << 20
 # Rows of logits at a time. More only cost memory.
 CHUNK_ROWS = {"cuda": 512}

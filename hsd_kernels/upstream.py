@@ -29,7 +29,7 @@ def times_upstream(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _times_scalar(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """CUDA's torch.mul of a bf16 tensor and an fp32 scalar tensor casts element by element, at a third of the
-    bandwidth of this kernel ("upstream" in benchmarks/results/gpu_h200.md)."""
+    bandwidth of this kernel: 1.2 TB/s of 4.3 on an H200."""
     from hsd_kernels.rows import triton_scale
 
     return triton_scale.scaled(g, upstream, dtype)
