@@ -103,10 +103,11 @@ def fused_hsd_kl(
             where no entry exceeds ``filter_eps`` times the largest token weight; with "auto" the lightest ones, as
             long as their share of the L1 mass is at most what rounding to the input dtype loses (0.14 % for bf16).
             The statistics return the measured share. One host synchronization a chunk. Exact by default.
-        memory_bytes: for the logits of a chunk of tokens and the gradient dz of a buffer of chunks; by default 1,640 MiB
-            on CUDA and 704 MiB elsewhere. More makes the products with dz taller: on an H100 with 32,768 tokens, 1.14 of
-            the bare GEMMs by default, 1.13 at 4.6 GiB (benchmarks/results/gpu_h100.md). It does not depend on what is
-            free, so that results repeat. A CPU keeps the memory for the next call (`hsd_kernels.release_memory`).
+        memory_bytes: for the logits of a chunk of tokens and the gradient dz of a buffer of chunks; by default 1,640
+            MiB on CUDA and 704 MiB elsewhere. More makes the products with dz taller: on an H100 with 32,768 tokens,
+            1.14 of the bare GEMMs by default, 1.13 at 4.6 GiB (benchmarks/results/gpu_h100.md). It does not depend on
+            what is free, so that results repeat. A CPU keeps the memory for the next call
+            (`hsd_kernels.release_memory`).
         impl: "auto" (Triton on CUDA, C++ on a CPU in fp32 and bf16, torch elsewhere), "torch", "triton" or "cpp". An
             explicit choice never falls back.
         process_group: the vocabulary is divided over its ranks. All heads hold this rank's rows, in rank order,
