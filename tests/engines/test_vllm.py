@@ -70,7 +70,8 @@ def test_colocated_rollouts_come_from_the_trained_policy(folder, tmp_path, monke
     trainer.train()
     assert len(trainer.seen) == 3
     for sampled, own, _ in trainer.seen:
-        torch.testing.assert_close(sampled, own, rtol=0, atol=1e-3)
+        # vLLM's kernels for a CPU round more than transformers in fp32: 1.4e-3 was seen. Two updates move 0.05.
+        torch.testing.assert_close(sampled, own, rtol=0, atol=5e-3)
     sampled, _, old = trainer.seen[-1]  # after two updates
     assert (sampled - old).abs().max() > 0.05
 
