@@ -70,6 +70,7 @@ $(VENV)-verl/.ready: Makefile constraints.txt
 	$(PYTHON) -m venv $(VENV)-verl
 	$(@D)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel
 	$(@D)/bin/python -m pip install -q torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 datasets==5.2.0 \
-	    tensordict==0.10.0 'ray[default]' codetiming hydra-core torchdata tensorboard pylatexenc pybind11 cachetools pytest
+	    trl==1.16.0 tensordict==0.10.0 'ray[default]' codetiming hydra-core torchdata tensorboard pylatexenc pybind11 \
+	    cachetools pytest
 	$(@D)/bin/python -m pip install -q --no-deps verl==0.9.1 ms-swift==4.6.0
 	touch $@
