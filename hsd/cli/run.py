@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -68,6 +69,8 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # names that TRL 1.16 still uses
     check_parts(settings)
     base = registered(settings.task, settings.train.get("seed", HSDConfig.seed)) if settings.task else None
+    if base is not None and base.threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(base.threads)
     given: dict[str, Any] = {"output_dir": str(Path("runs") / name)} | (base.config if base else {}) | settings.train
     if check and not torch.cuda.is_available():
         given["use_cpu"] = True

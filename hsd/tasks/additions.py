@@ -61,6 +61,7 @@ def task(seed: int) -> Task:
             "dataloader_pin_memory": False,
             "report_to": "none",
         },
+        threads=1,
     )
 
 

@@ -78,6 +78,7 @@ def task(seed: int) -> Task:
             "dataloader_pin_memory": False,
             "report_to": "none",
         },
+        threads=1,
     )
 
 
