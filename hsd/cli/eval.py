@@ -109,11 +109,12 @@ def verifiers(choice: str) -> Mapping[str, Any]:
     """A reward function per kind of question."""
     from hsd import verify
 
+    rewards: dict[str, Any] = {"generated": verify.reasoning_gym_success}
     if choice == "numbers":
-        return {"math": verify.number_reward}
+        return rewards | {"math": verify.number_reward}
 
     # As LiveCodeBench's harness, so that pass@1 can be compared with what is published.
-    return {"math": verify.math_reward, "code": verify.code_reward_with(official=True)}
+    return rewards | {"math": verify.math_reward, "code": verify.code_reward_with(official=True)}
 
 
 def slug(name: str) -> str:

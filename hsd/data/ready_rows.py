@@ -16,7 +16,7 @@ def ready(raw: dict[str, Any]) -> Row:
     row |= {c: str(row[c]) for c in TEXTS if type(row.get(c)) in (int, float)}
     if isinstance(row.get("tests"), Mapping):
         row["tests"] = json.dumps(row["tests"])
-    if row["kind"] == "math" or row.get("answer"):
+    if row["kind"] != "code" or row.get("answer"):
         row["answer"] = accepted(row.get("answer"))
     if isinstance(row.get("prompt"), str) and not row["prompt"].strip():
         raise Unusable("no question")

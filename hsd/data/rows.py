@@ -2,7 +2,8 @@
 
 A row is a dict with ``prompt`` (a string or chat messages) and ``answer`` (a string, or a list of strings of which
 each is right), and where the data has them ``question`` (the bare question, without instructions), ``solution``,
-``demonstration``, ``tests`` (a JSON string), ``kind`` ("math" or "code"), ``source``, ``id``, ``level`` and ``date``.
+``demonstration``, ``tests`` (a JSON string), ``kind`` ("math", "code" or "generated"), ``generator``, ``source``,
+``id``, ``level`` and ``date``.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ TRAINER_COLUMNS = frozenset(
         "environments",
     )
 )
+KINDS = ("math", "code", "generated")  # each has a verifier
 MOST_DIGITS = 4_300  # of an integer, to Python
 
 
@@ -59,8 +61,8 @@ def check_row(row: Row) -> Row:
     for column in TEXTS:
         if not isinstance(row.get(column, ""), str):
             raise TypeError(f"{column}: expected a string, got {row[column]!r:.200}")
-    if row.get("kind", "math") not in ("math", "code"):
-        raise ValueError(f"kind: expected 'math' or 'code', got {row['kind']!r}")
+    if row.get("kind", "math") not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {row['kind']!r}")
     return row
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from hsd.data import code_sources as code
 from hsd.data import math_sources as math
+from hsd.data.generators import PREFIX, generated
 from hsd.data.local_files import ENDINGS, read_rows
 from hsd.data.ready_rows import ready, verl
 from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable, read_jsonl
@@ -106,7 +107,7 @@ def load_source(name: str, split: str | None = None, limit: int | None = None) -
     """The rows of a data set, its exact name and what was left out.
 
     Args:
-        name: A file, or a name of `SOURCES` or its hub repository.
+        name: A file, a name of `SOURCES` or its hub repository, or ``reasoning_gym:NAME`` (`hsd.data.generators`).
         split: Of a named data set; ``name:split`` says the same. By default the first of its splits.
         limit: Only the first ``limit`` usable rows.
 
@@ -122,11 +123,16 @@ def load_source(name: str, split: str | None = None, limit: int | None = None) -
         return _collect(path.name, read_rows(path), None, limit)
     if path.is_dir() or path.name.removesuffix(".gz").endswith(ENDINGS) or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"data: expected a file, got {name}, which is {'a folder' if path.is_dir() else 'not there'}")
+    if name.startswith(PREFIX):
+        if split is not None:
+            raise ValueError(f"split: expected None for a generator, got {split!r}")
+        return _collect(name, generated(name, limit), ready, limit)
     key, _, named = name.partition(":")
     by_repo = {source.repo.lower(): source for source in SOURCES.values()}
     source = SOURCES.get(key.lower()) or by_repo.get(key.lower())
     if source is None:
-        raise ValueError(f"data: expected a file or one of {', '.join(SOURCES)} (or its hub name), got {name!r}")
+        known = f"one of {', '.join(SOURCES)} (or its hub name) or {PREFIX}NAME"
+        raise ValueError(f"data: expected a file, {known}, got {name!r}")
     split = split or named or source.splits[0]
     if split not in source.splits:
         raise ValueError(f"data: expected a split of {key} among {', '.join(source.splits)}, got {split!r}")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hsd.data.generators import PREFIX
 from hsd.evaluate import Sampling
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
 from hsd.tasks import TASKS
@@ -18,12 +19,14 @@ from hsd.tasks.task import Question, Task
 if TYPE_CHECKING:
     from hsd.train.config import HSDConfig
 
-VERIFIERS = ("number", "math", "code")
+VERIFIERS = ("number", "math", "code", "reasoning_gym")
 
 
 def check_parts(settings: Settings) -> None:
     """Raise ValueError where a part of the task is given neither by name nor by ``settings.task``."""
     parts = {"model.path": settings.model.path, "data.path": settings.data.path, "reward": settings.reward}
+    if (settings.data.path or "").startswith(PREFIX):
+        del parts["reward"]  # the generator's scorer
     for key, value in parts.items():
         if settings.task is None and value is None:
             raise ValueError(f"{key}: expected a value, or a task among {', '.join(TASKS)}, got none")
@@ -42,6 +45,8 @@ def complete(settings: Settings, base: Task | None, config: HSDConfig) -> Task:
         changed["model"] = lambda: path
     if settings.reward is not None:
         changed["rewards"] = load_rewards(settings.reward)
+    elif (data.path or "").startswith(PREFIX):
+        changed["rewards"] = load_rewards("reasoning_gym")
     task = replace(base or Task("", str, (), (), (), DEFAULT_TEXT_TEMPLATE, Sampling(512, batch_size=64)), **changed)
     if data.path is not None:
         chat = _is_chat(task.model()) if data.chat is None else data.chat

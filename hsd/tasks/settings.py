@@ -58,5 +58,5 @@ class Settings:
     task: str | None = None
     model: Model = Model()
     data: Data = Data()
-    reward: str | list[str] | None = None  # number, math, code or module:function
+    reward: str | list[str] | None = None  # number, math, code, reasoning_gym or module:function
     train: dict[str, Any] = field(default_factory=dict)  # fields of HSDConfig

@@ -353,7 +353,7 @@ def test_files_and_errors(tmp_path):
     path.write_text('{"question": "x", "answer": "1"}\n\n{"problem": "x"}\n')
     with pytest.raises(ValueError, match=r"mixed.jsonl, row 2: columns: expected 'question' and 'answer', .*'problem'"):
         load(str(path))
-    for name, message in (("gsm9k", "expected a file or one of"), ("gsm8k:dev", "expected a split of gsm8k")):
+    for name, message in (("gsm9k", "expected a file, one of gsm8k"), ("gsm8k:dev", "expected a split of gsm8k")):
         with pytest.raises(ValueError, match=message):
             load(name)
     with pytest.raises(ValueError, match="split: expected None for a file"):

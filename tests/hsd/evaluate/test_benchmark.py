@@ -265,7 +265,7 @@ def test_hsd_eval(tmp_path, monkeypatch, capsys):
 
 def test_hsd_eval_says_what_is_wrong_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hsd.evaluate.engines.load_engine", lambda *args: pytest.fail("loaded a model"))
-    with pytest.raises(ValueError, match="expected a file or one of"):
+    with pytest.raises(ValueError, match="expected a file, one of gsm8k"):
         cli_eval.run(parse(cli_eval, "--model", "m", "--data", "nonsense", "--out", str(tmp_path)))
     for name in ("a", "a.b"):
         write_jsonl(tmp_path / name / "x.jsonl", [{"prompt": "5+1=", "answer": "6"}])
