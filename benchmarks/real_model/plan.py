@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-STEPS = 16  # of 24 rollouts; no training question comes twice in 28
+STEPS = {"additions": 16, "chain_sum": 60}  # of 24 rollouts, no training question twice in 28; of 64 rollouts
 MEASURE_TEACHER = 5  # every so many steps
 
 
@@ -92,7 +92,21 @@ ROWS = (
     ),
     Row("hsd fixed, default words", "hsd", WORDS, "below fixed: a worse teacher (0.57 for 0.73)"),
 )
-BY_NAME = {row.name: row for row in ROWS}
+# The path matters here: two steps a line each, p near 0.2. Expected before any of them ran.
+CHAIN_ROWS = (
+    Row("grpo", "grpo", GRPO, "0.2 to 0.5: groups of 8 are mixed in half of the cases, and only the reward counts"),
+    Row("hsd fixed", "hsd", {}, "0.4: the peer's steps are worth copying, and the worked examples fix the form"),
+    Row("opsd", "opsd", {"kl_clip": 0.0}, "0.25: the answer without a path"),
+    Row("hsd unpaired", "hsd_unpaired", {}, "0.25: another question's steps"),
+    Row("hsd copy 15", "hsd", {"teacher": "copy", "teacher_copy_steps": 15}, "above fixed by 0.05"),
+    Row(
+        "hsd 1 to 0 + policy",
+        "hsd",
+        {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 30]},
+        "GRPO's end or 0.05 above",
+    ),
+)
+PLANS = {"additions": ROWS, "chain_sum": CHAIN_ROWS}
 
 
 def key(name: str, seed: int) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.real_model.plan import BY_NAME, ROWS
+from benchmarks.real_model.plan import PLANS, Row
 from benchmarks.small_world.results import interval
 from hsd.evaluate.interval import share
 
 FORMS = ("the sum, then its value", "a number alone", "other words")
 SHORT = 10  # tokens; with its end
+TITLES = {"additions": "additions", "chain_sum": "chains of three numbers"}
 
 
 def form_of(reply: str) -> str:
@@ -49,32 +50,45 @@ def load(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def write(folder: Path) -> str:
+def write(folder: Path, task: str = "additions") -> str:
     """``folder``/report.md and curves.png; where they are."""
-    runs = load(folder)
-    names = [name for name in ("start", *BY_NAME) if name in runs]
-    text = "\n\n".join(
-        [
-            "# SmolLM2-135M-Instruct on additions",
-            "Made by `python -m benchmarks.real_model --report` from the files beside it. Held out: 40 questions x 3"
-            " replies a seed, temperature 0.6, 12 tokens at most. A seed draws the questions' split and order and the"
-            " sampling; the model is the same.",
-            success_table(runs, names),
-            "## What the replies are made of\n\nAll seeds together: share of the replies, success inside.",
-            form_table(runs, names),
-            "## What was expected before the run, and found",
-            expected_table(runs),
-            "## Steps\n\n" + steps_table(runs),
-            "![success of the rollouts against steps and CPU seconds](curves.png)",
-            "Rows of the plan that were not run: "
-            + (", ".join(row.name for row in ROWS if row.name not in runs) or "none")
-            + ".",
-        ]
-    )
-    (folder / "report.md").write_text(text + "\n")
-    if any("cpu_seconds" in run for by_seed in runs.values() for run in by_seed.values()):
-        plot(folder / "curves.png", runs)
+    runs, plan = load(folder), PLANS[task]
+    names = [name for name in ("start", *(row.name for row in plan)) if name in runs]
+    trained = [run for by_seed in runs.values() for run in by_seed.values() if "steps" in run]
+    if not runs:
+        return f"{folder}: no run is finished"
+    held_out = next(iter(next(iter(runs.values())).values()))["held_out"]
+    option = "" if task == "additions" else f" --task {task}"
+    parts = [
+        f"# SmolLM2-135M-Instruct on {TITLES[task]}",
+        f"Made by `python -m benchmarks.real_model{option} --report` from the files beside it. Held out:"
+        f" {held_out['questions']} questions x {held_out['samples']} replies a seed, temperature 0.6. A seed draws the"
+        " questions' split and order and the sampling; the model is the same."
+        + " Seconds are wall seconds on a GPU that several runs shared; they order nothing."
+        * any("wall_seconds" in run for run in trained),
+        success_table(runs, names),
+    ]
+    if task == "additions":
+        about = "## What the replies are made of\n\nAll seeds together: share of the replies, success inside."
+        parts += [about, form_table(runs, names)]
+    parts += [
+        "## What was expected before the run, and found",
+        expected_table(runs, plan),
+        "## Steps\n\n" + steps_table(runs, plan),
+        "![success of the rollouts against steps and seconds](curves.png)",
+        "Rows of the plan that were not run: "
+        + (", ".join(row.name for row in plan if row.name not in runs) or "none")
+        + ".",
+    ]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    if trained:
+        plot(folder / "curves.png", runs, plan)
     return f"{folder / 'report.md'}: {sum(map(len, runs.values()))} runs"
+
+
+def seconds(run: dict[str, Any]) -> list[float]:
+    """Of each step: CPU seconds, or wall seconds where a GPU ran it."""
+    return run.get("cpu_seconds") or run["wall_seconds"]
 
 
 def success_table(runs: dict[str, dict[int, dict[str, Any]]], names: Sequence[str]) -> str:
@@ -127,19 +141,19 @@ def form_table(runs: dict[str, dict[int, dict[str, Any]]], names: Sequence[str])
     return table(["run", *FORMS], rows)
 
 
-def expected_table(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
+def expected_table(runs: dict[str, dict[int, dict[str, Any]]], plan: Sequence[Row]) -> str:
     rows = []
-    for row in ROWS:
+    for row in plan:
         if row.name in runs:
             found = ", ".join(f"{r['held_out']['mean']:.3f}" for _, r in sorted(runs[row.name].items()))
             rows.append([row.name, row.expected, found])
     return table(["run", "expected", "found, each seed"], rows)
 
 
-def steps_table(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """The median CPU seconds of a step, wall seconds by part, and the teacher's own success in the run."""
+def steps_table(runs: dict[str, dict[int, dict[str, Any]]], plan: Sequence[Row]) -> str:
+    """The median seconds of a step, wall seconds by part, median tau, and the teacher's own success in the run."""
     rows = []
-    for row in ROWS:
+    for row in plan:
         for seed, run in sorted(runs.get(row.name, {}).items()):
             steps = run["steps"]
             parts = [
@@ -148,7 +162,8 @@ def steps_table(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
                 if filled(steps.get(key := f"time/{name}_s", []))
             ]
             shown = [f"{x:.2f}" for x in filled(steps.get("hsd/teacher_success", []))]
-            means = [f"{x:.2f}" for x in by_four(steps["hsd/success_rate"])]
+            means = [f"{x:.2f}" for x in by_span(steps["hsd/success_rate"])]
+            taus = filled(steps.get("hsd/tau", []))
             alarm = "; ".join(run["alarms"].values())
             rows.append(
                 [
@@ -156,21 +171,33 @@ def steps_table(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
                     str(seed),
                     " ".join(means),
                     " ".join(shown) or "not measured",
-                    f"{median(run['cpu_seconds']):.1f}",
+                    f"{median(taus):.0f}" if taus else "",
+                    f"{median(seconds(run)):.1f}",
                     ", ".join(parts),
                     alarm or "none",
                 ]
             )
-    head = ["run", "seed", "success of the rollouts, by four steps", "teacher's own, at steps 1, 6, 11, 16"]
-    return table([*head, "CPU s a step", "wall s a step", "alarms"], rows)
+    head = [
+        "run",
+        "seed",
+        "success of the rollouts, means of four steps or a tenth",
+        "teacher's own, at steps 1, 6, 11, ...",
+    ]
+    return table([*head, "tau", "s a step", "wall s a step", "alarms"], rows)
 
 
 def filled(values: Sequence[float | None]) -> list[float]:
     return [v for v in values if v is not None]
 
 
-def by_four(values: Sequence[float]) -> list[float]:
-    return [sum(values[at : at + 4]) / len(values[at : at + 4]) for at in range(0, len(values), 4)]
+def span(count: int) -> int:
+    """The steps of one mean: four, or a tenth of a longer run."""
+    return max(4, count // 10)
+
+
+def by_span(values: Sequence[float]) -> list[float]:
+    n = span(len(values))
+    return [sum(values[at : at + n]) / len(values[at : at + n]) for at in range(0, len(values), n)]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -178,8 +205,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def plot(path: Path, runs: dict[str, dict[int, dict[str, Any]]]) -> None:
-    """Success of the rollouts, means of four steps and of all seeds, against steps and CPU seconds. No question comes
+def plot(path: Path, runs: dict[str, dict[int, dict[str, Any]]], plan: Sequence[Row]) -> None:
+    """Success of the rollouts, means of `span` steps and of all seeds, against steps and seconds. No question comes
     twice, so that every point is of questions that were not trained on."""
     import matplotlib
 
@@ -188,18 +215,19 @@ def plot(path: Path, runs: dict[str, dict[int, dict[str, Any]]]) -> None:
 
     fig, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     styles = ["-", "--", "-.", ":"]
-    for i, row in enumerate(row for row in ROWS if row.name in runs):
+    for i, row in enumerate(row for row in plan if row.name in runs):
         found = list(runs[row.name].values())
-        curves = [by_four(run["steps"]["hsd/success_rate"]) for run in found]
+        curves = [by_span(run["steps"]["hsd/success_rate"]) for run in found]
+        n = span(len(found[0]["steps"]["hsd/success_rate"]))
         mean = [sum(points) / len(points) for points in zip(*curves, strict=True)]
-        steps = [4 * (at + 1) - 1.5 for at in range(len(mean))]
-        cpu = sum(median(run["cpu_seconds"]) for run in found) / len(found)
+        steps = [n * (at + 1) - (n - 1) / 2 for at in range(len(mean))]
+        each = sum(median(seconds(run)) for run in found) / len(found)
         style = {"linestyle": styles[i // 10], "marker": "o", "markersize": 3, "color": f"C{i % 10}"}
         label = f"{row.name} ({len(found)})"
         axes[0].plot(steps, mean, label=label, **style)
-        axes[1].plot([cpu * s for s in steps], mean, **style)
-    axes[0].set_xlabel("optimizer steps of 24 rollouts")
-    axes[1].set_xlabel("CPU seconds, one thread")
+        axes[1].plot([each * s for s in steps], mean, **style)
+    axes[0].set_xlabel("optimizer steps")
+    axes[1].set_xlabel("seconds, one thread")
     axes[0].set_ylabel("success of the rollouts")
     axes[0].set_ylim(0, 1)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(0.74, 0.5), fontsize=8)

@@ -1,4 +1,4 @@
-"""One run: from the pretrained model to the facts in the report."""
+"""One run: from the pretrained model to the facts in the report; on the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ KEPT = (
     "hsd/kl",
     "hsd/student_entropy",
     "hsd/teacher_entropy",
+    "hsd/tau",
     "hsd/credit_at_tau",
     "hsd/credit_mass_8",
     "completions/mean_length",
@@ -47,11 +48,11 @@ def start(task_name: str, seed: int) -> dict[str, Any]:
     """The initial policy on the held-out questions."""
     torch.set_num_threads(1)
     task = registered(task_name, seed)
-    return measured(task, load_policy(task.model()), seed)
+    return measured(task, load_policy(task.model()).on_accelerator(), seed)
 
 
 def train(row: Row, task_name: str, seed: int, steps: int, scratch: Path) -> dict[str, Any]:
-    """A metrics row per step with its CPU seconds, and the held-out replies at the end."""
+    """A metrics row per step with its seconds, and the held-out replies at the end."""
     torch.set_num_threads(1)
     task = registered(task_name, seed)
     policy = load_policy(task.model())
@@ -76,7 +77,7 @@ def train(row: Row, task_name: str, seed: int, steps: int, scratch: Path) -> dic
     shutil.rmtree(scratch)
     return {
         "steps": found,
-        "cpu_seconds": [round(s, 2) for s in clock.seconds],  # of each step, the teacher's replies included
+        clock.name: [round(s, 2) for s in clock.seconds],  # of each step, the teacher's replies included
         "alarms": {k: f"step {r['step']}: {v}" for r in rows for k, v in r.get("alarms", {}).items()},
         **measured(task, policy, seed),
     }
@@ -94,7 +95,7 @@ def config(row: Row, task: Task, seed: int, steps: int, folder: Path) -> HSDConf
 def measured(task: Task, policy: Policy, seed: int) -> dict[str, Any]:
     """Success on the held-out questions with its interval, and every reply: text, tokens, whether it ended, reward."""
     asked = [q for q in task.held_out for _ in range(task.eval_samples)]
-    with torch.autocast("cpu", torch.bfloat16):  # as in training
+    with torch.autocast(policy.model.device.type, torch.bfloat16):  # as in training
         rollouts = sample(*policy, [q["prompt"] for q in asked], task.sampling, seed=seed)
     rewards = score(policy.tokenizer, asked, rollouts, task.reward)
     ends = end_token_ids(*policy)
@@ -113,13 +114,16 @@ def measured(task: Task, policy: Policy, seed: int) -> dict[str, Any]:
 
 
 class _Clock(TrainerCallback):
-    """CPU seconds of each step."""
+    """CPU seconds of each step; on a GPU, which other runs may share, wall seconds."""
 
     def __init__(self):
         self.seconds: list[float] = []
+        gpu = torch.cuda.is_available()
+        self.name = "wall_seconds" if gpu else "cpu_seconds"
+        self.now = time.perf_counter if gpu else time.process_time
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.process_time()
+        self.began = self.now()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.process_time() - self.began)
+        self.seconds.append(self.now() - self.began)

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hsd.tasks.task import Task
 
-TASKS = ("small_world", "smollm2", "additions")  # a module hsd/tasks/NAME.py with a function `task(seed) -> Task`
+TASKS = (
+    "small_world",
+    "smollm2",
+    "additions",
+    "chain_sum",
+)  # a module hsd/tasks/NAME.py with a function `task(seed) -> Task`
 
 
 def registered(name: str, seed: int) -> Task:

@@ -47,11 +47,13 @@ def loss_metrics(out: LossOutput, batch: RolloutBatch, *, diagnostics: bool = Fa
     mask = batch.divergence_mask
     a = credit(stats.teacher_logps, stats.student_logps)
     failing = torch.where(batch.teacher.success, -1, batch.teacher.divergence_position)
+    diverged = failing[failing >= 0].float()
     tokens = mask.sum()
     found = {
         "kl": (stats.kl * mask).sum() / tokens,
         "student_entropy": (stats.student_entropy * mask).sum() / tokens,
         "teacher_entropy": (stats.teacher_entropy * mask).sum() / tokens,
+        "tau": diverged.median() if diverged.numel() else diverged.new_tensor(float("nan")),
         "credit_at_tau": credit_at_divergence(a, mask, failing),
         "credit_mass_8": credit_mass(a, mask, failing, windows=(8,))[0],  # micro-batches count alike
     }

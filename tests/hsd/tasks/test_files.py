@@ -82,7 +82,9 @@ def test_a_registered_tasks_questions_follow_the_seed():
     for limit in (0, -2):
         with pytest.raises(ValueError, match=r"data\.limit: expected a positive number"):
             task_of(task="small_world", data={"limit": limit})
-    with pytest.raises(ValueError, match=r"^task: expected one of small_world, smollm2, additions, got 'smal'"):
+    with pytest.raises(
+        ValueError, match=r"^task: expected one of small_world, smollm2, additions, chain_sum, got 'smal'"
+    ):
         registered("smal", 0)
 
 

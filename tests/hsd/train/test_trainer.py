@@ -151,7 +151,7 @@ def test_metrics_are_logged_and_bounded(tmp_path):
     )
     for name in shares:
         assert 0.0 <= row[f"hsd/{name}"] <= 1.0, name
-    for name in ("kl", "reference_kl", "student_entropy", "teacher_entropy", "credit_at_tau"):
+    for name in ("kl", "reference_kl", "student_entropy", "teacher_entropy", "tau", "credit_at_tau"):
         assert row[f"hsd/{name}"] >= 0.0, name
     assert {"completions/mean_length", "completions/clipped_ratio", "reward"} <= row.keys()
 
