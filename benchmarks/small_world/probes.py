@@ -38,8 +38,18 @@ class Probes(TrainerCallback):
     """Measures every ``every`` steps, and before the first."""
 
     def __init__(self, model: Any, tokenizer: Any, groups: Sequence[Group], seed: int, every: int):
+        peers = draw_peers(tokenizer, groups, seed)
+        places = failing_with_peer(groups, peers)[:MOST]
+        plain, shown, rollouts = [], [], []
+        for g, i in places:
+            group, peer = groups[g], peers[g][i]
+            assert peer is not None
+            ids = group.rollouts[peer].token_ids
+            plain.append(tokenize_prompt(tokenizer, group.prompt))
+            shown.append(build_context(tokenizer, group.prompt, group.answer, ids, small_world.TEMPLATE).prompt_ids)
+            rollouts.append(group.rollouts[i].token_ids)
         self.model, self.every = model, every
-        self.read = both_views(tokenizer, groups, seed)
+        self.read = [_Read(prompts, rollouts) for prompts in (plain, shown)]
         self.rows: list[dict[str, float]] = []
         self.first = self.last = self.both()
 
@@ -55,24 +65,8 @@ class Probes(TrainerCallback):
             self.last = now
 
 
-def both_views(
-    tokenizer: Any, groups: Sequence[Group], seed: int, places: slice = slice(MOST)
-) -> tuple[LogProbs, LogProbs]:
-    """Failing rollouts with a peer, those at ``places`` of all: behind the question, and behind the context."""
-    peers = draw_peers(tokenizer, groups, seed)
-    plain, shown, rollouts = [], [], []
-    for g, i in failing_with_peer(groups, peers)[places]:
-        group, peer = groups[g], peers[g][i]
-        assert peer is not None
-        ids = group.rollouts[peer].token_ids
-        plain.append(tokenize_prompt(tokenizer, group.prompt))
-        shown.append(build_context(tokenizer, group.prompt, group.answer, ids, small_world.TEMPLATE).prompt_ids)
-        rollouts.append(group.rollouts[i].token_ids)
-    return LogProbs(plain, rollouts), LogProbs(shown, rollouts)
-
-
-class LogProbs:
-    """Log-probs (N, V) of the N tokens of ``rollouts`` behind ``prompts``, or of some of the rollouts."""
+class _Read:
+    """Log-probs (N, V) of the tokens of ``rollouts`` behind ``prompts``."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]):
         whole = [[*p, *r] for p, r in zip(prompts, rollouts, strict=True)]
@@ -81,16 +75,9 @@ class LogProbs:
         for row, p, r in zip(self.at, prompts, rollouts, strict=True):
             row[len(p) - 1 : len(p) + len(r) - 1] = True
 
-    def __call__(self, model: Any, rows: Tensor | None = None) -> Tensor:
-        rows = torch.arange(len(self.ids)) if rows is None else rows
-        logits = model(input_ids=self.ids[rows], attention_mask=self.mask[rows]).logits
-        return logits[self.at[rows]].double().log_softmax(-1)
-
-    def number(self, rows: Tensor) -> Tensor:
-        """Which of the N tokens those of ``rows`` are."""
-        numbers = torch.zeros_like(self.at, dtype=torch.long)
-        numbers[self.at] = torch.arange(int(self.at.sum()))
-        return numbers[rows][self.at[rows]]
+    def __call__(self, model: Any) -> Tensor:
+        logits = model(input_ids=self.ids, attention_mask=self.mask).logits
+        return logits[self.at].double().log_softmax(-1)
 
 
 def movement(first: Sequence[Tensor], last: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:

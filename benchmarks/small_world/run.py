@@ -17,11 +17,9 @@ from transformers import Qwen3ForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.small_world.cures import Cure, CuredTrainer
 from benchmarks.small_world.plan import GROUP_SIZE, Run, Scale
-from benchmarks.small_world.probes import MOST, Probes, both_views
+from benchmarks.small_world.probes import Probes
 from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
-from hsd.hindsight.groups import Group
 from hsd.tasks import small_world
 from hsd.tasks.task import Policy
 from hsd.train.callbacks import load_metrics
@@ -62,18 +60,16 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
     sampling = sampling_of(run.terms)
     validation, final = questions(run.seed, scale, run.terms)
     curve = _Curve(model, tokenizer, validation, run.seed, scale.eval_every, sampling)
-    probes, kind, given = None, HSDTrainer, {}
+    probes = None
     if run.part == "long":
         task = replace(small_world.task(run.seed), sampling=sampling)
         groups = sample_groups(
             task, Policy(model, tokenizer), validation[: scale.credit_questions], run.seed, GROUP_SIZE
         )
         probes = Probes(model, tokenizer, groups, run.seed, scale.probe_every)
-        if run.cure is not None:
-            kind, given = CuredTrainer, {"cure": cure(run, model, tokenizer, groups)}
     if scratch.exists():
         shutil.rmtree(scratch)  # a killed run's
-    trainer = kind(
+    trainer = HSDTrainer(
         model=model,
         reward_funcs=small_world.reward,
         args=config(run, scale, scratch),
@@ -82,7 +78,6 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
         context_template=TEMPLATE,
         callbacks=[curve, *([probes] if probes else [])],
     )
-    vars(trainer).update(given)
     for printing in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printing)
     training = time.process_time()
@@ -143,16 +138,6 @@ def config(run: Run, scale: Scale, folder: Path) -> HSDConfig:
         disable_tqdm=True,
         **run.options,
     )
-
-
-def cure(run: Run, model: Any, tokenizer: Any, groups: Sequence[Group]) -> Cure:
-    """What is held are rollouts behind those that the probes measure."""
-    assert run.cure is not None
-    if run.cure[0] != "held":
-        return Cure(*run.cure)
-    held = both_views(tokenizer, groups, run.seed, slice(MOST, None))[1]
-    with torch.no_grad():
-        return Cure(*run.cure, held, held(model))
 
 
 def sampling_of(terms: int) -> Sampling:

@@ -12,7 +12,6 @@ from benchmarks.small_world.plan import (
     BASE_ROW,
     CHAIN_TERMS,
     CHAINS,
-    CURES,
     HALF,
     LEAGUE,
     LONG_TEACHERS,
@@ -140,14 +139,14 @@ SPANS = (0, 10, 20, 30, 50, 100, 200, 300)
 
 def probes(runs: Sequence[dict]) -> list[str]:
     """What the weights say in the teacher's context, while the student is trained."""
-    found = {t: rows(runs, "long", t).get(0) for t in (*LONG_TEACHERS, *CURES)}
+    found = {t: rows(runs, "long", t).get(0) for t in LONG_TEACHERS}
     found = {t: r["probes"] for t, r in found.items() if r is not None and r.get("probes")}
     if not found:
         return []
     lines = [
         "## Does the teacher's own distribution move?",
         "",
-        "Seed 0, fixed failing rollouts of the warm start (`probes.py`), whatever weights teach: s is what the run's "
+        "On fixed failing rollouts of the warm start (`probes.py`), whatever weights teach: s is what the run's "
         "weights say behind the question, t what they say behind question and context. `common` is the cosine of their "
         "movements (mean), `closed` and `evaded` are the changes of KL(t || s) by the student's and by the teacher's "
         "movement (sums), the others KL at the end of the span, in nats a token.",
@@ -167,30 +166,27 @@ def probes(runs: Sequence[dict]) -> list[str]:
 
 
 def long(runs: Sequence[dict]) -> list[str]:
-    """How long each teacher holds, and each cure of the live one."""
-    found = {t: rows(runs, "long", t) for t in (*LONG_TEACHERS, *CURES)}
-    found = {t: by_seed for t, by_seed in found.items() if by_seed}
+    """How long each teacher holds."""
+    found = {t: rows(runs, "long", t).get(0) for t in LONG_TEACHERS}
+    found = {t: r for t, r in found.items() if r is not None}
     if not found:
         return []
-    steps = next(iter(next(iter(found.values())).values()))["run"]["steps"]
+    steps = next(iter(found.values()))["run"]["steps"]
     marks = sorted({max(1, round(steps * k / 6)) for k in range(1, 7)})
     lines = [
         f"## Teachers over {steps} steps",
         "",
-        "HSD; success of the rollouts, mean of the ten steps that end at each, the final success, and the first alarm. "
-        "`residual`, `uncommon` and `held` are a live teacher with a cure (`cures.py`), `rate 1e-4` one at a third of "
-        "the learning rate.",
+        "HSD on seed 0; success of the rollouts, mean of the ten steps that end at each, and the first alarm.",
         "",
-        "| teacher | seed | " + " | ".join(map(str, marks)) + " | final | alarm |",
-        "|---" * (len(marks) + 4) + "|",
+        "| teacher | " + " | ".join(map(str, marks)) + " | final | alarm |",
+        "|---" * (len(marks) + 3) + "|",
     ]
-    for teacher, by_seed in found.items():
-        for seed, run in sorted(by_seed.items()):
-            success = run["steps"]["hsd/success_rate"]
-            means = [[x for x in success[max(0, m - 10) : m] if x is not None] for m in marks]
-            cells = " | ".join(f"{sum(x) / len(x):.2f}" if x else "-" for x in means)
-            alarm = next(iter(run["alarms"].values()), "none")
-            lines.append(f"| {teacher} | {seed} | {cells} | {final(run):.3f} | {alarm} |")
+    for teacher, run in found.items():
+        success = run["steps"]["hsd/success_rate"]
+        means = [[x for x in success[max(0, m - 10) : m] if x is not None] for m in marks]
+        cells = [f"{sum(x) / len(x):.2f}" if x else "-" for x in means]
+        alarm = next(iter(run["alarms"].values()), "none")
+        lines.append(f"| {teacher} | " + " | ".join(cells) + f" | {final(run):.3f} | {alarm} |")
     return lines
 
 
