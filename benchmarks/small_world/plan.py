@@ -24,6 +24,7 @@ class Scale:
     final: int = 512
     credit_questions: int = 64
     probe_every: int = 5  # steps, in the long runs
+    long_seeds: int = 3
 
     @property
     def identity(self) -> dict[str, int]:
@@ -36,6 +37,7 @@ class Scale:
             "long_steps",
             "warm_steps",
             "probe_every",
+            "long_seeds",
         )  # of the queue, or of a run
         return {k: v for k, v in asdict(self).items() if k not in own}
 
@@ -53,6 +55,7 @@ QUICK = Scale(
     final=128,
     credit_questions=16,
     probe_every=2,
+    long_seeds=1,
 )
 
 
@@ -69,6 +72,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     group_size: int = GROUP_SIZE
     terms: int = 4  # summands of a question
+    cure: tuple[str, float] | None = None  # of `cures.CuredTrainer`
 
     @property
     def warm(self) -> str:
@@ -116,7 +120,7 @@ LEAGUE: dict[str, dict[str, Any]] = {
     "gspo": POLICY_GRADIENT,
     "brts": DIVERGENCE,
 }
-# How long each teacher holds, on the first seed: HSD for many more steps.
+# How long each teacher holds: HSD for many more steps.
 LONG_TEACHERS: dict[str, dict[str, Any]] = {
     "live": {},
     "ema": {},
@@ -125,6 +129,18 @@ LONG_TEACHERS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "trust_region": {},
 }
+# HSD with a live teacher, a cure and no second copy of the weights: no reference policy either. (cure, learning rate)
+CURES: dict[str, tuple[tuple[str, float], float]] = {
+    "share 0.1": (("share", 0.1), 3e-4),
+    "share 0.5": (("share", 0.5), 3e-4),
+    "share 1": (("share", 1.0), 3e-4),
+    "subtract": (("subtract", 1.0), 3e-4),
+    "hold 0.1": (("hold", 0.1), 3e-4),
+    "hold 1": (("hold", 1.0), 3e-4),
+    "none, rate 1e-4": (("plain", 0.0), 1e-4),
+    "none": (("plain", 0.0), 3e-4),
+}
+QUICK_CURES = ("share 0.5", "subtract", "hold 0.1")  # one of each kind
 
 # Six summands instead of four: five steps that each slip in 30 % of the cases, so p is near 0.15 and one reward is
 # spread over more decisions.
@@ -198,9 +214,15 @@ def queue(scale: Scale) -> list[Run]:
     for seed in range(scale.seeds):
         for method, options in LEAGUE.items():
             runs.append(Run("league", method, seed, steps, warm, method, dict(options)))
-    for teacher, options in LONG_TEACHERS.items():
-        asked = {**MAIN["hsd"], "teacher": teacher, **options}
-        runs.append(Run("long", teacher, 0, scale.long_steps, warm, "hsd", asked))
+    for seed in range(scale.long_seeds):
+        for teacher, options in LONG_TEACHERS.items():
+            asked = {**MAIN["hsd"], "teacher": teacher, **options}
+            runs.append(Run("long", teacher, seed, scale.long_steps, warm, "hsd", asked))
+    for seed in range(scale.long_seeds):
+        for name in QUICK_CURES if scale == QUICK else CURES:
+            cure, rate = CURES[name]
+            asked = {"learning_rate": rate, "teacher": "live", "reference_coef": 0.0}
+            runs.append(Run("cures", name, seed, scale.long_steps, warm, "hsd", asked, cure=cure))
     for seed in range(scale.ablation_seeds):
         for method in CHAINS:
             options = dict(CHAIN_OPTIONS[method])

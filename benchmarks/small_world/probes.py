@@ -29,7 +29,7 @@ from hsd.hindsight.groups import Group
 from hsd.padding import padded
 from hsd.policy.frozen import in_eval_mode
 from hsd.tasks import small_world
-from hsd.viewer.measure import draw_peers, failing_with_peer
+from hsd.viewer.measure import Peers, Place, draw_peers, failing_with_peer
 
 MOST = 64  # probes
 
@@ -39,17 +39,9 @@ class Probes(TrainerCallback):
 
     def __init__(self, model: Any, tokenizer: Any, groups: Sequence[Group], seed: int, every: int):
         peers = draw_peers(tokenizer, groups, seed)
-        places = failing_with_peer(groups, peers)[:MOST]
-        plain, shown, rollouts = [], [], []
-        for g, i in places:
-            group, peer = groups[g], peers[g][i]
-            assert peer is not None
-            ids = group.rollouts[peer].token_ids
-            plain.append(tokenize_prompt(tokenizer, group.prompt))
-            shown.append(build_context(tokenizer, group.prompt, group.answer, ids, small_world.TEMPLATE).prompt_ids)
-            rollouts.append(group.rollouts[i].token_ids)
+        plain, shown, rollouts = rows(tokenizer, groups, peers, failing_with_peer(groups, peers)[:MOST])
         self.model, self.every = model, every
-        self.read = [_Read(prompts, rollouts) for prompts in (plain, shown)]
+        self.read = [Read(prompts, rollouts) for prompts in (plain, shown)]
         self.rows: list[dict[str, float]] = []
         self.first = self.last = self.both()
 
@@ -65,7 +57,22 @@ class Probes(TrainerCallback):
             self.last = now
 
 
-class _Read:
+def rows(
+    tokenizer: Any, groups: Sequence[Group], peers: Peers, places: Sequence[Place]
+) -> tuple[list[Sequence[int]], list[Sequence[int]], list[Sequence[int]]]:
+    """Token ids of the rollouts at ``places``: the questions, the questions with the context, the rollouts."""
+    plain, shown, rollouts = [], [], []
+    for g, i in places:
+        group, peer = groups[g], peers[g][i]
+        assert peer is not None
+        ids = group.rollouts[peer].token_ids
+        plain.append(tokenize_prompt(tokenizer, group.prompt))
+        shown.append(build_context(tokenizer, group.prompt, group.answer, ids, small_world.TEMPLATE).prompt_ids)
+        rollouts.append(group.rollouts[i].token_ids)
+    return plain, shown, rollouts
+
+
+class Read:
     """Log-probs (N, V) of the tokens of ``rollouts`` behind ``prompts``."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]):
@@ -88,14 +95,15 @@ def movement(first: Sequence[Tensor], last: Sequence[Tensor], now: Sequence[Tens
     found = {
         "follow": inner / own,
         "common": inner / (own * its).sqrt(),
-        "gap": kl(t2, s2),
-        "closed": kl(t1, s1) - kl(t1, s2),
-        "evaded": kl(t2, s2) - kl(t1, s2),
-        "drift": kl(t0, t2),
-        "left": kl(t0, s2),
+        "gap": kl(t2, s2).mean(),
+        "closed": (kl(t1, s1) - kl(t1, s2)).mean(),
+        "evaded": (kl(t2, s2) - kl(t1, s2)).mean(),
+        "drift": kl(t0, t2).mean(),
+        "left": kl(t0, s2).mean(),
     }
     return {name: float(f"{value.item():.4g}") for name, value in found.items()}
 
 
 def kl(a: Tensor, b: Tensor) -> Tensor:
-    return (a.exp() * (a - b)).sum(-1).mean()
+    """KL(a || b) of log-probs (..., V)."""
+    return (a.exp() * (a - b)).sum(-1)

@@ -52,7 +52,7 @@ def render(facts: dict[str, Any], drawn: Sequence[str]) -> str:
     """The report as Markdown; ``drawn`` are the pictures that there were data for."""
     runs = facts["runs"]
     if len({r["run"]["part"] for r in runs}) == 1:  # a part by itself
-        own = (tables.league(runs), tables.chains(runs), tables.long(runs), tables.probes(runs))
+        own = (tables.league(runs), tables.chains(runs), *_held(runs))
         return "\n\n".join("\n".join(s) for s in (_head(facts), *own, _cost(facts)) if s) + "\n"
     sections = [
         _head(facts),
@@ -61,8 +61,7 @@ def render(facts: dict[str, Any], drawn: Sequence[str]) -> str:
         _settings(facts["runs"]),
         tables.league(facts["runs"]),
         tables.chains(facts["runs"]),
-        tables.long(facts["runs"]),
-        tables.probes(facts["runs"]),
+        *_held(facts["runs"]),
         tables.credit(warm_starts(facts)),
         tables.teachers(facts),
         tables.coverage(facts["runs"], warm_starts(facts)),
@@ -76,6 +75,10 @@ def render(facts: dict[str, Any], drawn: Sequence[str]) -> str:
         _cost(facts),
     ]
     return "\n\n".join("\n".join(s) for s in sections if s) + "\n"
+
+
+def _held(runs: Sequence[dict]) -> list[list[str]]:
+    return [table(runs, part) for part in tables.HELD for table in (tables.held, tables.probes)]
 
 
 def _head(facts: dict[str, Any]) -> list[str]:

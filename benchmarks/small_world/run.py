@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from transformers import Qwen3ForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.small_world.cures import HOLD, CuredTrainer, Held
 from benchmarks.small_world.plan import GROUP_SIZE, Run, Scale
 from benchmarks.small_world.probes import Probes
 from hsd.evaluate import Sampling, Success, end_token_ids, sample, score, success
+from hsd.hindsight.groups import Group
 from hsd.tasks import small_world
 from hsd.tasks.task import Policy
 from hsd.train.callbacks import load_metrics
@@ -40,6 +43,7 @@ KEPT = (
     "hsd/credit_mass_8",
     "completions/mean_length",
     "completions/clipped_ratio",
+    "hsd/cure",
 )
 
 
@@ -60,29 +64,35 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
     sampling = sampling_of(run.terms)
     validation, final = questions(run.seed, scale, run.terms)
     curve = _Curve(model, tokenizer, validation, run.seed, scale.eval_every, sampling)
-    probes = None
-    if run.part == "long":
+    training = small_world.make_questions(2048, seed=run.seed, terms=run.terms)
+
+    def groups(asked: Sequence[dict]) -> list[Group]:
         task = replace(small_world.task(run.seed), sampling=sampling)
-        groups = sample_groups(
-            task, Policy(model, tokenizer), validation[: scale.credit_questions], run.seed, GROUP_SIZE
-        )
-        probes = Probes(model, tokenizer, groups, run.seed, scale.probe_every)
+        return sample_groups(task, Policy(model, tokenizer), asked[: scale.credit_questions], run.seed, GROUP_SIZE)
+
+    probes = None
+    if run.part in ("long", "cures"):
+        probes = Probes(model, tokenizer, groups(validation), run.seed, scale.probe_every)
+    make: Any = HSDTrainer
+    if run.cure is not None:
+        held = Held(model, tokenizer, groups(training), run.seed) if run.cure[0] == HOLD else None
+        make = partial(CuredTrainer, run.cure, held)
     if scratch.exists():
         shutil.rmtree(scratch)  # a killed run's
-    trainer = HSDTrainer(
+    trainer = make(
         model=model,
         reward_funcs=small_world.reward,
         args=config(run, scale, scratch),
-        train_dataset=Dataset.from_list(small_world.make_questions(2048, seed=run.seed, terms=run.terms)),
+        train_dataset=Dataset.from_list(training),
         processing_class=tokenizer,
         context_template=TEMPLATE,
         callbacks=[curve, *([probes] if probes else [])],
     )
     for printing in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printing)
-    training = time.process_time()
+    began = time.process_time()
     trainer.train()
-    training = time.process_time() - training - curve.cpu_seconds
+    spent = time.process_time() - began - curve.cpu_seconds
     rows = load_metrics(scratch / "metrics.jsonl")
     result = {
         "curve": curve.points,
@@ -92,7 +102,7 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
         "steps": {k: [rounded(row.get(k)) for row in rows] for k in KEPT if any(k in row for row in rows)},
         "alarms": {k: f"step {row['step']}: {v}" for row in rows for k, v in row.get("alarms", {}).items()},
         "settings": {name: getattr(trainer.args, name) for name in SETTINGS} | {"peer_rule": trainer.peer_rule},
-        "train_cpu_seconds": training,
+        "train_cpu_seconds": spent,
         "cpu_seconds": time.process_time() - started,
         "wall_seconds": time.time() - wall,
     }

@@ -12,6 +12,7 @@ from benchmarks.small_world.plan import (
     BASE_ROW,
     CHAIN_TERMS,
     CHAINS,
+    CURES,
     HALF,
     LEAGUE,
     LONG_TEACHERS,
@@ -135,58 +136,71 @@ def chains(runs: Sequence[dict]) -> list[str]:
 
 
 SPANS = (0, 10, 20, 30, 50, 100, 200, 300)
+MARKS = (50, 100, 200, 300)
+HELD = {"long": LONG_TEACHERS, "cures": CURES}  # part -> its rows
 
 
-def probes(runs: Sequence[dict]) -> list[str]:
-    """What the weights say in the teacher's context, while the student is trained."""
-    found = {t: rows(runs, "long", t).get(0) for t in LONG_TEACHERS}
-    found = {t: r["probes"] for t, r in found.items() if r is not None and r.get("probes")}
+def held(runs: Sequence[dict], part: str) -> list[str]:
+    """How long each teacher, or each cure of a live one, holds."""
+    found = {name: rows(runs, part, name) for name in HELD[part]}
+    found = {name: by_seed for name, by_seed in found.items() if by_seed}
     if not found:
         return []
+    steps = max(r["run"]["steps"] for by_seed in found.values() for r in by_seed.values())
+    marks = [m for m in MARKS if m <= steps] or [steps]
+    title, said = f"Teachers over {steps} steps", "HSD with each kind of teacher"
+    if part == "cures":
+        title = f"Cures of a live teacher over {steps} steps"
+        said = "HSD with a live teacher, `cures.py`, no reference policy and no other copy of the weights"
     lines = [
-        "## Does the teacher's own distribution move?",
+        f"## {title}",
+        "",
+        f"{said}; success of the rollouts, mean of the ten steps that end at each, seed by seed.",
+        "",
+        "| run | seeds | " + " | ".join(f"step {m}" for m in marks) + " | final | alarms |",
+        "|---" * (len(marks) + 4) + "|",
+    ]
+    for name, by_seed in found.items():
+        seeds = sorted(by_seed)
+        cells = [" ".join(_until(by_seed[s], m) for s in seeds) for m in marks]
+        first = {s: next(iter(by_seed[s]["alarms"].values()), None) for s in seeds}
+        alarms = "; ".join(f"seed {s}, {text}" for s, text in first.items() if text) or "none"
+        ends = _each([final(by_seed[s]) for s in seeds])
+        lines.append(f"| {name} | {' '.join(map(str, seeds))} | " + " | ".join([*cells, ends, alarms]) + " |")
+    return lines
+
+
+def _until(run: dict, step: int) -> str:
+    near = [x for x in run["steps"]["hsd/success_rate"][max(0, step - 10) : step] if x is not None]
+    return f"{sum(near) / len(near):.2f}" if near else "-"
+
+
+def probes(runs: Sequence[dict], part: str) -> list[str]:
+    """What the weights say in the teacher's context, while the student is trained."""
+    found = {name: rows(runs, part, name) for name in HELD[part]}
+    found = {name: [by_seed[s]["probes"] for s in sorted(by_seed)] for name, by_seed in found.items()}
+    if not any(measured for each in found.values() for measured in each):
+        return []
+    lines = [
+        f"## Does the teacher's own distribution move? ({part})",
         "",
         "On fixed failing rollouts of the warm start (`probes.py`), whatever weights teach: s is what the run's "
         "weights say behind the question, t what they say behind question and context. `common` is the cosine of their "
         "movements (mean), `closed` and `evaded` are the changes of KL(t || s) by the student's and by the teacher's "
-        "movement (sums), the others KL at the end of the span, in nats a token.",
+        "movement (sums), the others KL at the end of the span, in nats a token. Seed by seed.",
         "",
-        "| teacher | steps | common | closed | evaded | KL(t \\|\\| s) | KL(t_0 \\|\\| t) | KL(t_0 \\|\\| s) |",
+        "| run | steps | common | closed | evaded | KL(t \\|\\| s) | KL(t_0 \\|\\| t) | KL(t_0 \\|\\| s) |",
         "|---" * 8 + "|",
     ]
-    for teacher, measured in found.items():
+    for name, each in found.items():
         for low, high in pairwise(SPANS):
-            span = [r for r in measured if low < r["step"] <= high]
-            if span:
-                common = sum(r["common"] for r in span) / len(span)
-                closed, evaded = (sum(r[name] for r in span) for name in ("closed", "evaded"))
-                last = " | ".join(f"{span[-1][name]:.3f}" for name in ("gap", "drift", "left"))
-                lines.append(f"| {teacher} | {low} to {high} | {common:.2f} | {closed:.3f} | {evaded:.3f} | {last} |")
-    return lines
-
-
-def long(runs: Sequence[dict]) -> list[str]:
-    """How long each teacher holds."""
-    found = {t: rows(runs, "long", t).get(0) for t in LONG_TEACHERS}
-    found = {t: r for t, r in found.items() if r is not None}
-    if not found:
-        return []
-    steps = next(iter(found.values()))["run"]["steps"]
-    marks = sorted({max(1, round(steps * k / 6)) for k in range(1, 7)})
-    lines = [
-        f"## Teachers over {steps} steps",
-        "",
-        "HSD on seed 0; success of the rollouts, mean of the ten steps that end at each, and the first alarm.",
-        "",
-        "| teacher | " + " | ".join(map(str, marks)) + " | final | alarm |",
-        "|---" * (len(marks) + 3) + "|",
-    ]
-    for teacher, run in found.items():
-        success = run["steps"]["hsd/success_rate"]
-        means = [[x for x in success[max(0, m - 10) : m] if x is not None] for m in marks]
-        cells = [f"{sum(x) / len(x):.2f}" if x else "-" for x in means]
-        alarm = next(iter(run["alarms"].values()), "none")
-        lines.append(f"| {teacher} | " + " | ".join(cells) + f" | {final(run):.3f} | {alarm} |")
+            spans = [[r for r in measured if low < r["step"] <= high] for measured in each]
+            spans = [span for span in spans if span]
+            if spans:
+                cells = [" ".join(f"{sum(r['common'] for r in span) / len(span):.2f}" for span in spans)]
+                cells += [_each([sum(r[what] for r in span) for span in spans]) for what in ("closed", "evaded")]
+                cells += [_each([span[-1][what] for span in spans]) for what in ("gap", "drift", "left")]
+                lines.append(f"| {name} | {low} to {high} | " + " | ".join(cells) + " |")
     return lines
 
 

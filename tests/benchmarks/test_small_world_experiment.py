@@ -14,7 +14,20 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.small_world import __main__ as experiment
 from benchmarks.small_world import before
 from benchmarks.small_world import run as work
-from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, FULL, LEAGUE, MAIN, QUICK, Run, Scale, queue
+from benchmarks.small_world.plan import (
+    ABLATIONS,
+    BASE_ROW,
+    CURES,
+    FULL,
+    LEAGUE,
+    LONG_TEACHERS,
+    MAIN,
+    QUICK,
+    QUICK_CURES,
+    Run,
+    Scale,
+    queue,
+)
 from benchmarks.small_world.queue import Job, drain
 from benchmarks.small_world.results import coverage_bins, interval, paired
 from hsd.methods import METHODS
@@ -113,6 +126,11 @@ def test_plan_has_every_method_and_ablation_for_its_seeds():
     texts = {name for name, method in METHODS.items() if method.needs or "ask" in method.settings}
     assert {*MAIN, *LEAGUE} == METHODS.keys() - texts
     assert {(r.name, r.seed) for r in runs if r.part == "league"} == {(m, s) for m in LEAGUE for s in range(FULL.seeds)}
+    for part, names in (("long", LONG_TEACHERS), ("cures", CURES)):
+        assert {(r.name, r.seed) for r in runs if r.part == part} == {(n, s) for n in names for s in range(3)}
+        assert {r.steps for r in runs if r.part == part} == {300}
+    quick = [r for r in queue(QUICK) if r.part == "cures"]
+    assert [r.name for r in quick] == list(QUICK_CURES) and {r.seed for r in quick} == {0}
     for part, rows in ABLATIONS.items():
         assert BASE_ROW[part] not in rows
         assert {r.seed for r in runs if r.part == part} == set(range(FULL.ablation_seeds)), part
@@ -199,6 +217,7 @@ def test_experiment_from_the_command_line_to_the_report(tmp_path, monkeypatch, c
     assert f"Order here: {last}" in report and "| hsd | 1 | " in report and "sdpo | 1 | 0.570 | -" in report
     assert "| paper, OPSD | 7 | 13 |" in report and "| peer + answer | 70 | 80 | 0.300 | 7.000 |" in report
     assert "## The league" in report and "| vopd | 1 | " in report and "## Teachers over 4 steps" in report
+    assert "## Cures of a live teacher over 4 steps" in report and "| hold 0.1 | 0 | 0.50 | " in report
     assert "step 4: success fell" in report and "| 0.1 | " in report and "Not run" not in report
     for picture in ("curves.png", "coverage.png", "sweeps.png"):
         assert f"({picture})" in report and (tmp_path / "results" / picture).stat().st_size > 5_000
