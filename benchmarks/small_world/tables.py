@@ -178,7 +178,7 @@ def _until(run: dict, step: int) -> str:
 def probes(runs: Sequence[dict], part: str) -> list[str]:
     """What the weights say in the teacher's context, while the student is trained."""
     found = {name: rows(runs, part, name) for name in HELD[part]}
-    found = {name: [by_seed[s]["probes"] for s in sorted(by_seed)] for name, by_seed in found.items()}
+    found = {name: [by_seed[s].get("probes", []) for s in sorted(by_seed)] for name, by_seed in found.items()}
     if not any(measured for each in found.values() for measured in each):
         return []
     lines = [
