@@ -30,8 +30,10 @@ def _check_fields(name: str, template: str, required: set[str]) -> None:
         for _, field, spec, conversion in parsed
         if field is not None
     }
-    if fields != required:
-        raise ValueError(f"{name}: expected exactly the fields {sorted(required)}, got {sorted(fields)}")
+    if fields - {"question"} != required:
+        raise ValueError(
+            f"{name}: expected exactly the fields {sorted(required)}, and question if wanted, got {sorted(fields)}"
+        )
 
 
 PARTS = {
@@ -59,6 +61,8 @@ PARTS = {
 @dataclass(frozen=True)
 class ContextTemplate:
     """The words of the privileged context: ``str.format`` templates, appended to the question.
+
+    Any of them may repeat the question's text as ``{question}``: a context can be an earlier turn, which asks again.
 
     Args:
         with_peer: Must use both ``{answer}`` and ``{demonstration}``: ``a*`` stays explicit even with a peer,
@@ -197,6 +201,7 @@ def build_context(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected a positive number of tokens or None, got {max_length}")
     limit = float("inf") if max_length is None else max_length
+    question = last_text(prompt)
 
     def prompt_ids(context: str) -> tuple[int, ...]:
         asked = _append(prompt, context) if context else prompt
@@ -204,8 +209,8 @@ def build_context(
 
     def with_demonstration(text: str) -> tuple[int, ...]:
         if answer is None:
-            return prompt_ids(template.demonstration_only.format(demonstration=text))
-        return prompt_ids(template.with_peer.format(answer=answer, demonstration=text))
+            return prompt_ids(template.demonstration_only.format(demonstration=text, question=question))
+        return prompt_ids(template.with_peer.format(answer=answer, demonstration=text, question=question))
 
     cut = False
     if demonstration is not None:
@@ -214,14 +219,13 @@ def build_context(
         if ids is not None:
             return PrivilegedContext(ids, "peer", kept, truncated=cut)
     if answer is None and feedback:
-        ids, kept, total = _fit(
-            tokenizer, feedback, lambda text: prompt_ids(template.feedback_only.format(feedback=text)), limit
-        )
+        said = partial(template.feedback_only.format, question=question)
+        ids, kept, total = _fit(tokenizer, feedback, lambda text: prompt_ids(said(feedback=text)), limit)
         cut = cut or kept < total
         if ids is not None:
             return PrivilegedContext(ids, "feedback", 0, truncated=cut)
 
-    ids = prompt_ids("" if answer is None else template.answer_only.format(answer=answer))
+    ids = prompt_ids("" if answer is None else template.answer_only.format(answer=answer, question=question))
     if len(ids) > limit:
         raise ValueError(
             f"max_length: expected at least {len(ids)} tokens, which the question and the answer take "
@@ -268,7 +272,8 @@ def render_context(
     kept = len(shown.get("demonstration", ()))
 
     def prompt_ids(**changed: str) -> tuple[int, ...]:
-        said = "".join(template.parts[kind].format(text=text) for kind, text in {**texts, **changed}.items())
+        shown = {**texts, **changed}.items()
+        said = "".join(template.parts[kind].format(text=text, question=last_text(question)) for kind, text in shown)
         asked = _append(question, said + template.closing) if said else question
         return tokenize_prompt(tokenizer, asked, chat_template_kwargs=chat_template_kwargs)
 
@@ -394,6 +399,11 @@ def check_alignment(
                     f"{side}: expected to end with the rollout's tokens, but rollout position {t} holds "
                     f"{ids[start + t]}, not {expected}"
                 )
+
+
+def last_text(prompt: Prompt) -> str:
+    """The question's own text: the prompt, or what its last message says."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""
 
 
 def _append(prompt: Prompt, context: str) -> Prompt:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -187,7 +188,7 @@ def test_chat_prompt_must_end_with_a_users_text(tokenizer: PreTrainedTokenizerFa
     [
         ("{demonstration}", "{answer}", "with_peer"),
         ("{answer}", "{answer}", "with_peer"),
-        ("{answer} {demonstration} {question}", "{answer}", "with_peer"),
+        ("{answer} {demonstration} {questions}", "{answer}", "with_peer"),
         ("{answer} {demonstration} {}", "{answer}", "with_peer"),
         ("{answer!r} {demonstration}", "{answer}", "with_peer"),
         ("{answer.__class__} {demonstration}", "{answer}", "with_peer"),
@@ -328,3 +329,21 @@ def test_a_rollout_without_its_thinking(text, left, tokenizer):
     assert tokenizer.decode(list(found)) == left
     if text == left:
         assert found is ids  # bit by bit
+
+
+def test_a_template_may_ask_the_question_again(tokenizer):
+    again = "{answer} {demonstration} {question}"
+    template = ContextTemplate(again, "{answer} {question}", "{demonstration} {question}", "{feedback} {question}")
+    template = replace(template, parts={"hint": "{text} {question}"}, closing="")
+    for prompt in ("a b", [{"role": "system", "content": "x"}, {"role": "user", "content": "a b"}]):
+
+        def said(*shown, prompt=prompt, **more):
+            ids = build_context(tokenizer, prompt, *shown, template, **more).prompt_ids
+            return tokenizer.decode(ids, skip_special_tokens=True)
+
+        assert "7 d a b" in said("7", "d")
+        assert "7 a b" in said("7", None)
+        assert "d a b" in said(None, "d")
+        assert "f a b" in said(None, None, feedback="f")
+        shown = render_context(tokenizer, prompt, Context((("hint", "h"),)), template)
+        assert "h a b" in tokenizer.decode(shown.prompt_ids, skip_special_tokens=True)
