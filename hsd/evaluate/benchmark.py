@@ -9,15 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsd.data.rows import (
-    Row,
-    fingerprint,
-    read_json,
-    read_jsonl,
-    reward_columns,
-    write_json,
-    write_jsonl,
-)
+from hsd.data.rows import Row, fingerprint, read_json, read_jsonl, reward_columns, write_json, write_jsonl
 from hsd.data.sources import Loaded
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.pass_at_k import summarize
