@@ -12,7 +12,10 @@ import torch.distributed as dist
 
 def run_ranks(worker, world):
     """Raises what a rank raised. ``worker`` is a function of a module, for it is pickled."""
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "hsd_kernels"])  # once, not in each rank
+    shared = ["torch.distributed.fsdp", "hsd_kernels"]  # imported once, not in each rank
+    if (model := "transformers.models.qwen3.modeling_qwen3") in sys.modules:
+        shared.append(model)
+    multiprocessing.set_forkserver_preload(shared)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _rank, args=(world, os.path.join(folder, "store"), worker), nprocs=world, start_method="forkserver"
