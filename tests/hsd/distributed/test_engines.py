@@ -11,16 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from rank_runs import QUESTIONS, TESTS, assert_same, joined, launch, one_process, saved
+from rank_runs import QUESTIONS, TESTS, assert_same, joined, launch, load, one_process, saved
 from safetensors.torch import load_file
 from tiny_runs import TOKENIZER, qwen3
 from transformers import AutoModelForCausalLM
 
 PATH = Path(__file__).with_name("engine_job.py")
-spec = importlib.util.spec_from_file_location("hsd_engine_job", PATH)
-assert spec is not None and spec.loader is not None
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
+job = load(PATH)
 
 STEPS = [(e, name) for e in job.ENGINES for name in job.CASES if name not in job.WITHOUT.get(e, ())]
 RUNS = [(e, name) for e in job.ENGINES for name in job.RUNS]
