@@ -55,7 +55,7 @@ RUN = {
     "reference_coef": 0.5,
     "reference_refresh_steps": 2,
     "reference_ema_rate": 0.3,
-    "max_steps": 4,
+    "max_steps": 3,
     "optim": "adamw_torch",
     "learning_rate": 1e-2,
     "save_strategy": "steps",
@@ -167,14 +167,14 @@ class Follow(TrainerCallback):
         self.students.append(whole(self.trainer))
 
 
-def run(engine: str, folder: Path, steps: int, resume=None, seed=1, **options):
+def run(engine: str, folder: Path, resume=None, seed=1, **options):
     """A model partitioned as it is loaded, as `hsd train` does."""
     reset()
     if torch.distributed.get_rank() == 0 and not (folder / f"start{seed}").exists():
         qwen3(seed).save_pretrained(folder / f"start{seed}")
     torch.distributed.barrier()
     follow = Follow()
-    options = RUN | {"max_steps": steps} | of(engine) | options
+    options = RUN | of(engine) | options
     if engine == "fsdp2" and options.pop("bf16", False):  # HSDConfig asks for a GPU here, accelerate does not
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     args = {"callbacks": [follow], "lora": options.pop("lora", False)}
@@ -187,14 +187,14 @@ def run(engine: str, folder: Path, steps: int, resume=None, seed=1, **options):
 
 
 def resumed(engine: str, folder: Path, name: str, **options) -> dict:
-    """Four steps in one go; and two, and two more in a model of other initial weights (with LoRA of the same)."""
-    trainer, students = run(engine, folder, 4, name=f"{name} whole", **options)
+    """Three steps in one go; and the third again, from the checkpoint of the second, in a model of other initial
+    weights (with LoRA of the same)."""
+    trainer, students = run(engine, folder, name=f"{name} whole", **options)
     out = {"students": students, "whole": [whole(trainer), frozen(trainer)]}
     trainer.save_model(str(folder / f"{name} model"))
-    run(engine, folder, 2, name=f"{name} parts", **options)
     seed = 1 if options.get("lora") else 2
-    checkpoint = str(folder / f"{name} parts" / "checkpoint-2")
-    trainer, _ = run(engine, folder, 4, resume=checkpoint, seed=seed, name=f"{name} parts", **options)
+    checkpoint = str(folder / f"{name} whole" / "checkpoint-2")
+    trainer, _ = run(engine, folder, resume=checkpoint, seed=seed, name=f"{name} parts", **options)
     return out | {"parts": [whole(trainer), frozen(trainer)]}
 
 
@@ -205,9 +205,15 @@ RUNS = {
 }
 
 
-def command_line(engine: str, folder: Path) -> None:
+CONFIGS = {
+    "ddp": ("cpu_demo", "qwen3_1.7b_lora_1gpu"),
+    "zero3": ("qwen3_32b_32gpu_zero3_vllm",),
+    "fsdp2": ("qwen3_8b_8gpu_fsdp2",),
+}
+
+
+def command_line(engine: str, config: str, folder: Path) -> None:
     """`hsd train` from a shipped configuration, with a model, questions and batches of this size; and its resume."""
-    config = {"zero3": "qwen3_32b_32gpu_zero3_vllm", "fsdp2": "qwen3_8b_8gpu_fsdp2"}[engine]
     if torch.distributed.get_rank() == 0:
         qwen3().save_pretrained(folder / "tiny")
         TOKENIZER.save_pretrained(folder / "tiny")
@@ -216,12 +222,7 @@ def command_line(engine: str, folder: Path) -> None:
     torch.distributed.barrier()
     words = {
         "model.path": folder / "tiny",
-        "data.path": folder / "questions.jsonl",
-        "data.instruction": "",
-        "reward": "hsd.tasks.small_world:reward",
-        "output_dir": folder / "cli",
-        "with_peer_template": "[{answer}|{demonstration}]",
-        "answer_only_template": "[{answer}]",
+        "output_dir": folder / config,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
         "max_completion_length": 6,
@@ -230,7 +231,12 @@ def command_line(engine: str, folder: Path) -> None:
         "bf16": "false",
         "report_to": "none",
     }
-    words |= {"deepspeed": folder / "deepspeed.json", "use_cpu": "true"} if engine == "zero3" else {}
+    if config != "cpu_demo":  # which brings its questions
+        words |= {"data.path": folder / "questions.jsonl", "data.split": "null", "data.instruction": ""}
+        words |= {"reward": "hsd.tasks.small_world:reward", "answer_only_template": "[{answer}]"}
+        words |= {"with_peer_template": "[{answer}|{demonstration}]"}
+    words |= {} if engine == "fsdp2" else {"use_cpu": "true"}
+    words |= {"deepspeed": folder / "deepspeed.json"} if engine == "zero3" else {}
     for steps in (1, 2):
         reset()
         given = [f"--{key}={value}" for key, value in (words | {"max_steps": steps}).items()]
@@ -255,5 +261,7 @@ def main(engine: str, folder: str, *cases: str) -> None:
         if name in RUNS:
             torch.save(resumed(engine, here, name, **RUNS[name]), here / f"{name}-{rank}.pt")
             print("done", name, flush=True)
-    if engine != "zero2" and (not cases or "cli" in cases):
-        command_line(engine, here)
+    for config in CONFIGS.get(engine, ()):
+        if not cases or config in cases:
+            command_line(engine, config, here)
+            print("done", config, flush=True)
