@@ -1,6 +1,6 @@
 """One update under each engine on two gloo ranks of a CPU, against one process: method x teacher x engine.
 
-    python benchmarks/bench_engines.py [--methods hsd ...] [--teachers live ...] [--engines zero3 ...] [--json PATH]
+    python benchmarks/bench_engines.py [--cases hsd:live ...] [--engines zero3 ...] [--json PATH]
 
 With --json the table is also put into docs/cluster.md.
 
@@ -31,6 +31,8 @@ PATH = ROOT / "tests" / "hsd" / "distributed" / "engine_job.py"
 PAGE, BEGIN, END = ROOT / "docs" / "cluster.md", "<!-- engines table: begin -->", "<!-- engines table: end -->"
 METHODS = ("hsd", "opsd", "sdpo", "rlsd", "grpo+opsd", "egrsd", "antisd")  # the last two have a scoring pass
 TEACHERS = ("live", "fixed", "ema", "copy", "gated", "trust_region")
+# Every teacher with HSD, whole and as LoRA; every other method with one of them.
+CASES = [f"hsd:{t}{lora}" for lora in ("", ":lora") for t in TEACHERS] + [f"{m}:copy" for m in METHODS[1:]]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 BOUND = 1e-4  # above it a run is wrong and no table is written
 
@@ -57,14 +59,12 @@ def errors(job: Any, engine: str, names: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=TEACHERS)
+    parser.add_argument("--cases", nargs="+", metavar="METHOD:TEACHER[:lora]", default=CASES)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     facts, job = environment("cpu"), load(PATH)
-    names = [f"{method}:{teacher}" for method in args.methods for teacher in args.teachers]
-    names += [f"hsd:{teacher}:lora" for teacher in args.teachers]
+    names = args.cases
     by_engine = {engine: errors(job, engine, names) for engine in args.engines}
     rows: list[dict[str, Any]] = []
     for name in names:

@@ -77,7 +77,7 @@ def host() -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, str(TESTS / "rank_host.py")], env=env, text=True, **pipes)
-    atexit.register(process.kill)
+    atexit.register(process.communicate)  # it ends with its input
     return process
 
 
