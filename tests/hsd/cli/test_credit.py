@@ -5,7 +5,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny_runs import SMALLER, qwen3
+from peft import get_peft_model
+from tiny_runs import LORA, SMALLER, qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -106,6 +107,21 @@ def test_a_run_brings_questions_rewards_and_templates(tmp_path):
     (tmp_path / "config.yaml").write_text("{")
     with pytest.raises(ValueError, match=r"config\.yaml: expected YAML"):
         credit.run(arguments(tmp_path))
+
+
+def test_a_lora_run_has_adapters_inside_the_model_that_is_loaded(tmp_path, parity):
+    policy = save_model(tmp_path / "base", bytes_tokenizer())
+    get_peft_model(policy.model, LORA).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    policy.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{path: base, lora: {{r: 4}}}}\ndata: {{path: {tmp_path / 'q.jsonl'}}}\nreward: number\n"
+        "train: {max_completion_length: 7, bf16: false, use_cpu: true}\n"
+    )
+    assert credit.run(arguments(tmp_path, "--rollouts", 4)) == 0
+    assert json.loads((tmp_path / "credit" / "credit.json").read_text())["failing_with_peer"] > 0
 
 
 def test_a_run_whose_tokenizer_has_no_pad_token(tmp_path, parity):
