@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging as transformers_logging
 from trl.trainer.grpo_config import GRPOConfig
 
+from hsd.cli.settings import load, parse
 from hsd.data.rows import read_json
 from hsd.files import replacing
 from hsd.progress import say
 from hsd.tasks import registered
-from hsd.tasks.files import check_parts, complete
-from hsd.tasks.settings import Lora, Settings
+from hsd.tasks.files import check_parts, complete, title
+from hsd.tasks.settings import Data, Lora, Settings
 from hsd.tasks.task import Policy, Question, Task, load_policy
 from hsd.train.builds import check_builds
 from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
@@ -38,6 +39,7 @@ from hsd.train.trainer import HSDTrainer, check_columns
 # What may differ between the parts of one run: none of these changes a step.
 FREE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to")
 FREE += ("run_name", "disable_tqdm", "log_completions", "num_completions_to_print", "use_cpu")
+CONFIG = "config.yaml"
 BEFORE = "before.json"  # success of the initial policy, where it was measured
 
 
@@ -154,6 +156,36 @@ def peft_config(lora: Lora | None) -> Any:
     )
 
 
+def run_and_model(path: Path) -> tuple[Path, Path]:
+    """A run's folder and its newest model, or, for the folder of a model in a run, that run and this model."""
+    inside = not (path / CONFIG).exists() and (path.parent / CONFIG).exists()
+    return (path.parent if inside else path), newest_model(path)
+
+
+def find_run(written: Path | None, model: str, data: str | None, max_new_tokens: int | None) -> tuple[Run, Task]:
+    """The run of a folder and its task, with ``model`` and, where they are given, the questions of ``data``.
+
+    Without a run, ``data`` is asked as it stands and scored by the last number of the answer.
+    """
+    config = written / CONFIG if written else None
+    if config and config.exists():
+        settings = load(config)
+        if data is not None:
+            settings = replace(settings, data=Data(data, instruction=settings.data.instruction))
+    elif data is not None:
+        asked = {"path": data, "instruction": ""}
+        train = {"max_completion_length": 512}
+        settings = parse({"model": {"path": model}, "data": asked, "reward": "number", "train": train})
+    else:
+        raise ValueError("data: expected a file of questions, or a run of hsd train or hsd demo, got none")
+    own_model = replace(settings, model=replace(settings.model, path=model, lora=None))
+    run = prepare(own_model, "credit", source=str(config or data), check=True)
+    task = run.task()
+    length = max_new_tokens or task.sampling.max_new_tokens
+    sampling = replace(task.sampling, max_new_tokens=length)
+    return run, replace(task, title=title(settings, run.base), sampling=sampling)
+
+
 def newest_model(run: Path) -> Path:
     """``RUN/model`` or the last whole checkpoint, whichever has more steps; else RUN itself where it is a model."""
     if not run.is_dir():
@@ -215,7 +247,7 @@ def claim(run: Run, task: Task) -> None:
         raise ValueError(
             f"output_dir: expected a new folder or a run of `hsd train`, got {out}, which holds another run"
         )
-    for target, text in ((out / "config.yaml", as_yaml(run)), (path, json.dumps(asked, indent=1))):
+    for target, text in ((out / CONFIG, as_yaml(run)), (path, json.dumps(asked, indent=1))):
         with replacing(target) as part:
             part.write_text(text, encoding="utf-8")
 
