@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="of a rollout (4096, or the run's)")
     parser.add_argument("--temperature", type=float, help="1.0, or the run's; 0 is greedy")
     parser.add_argument("--top-p", type=float, help="1.0, or the run's")
-    parser.add_argument("--batch-size", type=int, help="rollouts at a time (32, or the run's task's; for vllm, hundreds)")
+    parser.add_argument("--batch-size", type=int, help="rollouts at a time (32, or the run's; for vllm, hundreds)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
     parser.add_argument(
