@@ -25,6 +25,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from hsd.cli.settings import load, parse
 from hsd.data.rows import read_json
 from hsd.files import replacing
+from hsd.policy.pretrained import check as check_model
 from hsd.progress import say
 from hsd.tasks import registered
 from hsd.tasks.files import check_parts, complete, title
@@ -82,6 +83,29 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
         raise ValueError(f"{source}: train.{error}") from error
 
 
+def check(run: Run) -> str:
+    """What a run would begin with, in a line. Raises ValueError for all that is wrong with it and needs no weights."""
+    check_engine(run.config, launched(run.config), peft=run.settings.model.lora is not None)
+    model, data = run.settings.model.path, run.settings.data
+    if model is not None:
+        check_model(model)
+    elif data.path is not None and data.chat is None:  # the task would make its model to say
+        run = replace(run, settings=replace(run.settings, data=replace(data, chat=False)))
+    task = run.task()
+    check_questions(run, task)
+    rewards = ", ".join(getattr(reward, "__name__", "?") for reward in task.rewards)
+    return f"{task.title}: {len(task.questions)} questions, {len(task.held_out)} held out, reward {rewards}"
+
+
+def check_questions(run: Run, task: Task) -> None:
+    """Raise ValueError for questions without a column that the method needs, and for fewer than a step samples."""
+    config = run.config
+    needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
+    if len(task.questions) < needed:
+        raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(task.questions)}")
+    check_columns("data", task.questions[0], config)
+
+
 def train(run: Run) -> int:
     """Train, or go on with the run in the folder; the exit code."""
     config, out = run.config, run.folder
@@ -92,14 +116,11 @@ def train(run: Run) -> int:
         check_builds()
     with config.main_process_first(desc="the questions and the model's files"):
         task = run.task()
-        check_columns("data", task.questions[0] if task.questions else (), config)
+        check_questions(run, task)
         task.model()
     # On all ranks at once: under ZeRO-3 they share the weights out as they read them.
     model, tokenizer = run.initial_policy(task)
     with config.main_process_first(desc="the run's folder"):
-        needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
-        if len(task.questions) < needed:
-            raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(task.questions)}")
         claim(run, task)
     stop = StopOnSignal()
     trainer = HSDTrainer(

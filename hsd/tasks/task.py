@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from hsd.evaluate import RewardFn, Sampling, Success, end_token_ids, sample, score, success
 from hsd.hindsight.context import ContextTemplate
+from hsd.policy.pretrained import load
 from hsd.progress import Progress
 
 Question = dict[str, Any]  # prompt, answer, and whatever else a reward function takes
@@ -107,14 +108,8 @@ def _weighted(
 
 
 def load_policy(path: str, dtype: str = "float32", attention: str | None = None) -> Policy:
-    """Model and tokenizer of a folder or hub id. ``attention`` is transformers' attn_implementation."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    kwargs = {} if attention is None else {"attn_implementation": attention}
-    weights = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=weights, **kwargs)
-    return Policy(model, AutoTokenizer.from_pretrained(path))
+    """`hsd.policy.pretrained.load`, as a policy."""
+    return Policy(*load(path, dtype, attention))
 
 
 def evaluate(task: Task, policy: Policy, seed: int, progress: Progress | None = None) -> Success:
