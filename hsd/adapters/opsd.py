@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hsd.adapters.common import check_version, divergence, forward, inside_forward, unwrapped, with_whole_head
 from hsd.policy.forward import FrozenStates
+from hsd.policy.frozen import is_peft
 from hsd_kernels import Divergence
 
 # Theirs pins trl 0.26.0 and transformers 4.57.1: there the adapter was compared with their own class (docs/adapters).
@@ -77,6 +78,6 @@ def teacher_weights(trainer: Any, model: nn.Module, policy: Any) -> Any:
     """Their choice of a teacher as a context: averaged weights, the initial policy of a LoRA run, or the live ones."""
     if trainer.use_ema_teacher:
         return trainer._ema_teacher_context(model)
-    if trainer.fixed_teacher and hasattr(policy, "peft_config"):
+    if trainer.fixed_teacher and is_peft(policy):
         return policy.disable_adapter()
     return nullcontext()

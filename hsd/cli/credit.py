@@ -11,21 +11,16 @@ and once with the answer alone, and writes credit.html, credit.json and the figu
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hsd.tasks.task import Task
 
 HELP = "figures of where the credit lands, and a page of rollouts token by token"
 LEAST = {"questions": 1, "rollouts": 2, "shown": 1, "max_new_tokens": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", type=Path, help="run folder of hsd train or hsd demo")
+    parser.add_argument("run", nargs="?", type=Path, help="run folder of hsd train or hsd demo, or a model in it")
     parser.add_argument("--model", help="hub id or path, instead of the run's newest model")
-    parser.add_argument("--data", type=Path, help="JSONL with question and answer; a run brings its own")
+    parser.add_argument("--data", help="data set or file with question and answer; a run brings its own")
     parser.add_argument("--out", type=Path, help="folder to write into (RUN/credit, or ./credit)")
     parser.add_argument("--questions", type=int, default=64, help="use the first N (64)")
     parser.add_argument("--rollouts", type=int, default=8, help="group size G (8)")
@@ -38,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError where a model or questions are missing."""
     import torch
 
-    from hsd.cli.run import newest_model
+    from hsd.cli.run import find_run, run_and_model
     from hsd.tasks.task import load_policy
     from hsd.train.callbacks import load_metrics
     from hsd.viewer import report, summary
@@ -49,48 +44,21 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if args.model is None and args.run is None:
         raise ValueError("run: expected a run folder, or --model with --data, got neither")
-    model = args.model or str(newest_model(args.run))
-    task = find_task(args.run, model, args.data, args.max_new_tokens)
+    folder, newest = run_and_model(args.run) if args.run else (None, None)
+    model = args.model or str(newest)
+    _, task = find_run(folder, model, args.data, args.max_new_tokens)
     questions = task.evaluated[: args.questions]
     policy = load_policy(model, "auto" if torch.cuda.is_available() else "float32").on_accelerator()
     policy.tokenizer.pad_token = policy.tokenizer.pad_token or policy.tokenizer.eos_token
-    out = args.out or (args.run / "credit" if args.run else Path("credit"))
+    out = args.out or (folder / "credit" if folder else Path("credit"))
     out.mkdir(parents=True, exist_ok=True)
     print(f"{task.title}: {model}, {len(questions)} questions x {args.rollouts} rollouts, twice", flush=True)
     note = f"Model {model}, seed {args.seed}. The teacher has the same weights."
     numbers = {"seed": args.seed, "size": args.rollouts, "shown": args.shown}
     credit = make_credit(out, task, policy, questions, note=note, **numbers)
     pictures = summary.draw(out, credit)
-    if args.run and (rows := load_metrics(args.run / "metrics.jsonl")):
+    if folder and (rows := load_metrics(folder / "metrics.jsonl")):
         pictures += report.training_picture(out, rows)
     print("\n".join(summary.lines(credit)))
     print("\nWrote " + ", ".join(str(p) for p in (out / "credit.html", out / "credit.json", *pictures)))
     return 0
-
-
-def find_task(run: Path | None, model: str, data: Path | None, max_new_tokens: int | None) -> Task:
-    """The task of a run, with ``model`` and, where they are given, the questions of ``data``.
-
-    Without a run, ``data`` is asked as it stands and scored by the last number of the answer.
-    """
-    from hsd.cli.run import prepare
-    from hsd.cli.settings import load, parse
-    from hsd.tasks.files import title
-    from hsd.tasks.settings import Data
-
-    written = run / "config.yaml" if run else None
-    if written and written.exists():
-        settings = load(written)
-        if data is not None:
-            settings = replace(settings, data=Data(str(data), instruction=settings.data.instruction))
-    elif data is not None:
-        asked = {"path": str(data), "instruction": ""}
-        train = {"max_completion_length": 512}
-        settings = parse({"model": {"path": model}, "data": asked, "reward": "number", "train": train})
-    else:
-        raise ValueError("data: expected a JSONL file of questions, or a run of hsd train or hsd demo, got none")
-    own_model = replace(settings, model=replace(settings.model, path=model, lora=None))
-    job = prepare(own_model, "credit", source=str(written or data), check=True)
-    task = job.task()
-    length = max_new_tokens or task.sampling.max_new_tokens
-    return replace(task, title=title(settings, job.base), sampling=replace(task.sampling, max_new_tokens=length))

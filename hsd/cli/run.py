@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging as transformers_logging
 from trl.trainer.grpo_config import GRPOConfig
 
+from hsd.cli.settings import load, parse
 from hsd.data.rows import read_json
 from hsd.files import replacing
+from hsd.policy.pretrained import check as check_model
 from hsd.progress import say
 from hsd.tasks import registered
-from hsd.tasks.files import check_parts, complete
-from hsd.tasks.settings import Lora, Settings
+from hsd.tasks.files import check_parts, complete, title
+from hsd.tasks.settings import Data, Lora, Settings
 from hsd.tasks.task import Policy, Question, Task, load_policy
 from hsd.train.builds import check_builds
 from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
@@ -38,6 +40,7 @@ from hsd.train.trainer import HSDTrainer, check_columns
 # What may differ between the parts of one run: none of these changes a step.
 FREE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to")
 FREE += ("run_name", "disable_tqdm", "log_completions", "num_completions_to_print", "use_cpu")
+CONFIG = "config.yaml"
 BEFORE = "before.json"  # success of the initial policy, where it was measured
 
 
@@ -80,6 +83,29 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
         raise ValueError(f"{source}: train.{error}") from error
 
 
+def check(run: Run) -> str:
+    """What a run would begin with, in a line. Raises ValueError for all that is wrong with it and needs no weights."""
+    check_engine(run.config, launched(run.config), peft=run.settings.model.lora is not None)
+    model, data = run.settings.model.path, run.settings.data
+    if model is not None:
+        check_model(model)
+    elif data.path is not None and data.chat is None:  # the task would make its model to say
+        run = replace(run, settings=replace(run.settings, data=replace(data, chat=False)))
+    task = run.task()
+    check_questions(run, task)
+    rewards = ", ".join(getattr(reward, "__name__", "?") for reward in task.rewards)
+    return f"{task.title}: {len(task.questions)} questions, {len(task.held_out)} held out, reward {rewards}"
+
+
+def check_questions(run: Run, task: Task) -> None:
+    """Raise ValueError for questions without a column that the method needs, and for fewer than a step samples."""
+    config = run.config
+    needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
+    if len(task.questions) < needed:
+        raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(task.questions)}")
+    check_columns("data", task.questions[0], config)
+
+
 def train(run: Run) -> int:
     """Train, or go on with the run in the folder; the exit code."""
     config, out = run.config, run.folder
@@ -91,14 +117,11 @@ def train(run: Run) -> int:
         check_builds()
     with config.main_process_first(desc="the questions and the model's files"):
         task = run.task()
-        check_columns("data", task.questions[0] if task.questions else (), config)
+        check_questions(run, task)
         task.model()
     # On all ranks at once: under ZeRO-3 they share the weights out as they read them.
     model, tokenizer = run.initial_policy(task)
     with config.main_process_first(desc="the run's folder"):
-        needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
-        if len(task.questions) < needed:
-            raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(task.questions)}")
         claim(run, task)
     stop = StopOnSignal()
     trainer = HSDTrainer(
@@ -153,6 +176,36 @@ def peft_config(lora: Lora | None) -> Any:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+def run_and_model(path: Path) -> tuple[Path, Path]:
+    """A run's folder and its newest model, or, for the folder of a model in a run, that run and this model."""
+    inside = not (path / CONFIG).exists() and (path.parent / CONFIG).exists()
+    return (path.parent if inside else path), newest_model(path)
+
+
+def find_run(written: Path | None, model: str, data: str | None, max_new_tokens: int | None) -> tuple[Run, Task]:
+    """The run of a folder and its task, with ``model`` and, where they are given, the questions of ``data``.
+
+    Without a run, ``data`` is asked as it stands and scored by the last number of the answer.
+    """
+    config = written / CONFIG if written else None
+    if config and config.exists():
+        settings = load(config)
+        if data is not None:
+            settings = replace(settings, data=Data(data, instruction=settings.data.instruction))
+    elif data is not None:
+        asked = {"path": data, "instruction": ""}
+        train = {"max_completion_length": 512}
+        settings = parse({"model": {"path": model}, "data": asked, "reward": "number", "train": train})
+    else:
+        raise ValueError("data: expected a file of questions, or a run of hsd train or hsd demo, got none")
+    own_model = replace(settings, model=replace(settings.model, path=model, lora=None))
+    run = prepare(own_model, "credit", source=str(config or data), check=True)
+    task = run.task()
+    length = max_new_tokens or task.sampling.max_new_tokens
+    sampling = replace(task.sampling, max_new_tokens=length)
+    return run, replace(task, title=title(settings, run.base), sampling=sampling)
 
 
 def newest_model(run: Path) -> Path:
@@ -216,7 +269,7 @@ def claim(run: Run, task: Task) -> None:
         raise ValueError(
             f"output_dir: expected a new folder or a run of `hsd train`, got {out}, which holds another run"
         )
-    for target, text in ((out / "config.yaml", as_yaml(run)), (path, json.dumps(asked, indent=1))):
+    for target, text in ((out / CONFIG, as_yaml(run)), (path, json.dumps(asked, indent=1))):
         with replacing(target) as part:
             part.write_text(text, encoding="utf-8")
 

@@ -6,6 +6,7 @@ The run's folder is ``train.output_dir``, else runs/NAME-OF-THE-CONFIG; `hsd.cli
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 HELP = "train a model as a YAML file says; the same command resumes"
@@ -15,16 +16,21 @@ OVERRIDES = "Any key can be set from here: --train.learning_rate 1e-5, or --lear
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("--check", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check all but the weights and print the configuration",
+    )
     parser.epilog = OVERRIDES
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.cli.run import as_yaml, prepare, train
+    from hsd.cli.run import as_yaml, check, prepare, train
     from hsd.cli.settings import load
 
     job = prepare(load(args.config, args.overrides), args.config.stem, source=str(args.config), check=args.check)
     if args.check:
+        print(f"checked, all but the weights: {check(job)}", file=sys.stderr)
         print(as_yaml(job), end="")
         return 0
     return train(job)

@@ -67,7 +67,7 @@ def evaluate(
     sampling, samples = request.sampling, request.samples
     if missing := {row.get("kind", "math") for row in data.rows} - rewards.keys():
         raise ValueError(f"rewards: expected a function for the kinds {sorted(missing)}, got {sorted(rewards)}")
-    prompts = [_prompt(engine.tokenizer, row) for row in data.rows]
+    rows = [row | {"prompt": _prompt(engine.tokenizer, row)} for row in data.rows]  # as the model is asked
     settings = {
         "model": model,
         "model_modified": _modified(model),
@@ -77,7 +77,7 @@ def evaluate(
         "rows_of_the_subset": data.total,
         "rows_unusable": data.unusable,
         "fingerprint": fingerprint(data.rows),
-        "prompt_form": "text" if isinstance(prompts[0], str) else "chat",
+        "prompt_form": "text" if isinstance(rows[0]["prompt"], str) else "chat",
         **asdict(request),
         "verifiers": {
             kind: getattr(rewards[kind], "__name__", "?") for kind in sorted({r.get("kind", "math") for r in data.rows})
@@ -88,7 +88,7 @@ def evaluate(
         _same_settings(folder / "settings.json", settings, ("verifiers",) if judge_again else ())
     records = _whole_batches(folder / "samples.jsonl", sampling.batch_size, len(data.rows), samples)
     if judge_again and records:
-        judged = judge([data.rows[r["row"]] for r in records], [r["completion"] for r in records], rewards)
+        judged = judge([rows[r["row"]] for r in records], [r["completion"] for r in records], rewards)
         records = [r | {"reward": x, "status": s} for r, (x, s) in zip(records, judged, strict=True)]
         write_jsonl(folder / "samples.jsonl", records)
     write_json(folder / "settings.json", settings)
@@ -97,12 +97,12 @@ def evaluate(
         for start in range(len(records), len(flat), sampling.batch_size):
             batch = flat[start : start + sampling.batch_size]
             ids = [
-                tokenize_prompt(engine.tokenizer, prompts[i], chat_template_kwargs=request.chat_template_kwargs)
+                tokenize_prompt(engine.tokenizer, rows[i]["prompt"], chat_template_kwargs=request.chat_template_kwargs)
                 for i, _ in batch
             ]
             rollouts = engine.generate(ids, sampling, request.seed * 1_000_003 + start)
             texts = engine.tokenizer.batch_decode(rollouts, skip_special_tokens=True)
-            judged = judge([data.rows[i] for i, _ in batch], texts, rewards)
+            judged = judge([rows[i] for i, _ in batch], texts, rewards, rollouts)
             for (i, j), text, rollout, (reward, status) in zip(batch, texts, rollouts, judged, strict=True):
                 record = {
                     "row": i,
@@ -126,9 +126,13 @@ def evaluate(
 
 
 def judge(
-    rows: Sequence[Row], texts: Sequence[str], rewards: Mapping[str, Reward]
+    rows: Sequence[Row],
+    texts: Sequence[str],
+    rewards: Mapping[str, Reward],
+    ids: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[float | None, str | None]]:
-    """Reward and status of each completion, by the verifier of its row's kind, called as TRL calls it."""
+    """Reward and status of each completion, by the verifier of its row's kind, called as TRL calls it: with texts where
+    the prompt is one, else messages; with ``ids``, the completions' tokens, where they are known."""
     verdicts: list[tuple[float | None, str | None]] = [(None, None)] * len(rows)
     for kind in {row.get("kind", "math") for row in rows}:
         mine = [n for n, row in enumerate(rows) if row.get("kind", "math") == kind]
@@ -140,7 +144,11 @@ def judge(
 
         scores = rewards[kind](
             **reward_columns([{"tests": None} | rows[n] for n in mine]),
-            completions=[[{"role": "assistant", "content": texts[n]}] for n in mine],
+            completions=[
+                texts[n] if isinstance(rows[n]["prompt"], str) else [{"role": "assistant", "content": texts[n]}]
+                for n in mine
+            ],
+            **({} if ids is None else {"completion_ids": [list(ids[n]) for n in mine]}),
             log_extra=log_extra,
         )
         for n, score, status in zip(mine, scores, statuses, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hsd.evaluate.sampling import Sampling, all_end_ids, end_token_ids, sample_from_ids
+from hsd.policy.pretrained import load, load_tokenizer
 from hsd.policy.vocabulary import check_vocabulary
 
 EngineName = Literal["auto", "transformers", "vllm"]
@@ -49,8 +50,7 @@ def transformers_engine(path: str, dtype: str) -> Engine:
     import torch
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model, tokenizer = load(path, dtype)
     check_vocabulary(model, tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -64,9 +64,9 @@ def transformers_engine(path: str, dtype: str) -> Engine:
 def vllm_engine(path: str, dtype: str) -> Engine:
     """vLLM's offline engine."""
     import vllm  # type: ignore[import-not-found]
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     try:
         declared = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the model declares nothing

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsd.policy.frozen import in_eval_mode
+from hsd.policy.frozen import in_eval_mode, inner_model
 from hsd_kernels import Head
 
 # What the models of transformers 5.23 do to their logits, by the names in their configurations.
@@ -51,7 +51,7 @@ def body_and_head(model: Any) -> BodyAndHead:
     Raises ValueError naming the model class when it has no separable body, its head is not a plain Linear or does not
     make all of its logits, or other weights lie between the two.
     """
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = inner_model(model)
     name = type(inner).__name__
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):

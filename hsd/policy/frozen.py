@@ -12,6 +12,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
+def is_peft(model: Any) -> bool:
+    """Whether a PEFT model is around the causal LM. Transformers puts the adapters of a saved LoRA run into the LM
+    itself, which has a ``peft_config`` then and is an ordinary model in all else."""
+    return hasattr(model, "get_base_model")
+
+
+def inner_model(model: Any) -> Any:
+    """The causal LM, without the PEFT model around it."""
+    return model.get_base_model() if is_peft(model) else model
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode without gradients; tied weights stay tied."""
     twin = copy.deepcopy(model)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hsd.policy.frozen import inner_model
+
 TOKENS = 128
 MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "n_inner")
 
@@ -17,7 +19,7 @@ def small_model(policy: Any, device: torch.device | str = "cpu") -> Any:
 
     The same on every rank. A PEFT policy stands for the model inside it.
     """
-    inner = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    inner = inner_model(policy)
     config = deepcopy(inner.config)
     text = config.get_text_config()
     kinds = list(getattr(text, "layer_types", None) or ())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hsd.data.generators import PREFIX
 from hsd.evaluate import Sampling
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
+from hsd.policy.pretrained import load_tokenizer
 from hsd.tasks import TASKS
 from hsd.tasks.settings import Data, Settings
 from hsd.tasks.task import Question, Task
@@ -80,9 +81,7 @@ def title(settings: Settings, base: Task | None) -> str:
 
 
 def _is_chat(path: str) -> bool:
-    from transformers import AutoTokenizer
-
-    return bool(AutoTokenizer.from_pretrained(path).chat_template)
+    return bool(load_tokenizer(path).chat_template)
 
 
 def load_rows(data: Data, chat: bool) -> list[Question]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from hsd.evaluate import RewardFn, Sampling, Success, end_token_ids, sample, score, success
 from hsd.hindsight.context import ContextTemplate
+from hsd.policy.pretrained import load
 from hsd.progress import Progress
 
 Question = dict[str, Any]  # prompt, answer, and whatever else a reward function takes
@@ -76,27 +77,39 @@ class Task:
     def reward(self, **columns: Any) -> list[float]:
         """The weighted sum of the rewards, which training compares with ``success_reward``.
 
-        A verdict that failed (None, NaN) is left out of the sum. A rollout without any verdict is no success.
+        A rollout without any verdict is no success.
         """
         unscored = min(0.0, self.success_reward - 1.0)
-        weights = self.reward_weights or [1.0] * len(self.rewards)
-        verdicts = [
-            [None if r is None or math.isnan(r) else w * r for r in reward(**columns)]
-            for reward, w in zip(self.rewards, weights, strict=True)
-        ]
-        judged = [[r for r in of_one if r is not None] for of_one in zip(*verdicts, strict=True)]
-        return [sum(of_one) if of_one else unscored for of_one in judged]
+        sums = _weighted(self.rewards, self.reward_weights, columns)
+        return [unscored if r is None else r for r in sums]
+
+
+def success_of(rewards: Sequence[RewardFn], weights: Sequence[float] | None = None, least: float = 1.0) -> RewardFn:
+    """A reward function with the name of ``rewards``: 1.0 where their weighted sum reaches ``least``, else 0.0; None
+    without any verdict."""
+
+    def successes(**columns: Any) -> list[float | None]:
+        return [None if r is None else float(r >= least) for r in _weighted(rewards, weights, columns)]
+
+    successes.__name__ = " + ".join(getattr(reward, "__name__", "?") for reward in rewards)
+    return successes
+
+
+def _weighted(
+    rewards: Sequence[RewardFn], weights: Sequence[float] | None, columns: Mapping[str, Any]
+) -> list[float | None]:
+    """A verdict that failed (None, NaN) is left out of the sum; None where no other is left."""
+    verdicts = [
+        [None if r is None or math.isnan(r) else w * r for r in reward(**columns)]
+        for reward, w in zip(rewards, weights or [1.0] * len(rewards), strict=True)
+    ]
+    judged = [[r for r in of_one if r is not None] for of_one in zip(*verdicts, strict=True)]
+    return [sum(of_one) if of_one else None for of_one in judged]
 
 
 def load_policy(path: str, dtype: str = "float32", attention: str | None = None) -> Policy:
-    """Model and tokenizer of a folder or hub id. ``attention`` is transformers' attn_implementation."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    kwargs = {} if attention is None else {"attn_implementation": attention}
-    weights = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=weights, **kwargs)
-    return Policy(model, AutoTokenizer.from_pretrained(path))
+    """`hsd.policy.pretrained.load`, as a policy."""
+    return Policy(*load(path, dtype, attention))
 
 
 def evaluate(task: Task, policy: Policy, seed: int, progress: Progress | None = None) -> Success:

@@ -172,7 +172,18 @@ class HSDConfig(GRPOConfig):
     def __post_init__(self):
         _check_field(_option("method"), self.method)
         self._take_defaults()
-        super().__post_init__()
+        given = self.generation_batch_size
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            rollouts, size = self.generation_batch_size, self.num_generations or 0
+            if given is not None or rollouts is None or size < 2 or rollouts % size == 0:
+                raise
+            raise ValueError(
+                f"num_generations: expected a divisor of {rollouts}, the rollouts of one generation "
+                f"(per_device_train_batch_size {self.per_device_train_batch_size} x processes {self.world_size} x "
+                f"steps_per_generation, else gradient_accumulation_steps, {self.steps_per_generation}), got {size}"
+            ) from error
         for declared in options():
             _check_field(declared, getattr(self, declared.name))
         self._check_together()

@@ -31,6 +31,7 @@ from hsd.policy.frozen import (
     add_frozen_adapter,
     ema_update_,
     in_eval_mode,
+    is_peft,
     under_adapter,
 )
 from hsd.policy.sharding import WIDE, Whole, load_policy_, save_policy
@@ -71,7 +72,7 @@ class FrozenPolicies:
     def __init__(self, policy: Any, args: HSDConfig, held: Whole | None = None):
         self.args, self.held = args, held or Whole()
         self.teacher, self.reference = roles(args)
-        self.peft = hasattr(policy, "peft_config")
+        self.peft = is_peft(policy)
         _check(policy, args, self.held)
         self.names = sorted(copies(args, peft=self.peft))
         self.models: dict[str, nn.Module] = {}
@@ -216,7 +217,7 @@ def _file(folder: Path, name: str) -> Path:
 def check_fresh_adapter(policy: Any, args: HSDConfig) -> None:
     """Raise ValueError where adapters off are to be the initial policy and are not: an adapter was trained before, or
     starts away from the base model (PiSSA, ``init_lora_weights=False``)."""
-    if not hasattr(policy, "peft_config") or INITIAL not in roles(args):
+    if not is_peft(policy) or INITIAL not in roles(args):
         return
     parts = body_and_head(policy)
     ids = probe_ids(parts)

@@ -52,7 +52,7 @@ from hsd.methods.state import RefreshGate
 from hsd.methods.term import Stats, scheduled
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.policy.forward import Prompts, RolloutInputs
-from hsd.policy.frozen import in_eval_mode
+from hsd.policy.frozen import in_eval_mode, is_peft
 from hsd.policy.sharding import gather, reshard, stored_tensors, weights_of
 from hsd.policy.stand_in import small_model
 from hsd.policy.tree.attention import enable_tree
@@ -157,7 +157,7 @@ class HSDTrainer(GRPOTrainer):
                 f"got {args.teacher_success_every}"
             )
         engine = engine_of(self.accelerator)
-        check_engine(args, engine, peft=hasattr(policy, "peft_config"))
+        check_engine(args, engine, peft=is_peft(policy))
         tried = policy
         if args.own_loss and held.gathers:  # weights that a rank lacks cannot be compared: those of a small model are
             tried = small_model(policy, self.accelerator.device)

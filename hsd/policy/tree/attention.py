@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hsd.policy.frozen import inner_model
 from hsd.policy.tree import cuda
 from hsd.policy.tree.view import Scores, TreeView
 
@@ -35,7 +36,7 @@ def enable_tree(model: Any) -> None:
 
     Raises ValueError for a model whose own attention is neither SDPA nor eager.
     """
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = inner_model(model)
     base = inner.config._attn_implementation
     if base.startswith(PREFIX):
         return
@@ -54,7 +55,7 @@ def enable_tree(model: Any) -> None:
 
 def disable_tree(model: Any) -> None:
     """Undo `enable_tree`."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = inner_model(model)
     if is_enabled(model):
         inner.set_attn_implementation(inner.config._attn_implementation.removeprefix(PREFIX))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hsd.policy.body_and_head import body_and_head, hidden_states
-from hsd.policy.frozen import in_eval_mode
+from hsd.policy.frozen import in_eval_mode, inner_model
 from hsd.policy.tree.attention import disable_tree, enable_tree
 from hsd.policy.tree.forward import tree_hidden_states
 
@@ -25,7 +25,7 @@ LAYERS = ("full_attention", "sliding_attention")
 
 def why_not(model: Any) -> str | None:
     """The reason why ``model`` cannot go through a tree, or None, from its configuration alone."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = inner_model(model)
     name = type(inner).__name__
     body = body_and_head(model).body
     config = inner.config.get_text_config()

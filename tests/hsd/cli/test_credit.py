@@ -5,12 +5,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny_runs import SMALLER, qwen3
+from peft import get_peft_model
+from tiny_runs import LORA, SMALLER, qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hsd.cli import credit
-from hsd.cli.run import newest_model
+from hsd.cli.run import find_run, newest_model
 from hsd.hindsight.context import DEFAULT_TEXT_TEMPLATE
 from hsd.tasks import small_world
 from hsd.tasks.task import Policy
@@ -73,11 +74,11 @@ def test_a_model_and_a_file_of_questions(tmp_path, parity, capsys, monkeypatch):
     monkeypatch.setattr("hsd.verify.number_reward", lambda completions, **kw: [0.0 for _ in completions])
     assert credit.run(arguments(*words)) == 0  # none succeeds: the first one's figures would not be of this
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"credit.html", "credit.json", "coverage.png"}
-    task = credit.find_task(None, str(tmp_path / "m"), data, 9)
+    task = find_run(None, str(tmp_path / "m"), str(data), 9)[1]
     first = task.questions[0]
     assert (first["prompt"], first["answer"]) == ("0+1?", "1")  # without a chat template a plain prompt
     assert task.template == DEFAULT_TEXT_TEMPLATE and task.sampling.max_new_tokens == 9
-    assert credit.find_task(None, str(tmp_path / "m"), data, None).sampling.max_new_tokens == 512
+    assert find_run(None, str(tmp_path / "m"), str(data), None)[1].sampling.max_new_tokens == 512
 
 
 def test_a_run_brings_questions_rewards_and_templates(tmp_path):
@@ -89,7 +90,7 @@ def test_a_run_brings_questions_rewards_and_templates(tmp_path):
         "  with_peer_template: '[{answer};{demonstration}]', answer_only_template: '[{answer};]'}\n"
     )
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
-    task = credit.find_task(tmp_path, str(tmp_path / "model"), None, None)
+    task = find_run(tmp_path, str(tmp_path / "model"), None, None)[1]
     assert task.evaluated == small_world.make_questions(512, seed=3, held_out=True)
     assert task.title == small_world.task(0).title
     assert task.sampling.max_new_tokens == 7 and task.template.answer_only == "[{answer};]"
@@ -100,12 +101,29 @@ def test_a_run_brings_questions_rewards_and_templates(tmp_path):
     assert credit.run(arguments(tmp_path, "--questions", 2, "--shown", 1)) == 0
     assert {"training.png", "credit.html"} <= {p.name for p in (tmp_path / "credit").iterdir()}
     assert "Model " + str(tmp_path / "model") in (tmp_path / "credit" / "credit.html").read_text(encoding="utf-8")
+    assert credit.run(arguments(tmp_path / "model", "--questions", 2, "--shown", 1)) == 0
+    assert not (tmp_path / "model" / "credit").exists()
     (tmp_path / "q.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
-    other = credit.find_task(tmp_path, str(tmp_path / "model"), tmp_path / "q.jsonl", None)
+    other = find_run(tmp_path, str(tmp_path / "model"), str(tmp_path / "q.jsonl"), None)[1]
     assert [q["prompt"] for q in other.evaluated] == ["1+1="] and other.template == task.template
     (tmp_path / "config.yaml").write_text("{")
     with pytest.raises(ValueError, match=r"config\.yaml: expected YAML"):
         credit.run(arguments(tmp_path))
+
+
+def test_a_lora_run_has_adapters_inside_the_model_that_is_loaded(tmp_path, parity):
+    policy = save_model(tmp_path / "base", bytes_tokenizer())
+    get_peft_model(policy.model, LORA).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    policy.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{path: base, lora: {{r: 4}}}}\ndata: {{path: {tmp_path / 'q.jsonl'}}}\nreward: number\n"
+        "train: {max_completion_length: 7, bf16: false, use_cpu: true}\n"
+    )
+    assert credit.run(arguments(tmp_path, "--rollouts", 4)) == 0
+    assert json.loads((tmp_path / "credit" / "credit.json").read_text())["failing_with_peer"] > 0
 
 
 def test_a_run_whose_tokenizer_has_no_pad_token(tmp_path, parity):
@@ -143,7 +161,7 @@ def test_the_newest_model_of_a_run(tmp_path):
         (("--model", "m", "--questions", "0"), r"^questions: expected at least 1, got 0"),
         (("--model", "m", "--rollouts", "1"), r"^rollouts: expected at least 2, got 1"),
         (("--model", "m", "--max-new-tokens", "0"), r"^max_new_tokens: expected at least 1, got 0"),
-        (("--model", "m"), r"^data: expected a JSONL file"),
+        (("--model", "m"), r"^data: expected a file of questions"),
     ],
 )
 def test_what_is_missing_is_named(words, message):

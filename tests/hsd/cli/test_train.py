@@ -40,6 +40,12 @@ train:
 
 
 @pytest.fixture
+def model(here):
+    qwen3(0, **SMALLER).save_pretrained("model")
+    TOKENIZER.save_pretrained("model")
+
+
+@pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(CONFIG)
@@ -140,24 +146,35 @@ def test_what_has_not_begun_may_be_corrected_and_what_has_may_not(here, step):
         claim(*asked("--seed", "1"))
 
 
-def test_check_prints_the_resolved_configuration_and_leaves_nothing(here, capsys):
+def test_check_prints_the_resolved_configuration_and_leaves_nothing(here, model, capsys):
+    Path("model/model.safetensors").unlink()  # no weights are loaded
+    before = sorted(here.rglob("*"))
     assert main(["train", "run.yaml", "--check", "--learning_rate", "2e-3"]) == 0
-    shown = yaml.safe_load(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    shown = yaml.safe_load(out)
+    assert "model on questions.jsonl: 4 questions, 0 held out, reward reward" in err
     assert shown["train"]["learning_rate"] == 2e-3 and shown["train"]["output_dir"] == "runs/run"
-    assert sorted(p.name for p in here.iterdir()) == ["questions.jsonl", "run.yaml"]
+    assert sorted(here.rglob("*")) == before
 
 
-@pytest.fixture
-def model(here):
-    qwen3(0, **SMALLER).save_pretrained("model")
-    TOKENIZER.save_pretrained("model")
+def test_check_of_a_registered_task_does_not_make_its_model(here, monkeypatch):
+    monkeypatch.setattr(small_world, "warm_started", lambda *args: pytest.fail("made a model"))
+    Path("task.yaml").write_text("task: small_world\ntrain: {use_cpu: true, bf16: false}\n")
+    assert main(["train", "task.yaml", "--check"]) == 0
+    assert main(["train", "task.yaml", "--check", "--data.path", "questions.jsonl", "--num_generations", "4"]) == 2
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model.path", "nowhere/at/all"], "nowhere/at/all"),
-        (["--data.path", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["--model.path", "./nowhere"],
+            "model: expected a folder with a model, or a hub id, got './nowhere', which",
+        ),
+        (["--model.path", "questions.jsonl"], "model: expected a folder with a model, or a hub id, got 'questions.jso"),
+        (["--data.path", "nowhere.jsonl"], "data: expected a file, got nowhere.jsonl, which is not there"),
+        (["--reward", "hsd.verify:nothing"], "reward: expected a function, got 'hsd.verify:nothing'"),
+        (["--num_generations", "3"], "num_generations: expected a divisor of 4, the rollouts of one generation (per_d"),
         (["--per_device_train_batch_size", "32"], "data: expected at least 8 questions, one step's worth, got 4"),
         (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
         (["--method", "sdft"], "demonstration"),
@@ -165,9 +182,10 @@ def model(here):
     ],
 )
 def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
-    assert main(["train", "run.yaml", *words]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and said in error
+    for check in ([], ["--check"]):
+        assert main(["train", "run.yaml", *check, *words]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and said in error
     assert "expected at least" not in said or not Path("runs").exists()
 
 

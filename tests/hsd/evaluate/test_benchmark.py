@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny_runs import SMALLER, qwen3
 
 from hsd.cli import data as cli_data
 from hsd.cli import eval as cli_eval
@@ -49,7 +50,7 @@ def engine(calls: list | None = None, die_at: int | None = None) -> Engine:
 
 def first_digit(completions, answer, log_extra, **columns):
     """Right if the first digit is the answer; fails on a 9, as a verifier may."""
-    texts = [c[-1]["content"] for c in completions]
+    texts = list(completions)
     log_extra("math_status", ["verifier_failed" if t[0] == "9" else "judged" for t in texts])
     return [None if t[0] == "9" else float(t[0] == a) for t, a in zip(texts, answer, strict=True)]
 
@@ -172,7 +173,7 @@ def test_a_model_written_anew_is_another_model(tmp_path):
 
 def test_judging_again_samples_nothing_twice(tmp_path):
     def nothing_fails(completions, answer, **columns):
-        return [float(c[-1]["content"][0] == a) for c, a in zip(completions, answer, strict=True)]
+        return [float(c[0] == a) for c, a in zip(completions, answer, strict=True)]
 
     expected = run(tmp_path / "new", rewards={"math": nothing_fails})
     with pytest.raises(Killed):
@@ -248,7 +249,7 @@ def test_hsd_eval(tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "more.jsonl", [{"prompt": "5+1=", "answer": "6"}])
     monkeypatch.setattr("hsd.evaluate.engines.load_engine", lambda name, model, dtype: engine())
     argv = ["--model", "m", "--data", str(tmp_path / "sums.jsonl"), str(tmp_path / "more.jsonl"), "--limit", "4"]
-    argv += ["--max-new-tokens", "3", "--verifier", "numbers", "--out", str(tmp_path / "out")]
+    argv += ["--max-new-tokens", "3", "--reward", "number", "--out", str(tmp_path / "out")]
     assert cli_eval.run(parse(cli_eval, *argv)) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["subset"], r["rows"], r["rows_of_the_subset"]) for r in results] == [
@@ -373,3 +374,38 @@ def test_a_report_is_whole_or_absent(tmp_path):
         cli_data.run(parse(cli_data, *words, "--out", str(tmp_path / "o"), "--report", str(tmp_path / "report.json")))
     assert (tmp_path / "report.json").read_text() == "before"
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_hsd_eval_of_a_run_takes_all_from_it(tmp_path, monkeypatch, capsys):
+    """Model, held-out questions, reward, success, sampling; a reward of one's own, called as in training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("own_reward_of_eval.py").write_text(
+        "def f(completions, prompts, completion_ids, answer, **columns):\n"
+        "    assert all(isinstance(c, str) for c in completions) and all(len(i) <= 3 for i in completion_ids)\n"
+        "    return [0.5 for _ in completions]\n"
+        "def g(completions, answer, **columns):\n"
+        "    return [None for _ in completions]\n"
+    )
+    write_jsonl(Path("q.jsonl"), [{"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(6)])
+    qwen3(0, **SMALLER).save_pretrained("run/model")
+    TOKENIZER.save_pretrained("run/model")
+    Path("run/config.yaml").write_text(
+        "model: {path: gone}\ndata: {path: q.jsonl, held_out: 4}\nreward: own_reward_of_eval:f\n"
+        "train: {max_completion_length: 3, temperature: 0.7, success_reward: 0.5, bf16: false, use_cpu: true,\n"
+        "  with_peer_template: '[{answer};{demonstration}]', answer_only_template: '[{answer};]'}\n"
+    )
+    for named in ("run", "run/model"):
+        assert main(["eval", named, "--samples", "2"]) == 0
+    (result,) = json.loads(Path("run/eval-0/results.json").read_text())
+    assert (result["rows"], result["samples"], result["pass@1"]) == (4, 2, 1.0)
+    assert result["model"] == "run/model" and set(result["verifiers"].values()) == {"f"}
+    assert (result["sampling"]["max_new_tokens"], result["sampling"]["temperature"]) == (3, 0.7)
+    assert "held-out questions" in capsys.readouterr().out
+    words = ["--data", "q.jsonl", "--reward", "own_reward_of_eval:g", "--out", "other"]
+    assert main(["eval", "run", *words, "--limit", "3"]) == 0
+    (result,) = json.loads(Path("other/results.json").read_text())
+    assert (result["rows"], result["verifier_failures"]) == (3, 3)
+    assert main(["eval", "--model", "run/model", *words, "--max-new-tokens", "3"]) == 2  # not --limit 3
+    assert main(["eval", "--model", "run/model", "--out", "x"]) == 2
+    assert "--data: expected a value, or a run" in capsys.readouterr().err
