@@ -1,8 +1,8 @@
 """Alarms: signs in a run's metrics that training collapses, or learns nothing.
 
 A live teacher at a high learning rate ends at success 0 (docs/teachers.md). Each sign alone has innocent causes, so
-every alarm compares the last `WINDOW` steps with the run's own past. A fall must also be larger than chance makes it with the
-number of questions: with 4 a step the mean of five steps falls by half in most runs whose policy stays as it is.
+every alarm compares the last `WINDOW` steps with the run's own past. A fall must also be larger than chance makes it
+with the number of questions: with 4 a step the mean of five steps falls by half in most runs of a policy that stays.
 
 The paper's run without a reference term ends in repeated trailing tokens (arXiv 2606.15576, beta = 0 at step 1,200).
 `repeated_tail` detects them in one rollout; the share of such rollouts is the metric ``hsd/repeated_tail``.
