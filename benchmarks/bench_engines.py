@@ -1,44 +1,40 @@
 """One update under each engine on two gloo ranks of a CPU, against one process: method x teacher x engine.
 
-    python benchmarks/bench_engines.py [--methods hsd ...] [--teachers live ...] [--engines zero3 ...] [--json PATH]
+    python benchmarks/bench_engines.py [--cases hsd:live ...] [--engines zero3 ...] [--json PATH]
 
 With --json the table is also put into docs/cluster.md.
 
 An untied Qwen3 of two layers, hidden size 32, fp32; the student starts 0.05 off the initial policy, and the reference
 term has the weight 0.5. An entry is the largest error over all parameters over the largest gradient; the gradient is
 what a step of SGD at learning rate 1 takes off the weights. The rollouts are the ranks' own, in one micro-batch of one
-process for the comparison. Needs DeepSpeed and the tests of this repository.
+process for the comparison. A copied or gated teacher must have the student's bits after the step. Needs
+DeepSpeed and the tests of this repository.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from rank_runs import joined, launch, one_process, saved  # noqa: E402
+from rank_runs import joined, launch, load, one_process, saved  # noqa: E402
 from timing import environment, header, save  # noqa: E402
 
 PATH = ROOT / "tests" / "hsd" / "distributed" / "engine_job.py"
 PAGE, BEGIN, END = ROOT / "docs" / "cluster.md", "<!-- engines table: begin -->", "<!-- engines table: end -->"
-METHODS = ("hsd", "opsd", "sdpo", "rlsd", "grpo+opsd")
-TEACHERS = ("live", "fixed", "ema", "trust_region")
+METHODS = ("hsd", "opsd", "sdpo", "rlsd", "grpo+opsd", "egrsd", "antisd")  # the last two have a scoring pass
+TEACHERS = ("live", "fixed", "ema", "copy", "gated", "trust_region")
+# Every teacher with HSD, whole and as LoRA; every other method with one of them.
+CASES = [f"hsd:{t}{lora}" for lora in ("", ":lora") for t in TEACHERS] + [f"{m}:copy" for m in METHODS[1:]]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 BOUND = 1e-4  # above it a run is wrong and no table is written
-
-
-def load_job() -> Any:
-    spec = importlib.util.spec_from_file_location("hsd_engine_job", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def errors(job: Any, engine: str, names: list[str]) -> dict[str, float]:
@@ -46,7 +42,7 @@ def errors(job: Any, engine: str, names: list[str]) -> dict[str, float]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        launch(PATH, [engine, here, *names], here, seconds=1200, **job.ENVIRONMENT.get(engine, {}))
+        launch(PATH, [engine, here, *names], here, seconds=3600, **job.ENVIRONMENT.get(engine, {}))
         for name in names:
             _, options, arguments = job.case(name)
             ranks = saved(here, name)
@@ -55,19 +51,20 @@ def errors(job: Any, engine: str, names: list[str]) -> dict[str, float]:
             scale = max(g.abs().max().item() for g in expected.values())
             worst = max((rank["gradient"][n] - g).abs().max().item() for rank in ranks for n, g in expected.items())
             found[name] = worst / scale
+            for student, copied in (rank["copied"] for rank in ranks if "copied" in rank):
+                if any(not torch.equal(student[n], copied[n]) for n in student):
+                    raise SystemExit(f"error: {engine}, {name}: expected the teacher to be the student after the step")
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=TEACHERS)
+    parser.add_argument("--cases", nargs="+", metavar="METHOD:TEACHER[:lora]", default=CASES)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    facts, job = environment("cpu"), load_job()
-    names = [f"{method}:{teacher}" for method in args.methods for teacher in args.teachers]
-    names += [f"hsd:{teacher}:lora" for teacher in args.teachers]
+    facts, job = environment("cpu"), load(PATH)
+    names = args.cases
     by_engine = {engine: errors(job, engine, names) for engine in args.engines}
     rows: list[dict[str, Any]] = []
     for name in names:

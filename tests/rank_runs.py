@@ -1,11 +1,16 @@
 """What the jobs of several ranks and the tests that read them share: one step of SGD on tiny models, and its reference,
 the same rollouts in one micro-batch of one process."""
 
+import atexit
+import functools
+import importlib.util
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -58,27 +63,46 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+def load(path: Path) -> Any:
+    """A file as a module."""
+    spec = importlib.util.spec_from_file_location(f"job_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def host() -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, str(TESTS / "rank_host.py")], env=env, text=True, **pipes)
+    atexit.register(process.communicate)  # it ends with its input
+    return process
+
+
 def launch(job: Path, arguments, folder: Path, *, seconds: float, **env: str) -> None:
-    """``python JOB ARGUMENTS`` on two ranks of this machine. Raises AssertionError with their last words."""
+    """``main(*arguments)`` of the file ``job`` on two ranks of this machine. Raises AssertionError with their last
+    words."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | env
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env["PYTHONPATH"] = f"{TESTS.parent}{os.pathsep}{TESTS}"
-    ranks = []
-    for rank in ("0", "1"):
-        with (folder / f"log{rank}").open("w") as log:
-            ids = {"RANK": rank, "LOCAL_RANK": rank}
-            command = [sys.executable, str(job), *map(str, arguments)]
-            ranks.append(subprocess.Popen(command, env=env | ids, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=seconds) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | env
+    asked = {
+        "job": str(job),
+        "arguments": [*map(str, arguments)],
+        "folder": str(folder),
+        "seconds": seconds,
+        "env": env,
+    }
+    process = host()
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(asked) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    assert answer, "the host of the ranks has ended"
     logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in (0, 1))
-    assert codes == [0, 0], logs
+    assert json.loads(answer) == [0, 0], logs
 
 
 def saved(folder, name):

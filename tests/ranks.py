@@ -1,5 +1,6 @@
 """Real processes in a gloo group, for tests: ``run_ranks(worker, 2)`` calls ``worker(rank, world)`` in each."""
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -11,8 +12,14 @@ import torch.distributed as dist
 
 def run_ranks(worker, world):
     """Raises what a rank raised. ``worker`` is a function of a module, for it is pickled."""
+    shared = ["torch.distributed.fsdp", "hsd_kernels"]  # imported once, not in each rank
+    if (model := "transformers.models.qwen3.modeling_qwen3") in sys.modules:
+        shared.append(model)
+    multiprocessing.set_forkserver_preload(shared)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, args=(world, os.path.join(folder, "store"), worker), nprocs=world)
+        torch.multiprocessing.start_processes(
+            _rank, args=(world, os.path.join(folder, "store"), worker), nprocs=world, start_method="forkserver"
+        )
 
 
 def leave():

@@ -15,6 +15,8 @@ from hsd.evaluate.interval import share
 
 FORMS = ("the sum, then its value", "a number alone", "other words")
 SHORT = 10  # tokens; with its end
+# What the demo is shown beside: the reward alone, the answer alone, another question's peer, and HSD itself.
+BESIDE = ("hsd 1 to 0 + policy", "grpo", "hsd fixed", "opsd", "hsd unpaired")
 TITLES = {"additions": "additions", "chain_sum": "chains of three numbers"}
 
 
@@ -83,6 +85,7 @@ def write(folder: Path, task: str = "additions") -> str:
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     if trained:
         plot(folder / "curves.png", runs, plan)
+        plot(folder / "beside.png", runs, [row for row in plan if row.name in BESIDE])
     return f"{folder / 'report.md'}: {sum(map(len, runs.values()))} runs"
 
 
@@ -196,8 +199,10 @@ def span(count: int) -> int:
 
 
 def by_span(values: Sequence[float]) -> list[float]:
-    n = span(len(values))
-    return [sum(values[at : at + n]) / len(values[at : at + n]) for at in range(0, len(values), n)]
+    """Means; the last one takes what is left over."""
+    n, count = span(len(values)), max(1, len(values) // span(len(values)))
+    parts = [values[n * k : n * (k + 1) if k < count - 1 else None] for k in range(count)]
+    return [sum(part) / len(part) for part in parts]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,14 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsd.adapters.common import (
-    check_version,
-    divergence,
-    forward,
-    inside_forward,
-    unwrapped,
-    with_whole_head,
-)
+from hsd.adapters.common import check_version, divergence, forward, inside_forward, unwrapped, with_whole_head
 from hsd.policy.forward import FrozenStates
 from hsd.policy.frozen import is_peft
 from hsd_kernels import Divergence

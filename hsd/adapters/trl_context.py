@@ -17,8 +17,14 @@ from torch import Tensor
 
 from hsd.adapters.common import check_version
 from hsd.adapters.trl import TESTED
-from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, build_context
-from hsd.hindsight.groups import Group, Prompt, Rollout
+from hsd.hindsight.context import (
+    DEFAULT_CHAT_TEMPLATE,
+    DEFAULT_TEXT_TEMPLATE,
+    ContextTemplate,
+    PrivilegedContext,
+    build_context,
+)
+from hsd.hindsight.groups import Member, Prompt, Rollout, members
 from hsd.hindsight.peers import PEER_RULES, choose_peers, peer_rng
 from hsd.padding import padded
 
@@ -62,26 +68,10 @@ class PeerAndAnswer:
         size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         first = trainer.accelerator.process_index * len(prompts)
 
-        contexts, solved = [], []
-        for i, (prompt, answer) in enumerate(zip(prompts, feedbacks or [], strict=True)):
-            g, place = divmod(first + i, size)  # a group may be split between ranks: all of them see it whole
-            members = tuple(rollouts[g * size : (g + 1) * size])
-            group = Group(prompt, answer, members, args.success_reward_threshold)
-            solved.append(bool(group.successes))
-            rng = peer_rng(args.seed, trainer.state.global_step, g)
-            peer = choose_peers(group, self.rule, rng=rng)[place]
-            contexts.append(
-                build_context(
-                    trainer._tokenizer,
-                    prompt,
-                    answer,
-                    None if peer is None else members[peer].token_ids,
-                    self.template or (DEFAULT_TEXT_TEMPLATE if isinstance(prompt, str) else DEFAULT_CHAT_TEMPLATE),
-                    max_length=args.max_reprompt_len,
-                    chat_template_kwargs=trainer.chat_template_kwargs,
-                )
-            )
-
+        rows = [{"prompt": q, "answer": a} for q, a in zip(prompts, feedbacks or [], strict=True)]
+        mine = members(rows, rollouts, first=first, group_size=size, success_reward=args.success_reward_threshold)
+        contexts = [self._context(member) for member in mine]
+        solved = [bool(member.group.successes) for member in mine]
         shares = torch.tensor([[s, c.kind == "peer"] for s, c in zip(solved, contexts, strict=True)]).float()
         in_groups, with_peer = trainer.accelerator.gather(shares.to(rewards.device)).mean(0).tolist()
         self.last_metrics = {
@@ -96,3 +86,18 @@ class PeerAndAnswer:
             "teacher_attention_mask": torch.cat([mask.to(device), output["completion_mask"]], 1),
             "self_distillation_mask": torch.ones(len(contexts), device=device),
         }
+
+    def _context(self, member: Member) -> PrivilegedContext:
+        trainer, group = self.trainer, member.group
+        rng = peer_rng(trainer.args.seed, trainer.state.global_step, member.number)
+        peer = choose_peers(group, self.rule, rng=rng)[member.index]
+        default = DEFAULT_TEXT_TEMPLATE if isinstance(group.prompt, str) else DEFAULT_CHAT_TEMPLATE
+        return build_context(
+            trainer._tokenizer,
+            group.prompt,
+            group.answer,
+            None if peer is None else group.rollouts[peer].token_ids,
+            self.template or default,
+            max_length=trainer.args.max_reprompt_len,
+            chat_template_kwargs=trainer.chat_template_kwargs,
+        )

@@ -154,11 +154,8 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise ValueError(f"RUN: expected different folders, got {', '.join(map(str, folders))}")
-    for n in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-n:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+    candidates = (["/".join(p[-n:]) for p in parts] for n in range(1, max(map(len, parts)) + 1))
+    return next(names for names in candidates if len(set(names)) == len(names))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,7 +34,7 @@ from hsd.tasks.task import Policy, Question, Task, load_policy
 from hsd.train.builds import check_builds
 from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
 from hsd.train.config import HSDConfig, unused
-from hsd.train.limits import check_engine, launched
+from hsd.train.limits import check_engine, check_no_tensor_parallelism, launched
 from hsd.train.trainer import HSDTrainer, check_columns
 
 # What may differ between the parts of one run: none of these changes a step.
@@ -88,6 +88,7 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
 def check(run: Run) -> str:
     """What a run would begin with, in a line. Raises ValueError for all that is wrong with it and needs no weights."""
     check_engine(run.config, launched(run.config), peft=run.settings.model.lora is not None)
+    check_no_tensor_parallelism(None, run.config)
     model, data = run.settings.model.path, run.settings.data
     if model is not None:
         check_model(model)
@@ -118,6 +119,7 @@ def train(run: Run) -> int:
     config, out = run.config, run.folder
     engine = launched(config)
     check_engine(config, engine, peft=run.settings.model.lora is not None)
+    check_no_tensor_parallelism(None, config)
     transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line
     if engine.name == "deepspeed":
         check_builds()

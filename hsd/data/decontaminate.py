@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hsd.data.prompts import bare_question
-from hsd.data.rows import Row, last_user_text
+from hsd.data.rows import Row
 from hsd.data.skeleton import skeleton
+from hsd.hindsight.groups import last_user_text
 
 LONG, SHORT = 13, 3  # words
 MIN_OVERLAP, MIN_SHARED = 0.3, 4
@@ -50,7 +51,7 @@ class Match:
 
 def question_of(row: Row) -> str:
     """The question without instructions: the column ``question``, else the last user message."""
-    return row.get("question") or bare_question(last_user_text(row))
+    return row.get("question") or bare_question(last_user_text(row["prompt"]))
 
 
 def words(text: str) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from hsd.data.prompts import bare_question, math_prompt
 from hsd.data.rows import Row, Unusable, accepted, answer_text
-from hsd.verify.answers import extract_answer, is_boxed, normalized
+from hsd.verify.answers import extract_answer, is_boxed
+from hsd.verify.spelling import normalized
 
 
 def last_boxed(text: str) -> str | None:

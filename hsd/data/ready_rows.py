@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hsd.data.prompts import bare_question
-from hsd.data.rows import TEXTS, Row, Unusable, accepted, check_row, last_user_text
+from hsd.data.rows import TEXTS, Row, Unusable, accepted, check_row
+from hsd.hindsight.groups import last_user_text
 
 
 def ready(raw: dict[str, Any]) -> Row:
@@ -35,7 +36,7 @@ def verl(raw: dict[str, Any]) -> Row:
     else:
         row |= {"answer": truth, "solution": _text(extra.get("answer"))}
     row = ready(row | {"question": _text(extra.get("question"))})
-    return {"question": bare_question(last_user_text(row))} | row
+    return {"question": bare_question(last_user_text(row["prompt"]))} | row
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -26,16 +26,7 @@ Row = dict[str, Any]
 TEXTS = ("question", "solution", "demonstration", "tests", "kind", "source", "id", "level", "date")
 # What a trainer passes to a reward function beside the columns of the data.
 TRAINER_COLUMNS = frozenset(
-    (
-        "prompts",
-        "completion",
-        "completions",
-        "completion_ids",
-        "trainer_state",
-        "log_extra",
-        "log_metric",
-        "environments",
-    )
+    "prompts completion completions completion_ids trainer_state log_extra log_metric environments".split()
 )
 KINDS = ("math", "code", "generated")  # each has a verifier
 MOST_DIGITS = 4_300  # of an integer, to Python
@@ -89,11 +80,6 @@ def accepted(answer: Any) -> str | list[str]:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def last_user_text(row: Row) -> str:
-    """What the user says last in the prompt."""
-    return row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
 
 
 def reward_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:

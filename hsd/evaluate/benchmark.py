@@ -9,21 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsd.data.rows import (
-    Row,
-    fingerprint,
-    last_user_text,
-    read_json,
-    read_jsonl,
-    reward_columns,
-    write_json,
-    write_jsonl,
-)
+from hsd.data.rows import Row, fingerprint, read_json, read_jsonl, reward_columns, write_json, write_jsonl
 from hsd.data.sources import Loaded
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.pass_at_k import summarize
 from hsd.evaluate.sampling import Sampling, is_truncated
 from hsd.hindsight.context import tokenize_prompt
+from hsd.hindsight.groups import last_user_text
 
 Reward = Callable[..., Sequence[float | None]]
 Record = dict[str, Any]
@@ -176,7 +168,7 @@ def _totals(records: Sequence[Record], samples: int) -> dict[str, Any]:
 
 def _prompt(tokenizer: Any, row: Row) -> Any:
     """Messages where the tokenizer has a chat template, else the text."""
-    return row["prompt"] if tokenizer.chat_template else last_user_text(row)
+    return row["prompt"] if tokenizer.chat_template else last_user_text(row["prompt"])
 
 
 def _same_settings(path: Path, settings: dict[str, Any], but: Sequence[str]) -> None:

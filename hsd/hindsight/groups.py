@@ -153,6 +153,10 @@ def members(
     return found
 
 
+def last_user_text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def shown_answer(answer: Any) -> str:
     """What a teacher reads of a data set's ``answer``: the text, the first of several accepted ones, "" for None."""
     first = answer[0] if isinstance(answer, list) else answer

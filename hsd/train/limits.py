@@ -61,6 +61,24 @@ def _offloads(policy: Any) -> bool:
     return type(policy).__name__ == "CPUOffloadPolicy" or bool(getattr(policy, "offload_params", policy is True))
 
 
+def check_no_tensor_parallelism(model: Any, args: HSDConfig) -> None:
+    """Raise ValueError where ranks would share one model's matrices: TRL gives every rank rollouts of its own."""
+    deepspeed = getattr(getattr(args, "deepspeed_plugin", None), "deepspeed_config", {})
+    asked = {
+        "model": getattr(model, "tp_size", None),
+        "model_init_kwargs": dict(args.model_init_kwargs or {}).get("tp_plan"),  # type: ignore[arg-type]
+        "parallelism_config": getattr(args.parallelism_config, "tp_size", None),
+        "deepspeed": deepspeed.get("tensor_parallel", {}).get("autotp_size"),
+    }
+    for name, value in asked.items():
+        if value not in (None, 0, 1):
+            what = "tp_plan" if name == "model_init_kwargs" else "tp_size"
+            raise ValueError(
+                f"{name}: expected no tensor parallelism, under which TRL's ranks sample different rollouts for one "
+                f"model, got {what}={value!r}"
+            )
+
+
 def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
     """Raise ValueError for what ``engine`` rules out; ``peft``: whether LoRA is trained."""
     if args.draws and (engine.name == "fsdp" or engine.stage == 3):

@@ -67,7 +67,7 @@ from hsd.train.config import HSDConfig
 from hsd.train.diagnostics import of_texts
 from hsd.train.draw import Writer, draw_metrics, marks, pack_rows, record
 from hsd.train.draw import run as run_draw
-from hsd.train.limits import Engine, check_engine, engine_of
+from hsd.train.limits import Engine, check_engine, check_no_tensor_parallelism, engine_of
 from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
 from hsd.train.micro_batch import MicroBatchLoss
 from hsd.train.step_time import StepTime
@@ -134,6 +134,7 @@ class HSDTrainer(GRPOTrainer):
             )
         if writer_fn is not None and not args.draws:
             raise ValueError(f"writer_fn: expected None with method={args.method!r}, which draws nothing")
+        check_no_tensor_parallelism(model, args)
         self.step_time = StepTime()
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.args: HSDConfig

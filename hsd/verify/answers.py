@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import re
 
-from hsd.verify.quantities import plain_number, read_number, same_number
-from hsd.verify.spelling import ascii_math, normalized, same_text
+from hsd.verify.quantities import read_number, same_number
+from hsd.verify.spelling import ascii_math
 from hsd.verify.units import SCALES, UNITS
-
-__all__ = ["extract_answer", "final_part", "is_boxed", "normalized", "plain_number", "same_text"]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _NAMES = r"(?:think|thinking|thought|thoughts|reasoning|analysis)"

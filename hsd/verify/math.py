@@ -12,15 +12,7 @@ from typing import Any
 from hsd.verify.answers import extract_answer, final_part, is_boxed
 from hsd.verify.quantities import read_number, same_number
 from hsd.verify.spelling import same_text
-from hsd.verify.status import (
-    Completion,
-    Result,
-    Status,
-    check_column,
-    completion_text,
-    in_order,
-    rewards,
-)
+from hsd.verify.status import Completion, Result, Status, check_column, completion_text, in_order, rewards
 from hsd.verify.sympy_pool import SERVERS
 from hsd.verify.values import equal, read_choice
 

@@ -68,7 +68,6 @@ class Outcome:
 class Isolation:
     """What this machine grants a sandboxed program. Detected once; every later run must get the same or fails."""
 
-    platform: str
     layers: tuple[str, ...]
     landlock_abi: int
 
@@ -108,7 +107,7 @@ def isolation() -> Isolation:
             continue
         outcome = _run("import colorsys", layers=tried)
         if outcome.status == "finished":
-            found = Isolation(sys.platform, outcome.layers, landlock_abi())
+            found = Isolation(outcome.layers, landlock_abi())
             if found.level != "strong":
                 warnings.warn(f"programs are judged in a weaker sandbox: {found}", stacklevel=2)
             return found
@@ -163,14 +162,7 @@ def _command(layers: tuple[str, ...], stdin: int | None) -> list[str]:
     program = bubblewrap()
     if "bubblewrap" not in layers or program is None:
         return python
-    apart = [
-        "--unshare-user",
-        "--unshare-ipc",
-        "--unshare-pid",
-        "--unshare-net",
-        "--unshare-uts",
-        "--unshare-cgroup-try",
-    ]
+    apart = [f"--unshare-{namespace}" for namespace in ("user", "ipc", "pid", "net", "uts", "cgroup-try")]
     as_nobody = ["--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL", "--die-with-parent"]
     given = [] if stdin is None else ["--ro-bind-data", str(stdin), "/dev/stdin"]
     return [program, *apart, *as_nobody, *given, *_mounts(), "--chdir", "/", "--", *python]
@@ -248,11 +240,9 @@ def _folder(layers: tuple[str, ...]) -> contextlib.AbstractContextManager[str]:
 
 
 def _file() -> IO[bytes]:
-    """An open file without a name, in memory where there is memfd: a full disk is no program's fault. A file, not a
-    pipe: nothing blocks, and RLIMIT_FSIZE caps what is written."""
-    if sys.platform == "linux":
-        return os.fdopen(os.memfd_create("hsd"), "w+b")
-    return tempfile.TemporaryFile()
+    """An open file without a name, in memory: a full disk is no program's fault. A file, not a pipe: nothing blocks,
+    and RLIMIT_FSIZE caps what is written."""
+    return os.fdopen(os.memfd_create("hsd"), "w+b")
 
 
 def _fill(file: IO[bytes], text: str) -> None:
@@ -275,31 +265,24 @@ def _wait_and_kill(child: subprocess.Popen, timeout: float) -> tuple[str, float]
                 return "starved", own
         return "ended", own
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # before the child is reaped: until then its number is its own
-        except (ProcessLookupError, PermissionError):  # macOS refuses for a group of zombies
-            pass
         child.wait()
 
 
 def _ended(child: subprocess.Popen, timeout: float) -> bool:
-    if sys.platform == "linux":
-        try:
-            fd = os.pidfd_open(child.pid)
-        except OSError:  # before Linux 5.3
-            pass
-        else:
-            try:
-                poll = select.poll()
-                poll.register(fd, select.POLLIN)
-                return bool(poll.poll(timeout * 1000))
-            finally:
-                os.close(fd)
     try:
-        child.wait(timeout)
-        return True
-    except subprocess.TimeoutExpired:
-        return False
+        fd = os.pidfd_open(child.pid)
+    except OSError:  # before Linux 5.3, or a container that refuses
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout)
+        return child.returncode is not None
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+    finally:
+        os.close(fd)
 
 
 def _waited(pid: int) -> float:

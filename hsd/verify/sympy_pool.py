@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -41,15 +42,10 @@ class _Server:
             raise RuntimeError(f"math-verify: expected the child process to start, got {reply}; is it installed?")
 
     def ask(self, gold: str, answer: str, timeout: float, tolerance: float | None = None) -> dict[str, Any]:
-        line = (
-            json.dumps(
-                {"gold": gold, "answer": answer, "tolerance": tolerance, "timeout": timeout, "wide": WIDE}
-            ).encode()
-            + b"\n"
-        )
+        asked = {"gold": gold, "answer": answer, "tolerance": tolerance, "timeout": timeout, "wide": WIDE}
         try:
             assert self.process.stdin is not None
-            self.process.stdin.write(line)
+            self.process.stdin.write(json.dumps(asked).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
             return {"lost": "the server had ended"}
@@ -74,11 +70,9 @@ class _Server:
     def kill(self) -> None:
         self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
-            try:
-                assert pipe is not None
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # an unsent request in the buffer
                 pipe.close()
-            except OSError:  # an unsent request in the buffer
-                pass
         self.process.wait()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hsd.hindsight.groups import Group, Prompt
+from hsd.hindsight.groups import Group, last_user_text
 from hsd.viewer.measure import TokenCredit, Top
 from hsd.viewer.tokens import partial_bytes, token_texts
 
@@ -76,7 +76,7 @@ def payload(tokenizer: Any, groups: Sequence[Group], measured: Sequence[TokenCre
         "first": _first(measured, groups),
         "texts": token_texts(tokenizer, used),
         "bytes": {str(n): data.hex() for n, token in enumerate(used) if (data := partial_bytes(tokenizer, token))},
-        "groups": [[_question(group.prompt), group.answer] for group in groups],
+        "groups": [[last_user_text(group.prompt), group.answer] for group in groups],
         "rollouts": [
             {
                 "group": r.group,
@@ -128,10 +128,6 @@ def _first(measured: Sequence[TokenCredit], groups: Sequence[Group]) -> int:
 def _mean_abs(credit: Tensor) -> float | None:
     mean = credit.abs().mean().item()
     return round(mean, 4) if math.isfinite(mean) else None
-
-
-def _question(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _thousandths(values: Tensor) -> list[int | None]:

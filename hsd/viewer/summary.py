@@ -10,7 +10,7 @@ from statistics import median_low
 from typing import Any
 
 from hsd.hindsight.credit import coverage
-from hsd.hindsight.groups import Group
+from hsd.hindsight.groups import Group, last_user_text
 from hsd.viewer.measure import WINDOWS, TokenCredit, coverage_by_difficulty, credit_tables
 from hsd.viewer.plots import plot_coverage, plot_credit_mass, plot_credit_profile, plot_silence
 
@@ -161,7 +161,6 @@ def _spread(measured: Sequence[TokenCredit]) -> list[TokenCredit]:
 
 def _example(r: TokenCredit, group: Group, tokenizer: Any) -> dict[str, Any]:
     assert r.tau is not None and r.peer is not None
-    question = group.prompt if isinstance(group.prompt, str) else group.prompt[-1]["content"]
 
     def marked(index: int) -> str:
         ids = list(group.rollouts[index].token_ids)
@@ -169,7 +168,7 @@ def _example(r: TokenCredit, group: Group, tokenizer: Any) -> dict[str, Any]:
         return (left + ">>" + tokenizer.decode(ids[r.tau :], skip_special_tokens=True)).replace("\n", "\\n")
 
     return {
-        "question": question.replace("\n", "\\n"),
+        "question": last_user_text(group.prompt).replace("\n", "\\n"),
         "answer": group.answer,
         "rollout": marked(r.rollout),
         "peer": marked(r.peer),

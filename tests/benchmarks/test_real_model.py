@@ -78,7 +78,7 @@ def test_forms_and_short_replies_are_counted():
 
 
 def test_the_report_has_a_line_a_run_and_names_what_was_not_run(tmp_path):
-    held_out = {"mean": 0.5, "low": 0.1, "high": 0.9, "samples": 2, "mean_length": 5.0}
+    held_out = {"mean": 0.5, "low": 0.1, "high": 0.9, "samples": 2, "questions": 1, "mean_length": 5.0}
     replies = [reply("1 + 2 = 3", 1.0), reply("4", 0.0)]
     steps = {"hsd/success_rate": [0.0, 0.5, 0.5, 1.0, 1.0], "hsd/teacher_success": [0.25, None, None, None, None]}
     for name, seed in (("start", 0), ("grpo", 0), ("hsd fixed", 0), ("hsd fixed", 1)):
@@ -88,7 +88,7 @@ def test_the_report_has_a_line_a_run_and_names_what_was_not_run(tmp_path):
         (tmp_path / f"{key(name, seed)}.json").write_text(json.dumps(run))
     report.write(tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| hsd fixed | 1 | 0.50 1.00 | 0.25 | 2.0 |" in text
+    assert "| hsd fixed | 1 | 0.50 1.00 | 0.25 |  | 2.0 |" in text
     assert "| grpo | 50 %, 1.00 | 50 %, 0.00 | 0 % |" in text
     missing = text.splitlines()[-1]
     assert "hsd copy 4" in missing and "grpo" not in missing
@@ -109,3 +109,21 @@ def test_the_class_of_a_token_and_its_share_of_the_loss():
         ("answer_only", "end", 1, 4.0),
     ]
     assert [r["share_of_loss"] for r in found] == pytest.approx([0.5, 0.5])
+
+
+def test_means_of_spans_take_every_step_once():
+    assert report.by_span([1.0, 0.0]) == [0.5]
+    assert report.by_span([1.0] * 4 + [0.0] * 4) == [1.0, 0.0]
+    assert report.by_span([1.0] * 4 + [0.0] * 4 + [1.0]) == [1.0, 0.2]
+    assert report.by_span([float(k) for k in range(60)])[0] == 2.5  # a tenth of 60
+
+
+def test_a_gpus_seconds_are_wall_seconds():
+    assert report.seconds({"cpu_seconds": [1.0]}) == [1.0] and report.seconds({"wall_seconds": [2.0]}) == [2.0]
+
+
+def test_rows_of_a_task_are_its_own(capsys):
+    assert {job.asked["task"] for job in jobs(parse(["--task", "chain_sum"]))} == {"chain_sum"}
+    with pytest.raises(SystemExit):
+        parse(["--task", "chain_sum", "--rows", "hsd live"])
+    assert "--rows: expected rows among start, grpo, hsd fixed" in capsys.readouterr().err

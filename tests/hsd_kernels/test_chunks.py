@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hsd_kernels import fused_hsd_kl, memory, ops, reference, release_memory
+from hsd_kernels import fused_hsd_kl, gemm, memory, ops, reference, release_memory
 from hsd_kernels.divergence import DIVERGENCES
 from hsd_kernels.testing import double, draw, grads, rows_of_bytes, small_problem
 
@@ -148,7 +148,8 @@ def test_a_small_problem_makes_few_calls():
     for _ in range(2):  # the first also asks what the machine can do
         with Recorder() as record:
             torch.autograd.grad(fused_hsd_kl(student, teacher, weight), leaves)
-    assert record.calls <= 39
+    fp32_copies = gemm.machine().bf16 == "none"  # of the operands, where no instruction multiplies bf16
+    assert record.calls <= (49 if fp32_copies else 39)
 
 
 def test_gradients_are_not_made_when_nobody_asked(monkeypatch):

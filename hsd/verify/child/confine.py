@@ -23,7 +23,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 2
 SIGKILL = 9
 
 _libc = ctypes.CDLL(None, use_errno=True)
-if sys.platform == "linux":
+if sys.platform == "linux":  # elsewhere the verifiers without a child process still import
     _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
     _libc.syscall.restype = ctypes.c_long
 
@@ -73,23 +73,20 @@ def become_nobody(layers: list[str]) -> list[str]:
 def die_with_parent() -> None:
     """This process is killed when the one that made it ends, and others of its user cannot trace it or read its
     memory. After the last change of user, which would undo it."""
-    if sys.platform == "linux":
-        _libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
-        _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def shut_files(layers: list[str], readable: list[str]) -> list[str]:
     """Gives up files and TCP for good. Twice nests: a process may then signal its child, and not the other way round,
     so that `die_with_parent` needs a keeper that is shut in before it forks."""
-    if sys.platform != "linux":
-        return []
     _checked(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     return _granted("landlock", lambda: _landlock(readable), layers)
 
 
 def shut_calls(layers: list[str], filter: bytes) -> list[str]:
     """Gives up all system calls that `filter` (a BPF program) does not let through. After `shut_files`."""
-    return _granted("seccomp", lambda: _seccomp(filter), layers) if filter and sys.platform == "linux" else []
+    return _granted("seccomp", lambda: _seccomp(filter), layers) if filter else []
 
 
 def _granted(name: str, restrict: Callable[[], None], layers: list[str]) -> list[str]:
@@ -120,7 +117,7 @@ _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 1, 1 << 2, 1 << 3
 
 def landlock_abi() -> int:
     """0 where the kernel has no Landlock."""
-    return max(0, _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)) if sys.platform == "linux" else 0
+    return max(0, _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
 
 
 def _landlock(readable: list[str]) -> None:

@@ -14,8 +14,9 @@ from hsd.data import SOURCES, load, to_dataset
 from hsd.data.code_sources import private_tests
 from hsd.data.math_sources import Unusable, last_boxed
 from hsd.data.prompts import BOXED, bare_question
-from hsd.data.rows import check_row, fingerprint, last_user_text, write_jsonl
+from hsd.data.rows import check_row, fingerprint, write_jsonl
 from hsd.data.sources import convert_row, load_source
+from hsd.hindsight.groups import last_user_text
 
 SHARED = Path(os.environ.get("HSD_SHARED_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 
@@ -188,7 +189,7 @@ def test_humaneval():
     assert json.loads(row["tests"]) == {k: raw[k] for k in ("test", "entry_point", "prompt")}
     assert row["answer"] == '```python\ndef one():\n    """Gives 1."""\n    return 1\n```'
     assert (row["kind"], row["id"]) == ("code", "HumanEval/0")
-    assert "return 1" not in last_user_text(row) and raw["prompt"].strip() in last_user_text(row)
+    assert "return 1" not in last_user_text(row["prompt"]) and raw["prompt"].strip() in last_user_text(row["prompt"])
 
 
 def test_apps():
@@ -196,7 +197,7 @@ def test_apps():
     assert json.loads(row["tests"]) == json.loads(APPS["input_output"])
     assert row["answer"] == "```python\nprint(sum(map(int, input().split())))\n```"
     assert (row["level"], row["id"], row["kind"]) == ("interview", "12", "code")
-    assert "stdin" in last_user_text(row)
+    assert "stdin" in last_user_text(row["prompt"])
     for empty in ("", json.dumps({"inputs": [], "outputs": []})):
         with pytest.raises(Unusable, match="no tests"):
             convert_row(APPS | {"input_output": empty})
@@ -207,8 +208,8 @@ def test_apps_functions_and_their_huge_integers():
     cases = '{"fn_name": "grow", "inputs": [[2]], "outputs": [[' + "9" * 5000 + "]]}"  # Python stops at 4,300 digits
     row = converted(APPS | {"input_output": cases, "starter_code": "def grow(n):\n\t"})
     assert row["tests"] == cases
-    assert "def grow(n):" in last_user_text(row) and "stdin" not in last_user_text(row)
-    assert "`grow`" in last_user_text(converted(APPS | {"input_output": cases, "starter_code": ""}))
+    assert "def grow(n):" in last_user_text(row["prompt"]) and "stdin" not in last_user_text(row["prompt"])
+    assert "`grow`" in last_user_text(converted(APPS | {"input_output": cases, "starter_code": ""})["prompt"])
 
 
 def test_livecodebench():
@@ -216,7 +217,7 @@ def test_livecodebench():
     expected = {"inputs": ["[1, 2]\n3", "[4]\n0"], "outputs": ["[3]", "[]"], "fn_name": "pairs"}
     assert json.loads(row["tests"]) == expected
     assert (row["date"], row["level"], row["id"], row["answer"]) == ("2024-08-17", "easy", "2845", "")
-    assert "class Solution:" in last_user_text(row)
+    assert "class Solution:" in last_user_text(row["prompt"])
     stdin = [{"input": "1\n", "output": "2\n", "testtype": "stdin"}]
     row = converted(
         LCB | {"public_test_cases": json.dumps(stdin), "private_test_cases": "[]", "starter_code": "", "metadata": "{}"}
@@ -244,7 +245,7 @@ def test_a_question_has_the_instruction_once():
     assert bare_question(f"{BOXED} What is 2+2?") == "What is 2+2?"
     assert bare_question("Put your final answer in a box, in \\boxed{} form.").endswith("form.")
     row = converted({"problem": carried, "answer": "4"})
-    assert last_user_text(row).count("boxed") == 1 and row["question"] == "What is 2+2?"
+    assert last_user_text(row["prompt"]).count("boxed") == 1 and row["question"] == "What is 2+2?"
 
 
 def test_ready_rows_and_their_checks():
@@ -436,7 +437,7 @@ def test_the_real_files(file, count):
     assert (len(loaded.rows), loaded.total) == (count, count)
     for row in map(check_row, loaded.rows):
         assert row["question"] and row["answer"]
-        assert last_user_text(row).count(BOXED) == (row["kind"] == "math")
+        assert last_user_text(row["prompt"]).count(BOXED) == (row["kind"] == "math")
         if "gsm8k" in file or "svamp" in file:
             assert re.fullmatch(r"-?\d+", row["answer"])
             assert "<<" not in row.get("solution", "")

@@ -1,23 +1,19 @@
-"""One rank of a two-rank job on gloo under DeepSpeed or accelerate's FSDP2: one step of each case, and two runs that
-are stopped and resumed.
+"""One rank of a two-rank job on gloo under DeepSpeed or accelerate's FSDP2, for `rank_runs.launch`: one step of each
+case, and runs that are stopped and resumed."""
 
-RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 PYTHONPATH=.:tests \
-    python engine_job.py zero3 FOLDER [CASE ...]
-"""
-
+import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from rank_runs import QUESTIONS, TESTS, make, start_elsewhere, weights
-from ranks import leave
 from tiny_runs import CHECKPOINTED, TOKENIZER, qwen3
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hsd.cli.__main__ import main as hsd
+from hsd.methods.state import Hysteresis
 from hsd.policy.sharding import gather
 
 ENGINES = ("zero2", "zero3", "fsdp2")
@@ -30,9 +26,11 @@ _FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "ACCELERATE_TORCH_DEVICE": "cpu",
 }
-ENVIRONMENT = {"fsdp2": _FSDP2} | {f"zero{stage}": {"DS_ACCELERATOR": "cpu"} for stage in (1, 2, 3)}
+ENVIRONMENT = {"fsdp2": _FSDP2}
 LIVE = {"teacher": "live", "reference_coef": 0.0}
-ANTISD = {"method": "antisd", "method_args": {"verdict": False}}
+COPY = {"teacher": "copy", "teacher_copy_steps": 1}
+GATED = {"teacher": "gated", "teacher_gate": [1, 0.0, 1.0]}  # opens after the first generation
+ANTISD = {"method": "antisd", "method_args": {"verdict": False}}  # the tokenizer lacks the words of a verdict
 # name: (rows of a rank's micro-batch, HSDConfig's fields, arguments of `rank_runs.make`)
 CASES = {
     "live": (2, LIVE | CHECKPOINTED, {"tied": False}),
@@ -42,9 +40,8 @@ CASES = {
     "perplexity peers": (2, LIVE | {"peer_rule": "lowest_perplexity", "prefix_sharing": "none"}, {}),
     "sdpo": (2, {"method": "sdpo"}, {"tied": False}),
     "grpo+opsd, old": (2, {"method": "grpo+opsd", "num_iterations": 2}, {}),
-    "copy": (2, {"teacher": "copy", "teacher_copy_steps": 1, "reference_coef": 0.5, "method": "egrsd"}, {}),
-    "lora, gated": (2, {"teacher": "gated", "teacher_gate": [1, 0.0, 1.0], "reference_coef": 0.0}, {"lora": True}),
-    # A live teacher scores; the tokenizer lacks the words of a verdict.
+    "copy": (2, COPY | {"reference_coef": 0.5, "method": "egrsd"}, {}),
+    "lora, gated": (2, GATED | {"reference_coef": 0.0}, {"lora": True}),
     "antisd": (1, ANTISD | {"gradient_accumulation_steps": 2}, {"tied": False}),
     "lora, fixed+reference": (2, {"teacher": "fixed", "reference_coef": 0.5}, {"lora": True}),
     "lora, ema": (2, {"teacher": "ema", "reference_coef": 0.5, "reference_refresh_steps": 1}, {"lora": True}),
@@ -58,7 +55,7 @@ RUN = {
     "reference_coef": 0.5,
     "reference_refresh_steps": 2,
     "reference_ema_rate": 0.3,
-    "max_steps": 4,
+    "max_steps": 3,
     "optim": "adamw_torch",
     "learning_rate": 1e-2,
     "save_strategy": "steps",
@@ -120,7 +117,10 @@ def case(name: str) -> tuple[int, dict, dict]:
     if name in CASES:
         return CASES[name]
     method, teacher, *lora = name.split(":")
-    return 2, {"method": method, "teacher": teacher, "reference_coef": 0.5}, {"tied": False, "lora": bool(lora)}
+    options = {"method": method, "teacher": teacher, "reference_coef": 0.5}
+    more = {"copy": COPY, "gated": GATED, "antisd": ANTISD}
+    options |= more.get(teacher, {}) | more.get(method, {})
+    return 2, options, {"tied": False, "lora": bool(lora)}
 
 
 def one_step(engine: str, name: str, folder: Path) -> dict:
@@ -143,13 +143,15 @@ def one_step(engine: str, name: str, folder: Path) -> dict:
     object.__setattr__(trainer.micro_batch_loss, "tree", tree)
     assert (trainer.prefix_sharing == "none") == (options.get("prefix_sharing") == "none")
     start_elsewhere(trainer)
+    if isinstance(trainer.method_state, Hysteresis):
+        trainer.method_state.warmup = 0  # its gate would be 0 in a first step, and the teacher would not matter
     before = weights(trainer.model)
     trainer.train()
     after = whole(trainer)
     gradient = {n: before[n] - after[n] for n in before}
     shared = [t is not None for t in trees]
     out = {"gradient": gradient, "batches": trainer.batches, "shared": shared, "asked": asked}
-    if options.get("teacher") in ("copy", "gated"):  # is the student after the step
+    if trainer.frozen.teacher == "copied_teacher":  # is the student after the step
         student = {n.replace(".default.", ".*."): t for n, t in after.items()}
         out["copied"] = [student, frozen(trainer)["copied_teacher"]]
     return out | {"loss": trainer.state.log_history[0]["loss"]}
@@ -165,14 +167,14 @@ class Follow(TrainerCallback):
         self.students.append(whole(self.trainer))
 
 
-def run(engine: str, folder: Path, steps: int, resume=None, seed=1, **options):
+def run(engine: str, folder: Path, resume=None, seed=1, **options):
     """A model partitioned as it is loaded, as `hsd train` does."""
     reset()
     if torch.distributed.get_rank() == 0 and not (folder / f"start{seed}").exists():
         qwen3(seed).save_pretrained(folder / f"start{seed}")
     torch.distributed.barrier()
     follow = Follow()
-    options = RUN | {"max_steps": steps} | of(engine) | options
+    options = RUN | of(engine) | options
     if engine == "fsdp2" and options.pop("bf16", False):  # HSDConfig asks for a GPU here, accelerate does not
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     args = {"callbacks": [follow], "lora": options.pop("lora", False)}
@@ -185,14 +187,14 @@ def run(engine: str, folder: Path, steps: int, resume=None, seed=1, **options):
 
 
 def resumed(engine: str, folder: Path, name: str, **options) -> dict:
-    """Four steps in one go; and two, and two more in a model of other initial weights (with LoRA of the same)."""
-    trainer, students = run(engine, folder, 4, name=f"{name} whole", **options)
+    """Three steps in one go; and the third again, from the checkpoint of the second, in a model of other initial
+    weights (with LoRA of the same)."""
+    trainer, students = run(engine, folder, name=f"{name} whole", **options)
     out = {"students": students, "whole": [whole(trainer), frozen(trainer)]}
     trainer.save_model(str(folder / f"{name} model"))
-    run(engine, folder, 2, name=f"{name} parts", **options)
     seed = 1 if options.get("lora") else 2
-    checkpoint = str(folder / f"{name} parts" / "checkpoint-2")
-    trainer, _ = run(engine, folder, 4, resume=checkpoint, seed=seed, name=f"{name} parts", **options)
+    checkpoint = str(folder / f"{name} whole" / "checkpoint-2")
+    trainer, _ = run(engine, folder, resume=checkpoint, seed=seed, name=f"{name} parts", **options)
     return out | {"parts": [whole(trainer), frozen(trainer)]}
 
 
@@ -203,9 +205,15 @@ RUNS = {
 }
 
 
-def command_line(engine: str, folder: Path) -> None:
+CONFIGS = {
+    "ddp": ("cpu_demo", "qwen3_1.7b_lora_1gpu"),
+    "zero3": ("qwen3_32b_32gpu_zero3_vllm",),
+    "fsdp2": ("qwen3_8b_8gpu_fsdp2",),
+}
+
+
+def command_line(engine: str, config: str, folder: Path) -> None:
     """`hsd train` from a shipped configuration, with a model, questions and batches of this size; and its resume."""
-    config = {"zero3": "qwen3_32b_32gpu_zero3_vllm", "fsdp2": "qwen3_8b_8gpu_fsdp2"}[engine]
     if torch.distributed.get_rank() == 0:
         qwen3().save_pretrained(folder / "tiny")
         TOKENIZER.save_pretrained(folder / "tiny")
@@ -214,12 +222,7 @@ def command_line(engine: str, folder: Path) -> None:
     torch.distributed.barrier()
     words = {
         "model.path": folder / "tiny",
-        "data.path": folder / "questions.jsonl",
-        "data.instruction": "",
-        "reward": "hsd.tasks.small_world:reward",
-        "output_dir": folder / "cli",
-        "with_peer_template": "[{answer}|{demonstration}]",
-        "answer_only_template": "[{answer}]",
+        "output_dir": folder / config,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
         "max_completion_length": 6,
@@ -228,30 +231,37 @@ def command_line(engine: str, folder: Path) -> None:
         "bf16": "false",
         "report_to": "none",
     }
-    words |= {"deepspeed": folder / "deepspeed.json", "use_cpu": "true"} if engine == "zero3" else {}
+    if config != "cpu_demo":  # which brings its questions
+        words |= {"data.path": folder / "questions.jsonl", "data.split": "null", "data.instruction": ""}
+        words |= {"reward": "hsd.tasks.small_world:reward", "answer_only_template": "[{answer}]"}
+        words |= {"with_peer_template": "[{answer}|{demonstration}]"}
+    words |= {} if engine == "fsdp2" else {"use_cpu": "true"}
+    words |= {"deepspeed": folder / "deepspeed.json"} if engine == "zero3" else {}
     for steps in (1, 2):
         reset()
         given = [f"--{key}={value}" for key, value in (words | {"max_steps": steps}).items()]
         assert hsd(["train", str(TESTS.parent / "configs" / f"{config}.yaml"), *given]) == 0
 
 
-def main() -> None:
-    engine, folder, *cases = sys.argv[1:]
-    rank, folder = int(os.environ["RANK"]), Path(folder)
+def warm() -> None:
+    """What DeepSpeed imports late, TorchInductor with it."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if importlib.util.find_spec("deepspeed") is not None:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+def main(engine: str, folder: str, *cases: str) -> None:
+    rank, here = int(os.environ["RANK"]), Path(folder)
     prepare(engine)
     for name in cases or CASES:
         if (name in CASES or ":" in name) and name not in WITHOUT.get(engine, ()):
-            torch.save(one_step(engine, name, folder), folder / f"{name}-{rank}.pt")
+            torch.save(one_step(engine, name, here), here / f"{name}-{rank}.pt")
             print("done", name, flush=True)
     for name in cases or RUNS:
         if name in RUNS:
-            torch.save(resumed(engine, folder, name, **RUNS[name]), folder / f"{name}-{rank}.pt")
+            torch.save(resumed(engine, here, name, **RUNS[name]), here / f"{name}-{rank}.pt")
             print("done", name, flush=True)
-    if engine != "zero2" and (not cases or "cli" in cases):
-        command_line(engine, folder)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
-    leave()
+    for config in CONFIGS.get(engine, ()):
+        if not cases or config in cases:
+            command_line(engine, config, here)
+            print("done", config, flush=True)

@@ -1,15 +1,10 @@
-"""One rank of a two-rank job on gloo: trains with DDP and saves what it saw.
-
-RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 PYTHONPATH=.:tests python job.py FOLDER
-"""
+"""One rank of a two-rank job on gloo, for `rank_runs.launch`: trains with DDP and saves what it saw."""
 
 import signal
-import sys
 from pathlib import Path
 
 import torch
 from rank_runs import make, start_elsewhere, weights
-from ranks import leave
 from transformers import TrainerCallback
 
 from hsd.train.callbacks import StopOnSignal
@@ -69,16 +64,10 @@ def interrupted(folder: Path, rank: int) -> None:
     torch.save({"stopped_at": first.state.global_step, **saved}, folder / f"interrupted-{rank}.pt")
 
 
-def main() -> None:
-    folder, rank = Path(sys.argv[1]), torch.distributed.get_rank()
-    for name in DDP:
-        ddp(name, folder, rank)
-    interrupted(folder, rank)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(folder: str) -> None:
     torch.distributed.init_process_group("gloo")
-    main()
+    here, rank = Path(folder), torch.distributed.get_rank()
+    for name in DDP:
+        ddp(name, here, rank)
+    interrupted(here, rank)
     torch.distributed.destroy_process_group()
-    leave()

@@ -11,16 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from rank_runs import QUESTIONS, TESTS, assert_same, joined, launch, one_process, saved
+from rank_runs import QUESTIONS, TESTS, assert_same, joined, launch, load, one_process, saved
 from safetensors.torch import load_file
 from tiny_runs import TOKENIZER, qwen3
 from transformers import AutoModelForCausalLM
 
 PATH = Path(__file__).with_name("engine_job.py")
-spec = importlib.util.spec_from_file_location("hsd_engine_job", PATH)
-assert spec is not None and spec.loader is not None
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
+job = load(PATH)
 
 STEPS = [(e, name) for e in job.ENGINES for name in job.CASES if name not in job.WITHOUT.get(e, ())]
 RUNS = [(e, name) for e in job.ENGINES for name in job.RUNS]
@@ -38,7 +35,9 @@ def folders(tmp_path_factory):
             pytest.skip("torch was built without gloo")
         if engine not in done:
             done[engine] = tmp_path_factory.mktemp(engine)
-            launch(PATH, [engine, done[engine]], done[engine], seconds=240, **job.ENVIRONMENT.get(engine, {}))
+            cases = job.CONFIGS["ddp"] if engine == "ddp" else ()  # its steps are those of test_two_ranks.py
+            environment = job.ENVIRONMENT.get(engine, {})
+            launch(PATH, [engine, done[engine], *cases], done[engine], seconds=400, **environment)
         return done[engine]
 
     return folder
@@ -102,14 +101,14 @@ def test_averages_are_those_computed_by_hand(engine, name, folders):
     start, *students = [{n.replace(".default.", ".*."): t.double() for n, t in s.items()} for s in rank["students"]]
     expected, frozen = {}, rank["whole"][1]
     for kind, rate in (("ema_teacher", "teacher_ema_rate"), ("reference_average", "reference_ema_rate")):
+        if kind == "reference_average" and options["reference_refresh_steps"] is None:
+            continue
         average = start
-        for student in students:
+        for step, student in enumerate(students, 1):
             average = {n: torch.lerp(average[n], student[n], options[rate]) for n in average}
+            if kind == "reference_average" and step == options["reference_refresh_steps"]:
+                expected["reference"] = average
         expected[kind] = average
-    if options["reference_refresh_steps"] is not None:
-        expected["reference"] = expected["reference_average"]  # of step 4
-    else:
-        del expected["reference_average"]
     assert frozen.keys() - {"initial_policy"} == expected.keys()
     for kind, tensors in expected.items():
         moved = max((tensors[n] - start[n]).abs().max() for n in start)
@@ -138,22 +137,25 @@ def test_the_final_model_and_the_frozen_files_hold_weights(engine, name, folders
         for n, t in student.items():
             torch.testing.assert_close(loaded[n].float(), t, rtol=1e-2 if "bf16" in name else 0, atol=0)
     for kind, tensors in frozen.items():
-        at = folder / f"{name} whole" / ("." if kind == "initial_policy" else "checkpoint-4")
+        at = folder / f"{name} whole" / ("." if kind == "initial_policy" else "checkpoint-3")
         stored = load_file(at / f"{kind}.safetensors")
         assert_equal(stored, tensors)
 
 
-@pytest.mark.parametrize(("engine", "named"), [("zero3", "DeepSpeed ZeRO-3"), ("fsdp2", "FSDP2")])
-def test_the_shipped_configurations_train_and_resume(engine, named, folders):
+@pytest.mark.parametrize(("engine", "config"), [(e, c) for e, configs in job.CONFIGS.items() for c in configs])
+def test_the_shipped_configurations_train_and_resume(engine, config, folders):
     """Neither waits for the other rank for ever: the job has a time limit."""
     folder = folders(engine)
-    log = (folder / "log0").read_text()
-    assert log.count(f"2 processes on cpu, {named}") == 2 and "resuming after step 1" in log
-    steps = json.loads((folder / "cli" / "model" / "trainer_state.json").read_text())["global_step"]
-    first, last = (load_file(folder / "cli" / at / "model.safetensors") for at in ("checkpoint-1", "model"))
-    assert steps == 2 and first.keys() == last.keys()
-    assert not all(torch.equal(first[n], last[n]) for n in first)
-    assert (folder / "cli" / "initial_policy.safetensors").exists()  # the paper's reference term
+    named = {"ddp": "whole weights", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}[engine]
+    log, out, lora = (folder / "log0").read_text(), folder / config, "lora" in config
+    assert log.count(f"{config}: 2 processes on cpu, {named}") == 2
+    assert f"{config}: {8 if 'qwen3' in config else 2048} questions, resuming after step 1" in log
+    assert json.loads((out / "model" / "trainer_state.json").read_text())["global_step"] == 2
+    file = f"{'adapter_' if lora else ''}model.safetensors"
+    first, last = (load_file(out / at / file) for at in ("checkpoint-1", "model"))
+    assert first.keys() == last.keys() and not all(torch.equal(first[n], last[n]) for n in first)
+    # Of the reference term, and of the demo's fixed teacher; with LoRA the adapters off.
+    assert (out / "initial_policy.safetensors").exists() != lora
 
 
 def test_a_launch_that_starts_one_process_says_so(tmp_path):

@@ -1,12 +1,14 @@
 """What an engine rules out is refused by name before a model is loaded: here from settings and environment alone."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from tiny_runs import STEP
+from tiny_runs import STEP, half
 
 from hsd.train.config import HSDConfig
-from hsd.train.limits import Engine, check_engine, launched
+from hsd.train.limits import Engine, check_engine, check_no_tensor_parallelism, launched
+from hsd.train.trainer import HSDTrainer
 
 LIVE = {"teacher": "live", "reference_coef": 0.0}
 TWIN = {"teacher": "fixed", "reference_coef": 0.0}
@@ -64,3 +66,26 @@ def test_the_launcher_is_asked_for_the_engine(tmp_path, monkeypatch):
     assert launched(args) == Engine("fsdp", fsdp_offload=True)
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
     assert launched(args).stage == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "plugin", "named"),
+    [
+        ({"model_init_kwargs": {"tp_plan": "auto"}}, {}, "model_init_kwargs: expected no .*, got tp_plan='auto'$"),
+        ({"parallelism_config": SimpleNamespace(tp_size=4)}, {}, "parallelism_config: expected no .*, got tp_size=4$"),
+        ({}, {"tensor_parallel": {"autotp_size": 2}}, "deepspeed: expected no .*, got tp_size=2$"),
+    ],
+)
+def test_tensor_parallelism_is_refused(options, plugin, named, tmp_path):
+    args = config(tmp_path, **LIVE)
+    for name, value in options.items():
+        setattr(args, name, value)
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config=plugin)
+    with pytest.raises(ValueError, match=named):
+        check_no_tensor_parallelism("a folder", args)
+
+
+def test_a_trainer_refuses_a_model_that_ranks_share(tmp_path):
+    model: Any = SimpleNamespace(tp_size=2)  # as transformers' tp_plan="auto" leaves it
+    with pytest.raises(ValueError, match=r"^model: expected no tensor parallelism, .*, got tp_size=2$"):
+        HSDTrainer(model, half, config(tmp_path, **LIVE))

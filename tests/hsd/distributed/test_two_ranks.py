@@ -3,22 +3,18 @@
 FSDP2 as accelerate sets it up, and DeepSpeed, are in test_engines.py.
 """
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import QUESTIONS, SIZE, assert_same, joined, launch, one_process, saved
+from rank_runs import QUESTIONS, SIZE, assert_same, joined, launch, load, one_process, saved
 from tiny_runs import STEP, TOKENIZER, half
 
 from hsd.hindsight.groups import Group, Rollout
 from hsd.hindsight.peers import choose_peers, peer_rng
 
 PATH = Path(__file__).with_name("job.py")
-spec = importlib.util.spec_from_file_location("hsd_two_rank_job", PATH)
-assert spec is not None and spec.loader is not None
-job = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(job)
+job = load(PATH)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
 """The count of `hsd plan` against tiny models that are built, and by hand."""
 
+import socket
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from peft import get_peft_model
 from tiny_runs import LORA, STEP, TOKENIZER, qwen3
 
 from hsd.cli.__main__ import main
+from hsd.cli.plan import read_config
 from hsd.train.config import HSDConfig
 from hsd.train.plan import GB, Shape, engine_named, plan, shape_of
 
@@ -94,3 +97,26 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert main(["plan", config, "--model.path", str(tmp_path), "--engine", "zero4"]) == 2
     assert "engine: expected one of ddp, zero1, zero2, zero3, fsdp2, got 'zero4'" in capsys.readouterr().err
     assert main(["plan", config, "--model.path", str(tmp_path), "--gpus", "0"]) == 2
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: None)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_url", lambda *words: asked.append(words) or f"http://127.0.0.1:{free}/config.json"
+    )
+    assert main(["plan", str(CONFIGS / "qwen3_8b_8gpu_fsdp2.yaml"), "--gpus", "8"]) == 2
+    assert asked == [("Qwen/Qwen3-8B", "config.json")]
+    assert capsys.readouterr().err.splitlines() == [
+        "error: model.path: expected a folder with a config.json, or a hub id where the hub answers, got "
+        "'Qwen/Qwen3-8B' and ConnectError; give --model.path FOLDER"
+    ]
+
+
+def test_the_cache_is_read_before_the_hub_is_asked(tmp_path, monkeypatch):
+    qwen3().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: str(tmp_path / file))
+    assert read_config("some/model").hidden_size == qwen3().config.hidden_size

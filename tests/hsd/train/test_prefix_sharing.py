@@ -81,6 +81,22 @@ def step(tmp_path, **options):
     return before, after, next(row for row in trainer.state.log_history if "loss" in row), trainer
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        {"teacher": "live", "reference_coef": 0.5, **ACCUMULATED, **CHECKPOINTED},
+        {"teacher": "fixed", "reference_coef": 0.5},
+        {"teacher": "ema", "reference_coef": 0.0, **ACCUMULATED},
+        {"teacher": "fixed", "reference_coef": 0.5, "peft_config": LORA, **CHECKPOINTED},
+        {"teacher": "live", "reference_coef": 0.0, "peft_config": LORA},
+    ],
+    ids=["live+reference", "fixed+reference", "ema", "lora+fixed+reference", "lora+live"],
+)
+def unshared(request, tmp_path_factory):
+    """Options, and the `step` that they take without sharing."""
+    return request.param, step(tmp_path_factory.mktemp("none"), prefix_sharing="none", **request.param)
+
+
 @pytest.mark.parametrize(
     ("sharing", "way"),
     [
@@ -90,20 +106,9 @@ def step(tmp_path, **options):
     ],
     ids=["tree", "prompt", "two-phase"],
 )
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"teacher": "live", "reference_coef": 0.5, **ACCUMULATED, **CHECKPOINTED},
-        {"teacher": "fixed", "reference_coef": 0.5},
-        {"teacher": "ema", "reference_coef": 0.0, **ACCUMULATED},
-        {"teacher": "fixed", "reference_coef": 0.5, "peft_config": LORA, **CHECKPOINTED},
-        {"teacher": "live", "reference_coef": 0.0, "peft_config": LORA},
-    ],
-    ids=["live+reference", "fixed+reference", "ema", "lora+fixed+reference", "lora+live"],
-)
-def test_the_same_step_as_without(options, sharing, way, tmp_path):
-    before, expected, row, _ = step(tmp_path / "none", prefix_sharing="none", **options)
-    start, got, logged, trainer = step(tmp_path / "tree", **sharing, **options)
+def test_the_same_step_as_without(unshared, sharing, way, tmp_path):
+    options, (before, expected, row, _) = unshared
+    start, got, logged, trainer = step(tmp_path, **sharing, **options)
     assert set(trainer.ways) == {way}
     scale = max((expected[n] - before[n]).abs().max() for n in before).item()
     assert scale > 1e-4

@@ -2,7 +2,9 @@ import time
 
 import pytest
 
-from hsd.verify.answers import extract_answer, normalized, plain_number, same_text
+from hsd.verify.answers import extract_answer
+from hsd.verify.quantities import plain_number
+from hsd.verify.spelling import normalized, same_text
 
 
 @pytest.mark.parametrize(

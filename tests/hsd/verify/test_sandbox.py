@@ -143,7 +143,7 @@ def test_a_level_says_what_it_stops():
     assert tried.keys() == sandbox.STOPS.keys()
     for layers in (isolation().layers, ("landlock", "seccomp"), ("seccomp",)):
         control = sandbox._run("print(1)", layers=layers)
-        for what, stopped in Isolation("linux", control.layers, 7).stops.items():
+        for what, stopped in Isolation(control.layers, 7).stops.items():
             for name in tried[what] if stopped else []:
                 outcome = sandbox._run(FORBIDDEN[name], layers=layers)
                 assert outcome.status == "crashed", (layers, what, name, outcome)
@@ -184,11 +184,11 @@ def test_a_sandbox_that_does_not_start_is_the_verifiers_failure(monkeypatch, tmp
 
 
 def test_isolation_is_printable_and_says_what_is_missing():
-    weak = Isolation("linux", ("landlock", "seccomp"), 7)
+    weak = Isolation(("landlock", "seccomp"), 7)
     assert weak.level == "partial" and "apt install bubblewrap" in weak.remedy
     assert "not stopped: stat of any path, notes for later programs" in str(weak) and "landlock 7" in str(weak)
-    assert Isolation("darwin", (), 0).level == "limits" and "pyseccomp" in Isolation("darwin", (), 0).remedy
-    strong = Isolation("linux", ("bubblewrap", "seccomp"), 7)
+    assert Isolation((), 0).level == "limits" and "pyseccomp" in Isolation((), 0).remedy
+    strong = Isolation(("bubblewrap", "seccomp"), 7)
     assert strong.level == "strong" and not strong.remedy and all(strong.stops.values())
 
 
