@@ -11,8 +11,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from hsd.tasks.settings import Data, Lora, Settings
 from hsd.tasks.task import Policy, Question, Task, load_policy
 from hsd.train.builds import check_builds
 from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
-from hsd.train.config import HSDConfig
+from hsd.train.config import HSDConfig, unused
 from hsd.train.limits import check_engine, check_no_tensor_parallelism, launched
 from hsd.train.trainer import HSDTrainer, check_columns
 
@@ -49,6 +49,7 @@ class Run:
     settings: Settings
     config: HSDConfig
     base: Task | None  # the registered task of ``settings.task``
+    left_out: Mapping[str, Any] = field(default_factory=dict)  # settings that the method does not use
 
     @property
     def folder(self) -> Path:
@@ -78,7 +79,8 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
     if check and not torch.cuda.is_available():
         given["use_cpu"] = True
     try:
-        return Run(settings, HSDConfig(**given), base)
+        left_out = {name: given.pop(name) for name in unused(given)}
+        return Run(settings, HSDConfig(**given), base, left_out)
     except ValueError as error:
         raise ValueError(f"{source}: train.{error}") from error
 
@@ -86,6 +88,7 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
 def check(run: Run) -> str:
     """What a run would begin with, in a line. Raises ValueError for all that is wrong with it and needs no weights."""
     check_engine(run.config, launched(run.config), peft=run.settings.model.lora is not None)
+    check_no_tensor_parallelism(None, run.config)
     model, data = run.settings.model.path, run.settings.data
     if model is not None:
         check_model(model)
@@ -95,6 +98,11 @@ def check(run: Run) -> str:
     check_questions(run, task)
     rewards = ", ".join(getattr(reward, "__name__", "?") for reward in task.rewards)
     return f"{task.title}: {len(task.questions)} questions, {len(task.held_out)} held out, reward {rewards}"
+
+
+def left_out(run: Run) -> str:
+    """In a line, the settings that the run's method does not use."""
+    return f"method {run.config.method} does not use " + ", ".join(f"{k}={v!r}" for k, v in run.left_out.items())
 
 
 def check_questions(run: Run, task: Task) -> None:
@@ -144,6 +152,8 @@ def train(run: Run) -> int:
         return 0
     # An accelerate launch with --cpu starts one process, whatever number it is given.
     say(f"{out}: {config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}, {engine}")
+    if run.left_out:
+        say(f"{out}: {left_out(run)}")
     say(f"{out}: {len(task.questions)} questions, " + (f"resuming after step {done}" if done else "from the start"))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

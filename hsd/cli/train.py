@@ -25,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.cli.run import as_yaml, check, prepare, train
+    from hsd.cli.run import as_yaml, check, left_out, prepare, train
     from hsd.cli.settings import load
 
     job = prepare(load(args.config, args.overrides), args.config.stem, source=str(args.config), check=args.check)
     if args.check:
+        if job.left_out:
+            print(left_out(job), file=sys.stderr)
         print(f"checked, all but the weights: {check(job)}", file=sys.stderr)
         print(as_yaml(job), end="")
         return 0

@@ -1,7 +1,8 @@
-"""Alarms: signs in a run's metrics that training collapses.
+"""Alarms: signs in a run's metrics that training collapses, or learns nothing.
 
 A live teacher at a high learning rate ends at success 0 (docs/teachers.md). Each sign alone has innocent causes, so
-every alarm compares the last `WINDOW` steps with the run's own past.
+every alarm compares the last `WINDOW` steps with the run's own past. A fall must also be larger than chance makes it
+with the number of questions: with 4 a step the mean of five steps falls by half in most runs of a policy that stays.
 
 The paper's run without a reference term ends in repeated trailing tokens (arXiv 2606.15576, beta = 0 at step 1,200).
 `repeated_tail` detects them in one rollout; the share of such rollouts is the metric ``hsd/repeated_tail``.
@@ -13,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 WINDOW = 5
+DEVIATIONS = 3.0  # of the difference between two windows, where the questions' difficulty is all that varies
 TAIL, COPIES, LONGEST_CYCLE = 20, 4, 32  # tokens, times, tokens
 
 
@@ -33,14 +35,20 @@ def _cycles(ids: Sequence[int], period: int) -> bool:
     return tail[period:] == tail[:-period]
 
 
-def alarms(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """{name: sentence} for every alarm that holds at the end of ``history``, one mapping of metrics per step."""
+def alarms(history: Sequence[Mapping[str, float]], questions: float | None = None) -> dict[str, str]:
+    """{name: sentence} for every alarm that holds at the end of ``history``, one mapping of metrics per step.
+
+    ``questions``: of a step. Without their number every fall by half counts.
+    """
     if len(history) < 2 * WINDOW:
         return {}
     found = {}
-    best, success = _best(history, "hsd/success_rate"), _last(history, "hsd/success_rate")
-    if best is not None and success is not None and best > 0.05 and success < 0.5 * best:
-        found["success"] = f"success fell from {best:.3f} at best to {success:.3f}"
+    (best, end), success = _best(history, "hsd/success_rate"), _last(history, "hsd/success_rate")
+    if best is not None and success is not None and best > 0.05 and _halved(best, success, questions):
+        found["success"] = (
+            f"success fell from {best:.3f}, the mean of the best {WINDOW} steps, which ended {len(history) - end} "
+            f"steps ago, to {success:.3f} in the last {WINDOW}"
+        )
     first, entropy = _first(history, "hsd/student_entropy"), _last(history, "hsd/student_entropy")
     start = _first(history, "hsd/success_rate")
     learned = start is not None and success is not None and success > start  # a model that has learned is sure, too
@@ -59,14 +67,32 @@ def alarms(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
         found["repetition"] = f"{tails:.0%} of the rollouts end in a repeated cycle, {clean:.0%} did at the start"
     # Not hsd/coverage, which falls in every run that learns: f(p, G) goes to 0 with the failures.
     helped, helps = _first(history, "hsd/failing_with_peer"), _last(history, "hsd/failing_with_peer")
-    if helped is not None and helps is not None and helps < 0.5 * helped and not learned:
+    if helped is not None and helps is not None and _halved(helped, helps, questions) and not learned:
         found["coverage"] = f"failing rollouts with a successful peer fell from {helped:.0%} to {helps:.0%}"
+    alike = _since_mixed(history)
+    if alike >= 2 * WINDOW and success is not None and success < 1.0:
+        found["alike"] = (
+            f"no group has both a success and a failure since {alike} steps: no rollout has a peer or an advantage, "
+            "nothing is learned from them"
+        )
     empty, leaks = _last(history, "hsd/drawn_empty"), _last(history, "hsd/drawn_leaks")
     if empty is not None and empty > 0.5:
         found["empty texts"] = f"{empty:.0%} of the texts that the model writes between rollouts and teacher are empty"
     if leaks is not None and leaks > 0.1:
         found["leaks"] = f"{leaks:.0%} of the texts that must not give the answer away do"
     return found
+
+
+def _halved(before: float, now: float, questions: float | None) -> bool:
+    """Whether a share fell by half, and by more than `DEVIATIONS` of two windows of ``questions`` a step each."""
+    pooled = (before + now) / 2.0
+    deviation = 0.0 if questions is None else math.sqrt(2.0 * pooled * (1.0 - pooled) / (WINDOW * questions))
+    return now < 0.5 * before and before - now > DEVIATIONS * deviation
+
+
+def _since_mixed(history: Sequence[Mapping[str, float]]) -> int:
+    """Steps at the end of ``history`` whose groups were all alike."""
+    return next((n for n, row in enumerate(reversed(history)) if row.get("hsd/mixed_groups") != 0.0), len(history))
 
 
 def _window(history: Sequence[Mapping[str, float]], key: str, start: int) -> float | None:
@@ -83,6 +109,8 @@ def _last(history: Sequence[Mapping[str, float]], key: str) -> float | None:
     return _window(history, key, len(history) - WINDOW)
 
 
-def _best(history: Sequence[Mapping[str, float]], key: str) -> float | None:
-    means = [m for start in range(len(history) - WINDOW + 1) if (m := _window(history, key, start)) is not None]
-    return max(means, default=None)
+def _best(history: Sequence[Mapping[str, float]], key: str) -> tuple[float | None, int]:
+    """The largest mean of a window, and the number of steps up to its end."""
+    ends = range(WINDOW, len(history) + 1)
+    means = [(m, end) for end in ends if (m := _window(history, key, end - WINDOW)) is not None]
+    return max(means, default=(None, 0))

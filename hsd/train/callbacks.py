@@ -102,7 +102,7 @@ class RunFiles(TrainerCallback):
         ):
             print(f"step {state.global_step}: {said}", flush=True)
         self.history.append(row)
-        new = {k: v for k, v in alarms(self.history).items() if k not in self.raised}
+        new = {k: v for k, v in alarms(self.history, questions_of(args)).items() if k not in self.raised}
         if new:
             row["alarms"] = new
             for sentence in new.values():
@@ -143,6 +143,12 @@ class StopOnSignal(TrainerCallback):
         if self.signal is None:
             print("\nStopping after this step; run the same command again to resume.", flush=True)
             self.signal = number
+
+
+def questions_of(args) -> float | None:
+    """New questions of an optimizer step under these GRPO arguments; None where they say nothing."""
+    rollouts, size = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
+    return None if not rollouts or not size else rollouts / size / steps_of_a_generation(args)
 
 
 def steps_of_a_generation(args) -> int:

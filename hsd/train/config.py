@@ -6,6 +6,7 @@ command line and the documentation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import pairwise
@@ -378,6 +379,33 @@ class HSDConfig(GRPOConfig):
             memory_bytes=self.memory_bytes,
             impl=self.kernel_impl,
         )
+
+
+def unused(given: Mapping[str, Any]) -> list[str]:
+    """The names in ``given`` that its method does not use and `HSDConfig` refuses beside it: a configuration that is
+    switched to another method leaves them out."""
+    method, hsd = METHODS.get(given.get("method", "hsd")), METHODS["hsd"].defaults
+    if method is None:
+        return []
+    neutral: dict[str, Any] = {} if method.draw else {"draw_cap": None}
+    policy_coef = given.get("policy_coef")
+    if method.has_teacher:
+        if policy_coef is None:
+            policy_coef = method.defaults.get("policy_coef", hsd["policy_coef"])
+        names = (*UNUSED, *(() if policy_coef else UNUSED_WITHOUT_POLICY_TERM))
+        neutral |= {name: value for name, value in _grpo_defaults().items() if name in names}
+        neutral |= {"vllm_importance_sampling_correction": False}
+        if given.get("policy_loss") == "trl":
+            neutral["policy_loss"] = "auto"
+    else:
+        neutral |= {name: v for name, v in (hsd | WITHOUT_TEACHER).items() if name not in OF_THE_POLICY}
+        neutral |= {"teacher_gate": None, "teacher_success_every": None}
+        if policy_coef == 0.0:  # all that such a method's loss has
+            neutral["policy_coef"] = WITHOUT_TEACHER["policy_coef"]
+    args = given.get("method_args") or {}
+    if not method.settings.keys() >= args.keys() and any(m.settings.keys() >= args.keys() for m in METHODS.values()):
+        neutral["method_args"] = None
+    return [name for name in given if name in neutral and given[name] not in (None, neutral[name])]
 
 
 @dataclass(frozen=True)

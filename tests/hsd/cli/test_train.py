@@ -189,6 +189,30 @@ def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
     assert "expected at least" not in said or not Path("runs").exists()
 
 
+def test_one_word_switches_the_method(model, here, capsys):
+    Path("hsd.yaml").write_text(CONFIG + "  divergence: jsd\n  teacher_success_every: 2\n  policy_coef: 0\n")
+    assert main(["train", "hsd.yaml", "--method", "grpo"]) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "does not use" in line]
+    asked = "policy_coef=0.0, divergence='jsd', teacher='fixed', teacher_success_every=2"
+    assert said == f"runs/hsd: method grpo does not use {asked}"
+    assert yaml.safe_load(Path("runs/hsd/config.yaml").read_text())["train"]["teacher"] == "live"
+    Path("grpo.yaml").write_text(
+        CONFIG.replace("  teacher: fixed", "  loss_type: grpo\n  epsilon: 0.3\n  method: grpo")
+    )
+    assert main(["train", "grpo.yaml", "--check", "--method", "hsd"]) == 0
+    assert "method hsd does not use epsilon=0.3, loss_type='grpo'" in capsys.readouterr().err
+    for words in (
+        ["--method_args", "{rounds: 0}"],
+        ["--draw_cap", "4"],
+        ["--vllm_importance_sampling_correction", "1"],
+    ):
+        assert main(["train", "run.yaml", "--check", *words]) == 0
+        assert f"does not use {words[0][2:]}=" in capsys.readouterr().err
+    assert main(["train", "run.yaml", "--check"]) == 0
+    assert "does not use" not in capsys.readouterr().err
+    assert main(["train", "run.yaml", "--check", "--method_args", "{runds: 0}"]) == 2
+
+
 def test_what_fsdp_rules_out_is_said_before_a_model_is_loaded(here, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "run.yaml", "--model.path", "nowhere/at/all"]) == 2

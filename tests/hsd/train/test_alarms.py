@@ -1,6 +1,7 @@
 """Each alarm on a made-up collapse, and silence on runs that are fine."""
 
 import math
+import random
 
 import pytest
 
@@ -74,6 +75,49 @@ def test_one_bad_step_is_no_collapse():
     run = [dict(row) for row in HEALTHY]
     run[-1] |= {SUCCESS: 0.3, ENTROPY: 0.0, CLIPPED: 0.9}
     assert alarms(run) == {}
+
+
+def steady(questions: int, seed: int, size: int = 8, success: float = 0.2, steps: int = 60) -> list[dict]:
+    """Success of groups whose questions differ and whose policy stays as it is."""
+    rng, rows = random.Random(seed), []
+    for _ in range(steps):
+        right = [
+            sum(rng.random() < p for _ in range(size)) for p in (rng.betavariate(0.8, 3.2) for _ in range(questions))
+        ]
+        mixed = sum(0 < n < size for n in right) / questions
+        rows.append({SUCCESS: sum(right) / (questions * size), "hsd/mixed_groups": mixed})
+    return rows
+
+
+def raised(run: list[dict], questions: float | None) -> bool:
+    return any(alarms(run[:step], questions) for step in range(len(run) + 1))
+
+
+def test_the_number_of_questions_tells_a_fall_from_chance():
+    """4 questions a step: success of a policy that stays as it is falls by half in most runs, by chance."""
+    runs = [steady(4, seed) for seed in range(20)]
+    assert sum(raised(run, None) for run in runs) >= 15
+    assert sum(raised(run, 4) for run in runs) <= 1
+    fall = history(success=[0.9] * 10 + [0.1] * 10)
+    assert alarms(fall, 4).keys() == {"success"}
+    assert "0.900, the mean of the best 5 steps, which ended 10 steps ago, to 0.100" in alarms(fall, 4)["success"]
+    small = history(success=[0.1] * 10 + [0.02] * 10)
+    assert alarms(small, 4) == {} and alarms(small, 64).keys() == {"success"}
+    fewer = history(helped=[0.4] * 10 + [0.1] * 10, success=[0.2] * 20)
+    assert alarms(fewer, 4) == {} and alarms(fewer, 64).keys() == {"coverage"}
+
+
+def test_groups_that_are_all_alike_teach_nothing():
+    def run(success, mixed):
+        return [{SUCCESS: success, "hsd/mixed_groups": m} for m in mixed]
+
+    dead = alarms(run(0.0, [0.25] + [0.0] * 12), 4)
+    assert dead.keys() == {"alike"} and "failure since 12 steps" in dead["alike"]
+    assert "since 10 steps" in alarms(run(0.0, [0.0] * 10), 4)["alike"]  # from the start
+    assert alarms(run(0.0, [0.25] + [0.0] * 9), 4) == {}
+    assert alarms(run(0.0, [0.0] * 12 + [0.25]), 4) == {}
+    assert alarms(run(1.0, [0.25] + [0.0] * 12), 4) == {}  # all is learned
+    assert alarms([{SUCCESS: 0.0}] * 12, 4) == {}  # not measured
 
 
 @pytest.mark.parametrize("missing", [None, math.nan], ids=["None", "NaN"])
