@@ -88,7 +88,7 @@ def test_the_report_has_a_line_a_run_and_names_what_was_not_run(tmp_path):
         (tmp_path / f"{key(name, seed)}.json").write_text(json.dumps(run))
     report.write(tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| hsd fixed | 1 | 0.50 1.00 | 0.25 |  | 2.0 |" in text
+    assert "| hsd fixed | 1 | 0.60 | 0.25 |  | 2.0 |" in text
     assert "| grpo | 50 %, 1.00 | 50 %, 0.00 | 0 % |" in text
     missing = text.splitlines()[-1]
     assert "hsd copy 4" in missing and "grpo" not in missing
