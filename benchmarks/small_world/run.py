@@ -29,6 +29,7 @@ from hsd.train.callbacks import load_metrics
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
 from hsd.viewer.make import sample_groups
+from hsd.viewer.measure import draw_peers, failing_with_peer
 
 TEMPLATE = small_world.TEMPLATE
 SAMPLING = Sampling(max_new_tokens=small_world.MAX_COMPLETION, batch_size=128)
@@ -72,7 +73,9 @@ def train(run: Run, scale: Scale, warm: Path, scratch: Path) -> dict[str, Any]:
 
     probes = None
     if run.part in ("long", "cures"):
-        probes = Probes(model, tokenizer, groups(validation), run.seed, scale.probe_every)
+        sampled = groups(validation)
+        if failing_with_peer(sampled, draw_peers(tokenizer, sampled, run.seed)):  # else a short warm start: no probe
+            probes = Probes(model, tokenizer, sampled, run.seed, scale.probe_every)
     make: Any = HSDTrainer
     if run.cure is not None:
         held = Held(model, tokenizer, groups(training), run.seed) if run.cure[0] == HOLD else None
