@@ -217,8 +217,8 @@ def test_experiment_from_the_command_line_to_the_report(tmp_path, monkeypatch, c
     assert f"Order here: {last}" in report and "| hsd | 1 | " in report and "sdpo | 1 | 0.570 | -" in report
     assert "| paper, OPSD | 7 | 13 |" in report and "| peer + answer | 70 | 80 | 0.300 | 7.000 |" in report
     assert "## The league" in report and "| vopd | 1 | " in report and "## Teachers over 4 steps" in report
-    assert "## Cures of a live teacher over 4 steps" in report and "| hold 0.1 | 0 | 0.50 | " in report
-    assert "step 4: success fell" in report and "| 0.1 | " in report and "Not run" not in report
+    assert "## Cures of a live teacher over 4 steps" in report and "| subtract | 0 | 0.50 | " in report
+    assert "step 4: success fell" in report and "| 0 | " in report and "Not run" not in report
     for picture in ("curves.png", "coverage.png", "sweeps.png"):
         assert f"({picture})" in report and (tmp_path / "results" / picture).stat().st_size > 5_000
     facts = json.loads((tmp_path / "results" / "results.json").read_text())
