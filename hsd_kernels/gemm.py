@@ -73,8 +73,8 @@ def plan(product: ProductName, a: Tensor, b: Tensor, out: torch.dtype, on: Machi
 def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = hidden @ weight.T: (n, D), (V, D) -> (n, V)."""
     if hidden.dtype == out.dtype:
-        # 128 rows against all of W (D = 512, V = 151,936) ran at 64 GFLOP/s on two AVX2 cores, 684 rows at 92; by parts
-        # of W, which MKL packs into the cache, 128 rows ran at 78 (kernel_cpu.md). One call on a GPU.
+        # MKL packs a part of W into the cache. 256 rows against all of W (D = 512, V = 151,936) ran at 158 GFLOP/s on
+        # two AVX512 cores, by parts at 183; on two AVX2 cores 128 rows at 64 and 78. One call on a GPU.
         rows = len(weight) if out.is_cuda else HEAD_ROWS
         for v in range(0, len(weight), rows):
             torch.mm(hidden, weight[v : v + rows].t(), out=out[:, v : v + rows])

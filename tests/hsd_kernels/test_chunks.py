@@ -82,8 +82,8 @@ def test_sizes_of_the_shapes_in_the_tables():
         ((8192, 151936, "cuda", 8, 2, 2 << 30, 4096), 512, 8192),  # one buffer, in the memory of the sum that it spares
         ((8192, 151936, "cuda", 8, 2, 2 << 30, 0), 512, 4096),
         ((8192, 151936, "cuda", 8, 2, None, 4096), 384, 8192),
-        ((1024, 151936, "cpu", 8, 4, 704 << 20, 0), 64, 1024),
-        ((1024, 151936, "cpu", 8, 2, 704 << 20, 512), 128, 1024),
+        ((1024, 151936, "cpu", 8, 4, 704 << 20, 0), 256, 512),
+        ((1024, 151936, "cpu", 8, 2, 704 << 20, 512), 256, 1024),
     ):
         size = memory.sizes(rows, vocab, *given, sum_bytes=2 * vocab * dim)
         assert (size.chunk, size.buffer) == (chunk, buffer)
