@@ -13,7 +13,7 @@ demo-smollm2: $(VENV)/.train
 	$(BIN)/hsd demo additions $(if $(STEPS),--max_steps $(STEPS)) $(if $(ARGS),$(ARGS))
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
