@@ -22,6 +22,7 @@ from hsd_kernels import native
 from hsd_kernels.op_support import in_dtype
 
 HEAD_ROWS = 2048  # of W in one fp32 product of a CPU
+DW_ROWS = 16384  # of dW in one bf16 product of a CPU
 UPCAST_ROWS = 8192
 UNSPLIT = 1 << 24  # elements of an output that has a tile for each multiprocessor, four times over
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS's names for them
@@ -129,8 +130,13 @@ def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) ->
     elif by == "mkl":
         _mkl_gemm(dz, hidden, grad_weight, trans_a=True, beta=0.0 if first else 1.0)
     else:
-        operands = (in_dtype(dz.t(), grad_weight.dtype), in_dtype(hidden, grad_weight.dtype))
-        torch.mm(*operands, out=grad_weight) if first else grad_weight.addmm_(*operands)
+        # oneDNN's bf16 product of 16,384 rows of dW ran at 849 GFLOP/s, of all 151,936 at 709 (N = 1,024, D = 512, two
+        # cores with AVX512_BF16).
+        rows = DW_ROWS if dz.dtype == torch.bfloat16 else len(grad_weight)
+        hidden = in_dtype(hidden, grad_weight.dtype)
+        for v in range(0, len(grad_weight), rows):
+            part, columns = grad_weight[v : v + rows], in_dtype(dz[:, v : v + rows].t(), grad_weight.dtype)
+            torch.mm(columns, hidden, out=part) if first else part.addmm_(columns, hidden)
 
 
 def gradient_dtype(operand: Tensor, wide: torch.dtype) -> torch.dtype:
