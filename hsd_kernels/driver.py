@@ -20,7 +20,7 @@ from hsd_kernels import gemm, memory
 from hsd_kernels import rows as row_backends
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.head import Head
-from hsd_kernels.op_support import Gradients, Wanted, in_dtype, wide_dtype, without_autocast
+from hsd_kernels.op_support import Gradients, Wanted, in_dtype, rows_of, wide_dtype, without_autocast
 from hsd_kernels.row_stats import COLUMNS, RowStats
 from hsd_kernels.vocab_filter import active_columns, take_columns_
 from hsd_kernels.vocab_parallel import Shards
@@ -160,7 +160,7 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
                 if factor is not None:  # dW = dz^T h: 0 times the NaN of a row that the hook dropped would be NaN
                     assert largest is not None
                     h_s = h_s.masked_fill((largest == 0).unsqueeze(-1), 0.0)
-                used = _part(dz, slice(0, len(h_s)))
+                used = rows_of(dz, slice(0, len(h_s)))
                 _backward_gemms(p, used, h_s, buffer.at, out, wanted, largest, first=start == 0, spare=logits)
     if callable(factor):
         assert out.factor is not None
@@ -174,21 +174,17 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
     return out
 
 
-def _part(x: Tensor, here: slice) -> Tensor:
-    """``x[here]``, without a call where that is all of it: a small problem is bound by its calls."""
-    return x if here.start == 0 and here.stop >= x.shape[0] else x[here]
-
-
 def _buffer(p: Problem, sides: list[Side], rows: Tensor, weights: Tensor, here: slice) -> _Buffer:
     at = here if rows.numel() == p.student_hidden.shape[0] else rows[here]  # all tokens: views instead of copies
-    hidden = [side.hidden[at] if isinstance(at, Tensor) else _part(side.hidden, at) for side in sides]
+    hidden = [side.hidden[at] if isinstance(at, Tensor) else rows_of(side.hidden, at) for side in sides]
     silent = [_silent(p, side, hidden[0], h) for side, h in zip(sides[1:], hidden[1:], strict=True)]
     target_ids = strange = None
     if p.target_ids is not None:
         given = p.target_ids[at] if p.shards is None else p.target_ids[at] - p.shards.start
         target_ids = given.clamp(0, p.head.weight.shape[0] - 1)
         strange = given != target_ids
-    return _Buffer(at, _part(rows, here), hidden, in_dtype(_part(weights, here), p.wide), silent, target_ids, strange)
+    weights = in_dtype(rows_of(weights, here), p.wide)
+    return _Buffer(at, rows_of(rows, here), hidden, weights, silent, target_ids, strange)
 
 
 def _chunk(
@@ -202,15 +198,15 @@ def _chunk(
 ) -> Tensor:
     """Statistics of the rows ``here`` (n,) of a buffer, and their dz if there is a gradient. Returns the largest
     magnitude of their weights in any term, (n,): where it is 0, dz is."""
-    hidden = [_part(h, here) for h in b.hidden]
+    hidden = [rows_of(h, here) for h in b.hidden]
     student = hidden[0] - hidden[1] if p.teacher.spec.linear else hidden[0]
     x = _logits(sides, [student, *hidden[1:]], space.logits)
     n = len(student)
-    narrow_dz = None if space.dz is None else _part(space.dz, slice(here.start, here.start + n))
-    dz = narrow_dz if space.wide_dz is None else _part(space.wide_dz, slice(0, n))
+    narrow_dz = None if space.dz is None else rows_of(space.dz, slice(here.start, here.start + n))
+    dz = narrow_dz if space.wide_dz is None else rows_of(space.wide_dz, slice(0, n))
     at = slice(b.at.start + here.start, b.at.start + here.start + n) if isinstance(b.at, slice) else b.at[here]
 
-    weights, silent = _part(b.weights, here), _part(b.silent[0], here)
+    weights, silent = rows_of(b.weights, here), rows_of(b.silent[0], here)
     if callable(factor):
         assert out.factor is not None
         stats = _statistics(p, p.teacher, b, here, x[0], x[1], silent, None, None)
@@ -228,9 +224,9 @@ def _chunk(
     out.put("stats", at, stats.stack())
     largest = ready if p.filter_eps is None and factor is None else ready.abs()
     if p.reference is not None:
-        silent = _part(b.silent[1], here)
-        ready = (_part(b.weights, here) * p.reference_coef).masked_fill(silent, 0.0)
-        part = None if space.reference_dz is None else _part(space.reference_dz, slice(0, n))
+        silent = rows_of(b.silent[1], here)
+        ready = (rows_of(b.weights, here) * p.reference_coef).masked_fill(silent, 0.0)
+        part = None if space.reference_dz is None else rows_of(space.reference_dz, slice(0, n))
         stats = _statistics(p, p.reference, b, here, x[0], x[2], silent, ready, part)
         out.put("reference_stats", at, stats.stack())
         largest = torch.maximum(largest, ready.abs())
@@ -262,7 +258,7 @@ def _logits(sides: list[Side], hidden: list[Tensor], workspace: Tensor) -> list[
         members = [i for i, side in enumerate(sides) if side.head is head]
         stop = start + n * len(members)
         stacked = hidden[members[0]] if len(members) == 1 else torch.cat([hidden[i] for i in members])
-        place = _part(workspace, slice(start, stop))
+        place = rows_of(workspace, slice(start, stop))
         gemm.project_out(stacked, head.weight, place)
         for i, part in zip(members, place.split(n), strict=True):
             x[i] = part
@@ -285,8 +281,8 @@ def _statistics(
     gradient, into ``dz``: in one read of the logits where the backend has one."""
     biases = (p.head.bias, side.head.bias)
     given = (x_s, x_side, side.spec, *biases)
-    target_ids = None if b.target_ids is None else _part(b.target_ids, here)
-    rows = _part(b.rows, here)
+    target_ids = None if b.target_ids is None else rows_of(b.target_ids, here)
+    rows = rows_of(b.rows, here)
     gradient = weights is not None and dz is not None
     whole = gradient and p.shards is None
     both = row_backends.both_in_one_read(p.rows_impl, x_s, side.spec) if whole else None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hsd_kernels import native
-from hsd_kernels.op_support import in_dtype
+from hsd_kernels.op_support import in_dtype, rows_of
 
 HEAD_ROWS = 2048  # of W in one fp32 product of a CPU
 DW_ROWS = 16384  # of dW in one bf16 product of a CPU
@@ -135,8 +135,9 @@ def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) ->
         rows = DW_ROWS if dz.dtype == torch.bfloat16 else len(grad_weight)
         hidden = in_dtype(hidden, grad_weight.dtype)
         for v in range(0, len(grad_weight), rows):
-            part, columns = grad_weight[v : v + rows], in_dtype(dz[:, v : v + rows].t(), grad_weight.dtype)
-            torch.mm(columns, hidden, out=part) if first else part.addmm_(columns, hidden)
+            here = slice(v, v + rows)
+            out, columns = rows_of(grad_weight, here), in_dtype(rows_of(dz.t(), here), grad_weight.dtype)
+            torch.mm(columns, hidden, out=out) if first else out.addmm_(columns, hidden)
 
 
 def gradient_dtype(operand: Tensor, wide: torch.dtype) -> torch.dtype:
