@@ -7,7 +7,7 @@ All contact with TRL is in this file. After a batch is generated and scored, eve
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 - overridden: ``_get_train_sampler``, ``_prepare_inputs``, ``_calculate_rewards``, ``_generate_and_score_completions``,
-  ``_generate``, ``training_step``, ``compute_loss``, and of transformers' Trainer ``_save_checkpoint``,
+  ``_generate``, ``training_step``, ``compute_loss``, ``log``, and of transformers' Trainer ``_save_checkpoint``,
   ``_load_optimizer_and_scheduler``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -707,6 +708,13 @@ class HSDTrainer(GRPOTrainer):
         means = gathered.nanmean(0).tolist()
         for name, value in zip(values, means, strict=True):
             self._metrics[mode][f"hsd/{name}"].append(value)
+
+    def log(self, logs, start_time=None):
+        """Without the metrics of which these steps measured nothing: TRL would log them as None."""
+        measured = self._metrics[self._mode]
+        for name in [name for name, values in measured.items() if all(map(math.isnan, values))]:
+            del measured[name]
+        super().log(logs, start_time)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
