@@ -145,8 +145,7 @@ def train(run: Run) -> int:
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(StepLine())
-    checkpoint = last_checkpoint(out)
-    done = steps_of(checkpoint) if checkpoint else 0
+    checkpoint, done = last_checkpoint(out), steps_done(out)
     if 0 < config.max_steps <= done:  # Trainer would take one step more on a run that has them all
         say(f"{out}: this run already has {done} steps; --max_steps asks for more")
         return 0
@@ -232,6 +231,11 @@ def newest_model(run: Path) -> Path:
     return max(reversed(found), key=steps_of)
 
 
+def steps_done(run: Path) -> int:
+    """The optimizer steps behind the newest model of a run's folder; 0 where it has none."""
+    return max(map(steps_of, filter(None, (last_checkpoint(run), run / "model"))))
+
+
 def steps_of(folder: Path) -> int:
     """The optimizer steps behind a saved model; 0 where it does not say."""
     path = folder / "trainer_state.json"
@@ -252,7 +256,8 @@ def as_yaml(run: Run) -> str:
 
 
 def claim(run: Run, task: Task) -> None:
-    """Write config.yaml and run.json, or raise ValueError where the folder holds another run, which would be resumed.
+    """Write config.yaml and run.json, or raise ValueError where the folder holds another run, which would be resumed,
+    or more steps than this one has.
 
     A run that has neither taken a step nor left a result is none yet: it may be corrected.
     """
@@ -275,6 +280,12 @@ def claim(run: Run, task: Task) -> None:
                 raise ValueError(
                     f"{key}: {out} holds a run with {began[key]!r}, got {asked[key]!r}; choose another --output_dir"
                 )
+        done, most = steps_done(out), run.config.max_steps
+        if 0 < most < done:  # as of this call, its settings and report would be of fewer steps than its model
+            raise ValueError(
+                f"train.max_steps: {out} holds a run of {done} steps, got {most}; for a run of {most} steps beside it "
+                f"add --output_dir {out}-{most} (with make: ARGS='--output_dir {out}-{most}')"
+            )
     elif steps:
         raise ValueError(
             f"output_dir: expected a new folder or a run of `hsd train`, got {out}, which holds another run"

@@ -127,6 +127,19 @@ def test_more_steps_are_another_run_where_the_schedule_ends_with_them(here):
         claim(*asked("--lr_scheduler_type", "linear", "--max_steps", "9"))
 
 
+@pytest.mark.parametrize("where", ["model", "checkpoint-5"])
+def test_fewer_steps_than_the_run_has_are_refused_and_as_many_are_not(here, where):
+    begin(["--max_steps", "5"])
+    (Path("out") / where).mkdir()
+    (Path("out") / where / "trainer_state.json").write_text('{"global_step": 5}')
+    before = Path("out/config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"max_steps: out holds a run of 5 steps, got 4; .* --output_dir out-4 "):
+        claim(*asked("--max_steps", "4"))
+    assert Path("out/config.yaml").read_text() == before
+    for words in (["--max_steps", "5"], ["--max_steps", "6"], ["--max_steps", "-1"]):
+        claim(*asked(*words))
+
+
 def test_a_folder_of_something_else_is_refused(here):
     (here / "out").mkdir()
     (here / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
