@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-from hsd.process import settle
+from hsd.process import hush, settle
 
 COMMANDS = ("train", "plan", "eval", "credit", "compare", "methods", "data", "doctor", "demo")
 
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     ``--traceback`` or HSD_TRACEBACK=1 shows where it came from.
     """
     settle()
+    hush()
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words or os.environ.get("HSD_TRACEBACK", "0") not in ("", "0")
     try:
