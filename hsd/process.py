@@ -12,8 +12,6 @@ import warnings
 # What libraries say in an ordinary run and nobody can act on: the logger, and how the message begins.
 HARMLESS = (
     ("DeepSpeed", "Setting accelerator to CPU."),  # installed beside a machine without a GPU
-    # A configuration without a padding token, as Qwen's, whose tokenizer has one.
-    ("transformers.trainer_utils", "The tokenizer has new PAD/BOS/EOS tokens that differ from the model config"),
 )
 
 

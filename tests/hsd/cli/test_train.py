@@ -201,13 +201,20 @@ def test_check_of_a_registered_task_does_not_make_its_model(here, monkeypatch):
     [
         (
             ["--model.path", "./nowhere"],
-            "model: expected a folder with a model, or a hub id, got './nowhere', which",
+            "--model.path: expected a folder with a model, or a hub id, got './nowhere', which",
         ),
-        (["--model.path", "questions.jsonl"], "model: expected a folder with a model, or a hub id, got 'questions.jso"),
-        (["--data.path", "nowhere.jsonl"], "data: expected a file, got nowhere.jsonl, which is not there"),
+        (
+            ["--model.path", "questions.jsonl"],
+            "--model.path: expected a folder with a model, or a hub id, got 'questions",
+        ),
+        (["--data.path", "nowhere.jsonl"], "--data.path: expected a file, got nowhere.jsonl, which is not there"),
+        (["--data", "model/config.json"], "--data: model/config.json, line 1: expected a JSON object, got the first l"),
         (["--reward", "hsd.verify:nothing"], "reward: expected a function, got 'hsd.verify:nothing'"),
         (["--num_generations", "3"], "num_generations: expected a divisor of 4, the rollouts of one generation (per_d"),
-        (["--per_device_train_batch_size", "32"], "data: expected at least 8 questions, one step's worth, got 4"),
+        (
+            ["--per_device_train_batch_size", "32"],
+            "run.yaml: data.path: expected at least 8 questions, one step's worth, got 4",
+        ),
         (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
         (["--method", "sdft"], "demonstration"),
         (["--reward", "[]"], "reward: expected at least one function"),
