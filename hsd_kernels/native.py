@@ -16,7 +16,13 @@ from torch import Tensor
 
 ABI = 7  # HSD_CPU_ABI in csrc/cpu/operators.cpp: of these schemas and what they mean
 FOLDER = Path(__file__).parent
-BUILD = "HSD_BUILD_CPU=1 python setup.py build_ext --inplace"
+IS_CHECKOUT = (FOLDER.parent / "setup.py").is_file()
+BUILD = "HSD_BUILD_CPU=1 " + (
+    "python setup.py build_ext --inplace"
+    if IS_CHECKOUT
+    # A wheel has no sources, so the sdist; and torch to build against is the one that is there.
+    else "pip install --force-reinstall --no-deps --no-build-isolation --no-binary hsd-kernels hsd-kernels"
+)
 VARIANTS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -89,8 +95,8 @@ def facts() -> Facts:
     path = find()
     if path is None:
         raise ValueError(
-            f"impl='cpp': expected the built library {FOLDER / '_cpu.*'}, got none; run `{BUILD}` in a checkout; a "
-            "pure wheel has none"
+            f"impl='cpp': expected the built library {FOLDER / '_cpu.*'}, got none (a pure wheel has none); run "
+            f"`{BUILD}`" + f" in {FOLDER.parent}" * IS_CHECKOUT
         )
     return load(path)
 

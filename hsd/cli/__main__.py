@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-from hsd.process import settle
+from hsd.process import hush, settle
 
 COMMANDS = ("train", "plan", "eval", "credit", "compare", "methods", "data", "doctor", "demo")
 
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     ``--traceback`` or HSD_TRACEBACK=1 shows where it came from.
     """
     settle()
+    hush()
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words or os.environ.get("HSD_TRACEBACK", "0") not in ("", "0")
     try:
@@ -60,10 +61,19 @@ def dispatch(words: list[str]) -> int:
     module.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     if getattr(module, "TAKES_OVERRIDES", False):
-        args, args.overrides = parser.parse_known_args(words[1:])
-    else:
-        args = parser.parse_args(words[1:])
-    return module.run(args)
+        return with_overrides(module, *parser.parse_known_args(words[1:]))
+    return module.run(parser.parse_args(words[1:]))
+
+
+def with_overrides(module: ModuleType, args: argparse.Namespace, overrides: list[str]) -> int:
+    """Run a command of settings; an error about one of them names the key as the user typed it."""
+    args.overrides = overrides
+    try:
+        return module.run(args)
+    except ValueError as error:
+        from hsd.cli.settings import as_typed
+
+        raise ValueError(as_typed(str(error), getattr(args, "config", None), overrides)) from error
 
 
 def overview() -> str:

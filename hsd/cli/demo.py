@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from hsd.files import replacing
     from hsd.progress import counter, say
     from hsd.tasks.task import Policy, evaluate, load_policy
+    from hsd.train.card import write_success
     from hsd.viewer import report
     from hsd.viewer.make import make_credit
 
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         return code
     model = newest_model(out)
     after = success(f"after-{steps_of(model)}.json", load_policy(str(model), settings.model.dtype))
+    asked = f"{after.questions} {'held-out' if task.held_out else 'training'} questions x {after.samples}"
+    write_success(out / "model", f"Of {asked}: {before} before training, {after} after it.")
     chosen = {key: getattr(job.config, key) for key in {**task.config, **settings.train} if key not in FREE}
     print(report.write(out, task, command, chosen, before, after))
     return 0

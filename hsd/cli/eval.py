@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from hsd.evaluate.table import markdown
     from hsd.files import replacing
     from hsd.progress import counter
+    from hsd.train.card import write_success
 
     choose(args.engine)  # whatever is wrong with the request is said before a model is loaded
     asked = of_run(args) if args.run else of_benchmarks(args)
@@ -107,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         with replacing(asked.out / "results.md") as part:
             part.write_text(markdown(results), encoding="utf-8")
     print(markdown(results))
+    if args.run and not (args.model or args.data):
+        write_success(Path(asked.model), markdown(results).partition(", ")[2])  # without the model's place
     return 0
 
 

@@ -36,8 +36,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def overview(method: Method, module: ModuleType) -> str:
-    title = (inspect.getdoc(module) or "").split("\n\n")[0].split(": ")[0].replace("\n", " ").rstrip(".:")
-    lines = [f"{method.name}: {title}", *equation(module), f"    needs {needs(method)}; forwards: {forwards(method)}"]
+    from hsd.methods import title
+
+    lines = [
+        f"{method.name}: {title(method.name)}",
+        *equation(module),
+        f"    needs {needs(method)}; forwards: {forwards(method)}",
+    ]
     return "\n".join(lines)
 
 

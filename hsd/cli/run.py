@@ -1,7 +1,8 @@
 """One training run: its settings, its folder, and what happens in it. `hsd train` and `hsd demo` share all of it.
 
 The folder (``train.output_dir``) holds config.yaml, from which `hsd credit` and `hsd compare` load the settings;
-run.json, all that makes the run what it is; metrics.jsonl, a line a step; checkpoints and, at the end, ``model/``.
+run.json, all that makes the run what it is; metrics.jsonl, a line a step; a checkpoint, and at the end ``model/`` in
+its place, or beside it where ``save_total_limit`` is given.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from hsd.train.builds import check_builds
 from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
 from hsd.train.config import HSDConfig, unused
 from hsd.train.limits import check_engine, check_no_tensor_parallelism, launched
+from hsd.train.teachers import INITIAL, frozen_file
 from hsd.train.trainer import HSDTrainer, check_columns
 
 # What may differ between the parts of one run: none of these changes a step.
@@ -55,6 +57,11 @@ class Run:
     def folder(self) -> Path:
         return Path(str(self.config.output_dir))
 
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether a finished run can go on: where ``save_total_limit`` is given, also as null, which keeps all."""
+        return "save_total_limit" in {*self.settings.train, *(self.base.config if self.base else ())}
+
     def task(self) -> Task:
         """Loads the questions, and for those of a file the tokenizer."""
         return complete(self.settings, self.base, self.config)
@@ -70,12 +77,12 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
     """
     import torch
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # names that TRL 1.16 still uses
     check_parts(settings)
     base = registered(settings.task, settings.train.get("seed", HSDConfig.seed)) if settings.task else None
     if base is not None and base.threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(base.threads)
-    given: dict[str, Any] = {"output_dir": str(Path("runs") / name)} | (base.config if base else {}) | settings.train
+    given: dict[str, Any] = {"output_dir": str(Path("runs") / name), "save_total_limit": 1}
+    given |= (base.config if base else {}) | settings.train
     if check and not torch.cuda.is_available():
         given["use_cpu"] = True
     try:
@@ -145,10 +152,10 @@ def train(run: Run) -> int:
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(StepLine())
-    checkpoint = last_checkpoint(out)
-    done = steps_of(checkpoint) if checkpoint else 0
-    if 0 < config.max_steps <= done:  # Trainer would take one step more on a run that has them all
-        say(f"{out}: this run already has {done} steps; --max_steps asks for more")
+    checkpoint, done = last_checkpoint(out), steps_done(out)
+    if 0 < config.max_steps <= done or (config.max_steps <= 0 and 0 < done == steps_of(out / "model")):
+        # Trainer would take one step more on a run that has them all.
+        say(f"{out}: this run already has {done} steps" + ("; --max_steps asks for more" if checkpoint else ""))
         return 0
     # An accelerate launch with --cpu starts one process, whatever number it is given.
     say(f"{out}: {config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}, {engine}")
@@ -170,8 +177,17 @@ def train(run: Run) -> int:
     trainer.save_model(str(out / "model"))
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(out / "model" / "trainer_state.json"))
+        if not run.keeps_checkpoints:
+            remove_checkpoints(out)
     say(f"{out}: {trainer.state.global_step} steps; the model is in {out / 'model'}")
     return 0
+
+
+def remove_checkpoints(run: Path) -> None:
+    """All that only the next step of a run needs: three to four times the model's size."""
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    frozen_file(run, INITIAL).unlink(missing_ok=True)
 
 
 def peft_config(lora: Lora | None) -> Any:
@@ -232,6 +248,11 @@ def newest_model(run: Path) -> Path:
     return max(reversed(found), key=steps_of)
 
 
+def steps_done(run: Path) -> int:
+    """The optimizer steps behind the newest model of a run's folder; 0 where it has none."""
+    return max(map(steps_of, filter(None, (last_checkpoint(run), run / "model"))))
+
+
 def steps_of(folder: Path) -> int:
     """The optimizer steps behind a saved model; 0 where it does not say."""
     path = folder / "trainer_state.json"
@@ -252,7 +273,8 @@ def as_yaml(run: Run) -> str:
 
 
 def claim(run: Run, task: Task) -> None:
-    """Write config.yaml and run.json, or raise ValueError where the folder holds another run, which would be resumed.
+    """Write config.yaml and run.json, or raise ValueError where the folder holds another run, which would be resumed,
+    or more steps than this one has.
 
     A run that has neither taken a step nor left a result is none yet: it may be corrected.
     """
@@ -275,6 +297,17 @@ def claim(run: Run, task: Task) -> None:
                 raise ValueError(
                     f"{key}: {out} holds a run with {began[key]!r}, got {asked[key]!r}; choose another --output_dir"
                 )
+        done, most, saved = steps_done(out), run.config.max_steps, last_checkpoint(out)
+        if 0 < done < most and (saved is None or steps_of(saved) < done):
+            raise ValueError(
+                f"train.max_steps: {out} holds a finished run of {done} steps, without the checkpoint that more need "
+                f"(--save_total_limit 1 would have kept it), got {most}; for a new run add --output_dir {out}-{most}"
+            )
+        if 0 < most < done:  # as of this call, its settings and report would be of fewer steps than its model
+            raise ValueError(
+                f"train.max_steps: {out} holds a run of {done} steps, got {most}; for a run of {most} steps beside it "
+                f"add --output_dir {out}-{most} (with make: ARGS='--output_dir {out}-{most}')"
+            )
     elif steps:
         raise ValueError(
             f"output_dir: expected a new folder or a run of `hsd train`, got {out}, which holds another run"

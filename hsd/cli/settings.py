@@ -18,6 +18,10 @@ from typing_extensions import TypedDict, is_typeddict
 
 from hsd.tasks.settings import Settings
 
+SECTIONS = ("model", "data", "train")
+OF_A_PATH = ("model", "data")  # a text in their place is their path
+OF_DATA = {"split": "data.split", "limit": "data.limit"}  # arguments of hsd.data.load
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
     """The settings in a YAML file with ``--key value`` pairs on top."""
@@ -37,21 +41,39 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "settings") -> Settings:
     """``raw`` as checked settings, with ``--key value`` pairs on top. ``source`` names ``raw`` in errors."""
-    merged: dict[str, Any] = {key: dict(v) if isinstance(v, Mapping) else v for key, v in raw.items()}
+    merged: dict[str, Any] = {key: _section(key, v) for key, v in raw.items()}
     came_from: dict[str, str] = {}
     for word, text in _pairs(overrides):
         key = _full_name(word)
         _put(merged, key.split("."), _value(text, known_keys()[key]))
         came_from[key] = f"--{word}"
-    for section in ("model", "data", "train"):
-        if merged.get(section) is None:  # absent, or without a key
-            merged[section] = {}
+    for section in SECTIONS:
+        merged[section] = _section(section, merged.get(section))
     try:
         merged["train"] = _adapter(_train()).validate_python(merged["train"])
         return _adapter(Settings).validate_python(merged)
     except ValidationError as error:
         prefix = "" if error.title == "Settings" else "train."
         raise ValueError(_explain(error, prefix, came_from, source)) from None
+
+
+def _section(name: str, value: Any) -> Any:
+    """``value`` as keys: a text alone is the path of a section that has one, and nothing is no key."""
+    if name in OF_A_PATH and isinstance(value, str):
+        return {"path": value}
+    return dict(value or {}) if isinstance(value, Mapping) or (value is None and name in SECTIONS) else value
+
+
+def as_typed(message: str, config: Path | None, overrides: Sequence[str]) -> str:
+    """An error that begins with "data: " or "model: ", with the key that the user gave it under in this place."""
+    name, colon, rest = message.partition(": ")
+    if not colon or name not in (*OF_A_PATH, *OF_DATA):
+        return message
+    key = OF_DATA.get(name, f"{name}.path")
+    given = {_full_name(word): f"--{word}" for word, _ in _pairs(overrides)}
+    if key not in given and name not in given and config is not None:
+        given[key] = f"{config}: {name if isinstance(load_yaml(config).get(name), str) else key}"
+    return f"{given.get(key, given.get(name, key))}: {rest}"
 
 
 @cache
@@ -109,8 +131,15 @@ def _explain(error: ValidationError, prefix: str, came_from: Mapping[str, str], 
     if unknown:
         return f"{where}: {key}: unknown key{nearest(key)}"
     about = [p for p in problems if [str(part) for part in p["loc"][:length]] == place[:length]]
-    expected = " or ".join(dict.fromkeys(p["msg"].removeprefix("Input should be ") for p in about))
+    expected = " or ".join(dict.fromkeys(_wanted(p["msg"], key) for p in about))
     return f"{where}: {key}: expected {expected}, got {problems[0]['input']!r:.200}"
+
+
+def _wanted(message: str, key: str) -> str:
+    if "instance of" not in message:
+        return message.removeprefix("Input should be ")
+    own = [name.rpartition(".")[2] for name in known_keys() if name.rpartition(".")[0] == key]
+    return f"{'a path or ' * (key in OF_A_PATH)}the keys {', '.join(own)}"
 
 
 def nearest(key: str) -> str:

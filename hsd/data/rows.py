@@ -138,8 +138,9 @@ def _integer(digits: str) -> int | str:
 
 
 def _named(text: bytes) -> str:
-    kind = "a JSON array (JSON Lines has one object a line): " if text.lstrip().startswith(b"[") else ""
-    return kind + repr(text[:80].decode(errors="replace"))
+    kind = "a JSON array" * text.lstrip().startswith(b"[")
+    kind = kind or "the first line of a JSON object" * (text.strip() == b"{" and text.endswith(b"\n"))
+    return f"{kind} (JSON Lines has one object a line): " * bool(kind) + repr(text[:80].decode(errors="replace"))
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -52,4 +52,12 @@ MODULES = (
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
 
-__all__ = ["METHODS", "MODULES", "Method"]
+
+def title(name: str) -> str:
+    """A method's name in words and, as a rule, its source: the first words of its module's docstring."""
+    module = next(module for module in MODULES if module.METHOD.name == name)
+    words = " ".join((module.__doc__ or name).split("\n\n")[0].split())
+    return words.split(": ")[0].rstrip(".:")
+
+
+__all__ = ["METHODS", "MODULES", "Method", "title"]

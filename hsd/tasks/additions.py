@@ -42,7 +42,6 @@ def task(seed: int) -> Task:
         train={
             "max_steps": 16,
             "save_steps": 4,
-            "save_total_limit": 2,
             "learning_rate": 2e-5,
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 5,

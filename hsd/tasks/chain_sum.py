@@ -45,7 +45,6 @@ def task(seed: int) -> Task:
         train={
             "max_steps": 60,
             "save_steps": 20,
-            "save_total_limit": 2,
             "learning_rate": 2e-5,
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 5,

@@ -93,7 +93,11 @@ def load_rows(data: Data, chat: bool) -> list[Question]:
     from hsd.data import load
 
     assert data.path is not None
-    rows = load(data.path, data.split, data.limit)
+    try:
+        rows = load(data.path, data.split, data.limit)
+    except ValueError as error:
+        named = str(error).startswith(("data: ", "split: ", "limit: "))
+        raise ValueError(str(error) if named else f"data: {error}") from error  # of a row, with the file's name
     columns = dict.fromkeys(key for row in rows for key in row)
     return [{key: row.get(key) for key in columns} | _asked(row, data.instruction, chat) for row in rows]
 

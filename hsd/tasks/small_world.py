@@ -68,7 +68,7 @@ def task(seed: int) -> Task:
         train={
             "max_steps": 150,
             "save_steps": 25,
-            "save_total_limit": 2,
+            "save_total_limit": 1,  # 10 MB: a finished quick look can go on
             "learning_rate": 1e-4,
             "per_device_train_batch_size": 128,  # 16 questions x 8 rollouts
             "teacher": "fixed",  # at this learning rate a live teacher runs away (docs/teachers.md)

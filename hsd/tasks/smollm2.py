@@ -44,7 +44,6 @@ def task(seed: int) -> Task:
         train={
             "max_steps": 20,
             "save_steps": 5,
-            "save_total_limit": 2,
             "learning_rate": 1e-5,
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 4,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -58,7 +59,15 @@ def meaning_of(logs: Mapping[str, Any], teacher: str) -> str | None:
 
 
 class StepLine(ProgressCallback):
-    """A progress bar with one short line per logged step, instead of the whole dictionary."""
+    """A progress bar with one short line per logged step, instead of the whole dictionary.
+
+    Its speed and the time that is left are of the steps of this process: a resumed run has done the others elsewhere.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, smoothing=0, dynamic_ncols=True)
+        self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or not logs or "loss" not in logs:

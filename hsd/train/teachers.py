@@ -172,14 +172,14 @@ class FrozenPolicies:
         """
         for name in self.names:
             if name != INITIAL or not self._initial_is_saved:
-                path = _file(checkpoint.parent if name == INITIAL else checkpoint, name)
+                path = frozen_file(checkpoint.parent if name == INITIAL else checkpoint, name)
                 save_policy(self.held, self.shards(policy, name), path, writes=writes)
         self._initial_is_saved = True
 
     @torch.no_grad()
     def load(self, policy: Any, checkpoint: Path) -> None:
         for name in self.names:
-            path = _file(checkpoint.parent if name == INITIAL else checkpoint, name)
+            path = frozen_file(checkpoint.parent if name == INITIAL else checkpoint, name)
             if not path.exists():
                 raise ValueError(
                     f"resume_from_checkpoint: expected {path}, which a run with teacher={self.args.teacher!r}, "
@@ -209,7 +209,8 @@ def mix_logits(a: FrozenStates, b: FrozenStates, head: Head, share: float) -> Fr
     return FrozenStates(hidden, head.with_tensors(weight, bias))
 
 
-def _file(folder: Path, name: str) -> Path:
+def frozen_file(folder: Path, name: str) -> Path:
+    """Where a frozen policy is saved: the initial one in the run's folder, others in a checkpoint."""
     return folder / f"{name}.safetensors"
 
 

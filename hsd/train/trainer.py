@@ -7,8 +7,8 @@ All contact with TRL is in this file. After a batch is generated and scored, eve
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 - overridden: ``_get_train_sampler``, ``_prepare_inputs``, ``_calculate_rewards``, ``_generate_and_score_completions``,
-  ``_generate``, ``training_step``, ``compute_loss``, and of transformers' Trainer ``_save_checkpoint``,
-  ``_load_optimizer_and_scheduler``
+  ``_generate``, ``training_step``, ``compute_loss``, ``create_model_card``, ``log``, and of transformers' Trainer
+  ``_save_checkpoint``, ``_save``, ``_load_optimizer_and_scheduler``, ``_issue_warnings_after_load``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``, ``eos_token_ids``,
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -52,7 +53,7 @@ from hsd.methods.state import RefreshGate
 from hsd.methods.term import Stats, scheduled
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.policy.forward import Prompts, RolloutInputs
-from hsd.policy.frozen import in_eval_mode, is_peft
+from hsd.policy.frozen import in_eval_mode, inner_model, is_peft
 from hsd.policy.sharding import gather, reshard, stored_tensors, weights_of
 from hsd.policy.stand_in import small_model
 from hsd.policy.tree.attention import enable_tree
@@ -63,6 +64,7 @@ from hsd.progress import say
 from hsd.train.alarms import repeated_tail
 from hsd.train.batch import COLUMN, TeacherBatch, collate, padded_ids, shuffle_groups, student_inputs, unpack
 from hsd.train.callbacks import TEXTS, RunFiles, steps_of_a_generation
+from hsd.train.card import CARD, model_card
 from hsd.train.config import HSDConfig
 from hsd.train.diagnostics import of_texts
 from hsd.train.draw import Writer, draw_metrics, marks, pack_rows, record
@@ -708,6 +710,13 @@ class HSDTrainer(GRPOTrainer):
         for name, value in zip(values, means, strict=True):
             self._metrics[mode][f"hsd/{name}"].append(value)
 
+    def log(self, logs, start_time=None):
+        """Without the metrics of which these steps measured nothing: TRL would log them as None."""
+        measured = self._metrics[self._mode]
+        for name in [name for name, values in measured.items() if all(map(math.isnan, values))]:
+            del measured[name]
+        super().log(logs, start_time)
+
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
@@ -724,6 +733,23 @@ class HSDTrainer(GRPOTrainer):
         """By file, what is remembered beside the weights."""
         both = {STATE: self.method_state, GATE: self.gate}
         return {name: state for name, state in both.items() if state is not None}
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self._write_card(Path(str(output_dir or self.args.output_dir)))
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """TRL's card names GRPO and its paper, and PEFT's nothing."""
+        if self.is_world_process_zero():
+            self._write_card(Path(str(self.args.output_dir)))
+
+    def _write_card(self, folder: Path) -> None:
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        lora = policy.peft_config[policy.active_adapter] if is_peft(policy) else None
+        base = inner_model(policy).config._name_or_path or ""
+        with replacing(folder / CARD) as part:
+            part.write_text(model_card(self.args, base, self.state.global_step, lora), encoding="utf-8")
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Also where ranks hold parts: whole weights, gathered one at a time and written by one rank."""
@@ -742,6 +768,12 @@ class HSDTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_frozen(Path(checkpoint))
+
+    def _issue_warnings_after_load(self, load_result):
+        """A file holds tied weights once: those under their other names are not missing."""
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_frozen(self, folder: Path) -> None:
         period = steps_of_a_generation(self.args)

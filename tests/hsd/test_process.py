@@ -1,9 +1,12 @@
 """A launcher that ignores SIGCHLD or closes the standard streams does not change a verdict, nor end a run."""
 
+import logging
 import subprocess
 import sys
 
 import pytest
+
+from hsd.process import HARMLESS, hush
 
 JUDGE = r"""
 import sys
@@ -27,3 +30,15 @@ def test_verdicts_whatever_the_launcher(tmp_path, shell):
     command = f'{shell} exec "{sys.executable}" "{script}" "{out}"'
     done = subprocess.run(["bash", "-c", command], timeout=120)
     assert done.returncode == 0 and out.read_text() == "[1.0, 0.0, 1.0, 0.0]"
+
+
+@pytest.mark.parametrize("name, start", HARMLESS)
+def test_harmless_messages_are_left_out_and_others_of_the_same_library_are_not(name, start, caplog, monkeypatch):
+    hush()
+    hush()
+    logger = logging.getLogger(name)
+    assert len(logger.filters) == 1
+    monkeypatch.setattr(logging.getLogger(name.partition(".")[0]), "propagate", True)
+    logger.warning(start + " And so on.")
+    logger.warning("Out of memory.")
+    assert set(caplog.messages) == {"Out of memory."}

@@ -54,6 +54,12 @@ def test_runs_reports_and_goes_on(tiny, capsys):
     assert (tiny / "before.json").read_text() == before and (tiny / "after-4.json").exists()
     facts = json.loads((tiny / "report.json").read_text())
     assert facts["settings"]["steps"] == 4 and facts["settings"]["teacher"] == "ema"
+    files = {p: p.read_bytes() for p in tiny.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main(["demo", "small", "--max_steps", "3"]) == 2
+    said = "max_steps: runs/small-seed0 holds a run of 4 steps, got 3; for a run of 3 steps beside it add --output_dir"
+    assert said in capsys.readouterr().err
+    assert files == {p: p.read_bytes() for p in tiny.rglob("*") if p.is_file()}
     assert main(["credit", str(tiny), "--questions", "2", "--rollouts", "4"]) == 0
     assert "tiny world" in capsys.readouterr().out
 

@@ -1,7 +1,10 @@
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +47,35 @@ def test_missing_packages_are_named(monkeypatch):
 
     monkeypatch.setattr(doctor.metadata, "version", version)
     text = doctor.render({"packages": doctor.packages()})
-    assert "(missing: trl)" in text and "(missing: vllm)" in text and "torch 1.0" in text
+    assert "(missing: trl; run `pip install -c constraints.txt --no-build-isolation -e '.[train]'`)" in text
+    assert "(missing: vllm)" in text and "torch 1.0" in text
+
+
+INSTALLED = """
+import importlib.metadata
+from hsd.cli import doctor
+from hsd_kernels import native
+version = importlib.metadata.version
+def without_trl(name):
+    if name == "trl":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = without_trl
+print(doctor.render({"packages": doctor.packages(), "row kernels": doctor.row_kernels()}))
+"""
+
+
+def test_an_installation_by_pip_is_told_commands_of_pip(tmp_path):
+    root = Path(__file__).parents[3]
+    for package in ("hsd", "hsd_kernels"):  # as in a wheel: no setup.py, no library
+        shutil.copytree(root / package, tmp_path / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "missing: trl; run `pip install 'hsd-kernels[train]'`" in done.stdout, done.stderr
+    assert "not built; run `HSD_BUILD_CPU=1 pip install --force-reinstall" in done.stdout
+    assert "setup.py" not in done.stdout and "constraints.txt" not in done.stdout
 
 
 def test_the_rows_are_those_that_run(monkeypatch):

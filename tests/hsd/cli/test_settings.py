@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hsd.cli.settings import known_keys
+from hsd.cli.settings import as_typed, known_keys
 from hsd.cli.settings import load as read
 from hsd.tasks.settings import Lora
 from hsd.train.config import HSDConfig
@@ -52,6 +52,43 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text, said):
     (tmp_path / "run.yaml").write_bytes(text)
     with pytest.raises(ValueError, match=f"(?s){said}"):
         read(tmp_path / "run.yaml")
+
+
+def test_a_text_in_the_place_of_a_section_is_its_path(load):
+    text = "model: some/model\ndata: train.jsonl\nreward: number\n"
+    assert load(text) == load("model: {path: some/model}\ndata: {path: train.jsonl}\nreward: number\n")
+    settings = load(text, "--data.limit", "4", "--model", "other")
+    assert (settings.model.path, settings.data.path, settings.data.limit) == ("other", "train.jsonl", 4)
+    for wrong in ("data: [a.jsonl]", "data: 5"):
+        with pytest.raises(ValueError, match=r"run\.yaml: data: expected a path or the keys path, split, .*, got "):
+            load(wrong)
+    with pytest.raises(ValueError, match=r"model\.lora: expected the keys r, alpha, dropout, target_modules"):
+        load("model: {path: m, lora: 4}")
+    with pytest.raises(ValueError, match=r"run\.yaml: train: expected "):
+        load("train: fast")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "key"),
+    [
+        ("data: q.jsonl", [], "run.yaml: data"),
+        ("data: {path: q.jsonl}", [], "run.yaml: data.path"),
+        ("task: small_world", [], "run.yaml: data.path"),
+        ("data: q.jsonl", ["--data.path", "r.jsonl"], "--data.path"),
+        ("data: {path: q.jsonl}", ["--data", "r.jsonl"], "--data"),
+        ("data: q.jsonl", ["--data.limit", "3"], "run.yaml: data"),
+        (None, ["--data.path", "q.jsonl"], "--data.path"),
+    ],
+)
+def test_an_error_of_the_data_names_the_key_as_it_was_typed(tmp_path, monkeypatch, text, overrides, key):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(text or "")
+    config = Path("run.yaml") if text else None
+    assert as_typed("data: expected a file", config, overrides) == f"{key}: expected a file"
+    assert as_typed("train.seed: expected 1", config, overrides) == "train.seed: expected 1"
+    model = as_typed("model: expected a folder", config, ["--model.path", "m"])
+    assert model == "--model.path: expected a folder"
+    assert as_typed("limit: expected 1", config, ["--limit", "0"]) == "--limit: expected 1"
 
 
 def test_every_field_of_the_config_is_a_key():
@@ -113,11 +150,11 @@ def test_what_is_wrong_is_named_with_its_file(load, text, said):
     [
         ("", "expected sections"),
         ("[1, 2]", "expected sections"),
-        (GOOD.replace("{path: some/model}", "some/model"), "run.yaml: model: expected a dictionary"),
+        (GOOD.replace("{path: some/model}", "5"), "run.yaml: model: expected a path or the keys path, dtype"),
         (GOOD + "\nlearning_rate: 1", "learning_rate: unknown key, the nearest is train.learning_rate"),
         (GOOD + "\nmodle: 1", "modle: unknown key, the nearest is model"),
         (GOOD.replace("{path: some/model}", "{path: m, lora: {rank: 8}}"), "model.lora.rank: unknown key"),
-        (GOOD.replace("{path: some/model}", "{path: m, lora: 8}"), "model.lora: expected a dictionary"),
+        (GOOD.replace("{path: some/model}", "{path: m, lora: 8}"), "model.lora: expected the keys r, alpha"),
         (GOOD.replace("{path: some/model}", "{path: m, dtype: fp8}"), "model.dtype: expected 'float32', 'bfloat16' or"),
     ],
 )

@@ -127,6 +127,38 @@ def test_more_steps_are_another_run_where_the_schedule_ends_with_them(here):
         claim(*asked("--lr_scheduler_type", "linear", "--max_steps", "9"))
 
 
+def test_a_finished_run_keeps_what_more_steps_need_only_where_it_is_asked_to(model, here, capsys):
+    assert main(["train", "run.yaml"]) == 0
+    weights = [str(p.relative_to(here)) for p in (here / "runs").rglob("*") if p.suffix in (".safetensors", ".pt")]
+    assert weights == ["runs/run/model/model.safetensors"]
+    assert main(["train", "run.yaml"]) == 0
+    assert "already has 1 steps\n" in capsys.readouterr().out
+    assert main(["train", "run.yaml", "--max_steps", "2"]) == 2
+    assert "got 2; for a new run add --output_dir runs/run-2" in capsys.readouterr().err
+    kept = ["train", "run.yaml", "--output_dir", "kept", "--save_total_limit", "1"]
+    assert main(kept) == 0 and main([*kept, "--max_steps", "2"]) == 0
+    assert [row["step"] for row in load_metrics(here / "kept" / "metrics.jsonl")] == [1, 2]
+    assert [p.name for p in (here / "kept").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("where", ["model", "checkpoint-5"])
+def test_fewer_steps_than_the_run_has_are_refused_and_as_many_are_not(here, where):
+    begin(["--max_steps", "5"])
+    (Path("out") / where).mkdir()
+    (Path("out") / where / "trainer_state.json").write_text('{"global_step": 5}')
+    before = Path("out/config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"max_steps: out holds a run of 5 steps, got 4; .* --output_dir out-4 "):
+        claim(*asked("--max_steps", "4"))
+    assert Path("out/config.yaml").read_text() == before
+    for words in (["--max_steps", "5"], ["--max_steps", "-1"]):
+        claim(*asked(*words))
+    if where == "model":  # has nothing to go on from
+        with pytest.raises(ValueError, match=r"max_steps: out holds a finished run of 5 steps, .*, got 6"):
+            claim(*asked("--max_steps", "6"))
+    else:
+        claim(*asked("--max_steps", "6"))
+
+
 def test_a_folder_of_something_else_is_refused(here):
     (here / "out").mkdir()
     (here / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -169,13 +201,20 @@ def test_check_of_a_registered_task_does_not_make_its_model(here, monkeypatch):
     [
         (
             ["--model.path", "./nowhere"],
-            "model: expected a folder with a model, or a hub id, got './nowhere', which",
+            "--model.path: expected a folder with a model, or a hub id, got './nowhere', which",
         ),
-        (["--model.path", "questions.jsonl"], "model: expected a folder with a model, or a hub id, got 'questions.jso"),
-        (["--data.path", "nowhere.jsonl"], "data: expected a file, got nowhere.jsonl, which is not there"),
+        (
+            ["--model.path", "questions.jsonl"],
+            "--model.path: expected a folder with a model, or a hub id, got 'questions",
+        ),
+        (["--data.path", "nowhere.jsonl"], "--data.path: expected a file, got nowhere.jsonl, which is not there"),
+        (["--data", "model/config.json"], "--data: model/config.json, line 1: expected a JSON object, got the first l"),
         (["--reward", "hsd.verify:nothing"], "reward: expected a function, got 'hsd.verify:nothing'"),
         (["--num_generations", "3"], "num_generations: expected a divisor of 4, the rollouts of one generation (per_d"),
-        (["--per_device_train_batch_size", "32"], "data: expected at least 8 questions, one step's worth, got 4"),
+        (
+            ["--per_device_train_batch_size", "32"],
+            "run.yaml: data.path: expected at least 8 questions, one step's worth, got 4",
+        ),
         (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
         (["--method", "sdft"], "demonstration"),
         (["--reward", "[]"], "reward: expected at least one function"),

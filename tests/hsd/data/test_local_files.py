@@ -81,12 +81,13 @@ def test_a_cell_may_be_long_and_a_row_blank(tmp_path):
         ("x.csv.gz", b"question,answer\n", "x.csv.gz: expected a whole gzip file"),
         ("x.parquet", b"question,answer\na,1\n", "x.parquet: expected a Parquet file, got"),
         ("x.jsonl", b'[{"question": "a", "answer": "1"}]', "line 1: expected a JSON object, got a JSON array"),
+        ("x.json", b'{\n "question": "a"\n}', "line 1: expected a JSON object, got the first line of a JSON object"),
+        ("x.jsonl", b"{", "line 1: expected a JSON object, got '{'"),
         (
             "x.json",
             b'[\n {"question": "a", "answer": "1"}\n]',
             "line 1: expected a JSON object, got a JSON array",
         ),
-        ("x.json", b'{\n "question": "a"}', "x.json, line 1: expected a JSON object, got '{"),
         (
             "x.jsonl",
             '{"question": "a", "answer": "1"}'.encode("utf-16"),

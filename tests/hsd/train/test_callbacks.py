@@ -206,6 +206,18 @@ def test_step_line_is_one_short_line(capsys):
     assert written == ["step 3/50  loss 1.5  kl 0.123  success 0.25  s 2"]
 
 
+def test_the_speed_of_a_resumed_run_is_that_of_its_own_steps(capsys, monkeypatch):
+    line = StepLine()
+    begin(line, step=40)
+    bar = line.training_bar
+    assert bar is not None
+    monkeypatch.setattr(bar, "_time", lambda: bar.start_t + 12.0)
+    line.on_step_end(None, TrainerState(global_step=42, max_steps=50), TrainerControl())
+    shown = bar.format_meter(**bar.format_dict)
+    assert "42/50" in shown and "00:12<00:48" in shown and "6.00s/it" in shown  # two steps in 12 s, eight to go
+    line.on_train_end(None, TrainerState(), TrainerControl())
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C while step ``at`` is on its way."""
 

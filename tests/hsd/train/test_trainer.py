@@ -1,6 +1,7 @@
 """HSDTrainer against the paper's equation on full logits, its privileged contexts, and exact resume."""
 
 import json
+import logging
 import warnings
 
 import pytest
@@ -20,6 +21,7 @@ from tiny_runs import (
     qwen3,
     start_adapters,
 )
+from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.hindsight.context import ContextTemplate
@@ -389,3 +391,12 @@ def test_a_fresh_run_in_a_used_folder_saves_its_own_initial_policy(tmp_path):
     stored = load_file(tmp_path / "initial_policy.safetensors")
     initial = trainer.frozen.models["initial_policy"]
     assert torch.equal(stored["model.embed_tokens.weight"], initial.model.embed_tokens.weight)
+
+
+def test_a_tied_head_is_not_missing_in_a_checkpoint_and_another_weight_is(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    trainer = make(qwen3(), tmp_path)
+    for missing in (["lm_head.weight"], ["lm_head.weight", "model.norm.weight"]):
+        trainer._issue_warnings_after_load(IncompatibleKeys(missing, []))
+    (said,) = set(caplog.messages)
+    assert "missing keys" in said and "['model.norm.weight']" in said

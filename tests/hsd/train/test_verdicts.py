@@ -6,6 +6,7 @@ from tiny_runs import QUESTIONS, TOKENIZER, Recorder, make, qwen3
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hsd.hindsight.groups import Group, Rollout, members
+from hsd.train.callbacks import load_metrics
 
 
 def run(tmp_path, reward, model=None, **options):
@@ -34,6 +35,18 @@ def test_a_rollout_without_a_verdict_is_no_success_at_any_threshold(tmp_path):
     trainer = run(tmp_path, unsure, success_reward=0.0)
     assert not trainer.batches[0]["success"].any()
     assert trainer.state.log_history[0]["hsd/failing_with_peer"] == 0.0
+
+
+@pytest.mark.parametrize("verdict", [None, 0.0])
+def test_what_was_not_measured_is_in_no_log_and_no_file(verdict, tmp_path):
+    trainer = run(tmp_path, every_other(verdict, verdict))
+    row = trainer.state.log_history[0]
+    assert all(value is not None and value == value for value in row.values())
+    assert not {"hsd/tau", "hsd/credit_at_tau", "hsd/credit_mass_8"} & row.keys()  # no rollout has a peer
+    scored = {"hsd/success_rate", "hsd/failing_with_peer", "rewards/<lambda>/mean"}
+    assert scored & row.keys() == (set() if verdict is None else scored)
+    (written,) = load_metrics(tmp_path / "metrics.jsonl")
+    assert written == row
 
 
 def test_a_blank_or_missing_answer_is_not_shown(tmp_path):

@@ -1,0 +1,78 @@
+"""The model card, README.md beside saved weights: method, base model, settings, source; full and LoRA runs alike."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hsd.files import replacing
+from hsd.methods import title
+from hsd.train.config import HSDConfig
+
+CARD = "README.md"
+SUCCESS = "\n## Success\n"
+SETTINGS = ("method", "teacher", "divergence", "divergence_coef", "policy_coef", "reference_coef", "learning_rate")
+SETTINGS += ("lr_scheduler_type", "num_generations", "generation_batch_size", "max_completion_length", "temperature")
+SETTINGS += ("top_p", "seed")
+OF_A_TEACHER = ("teacher", "divergence", "divergence_coef")
+# As in CITATION.cff.
+PAPER = """@article{li2026localizing,
+  title   = {Localizing Credit at the Divergence: Path-Conditioned Self-Distillation for LLM Reasoning},
+  author  = {Li, Yu and Hong, Shu and Lan, Tian},
+  journal = {arXiv preprint arXiv:2606.15576},
+  year    = {2026},
+  url     = {https://arxiv.org/abs/2606.15576}
+}"""
+
+
+def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
+    """The card after ``steps`` optimizer steps from ``base``, a hub id or a folder. ``lora``: PEFT's config."""
+    hub = bool(base) and not Path(base).is_absolute() and not Path(base).is_dir()
+    base = base if hub else Path(base).name or "a model"  # a folder's place is nobody's business
+    data = [f"base_model: {base}"] if hub else []
+    data += [f"library_name: {'transformers' if lora is None else 'peft'}", "pipeline_tag: text-generation"]
+    tags = dict.fromkeys(["hsd", args.method, "self-distillation" if args.has_teacher else "policy-gradient", "trl"])
+    names = [key for key in SETTINGS if args.has_teacher or key not in OF_A_TEACHER]
+    settings = {key: getattr(args, key) for key in names}
+    settings = {key: getattr(value, "value", value) for key, value in settings.items()}  # transformers has enums
+    if lora is not None:
+        settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("trl", "transformers", "torch"))
+    return "\n".join(
+        [
+            "---",
+            *data,
+            "tags:",
+            *(f"- {tag}" for tag in tags),
+            "---",
+            "",
+            f"# {Path(base).name}, trained by {title(args.method)}",
+            "",
+            f"{'A LoRA adapter of' if lora is not None else 'All weights of'} `{base}` after {steps} steps of "
+            f"hsd-kernels' `method: {args.method}`.",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in settings.items()),
+            "",
+            f"With {versions}. `config.yaml` in the run's folder has all settings.",
+            "",
+            "## Citation",
+            "",
+            f"The method is {title(args.method)}. hsd-kernels implements the family of this paper:",
+            "",
+            "```bibtex",
+            PAPER,
+            "```",
+            "",
+        ]
+    )
+
+
+def write_success(folder: Path, text: str) -> None:
+    """Put ``text`` at the end of a saved model's card, in the place of an earlier one; without a card do nothing."""
+    path = folder / CARD
+    if path.exists():
+        with replacing(path) as part:
+            part.write_text(path.read_text(encoding="utf-8").partition(SUCCESS)[0] + f"{SUCCESS}\n{text}\n", "utf-8")
