@@ -16,15 +16,21 @@ def say(line: str) -> None:
 
 
 def counter(label: str) -> Progress:
-    """Prints ``label: done of total, seconds``: every two seconds at most, and at the end."""
+    """Prints ``label: done of total, seconds, about how many are left``: every two seconds at most, and at the end.
+
+    The rate is that since the first call: a resumed job begins with some of its work done.
+    """
     started = last = time.monotonic()
+    first: tuple[int, float] | None = None
 
     def show(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, first
         now = time.monotonic()
+        begun, since = first = first or (done, now)
         if done < total and now - last < EVERY:
             return
         last = now
-        say(f"  {label}: {done} of {total}, {now - started:.0f} s")
+        left = f", {(total - done) * (now - since) / (done - begun):.0f} s left" if begun < done < total else ""
+        say(f"  {label}: {done} of {total}, {now - started:.0f} s{left}")
 
     return show

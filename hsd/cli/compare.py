@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsd.train.alarms import WINDOW
+from hsd.train.alarms import WINDOW, moving_mean
 
 FORMATS = (".png", ".pdf", ".svg")
 HELP = "compare runs: a table, their settings' differences, learning curves"
@@ -130,16 +130,6 @@ def differing(runs: Sequence[Run]) -> list[str]:
         if any(v != values[0] for v in values):
             lines.append(f"{key}: " + ", ".join(f"{r.name} {v}" for r, v in zip(known, values, strict=True)))
     return lines
-
-
-def moving_mean(rows: Sequence[dict[str, Any]], key: str, window: int) -> list[float]:
-    """At each step the mean of the last ``window`` values; NaN where none of them was measured."""
-    values = [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
-    means = []
-    for end in range(1, len(values) + 1):
-        seen = [v for v in values[max(0, end - window) : end] if not math.isnan(v)]
-        means.append(sum(seen) / len(seen) if seen else float("nan"))
-    return means
 
 
 def learning_curves(runs: Sequence[Run], key: str, window: int) -> dict[str, tuple[list[float], list[float]]]:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from hsd.tasks.task import load_policy
     from hsd.train.callbacks import load_metrics
     from hsd.viewer import report, summary
-    from hsd.viewer.make import make_credit
+    from hsd.viewer.make import PAGE, measure_credit, write_credit
 
     for name, least in LEAST.items():
         if (value := vars(args)[name]) is not None and value < least:
@@ -55,10 +55,11 @@ def run(args: argparse.Namespace) -> int:
     print(f"{task.title}: {model}, {len(questions)} questions x {args.rollouts} rollouts, twice", flush=True)
     note = f"Model {model}, seed {args.seed}. The teacher has the same weights."
     numbers = {"seed": args.seed, "size": args.rollouts, "shown": args.shown}
-    credit = make_credit(out, task, policy, questions, note=note, **numbers)
-    pictures = summary.draw(out, credit)
+    credit = measure_credit(task, policy, questions, **numbers)
+    write_credit(out, task, credit, note=note)
+    pictures = summary.draw(out, {"": credit.summary})
     if folder and (rows := load_metrics(folder / "metrics.jsonl")):
         pictures += report.training_picture(out, rows)
-    print("\n".join(summary.lines(credit)))
-    print("\nWrote " + ", ".join(str(p) for p in (out / "credit.html", out / "credit.json", *pictures)))
+    print("\n".join(summary.lines(credit.summary)))
+    print("\nWrote " + ", ".join(str(p) for p in (out / PAGE, out / "credit.json", *pictures)))
     return 0

@@ -112,6 +112,20 @@ def credit_profile(
         ``(offsets, mean_abs, count)``, each ``[before + 1 + after]``: the offsets ``-before .. after``, the
         mean (NaN where no rollout has a token), and the number of rollouts in that mean.
     """
+    offsets, abs_BO, has_token_BO = around_tau(credit_BT, mask_BT, tau_B, before, after)
+    count = has_token_BO.sum(0)
+    return offsets, abs_BO.sum(0) / count, count
+
+
+def around_tau(
+    credit_BT: Tensor, mask_BT: Tensor, tau_B: Tensor, before: int, after: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``|A|`` of each rollout by its offset ``t - tau``. Arguments and errors are those of :func:`credit_profile`.
+
+    Returns:
+        ``(offsets, abs_BO, has_token_BO)``: ``[O]``, and two ``[B, O]``: nats, 0 without a token, and whether there
+        is one.
+    """
     for name, value in (("before", before), ("after", after)):
         if value < 0:
             raise ValueError(f"{name}: expected a number of tokens >= 0, got {value}")
@@ -121,9 +135,7 @@ def credit_profile(
     inside_BO = (tau_B[:, None] >= 0) & (position_BO >= 0) & (position_BO < abs_BT.shape[1])
     position_BO = position_BO.where(inside_BO, 0)
     has_token_BO = inside_BO & mask_BT.bool().gather(1, position_BO)
-    count = has_token_BO.sum(0)
-    mean_abs = abs_BT.gather(1, position_BO).where(has_token_BO, 0.0).sum(0) / count
-    return offsets, mean_abs, count
+    return offsets, abs_BT.gather(1, position_BO).where(has_token_BO, 0.0), has_token_BO
 
 
 def coverage(p: float, group_size: int) -> float:

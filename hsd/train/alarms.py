@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 WINDOW = 5
 DEVIATIONS = 3.0  # of the difference between two windows, where the questions' difficulty is all that varies
@@ -114,3 +115,13 @@ def _best(history: Sequence[Mapping[str, float]], key: str) -> tuple[float | Non
     ends = range(WINDOW, len(history) + 1)
     means = [(m, end) for end in ends if (m := _window(history, key, end - WINDOW)) is not None]
     return max(means, default=(None, 0))
+
+
+def moving_mean(rows: Sequence[Mapping[str, Any]], key: str, window: int) -> list[float]:
+    """At each step the mean of the last ``window`` values; NaN where none of them was measured."""
+    values = [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
+    means = []
+    for end in range(1, len(values) + 1):
+        seen = [v for v in values[max(0, end - window) : end] if not math.isnan(v)]
+        means.append(sum(seen) / len(seen) if seen else float("nan"))
+    return means

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hsd.hindsight.context import ContextTemplate, build_context, tokenize_prompt
-from hsd.hindsight.credit import credit, credit_mass, credit_profile, divergence_position
+from hsd.hindsight.credit import around_tau, credit, credit_mass, credit_profile, divergence_position
 from hsd.hindsight.groups import Group
 from hsd.hindsight.peers import choose_peers
 from hsd.padding import padded
@@ -74,11 +74,28 @@ class CreditTable:
     credit_BT: Tensor
     mask_BT: Tensor
     tau_B: Tensor  # -1 where the rollout never leaves its peer
+    group_B: Tensor  # index of the rollout's group
 
     def profile(self, before: int = 16, after: int = 32) -> tuple[list[int], list[float], list[int]]:
         """(offsets from tau, mean |A|, number of rollouts) of `hsd.hindsight.credit.credit_profile`."""
         offsets, mean_abs, count = credit_profile(self.credit_BT, self.mask_BT, self.tau_B, before, after)
         return offsets.tolist(), mean_abs.tolist(), count.tolist()
+
+    def profile_error(self, before: int = 16, after: int = 32) -> list[float]:
+        """Standard error of each mean of `profile`, over the groups: rollouts of a question have peers in common.
+
+        NaN where fewer than two groups have a token. The formula is that of a cluster-robust standard error:
+        ``sqrt(G / (G - 1) * sum_g (sum_i in g (a_i - mean))^2) / N``.
+        """
+        _, abs_BO, has_token_BO = around_tau(self.credit_BT, self.mask_BT, self.tau_B, before, after)
+        count_O = has_token_BO.sum(0)
+        residual_BO = (abs_BO - abs_BO.sum(0) / count_O).where(has_token_BO, 0.0)
+        of_group = self.group_B.unique(return_inverse=True)[1]
+        sums = torch.zeros(int(of_group.max()) + 1, residual_BO.shape[1], dtype=residual_BO.dtype)
+        groups_O = (sums.index_add(0, of_group, has_token_BO.to(sums.dtype)) > 0).sum(0)
+        squares_O = sums.index_add(0, of_group, residual_BO).square().sum(0)
+        error_O = (squares_O * groups_O / (groups_O - 1)).sqrt() / count_O
+        return error_O.where(groups_O > 1, torch.nan).tolist()
 
     def mass(self) -> list[float]:
         """Share of |A| within each of `WINDOWS` of tau."""
@@ -178,8 +195,9 @@ def credit_tables(measured: Sequence[TokenCredit]) -> dict[str, CreditTable]:
     pad = partial(pad_sequence, batch_first=True)
     mask_BT = pad([torch.ones_like(r.credit, dtype=torch.long) for r in measured])
     tau_B = torch.tensor([-1 if r.tau is None else r.tau for r in measured])
+    group_B = torch.tensor([r.group for r in measured])
     credits = {"with_peer": [r.credit for r in measured], "answer_only": [r.answer_only for r in measured]}
-    return {name: CreditTable(pad(rows), mask_BT, tau_B) for name, rows in credits.items()}
+    return {name: CreditTable(pad(rows), mask_BT, tau_B, group_B) for name, rows in credits.items()}
 
 
 def coverage_by_difficulty(first: Sequence[Group], second: Sequence[Group]) -> list[CoverageBin]:

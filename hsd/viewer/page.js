@@ -5,7 +5,8 @@ const FIRST_ROWS = 6;   // drawn at once; the others follow while the page is al
 const ROWS_A_FRAME = 12;
 const LINE_AT = 0.1;    // of the full colour: from here the sign is underlined too
 
-const data = JSON.parse(document.getElementById("data").textContent);
+const measurements = Object.entries(JSON.parse(document.getElementById("data").textContent));
+let [name, data] = measurements[0];
 const at = (id) => document.getElementById(id);
 const rows = at("rows"), card = at("card"), map = at("map");
 const shown = { rollout: -1, list: [], drawn: 0, focus: null };
@@ -116,7 +117,10 @@ function open(i, t) {
   hide();
   const peer = r.peer === null ? null : data.rollouts[r.peer];
   const [question, answer] = data.groups[r.group];
-  at("question").replaceChildren(element("b", "", "Question "), visible(question), element("b", "", "  Answer "), visible(answer));
+  const group = data.rollouts.filter((other) => other.group === r.group), right = group.filter((other) => other.ok).length;
+  at("question").replaceChildren(
+    element("b", "", "Question "), visible(question), element("b", "", "  Answer "), visible(answer),
+    element("b", "", "  Success "), `${right} of ${group.length}` + (name ? ` ${name}` : ""));
   at("facts").replaceChildren(
     element("b", "", r.ok ? "\u2713 succeeds" : "\u2717 fails"), ` (reward ${r.reward}), ${r.tokens.length} tokens, `,
     element("b", "", tauWords(r, peer)), `. Mean |A| ${mean(r, 0, 3)} nats; of the answer-only teacher ${mean(r, 1, 3)}.`);
@@ -131,7 +135,21 @@ function open(i, t) {
   draw();
   refreshPlace();
   if (t !== undefined) goTo(t);
-  else history.replaceState(null, "", `#r=${i}`);
+  else history.replaceState(null, "", hash(i));
+}
+
+function hash(i, t) {
+  const words = at("measurement").selectedIndex > 0 ? [`m=${at("measurement").selectedIndex}`] : [];
+  return "#" + [...words, `r=${i}`, ...(t === undefined ? [] : [`t=${t}`])].join("&");
+}
+
+// Another measurement of the same questions: the same place of the same group.
+function change(m) {
+  at("measurement").selectedIndex = m;
+  [name, data] = measurements[m];
+  const i = shown.rollout;
+  fillList();
+  if (!shown.list.length || shown.list.includes(i)) open(i);  // also where it is hidden: another filter may show it
 }
 
 function tauWords(r, peer) {
@@ -232,7 +250,7 @@ function find(t, which = "own") {
 function goTo(t, which = "own") {
   const token = find(t, which);
   if (!token) return;
-  history.replaceState(null, "", `#r=${shown.rollout}&t=${t}`);
+  history.replaceState(null, "", hash(shown.rollout, t));
   token.scrollIntoView({ block: "center" });
   requestAnimationFrame(() => {  // rows that were skipped so far now have their true heights
     token.scrollIntoView({ block: "center" });
@@ -336,9 +354,10 @@ rows.addEventListener("keydown", (e) => {
   e.preventDefault();
 });
 
-const keys = { j: () => step(1), k: () => step(-1), t: () => at("go-tau").click(), m: () => at("go-peak").click(), Escape: hide };
+const keys = { b: () => change((at("measurement").selectedIndex + 1) % measurements.length), j: () => step(1), k: () => step(-1), t: () => at("go-tau").click(), m: () => at("go-peak").click(), Escape: hide };
 document.addEventListener("keydown", (e) => {
-  if (e.target.matches("input, select") || e.ctrlKey || e.metaKey || e.altKey || !(e.key in keys) || !shown.list.length) return;
+  if (e.target.matches("input, select") || e.ctrlKey || e.metaKey || e.altKey || !(e.key in keys)) return;
+  if (!shown.list.length && e.key !== "b") return;
   keys[e.key]();
 });
 
@@ -353,6 +372,7 @@ at("search").addEventListener("keydown", (e) => {  // Enter: the first token of 
   let end = 0;
   if (place >= 0) goTo(r.tokens.findIndex((i) => (end += data.texts[i].length) > place));
 });
+at("measurement").addEventListener("change", () => change(at("measurement").selectedIndex));
 at("teacher").addEventListener("change", draw);
 at("limit").addEventListener("change", draw);
 at("list").addEventListener("click", (e) => {
@@ -375,9 +395,13 @@ addEventListener("beforeprint", () => { while (drawRows(1000)); });
 // -- start -----------------------------------------------------------------------------------------------------------
 
 for (const value of data.limits) at("limit").add(new Option(`\u00b1${value} nats`, value, value === data.limit, value === data.limit));
+for (const [i, [label]] of measurements.entries()) at("measurement").add(new Option(label, i));
+for (const part of document.querySelectorAll(".switch")) part.hidden = measurements.length < 2;
 if (innerWidth <= 860) at("list").open = false;
-const hash = new URLSearchParams(location.hash.slice(1));
-const first = Number(hash.get("r") ?? data.first);
+const asked = new URLSearchParams(location.hash.slice(1));
+const m = Number(asked.get("m") ?? 0);
+if (m in measurements) { at("measurement").selectedIndex = m; [name, data] = measurements[m]; }
+const first = Number(asked.get("r") ?? data.first);
 fillList();
-open(first in data.rollouts ? first : 0, hash.has("t") ? Number(hash.get("t")) : undefined);
+open(first in data.rollouts ? first : 0, asked.has("t") ? Number(asked.get("t")) : undefined);
 })();

@@ -1,5 +1,6 @@
 """The credit page: one HTML file that shows each rollout token by token beside its peer, and asks nothing of a network.
 
+A page holds one measurement or several of the same questions, such as "before training" and "after training".
 Numbers travel as integers in JSON: thousandths of a nat, ten-thousandths of a probability, texts by their place in
 a list. null is a number that is not finite.
 """
@@ -10,40 +11,44 @@ import html
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hsd.files import replacing
 from hsd.hindsight.groups import Group, last_user_text
 from hsd.viewer.measure import TokenCredit, Top
 from hsd.viewer.tokens import partial_bytes, token_texts
 
 LIMITS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]  # nats at full colour
+DATA = '<script type="application/json" id="data">'  # of page.html
 NATS, PROBABILITY = 1e-3, 1e-4  # units
 
 
-def write_page(
-    path: str | Path, tokenizer: Any, groups: Sequence[Group], measured: Sequence[TokenCredit], *, title: str, note: str
-) -> None:
-    """Write the page of ``measured``, all rollouts of ``groups`` in order (`hsd.viewer.measure.measure`).
+def write_page(path: Path, measurements: Mapping[str, Mapping[str, Any]], *, title: str, note: str) -> None:
+    """Write the page of ``measurements``, a `payload` by name; with several names the page has a switch.
 
     Args:
         title: heading of the page, plain text.
         note: a line below it: which model and which questions these are, plain text.
-
-    Raises:
-        ValueError: ``measured`` is empty or does not hold every rollout of ``groups`` in order.
     """
-    Path(path).write_text(page(payload(tokenizer, groups, measured), title=title, note=note), encoding="utf-8")
+    with replacing(path) as part:
+        part.write_text(page(measurements, title=title, note=note), encoding="utf-8")
 
 
-def page(data: dict[str, Any], *, title: str, note: str) -> str:
-    """The HTML text. ``data`` stands in a script element that is never run, with every ``<`` escaped."""
+def read_page(path: Path) -> dict[str, dict[str, Any]]:
+    """The measurements of a page that `write_page` wrote."""
+    _, _, rest = path.read_text(encoding="utf-8").partition(DATA)
+    return json.loads(rest.partition("</script>")[0])
+
+
+def page(measurements: Mapping[str, Mapping[str, Any]], *, title: str, note: str) -> str:
+    """The HTML text. The measurements stand in a script element that is never run, with every ``<`` escaped."""
     folder = files("hsd.viewer")
-    text = json.dumps(data, separators=(",", ":"))  # ASCII: control characters and U+2028 are escaped
+    text = json.dumps(measurements, separators=(",", ":"))  # ASCII: control characters and U+2028 are escaped
     parts = {
         "title": html.escape(title),
         "note": html.escape(note),
@@ -56,7 +61,10 @@ def page(data: dict[str, Any], *, title: str, note: str) -> str:
 
 
 def payload(tokenizer: Any, groups: Sequence[Group], measured: Sequence[TokenCredit]) -> dict[str, Any]:
-    """What page.js draws, ready for JSON."""
+    """What page.js draws of ``measured``, all rollouts of ``groups`` in order (`hsd.viewer.measure.measure`).
+
+    Ready for JSON. Raises ValueError where ``measured`` is empty or does not hold every rollout in order.
+    """
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group.rollouts))]
     if not measured or [(r.group, r.rollout) for r in measured] != places:
         raise ValueError(f"measured: expected the {len(places)} rollouts of the groups in order, got {len(measured)}")

@@ -1,6 +1,7 @@
 """Pictures of credit and training. matplotlib is imported on use and draws to a file, without a display.
 
-``path`` is the file to write, whose suffix picks the format; ``title`` stands above the picture.
+``path`` is the file to write, whose suffix picks the format; ``title`` stands above the picture. Pictures of credit
+have a panel for each measurement: before training, and after it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hsd.evaluate import Success
 from hsd.hindsight.credit import coverage
 
 if TYPE_CHECKING:
@@ -23,60 +25,70 @@ _GREY = "#555555"
 _DPI = 120
 
 
-def plot_credit_profile(
-    path: str | Path, profiles: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str
-) -> None:
-    """Mean ``|A|`` (nats) around the divergence position, one curve for each teacher.
+Profile = tuple[Sequence[float], Sequence[float], Sequence[float]]  # offsets, mean |A|, its standard error
+
+
+def plot_credit_profile(path: str | Path, panels: Mapping[str, Mapping[str, Profile]], *, title: str) -> None:
+    """Mean ``|A|`` (nats) around the divergence position with its 95 % interval, one curve for each teacher.
 
     Args:
-        profiles: ``{teacher: (offsets, mean_abs)}``, as :func:`hsd.hindsight.credit.credit_profile` returns them.
+        panels: ``{panel: {teacher: (offsets, mean_abs, error)}}``, as
+            :func:`hsd.hindsight.credit.credit_profile` returns them; NaN has no point, and no band.
     """
-    fig, axes = _figure(6.4, 3.8)
-    axes.axvline(0, color=_GREY, linewidth=1, linestyle="--", zorder=1)
-    for i, (name, (offsets, values)) in enumerate(profiles.items()):
-        axes.plot(offsets, values, label=name, markersize=3, **_style(i))
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.01)
-    axes.annotate(
-        r"$\tau$",
-        (0, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, -4),
-        textcoords="offset points",
-        va="top",
-        fontsize=12,
-        color=_GREY,
-    )
-    axes.set_xlabel(r"offset from the divergence position, $t - \tau$ (tokens)")
-    axes.set_ylabel(r"mean credit $|A|$ (nats)")
-    _finish(fig, axes, path, title)
+    fig, row = _row(len(panels))
+    for axes, (panel, profiles) in zip(row, panels.items(), strict=True):
+        axes.axvline(0, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+        for i, (name, (offsets, values, error)) in enumerate(profiles.items()):
+            axes.plot(offsets, values, label=name, markersize=3, **_style(i))
+            low, high = ([v + z * e for v, e in zip(values, error, strict=True)] for z in (-1.96, 1.96))
+            axes.fill_between(list(offsets), low, high, color=_COLOURS[i], alpha=0.25, linewidth=0)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.01)
+        axes.annotate(
+            r"$\tau$",
+            (0, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -4),
+            textcoords="offset points",
+            va="top",
+            fontsize=12,
+            color=_GREY,
+        )
+        axes.set_xlabel(r"offset from the divergence position, $t - \tau$ (tokens)")
+        axes.set_title(panel, fontsize=10)
+    row[0].set_ylabel(r"mean credit $|A|$ (nats)")
+    _finish(fig, row, path, title)
 
 
 def plot_credit_mass(
-    path: str | Path, masses: Mapping[str, Sequence[float]], windows: Sequence[int], *, title: str
+    path: str | Path, panels: Mapping[str, Mapping[str, Sequence[float]]], windows: Sequence[int], *, title: str
 ) -> None:
     """Share of the credit within ``w`` tokens of the divergence position, one curve for each teacher.
 
     Args:
-        masses: ``{teacher: shares}`` with shares in [0, 1], as :func:`hsd.hindsight.credit.credit_mass` returns them.
+        panels: ``{panel: {teacher: shares}}`` with the shares of :func:`hsd.hindsight.credit.credit_mass`.
         windows: The half-widths ``w`` in tokens, positive.
     """
-    fig, axes = _figure(6.4, 3.8)
-    for i, (name, shares) in enumerate(masses.items()):
-        axes.plot(windows, [100 * s for s in shares], label=name, markersize=6, **_style(i))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(windows), labels=[str(w) for w in windows])
-    axes.minorticks_off()
-    axes.set_ylim(0, 102)
-    axes.set_xlabel(r"window $w$ (tokens on each side of $\tau$)")
-    axes.set_ylabel(r"share of $|A|$ within $w$ of $\tau$ (%)")
-    _finish(fig, axes, path, title)
+    fig, row = _row(len(panels))
+    for axes, (panel, masses) in zip(row, panels.items(), strict=True):
+        for i, (name, shares) in enumerate(masses.items()):
+            axes.plot(windows, [100 * s for s in shares], label=name, markersize=6, **_style(i))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(windows), labels=[str(w) for w in windows])
+        axes.minorticks_off()
+        axes.set_ylim(0, 102)
+        axes.set_xlabel(r"window $w$ (tokens on each side of $\tau$)")
+        axes.set_title(panel, fontsize=10)
+    row[0].set_ylabel(r"share of $|A|$ within $w$ of $\tau$ (%)")
+    _finish(fig, row, path, title)
+
+
+Bin = tuple[float, float, float, int]  # success, coverage, its standard error (NaN where there is none), groups
 
 
 def plot_coverage(
     path: str | Path,
-    bins: Sequence[tuple[float, float, float, int]],
-    overall: tuple[float, float],
+    panels: Mapping[str, tuple[Sequence[Bin], tuple[float, float]]],
     group_size: int,
     *,
     title: str,
@@ -84,49 +96,87 @@ def plot_coverage(
     """Coverage, the share of all rollouts that fail and have a successful peer, over the success rate.
 
     Args:
-        bins: ``(success, coverage, error, groups)`` of questions of like difficulty: two shares, the standard error of
-            the second (NaN where there is none) and the number of groups. Drawn with 95 % intervals beside ``f(p, G)``
-            of :func:`hsd.hindsight.credit.coverage`.
-        overall: ``(success, coverage)`` of all questions together.
+        panels: ``{panel: (bins, overall)}``: questions of like difficulty, with 95 % intervals, and ``(success,
+            coverage)`` of all of them. Beside them stands ``f(p, G)`` of :func:`hsd.hindsight.credit.coverage`.
         group_size: G.
     """
-    fig, axes = _figure(6.4, 3.8)
+    fig, row = _row(len(panels))
     ps = [i / 200 for i in range(201)]
-    axes.plot(ps, [coverage(p, group_size) for p in ps], color=_GREY, linewidth=1.2, label=f"f(p, {group_size})")
-    success, covered, error, groups = zip(*bins, strict=True)
-    bars = [0.0 if math.isnan(e) else 1.96 * e for e in error]
-    axes.errorbar(success, covered, yerr=bars, label="measured, by difficulty", capsize=3, linestyle="", **_style(0))
-    for x, y, n in zip(success, covered, groups, strict=True):
-        label = f"{n} group{'s' * (n > 1)}"
-        axes.annotate(label, (x, y), (6, 6), textcoords="offset points", fontsize=8, color=_GREY)
-    axes.plot([overall[0]], [overall[1]], label="measured, all", **_star())
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("success rate of the rollouts, p")
-    axes.set_ylabel("share failing, with a peer")
-    _finish(fig, axes, path, title)
+    for axes, (panel, (bins, overall)) in zip(row, panels.items(), strict=True):
+        axes.plot(ps, [coverage(p, group_size) for p in ps], color=_GREY, linewidth=1.2, label=f"f(p, {group_size})")
+        success, covered, error, groups = zip(*bins, strict=True)
+        bars = [0.0 if math.isnan(e) else 1.96 * e for e in error]
+        points = {"label": "measured, by difficulty", "capsize": 3, "linestyle": ""}
+        axes.errorbar(success, covered, yerr=bars, **points, **_style(0))
+        for x, y, n in zip(success, covered, groups, strict=True):
+            label = f"{n} group{'s' * (n > 1)}"
+            axes.annotate(label, (x, y), (6, 6), textcoords="offset points", fontsize=8, color=_GREY)
+        axes.plot([overall[0]], [overall[1]], label="measured, all", **_star())
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("success rate of the rollouts, p")
+        axes.set_title(panel, fontsize=10)
+    row[0].set_ylabel("share failing, with a peer")
+    _finish(fig, row, path, title)
 
 
-def plot_silence(path: str | Path, with_peer: Sequence[float], answer_only: Sequence[float], *, title: str) -> None:
+def plot_silence(
+    path: str | Path, panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str
+) -> None:
     """Rollout-averaged ``|A|`` (nats) of the answer-only teacher against the peer teacher's, a point for each rollout.
 
     Below the diagonal the answer alone says less than a peer. Logarithmic; values under 1e-4 nats are drawn there.
 
     Args:
-        with_peer, answer_only: One value for each rollout, nats.
+        panels: ``{panel: (with_peer, answer_only)}``, one value for each rollout, nats.
     """
-    fig, axes = _figure(4.8, 4.4)
+    fig, row = _row(len(panels), 4.8, 4.4)
     floor = 1e-4
-    xs, ys = ([max(floor, v) for v in values] for values in (with_peer, answer_only))
-    low, high = floor * 0.8, 1.5 * max(*xs, *ys, 1.0)
-    axes.plot([low, high], [low, high], color=_GREY, linewidth=1, linestyle="--", label="equal")
-    axes.scatter(xs, ys, s=14, color=_COLOURS[0], alpha=0.5, edgecolors="none", label=f"{len(xs)} rollouts")
-    mean_x, mean_y = (sum(values) / len(values) for values in (with_peer, answer_only))
-    axes.plot([max(floor, mean_x)], [max(floor, mean_y)], label=f"mean: {mean_x:.3f} and {mean_y:.3f}", **_star())
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
-    axes.set_xlabel("peer teacher, mean $|A|$ of a rollout (nats)")
-    axes.set_ylabel("answer-only teacher, mean $|A|$ (nats)")
-    _finish(fig, axes, path, title)
+    high = 1.5 * max(1.0, *(v for both in panels.values() for values in both for v in values))
+    low = floor * 0.8
+    for axes, (panel, both) in zip(row, panels.items(), strict=True):
+        xs, ys = ([max(floor, v) for v in values] for values in both)
+        axes.plot([low, high], [low, high], color=_GREY, linewidth=1, linestyle="--", label="equal")
+        axes.scatter(xs, ys, s=14, color=_COLOURS[0], alpha=0.5, edgecolors="none", label=f"{len(xs)} rollouts")
+        mean_x, mean_y = (sum(values) / len(values) for values in both)
+        axes.plot([max(floor, mean_x)], [max(floor, mean_y)], label=f"mean: {mean_x:.3f} and {mean_y:.3f}", **_star())
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
+        axes.set_xlabel("peer teacher, mean $|A|$ of a rollout (nats)")
+        axes.set_title(panel, fontsize=10)
+    row[0].set_ylabel("answer-only teacher, mean $|A|$ (nats)")
+    _finish(fig, row, path, title)
+
+
+def plot_methods(
+    path: str | Path,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    before: Success,
+    after: Mapping[str, Success],
+    *,
+    title: str,
+) -> None:
+    """Methods from one initial policy: success of their rollouts over the steps, and on held-out questions at the end.
+
+    Args:
+        curves: ``{method: (steps, success)}``.
+        before: success of the initial policy on the held-out questions.
+        after: ``{method: success}`` on the same questions, drawn with their 95 % intervals.
+    """
+    fig = _bare_figure(9.6, 3.8)
+    learning, held_out = fig.subplots(1, 2, sharey=True, width_ratios=(5, 3))
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+        learning.plot(steps, values, label=name, **_style(i) | {"markersize": 3})
+    learning.set(xlabel="training step", ylabel="success", ylim=(0, 1.02), title="rollouts in training")
+    grey = {"color": _GREY, "marker": "o"}
+    for i, (measured, style) in enumerate([(before, grey), *((s, _style(i)) for i, s in enumerate(after.values()))]):
+        ends = [[measured.mean - measured.low], [measured.high - measured.mean]]
+        held_out.errorbar([i], [measured.mean], yerr=ends, capsize=4, markersize=6, linestyle="", **style)
+        held_out.annotate(f"{measured.mean:.2f}", (i, measured.mean), (8, 0), textcoords="offset points", fontsize=9)
+    held_out.set_xticks(range(1 + len(after)), labels=["before", *after])
+    held_out.margins(x=0.15)
+    held_out.set_title(f"{before.questions} held-out questions, 95 % intervals")
+    _clean(held_out)
+    _finish(fig, [learning], path, title)
 
 
 def plot_curves(
@@ -175,9 +225,10 @@ def _bare_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    fig = _bare_figure(width, height)
-    return fig, fig.subplots()
+def _row(panels: int, width: float = 6.4, height: float = 3.8) -> tuple[Figure, list[Axes]]:
+    """Panels of one size beside each other, with one vertical axis: of several, each has 0.8 of ``width``."""
+    fig = _bare_figure(width * (1 if panels == 1 else 0.8 * panels), height)
+    return fig, list(fig.subplots(1, panels, squeeze=False, sharey=True).flat)
 
 
 def _style(i: int) -> dict[str, Any]:
@@ -194,8 +245,9 @@ def _clean(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _finish(fig: Figure, axes: Axes, path: str | Path, title: str) -> None:
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.legend(framealpha=0.9, edgecolor="none")
-    _clean(axes)
+def _finish(fig: Figure, row: Sequence[Axes], path: str | Path, title: str) -> None:
+    for axes in row:
+        axes.legend(framealpha=0.9, edgecolor="none", fontsize="medium" if len(row) == 1 else "small")
+        _clean(axes)
+    fig.suptitle(title, fontsize=11)
     fig.savefig(path, dpi=_DPI)

@@ -1,10 +1,11 @@
-"""The report of a run: success before and after, coverage, and where the credit lands. Text, JSON and pictures."""
+"""The report of a run: success before and after, other methods beside it, and where the credit lands."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from hsd.evaluate import Success
 from hsd.files import replacing
 from hsd.tasks.task import Task
-from hsd.train.callbacks import load_metrics
+from hsd.train.alarms import WINDOW, moving_mean
 from hsd.viewer import summary
-from hsd.viewer.plots import plot_curves
+from hsd.viewer.plots import plot_curves, plot_methods
 
 CURVES = {
     "loss": "loss (nats)",
@@ -27,15 +28,42 @@ CURVES = {
 }
 
 
-def write(folder: Path, task: Task, command: str, settings: dict[str, Any], before: Success, after: Success) -> str:
-    """Write report.json, report.md and the pictures; return the text of report.md."""
-    credit = json.loads((folder / "credit.json").read_text())
-    rows = load_metrics(folder / "metrics.jsonl")
-    alarms = {name: f"step {r['step']}: {text}" for r in rows for name, text in r.get("alarms", {}).items()}
+@dataclass(frozen=True)
+class End:
+    """What a method made of the initial policy."""
+
+    rows: list[dict[str, Any]]  # metrics.jsonl
+    success: Success
+
+    @property
+    def seconds(self) -> float:
+        return sum(row.get("step_time") or 0.0 for row in self.rows)
+
+    @property
+    def alarms(self) -> dict[str, str]:
+        return {name: f"step {r['step']}: {text}" for r in self.rows for name, text in r.get("alarms", {}).items()}
+
+
+def write(
+    folder: Path,
+    task: Task,
+    command: str,
+    settings: dict[str, Any],
+    before: Success,
+    ends: Mapping[str, End],
+    credits: Mapping[str, dict[str, Any]],
+) -> str:
+    """Write report.json, report.md and the pictures; return the text of report.md.
+
+    Args:
+        ends: by method, that of the run first.
+        credits: `hsd.viewer.summary.summarise` by name, before training and after.
+    """
+    method, end = next(iter(ends.items()))
+    rows, after, alarms, seconds = end.rows, end.success, end.alarms, end.seconds
     settings = settings | {"steps": len(rows)}
-    seconds = sum(row.get("step_time") or 0.0 for row in rows)
-    credit_lines = summary.lines(credit)
-    pictures = summary.draw(folder, credit) + training_picture(folder, rows)
+    pictures = summary.draw(folder, credits) + training_picture(folder, rows)
+    beside = methods_picture(folder, before, ends) if len(ends) > 1 else []
     text = "\n".join(
         [
             f"# {task.title}",
@@ -48,17 +76,19 @@ def write(folder: Path, task: Task, command: str, settings: dict[str, Any], befo
             "",
             *_alarm_lines(alarms),
             "",
-            "Before training, " + credit_lines[0],
-            *credit_lines[1:],
+            *([*_methods_table(before, ends, method), "", f"![methods]({beside[0].name})", ""] if beside else []),
+            *_credit_lines(credits),
             "",
-            "[Token by token](credit.html), each rollout beside its peer.",
+            "[Token by token](credit.html), each rollout beside its peer, before training and after.",
             "",
             *(f"![{p.stem}]({p.name})" for p in pictures),
             "",
         ]
     )
     facts = {"settings": settings, "before": asdict(before), "after": asdict(after), "alarms": alarms}
-    facts |= {"seconds": seconds, "credit": credit}
+    facts |= {"seconds": seconds, "credit": credits}
+    if beside:
+        facts["methods"] = {name: {"after": asdict(e.success), "seconds": e.seconds} for name, e in ends.items()}
     for name, written in (("report.md", text), ("report.json", json.dumps(facts, indent=1))):
         with replacing(folder / name) as part:
             part.write_text(written, encoding="utf-8")
@@ -76,10 +106,48 @@ def _success_table(before: Success, after: Success, task: Task) -> list[str]:
     ]
 
 
+def _methods_table(before: Success, ends: Mapping[str, End], method: str) -> list[str]:
+    """The methods in one table."""
+    size = before.questions * before.samples
+    return [
+        f"From the same initial policy, with as many rollouts a step; success on the same {size} rollouts' questions.",
+        "",
+        "| method | steps | learning rate | success [95 % interval] | seconds in steps | alarms |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {f'**{name}**' if name == method else name} | {len(e.rows)} | {e.rows[0].get('learning_rate', '-')} "
+            f"| {e.success} | {e.seconds:.0f} | {', '.join(e.alarms.values()) or 'none'} |"
+            for name, e in ends.items()
+        ),
+    ]
+
+
+def _credit_lines(credits: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The first measurement in full; of the later ones, what changed."""
+    lines = []
+    for i, (name, credit) in enumerate(credits.items()):
+        told = summary.lines(credit)
+        rest = told[1:] if i == 0 else told[1:2]
+        lines += [f"{name.capitalize()}, {told[0]}", *rest, ""]
+    return lines[:-1]
+
+
 def _alarm_lines(alarms: dict[str, str]) -> list[str]:
     if not alarms:
         return ["No alarm was raised."]
     return [f"ALARM, {text}." for text in alarms.values()]
+
+
+def methods_picture(folder: Path, before: Success, ends: Mapping[str, End]) -> list[Path]:
+    """Write methods.png: learning curves, means of `WINDOW` steps, and success on the held-out questions."""
+    curves = {
+        name: ([row["step"] for row in end.rows], moving_mean(end.rows, "hsd/success_rate", WINDOW))
+        for name, end in ends.items()
+    }
+    path = folder / "methods.png"
+    after = {name: end.success for name, end in ends.items()}
+    plot_methods(path, curves, before, after, title=f"From the same initial policy (curves: means of {WINDOW} steps)")
+    return [path]
 
 
 def training_picture(folder: Path, rows: list[dict]) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median_low
@@ -12,7 +12,7 @@ from typing import Any
 from hsd.hindsight.credit import coverage
 from hsd.hindsight.groups import Group, last_user_text
 from hsd.viewer.measure import WINDOWS, TokenCredit, coverage_by_difficulty, credit_tables
-from hsd.viewer.plots import plot_coverage, plot_credit_mass, plot_credit_profile, plot_silence
+from hsd.viewer.plots import Bin, Profile, plot_coverage, plot_credit_mass, plot_credit_profile, plot_silence
 
 TEACHERS = {"with_peer": "peer + answer", "answer_only": "answer only"}
 PROFILE_ROWS = (-8, -4, -2, -1, 0, 1, 2, 4, 8, 16)
@@ -48,7 +48,9 @@ def summarise(
         kept["mean_abs"] = {name: table.mean_abs() for name, table in tables.items()}
         kept["rollout_abs"] = {name: [round(a, 6) for a in table.rollout_abs()] for name, table in tables.items()}
         kept["mass"] = {name: table.mass() for name, table in tables.items()}
+        kept["diverging"] = {"rollouts": len(taus), "questions": len({r.group for r in measured if r.tau is not None})}
         kept["profile"] = {name: table.profile() for name, table in tables.items()}
+        kept["profile_error"] = {name: table.profile_error() for name, table in tables.items()}
         kept["examples"] = [_example(r, groups[r.group], tokenizer) for r in _spread(measured)]
     return _strict(kept)
 
@@ -97,32 +99,49 @@ def lines(credit: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw(folder: Path, credit: dict[str, Any]) -> list[Path]:
-    """Write the figures that the measurement has data for; their paths. Those of an earlier measurement are removed."""
-    count, size = credit["failing_with_peer"], credit["group_size"]
+def draw(folder: Path, credits: Mapping[str, dict[str, Any]]) -> list[Path]:
+    """Write the figures that the measurements have data for; their paths. Those of an earlier call are removed.
+
+    ``credits`` has a name for each measurement of the same questions, such as "before training": a panel each.
+    """
     profile, mass, silence, covered = (folder / name for name in FIGURES)
     for path in (profile, mass, silence, covered):
         path.unlink(missing_ok=True)
     pictures = []
-    if credit.get("median_tau") is not None:  # some failing rollout leaves its peer
-        points = {label: _profile(credit, name) for name, label in TEACHERS.items()}
-        profiles = {label: (list(p), list(p.values())) for label, p in points.items()}
-        masses = {label: credit["mass"][name] for name, label in TEACHERS.items()}
+    if diverging := {name: c for name, c in credits.items() if c.get("median_tau") is not None}:
+        titles = {name: _panel(name, **c["diverging"]) for name, c in diverging.items()}
+        profiles = {titles[n]: {t: _curve(c, k) for k, t in TEACHERS.items()} for n, c in diverging.items()}
+        masses = {titles[n]: {t: c["mass"][k] for k, t in TEACHERS.items()} for n, c in diverging.items()}
         pictures += [profile, mass]
-        plot_credit_profile(profile, profiles, title=f"Where the credit lands ({count} failing rollouts)")
-        plot_credit_mass(mass, masses, credit["windows"], title=f"Credit near tau ({count} failing rollouts)")
-    if count:
+        plot_credit_profile(profile, profiles, title="Where the credit lands (bands: 95 % intervals over questions)")
+        plot_credit_mass(mass, masses, WINDOWS, title="Credit near tau")
+    if loud := {name: tuple(c["rollout_abs"].values()) for name, c in credits.items() if c["failing_with_peer"]}:
         pictures.append(silence)
-        plot_silence(silence, *credit["rollout_abs"].values(), title="How loud the two teachers are")
-    nan = math.nan
-    bins = [
-        (b["success"], b["coverage"], nan if b["error"] is None else b["error"], b["groups"])
-        for b in credit["by_difficulty"]
-    ]
+        plot_silence(silence, loud, title="How loud the two teachers are")
+    first = next(iter(credits.values()))
+    bins = {name: (_bins(c), (c["success"], c["coverage"])) for name, c in credits.items()}
     pictures.append(covered)
-    title = f"Failing rollouts with a peer ({credit['questions']} questions, two groups each)"
-    plot_coverage(covered, bins, (credit["success"], credit["coverage"]), size, title=title)
+    title = f"Failing rollouts with a peer ({first['questions']} questions, two groups each)"
+    plot_coverage(covered, bins, first["group_size"], title=title)
     return pictures
+
+
+def _panel(name: str, rollouts: int, questions: int) -> str:
+    told = f"n = {rollouts} failing rollouts of {questions} question{'s' * (questions > 1)}"
+    return f"{name}, {told}" if name else told
+
+
+def _bins(credit: dict[str, Any]) -> list[Bin]:
+    return [(b["success"], b["coverage"], _nan(b["error"]), b["groups"]) for b in credit["by_difficulty"]]
+
+
+def _curve(credit: dict[str, Any], name: str) -> Profile:
+    offsets, mean_abs, _ = credit["profile"][name]
+    return offsets, [_nan(a) for a in mean_abs], [_nan(e) for e in credit["profile_error"][name]]
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _strict(value: Any) -> Any:

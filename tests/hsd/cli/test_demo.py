@@ -8,9 +8,11 @@ from tiny_runs import SMALLER, TOKENIZER, qwen3
 from transformers import AutoModelForCausalLM
 
 from hsd.cli.__main__ import main
+from hsd.data.rows import read_json
 from hsd.evaluate import Sampling
 from hsd.tasks import small_world
 from hsd.train.callbacks import load_metrics
+from hsd.viewer.page import read_page
 
 
 @pytest.fixture
@@ -41,19 +43,28 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_runs_reports_and_goes_on(tiny, capsys):
-    assert main(["demo", "small"]) == 0
+    assert main(["demo", "small", "--against", "grpo", "hsd"]) == 0
     printed = capsys.readouterr().out
     assert "# tiny world" in printed and "| success [95 % interval] |" in printed and "step 2/2" in printed
+    for word in ("report  runs/small-seed0/report.md", "model   runs/small-seed0/model", "hsd eval runs/small-seed0"):
+        assert word in printed.split("# tiny world")[1]
     files = {"report.md", "report.json", "metrics.jsonl", "credit.json", "training.png", "config.yaml", "run.json"}
-    assert files <= {p.name for p in tiny.iterdir()}
+    files |= {"credit-after-2.json", "methods.png", "grpo"}
+    assert files <= {p.name for p in tiny.iterdir()} and not (tiny / "hsd").exists()
     AutoModelForCausalLM.from_pretrained(tiny / "model")
+    assert json.loads((tiny / "report.json").read_text())["methods"].keys() == {"hsd", "grpo"}
+    assert read_json(tiny / "grpo" / "run.json")["train.method"] == "grpo"
+    page = read_page(tiny / "credit.html")
+    assert list(page) == ["before training", "after 2 steps"]
+    assert page["before training"]["groups"] == page["after 2 steps"]["groups"]
 
     before = (tiny / "before.json").read_text()
     assert main(["demo", "small", "--max-steps", "4"]) == 0  # goes on from step 2
     assert [row["step"] for row in load_metrics(tiny / "metrics.jsonl")] == [1, 2, 3, 4]
     assert (tiny / "before.json").read_text() == before and (tiny / "after-4.json").exists()
+    assert list(read_page(tiny / "credit.html")) == ["before training", "after 2 steps", "after 4 steps"]
     facts = json.loads((tiny / "report.json").read_text())
-    assert facts["settings"]["steps"] == 4 and facts["settings"]["teacher"] == "ema"
+    assert facts["settings"]["steps"] == 4 and "methods" not in facts and facts["settings"]["teacher"] == "ema"
     files = {p: p.read_bytes() for p in tiny.rglob("*") if p.is_file()}
     capsys.readouterr()
     assert main(["demo", "small", "--max_steps", "3"]) == 2

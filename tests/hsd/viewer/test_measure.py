@@ -109,11 +109,23 @@ def test_without_a_failing_rollout_with_a_peer_nothing_is_measured(groups):
     assert measure_failing(build(), groups) == []
 
 
-def test_tables_of_a_measurement():
-    def made(tau: int | None, *credit: float) -> TokenCredit:
-        values = torch.tensor(credit)
-        return TokenCredit(0, 1, 0, tau, values, torch.full_like(values, 0.5), values.abs(), values)
+def made(tau: int | None, *credit: float, group: int = 0) -> TokenCredit:
+    values = torch.tensor(credit)
+    return TokenCredit(group, 1, 0, tau, values, torch.full_like(values, 0.5), values.abs(), values)
 
+
+def test_the_error_of_a_profile_is_over_groups():
+    """Alone in their groups, rollouts have the usual standard error; copies within a group add nothing to it."""
+    alone = [made(0, a, group=g) for g, a in enumerate((1.0, 2.0, 6.0))]
+    (usual,) = credit_tables(alone)["with_peer"].profile_error(0, 0)
+    assert usual == pytest.approx(torch.tensor([1.0, 2.0, 6.0]).std().item() / 3**0.5)
+    copied = credit_tables([r for r in alone for _ in range(5)])["with_peer"]
+    assert copied.profile_error(0, 0) == pytest.approx([usual])
+    one_group = credit_tables([made(0, 1.0), made(0, 2.0), made(None, 3.0, 9.0, group=1)])["with_peer"]
+    assert torch.tensor(one_group.profile_error(1, 1)).isnan().all()
+
+
+def test_tables_of_a_measurement():
     tables = credit_tables([made(2, 0.0, 0.0, -3.0, 1.0), made(0, 2.0, 0.0)])
     with_peer, answer_only = tables["with_peer"], tables["answer_only"]
     assert with_peer.mask_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 
-from hsd.viewer.page import page, payload, write_page
+from hsd.viewer.page import page, payload, read_page, write_page
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -82,9 +82,10 @@ def test_rollouts_that_do_not_fit_the_groups_are_refused(tokenizer, group, measu
 
 
 def test_nothing_in_the_data_ends_its_element_and_nothing_is_fetched(tmp_path, tokenizer, group, measured):
-    write_page(tmp_path / "page.html", tokenizer, [group], measured, title="<b>T</b> {{js}}", note="</style>")
+    data = payload(tokenizer, [group], measured)
+    write_page(tmp_path / "page.html", {"": data}, title="<b>T</b> {{js}}", note="</style>")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert data_of(text) == payload(tokenizer, [group], measured)
+    assert data_of(text) == {"": data} == read_page(tmp_path / "page.html")
     assert text.count("</script>") == 2 and text.count("</style>") == 1
     assert "<h1>&lt;b&gt;T&lt;/b&gt; {{js}}</h1>" in text
     assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?:""", re.sub(r'id="data">.*?</script>', "", text))
@@ -115,7 +116,7 @@ def browse(tmp_path, text: str, probe: str, fragment: str = "") -> dict:
 
 
 def test_in_a_browser(tmp_path, tokenizer, group, measured):
-    text = page(payload(tokenizer, [group], measured), title="Credit", note="made up")
+    text = page({"": payload(tokenizer, [group], measured)}, title="Credit", note="made up")
     seen = browse(
         tmp_path,
         text,
@@ -131,6 +132,7 @@ def test_in_a_browser(tmp_path, tokenizer, group, measured):
         out.colour = getComputedStyle(at(4)).backgroundColor;
         out.foreign = document.querySelectorAll('#rows img, #rows script, #rows i, #question i').length;
         out.question = q('#question').textContent;
+        out.switch = [...document.querySelectorAll('.switch')].map((e) => e.offsetWidth);
         at(4).dispatchEvent(new PointerEvent('pointerover', {bubbles: true, pointerType: 'mouse'}));
         out.card = q('#card').innerText; out.shown = !q('#card').hidden;
         document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}));
@@ -169,7 +171,8 @@ def test_in_a_browser(tmp_path, tokenizer, group, measured):
     } <= set(own)
     assert {"\u05e9\u05dc\u05d5\u05dd", "&lt;", " leading space", "\\"} <= set(own)
     assert own[-5:] == ["\\xf0", "\\x9f", "\\x98", "\\x80", "<|end|>"]
-    assert seen["question"] == "Question <b>What</b> is 1+1?</textarea></script>  Answer 2 & <i>"
+    assert seen["question"] == "Question <b>What</b> is 1+1?</textarea></script>  Answer 2 & <i>  Success 1 of 3"
+    assert seen["switch"] == [0, 0]  # one measurement: nothing to change to
     assert seen["peer"][4] == "\\xf0" and seen["tau"] == ["4", "4"] and seen["same"] == 4
     assert seen["place"] == "1 / 3" and "\u2717 fails" in seen["facts"] and "\u03c4 = 4" in seen["facts"]
     assert {"neg", "line", "tau"} <= set(seen["classes"].split()) and seen["alpha"] == "0.600"  # 4 of 5 nats
@@ -194,6 +197,35 @@ def test_in_a_browser(tmp_path, tokenizer, group, measured):
     assert seen["empty"]
 
 
+def test_before_and_after_in_a_browser(made, tmp_path, tokenizer, group, measured):
+    """The key b changes to the same rollout of the other measurement, also where a filter leaves nothing of it."""
+    right = dataclasses.replace(group, rollouts=tuple(dataclasses.replace(r, reward=1.0) for r in group.rollouts))
+    states = {"before": payload(tokenizer, [group], measured)}
+    states["after"] = payload(tokenizer, [right], made.made_up(tokenizer, right, [None] * 3))
+    seen = browse(
+        tmp_path,
+        page(states, title="Credit", note=""),
+        r"""
+        const press = (key) => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
+        const now = () => [q('#measurement').value, q('#facts').textContent.slice(0, 6), q('#place').textContent,
+                           q('#question').textContent.split('Success ')[1], location.hash];
+        const out = {options: [...q('#measurement').options].map((o) => o.text)};
+        out.shown = q('#measurement').offsetWidth > 0;
+        press('j'); press('j'); out.third = now();
+        press('b'); out.after = now();
+        choose('filter', 'fail'); out.nothing = q('#rows').hidden; press('b'); out.back = now();
+        press('b'); choose('filter', 'all'); out.filtered = now();
+        choose('measurement', '0'); out.chosen = now();
+        return out;""",
+        "#m=0&r=0",
+    )
+    assert seen["options"] == ["before", "after"] and seen["shown"]
+    assert seen["third"] == ["0", "\u2717 fail", "3 / 3", "1 of 3 before", "#r=2"]
+    assert seen["after"] == ["1", "\u2713 succ", "3 / 3", "3 of 3 after", "#m=1&r=2"]
+    assert seen["nothing"] and seen["back"] == ["0", "\u2717 fail", "2 / 2", "1 of 3 before", "#r=2"]
+    assert seen["filtered"] == seen["after"] and seen["chosen"] == seen["third"]
+
+
 def test_10_000_tokens_in_a_browser(made, tmp_path, tokenizer, group):
     from hsd.hindsight.groups import Group, Rollout
 
@@ -201,7 +233,7 @@ def test_10_000_tokens_in_a_browser(made, tmp_path, tokenizer, group):
     long = [words[(t * t) % len(words)] for t in range(10_000)]
     other = [*long[:6000], *reversed(long[6000:])]
     group = Group("long", "1", (Rollout(tuple(long), 0.0), Rollout(tuple(other), 1.0)))
-    text = page(payload(tokenizer, [group], made.made_up(tokenizer, group, [1, None])), title="Long", note="")
+    text = page({"": payload(tokenizer, [group], made.made_up(tokenizer, group, [1, None]))}, title="Long", note="")
     assert len(text) < 1_200_000
     seen = browse(
         tmp_path,

@@ -7,7 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from hsd.viewer.plots import plot_coverage, plot_credit_mass, plot_credit_profile, plot_curves, plot_silence
+from hsd.evaluate import Success
+from hsd.viewer.plots import (
+    plot_coverage,
+    plot_credit_mass,
+    plot_credit_profile,
+    plot_curves,
+    plot_methods,
+    plot_silence,
+)
 
 DPI = 120
 
@@ -28,43 +36,68 @@ BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 def test_credit_profile(tmp_path):
     offsets = list(range(-16, 33))
     peer = [math.exp(-abs(o)) for o in offsets]
-    one, two = tmp_path / "one.png", tmp_path / "two.png"
-    plot_credit_profile(one, {"peer": (offsets, peer)}, title="Credit")
-    both = {"peer": (offsets, peer), "answer": (torch.tensor(offsets), torch.full((49,), 0.4))}
-    plot_credit_profile(str(two), both, title="Credit")
-    assert size(one) == size(two) == (6.4 * DPI, 3.8 * DPI)
+    one, two, three = tmp_path / "one.png", tmp_path / "two.png", tmp_path / "three.png"
+    plot_credit_profile(one, {"": {"peer": (offsets, peer, [0.0] * 49)}}, title="Credit")
+    both = {"peer": (offsets, peer, [0.1] * 49), "answer": (torch.tensor(offsets), torch.full((49,), 0.4), [0.1] * 49)}
+    plot_credit_profile(str(two), {"": both}, title="Credit")
+    plot_credit_profile(three, {"before": both, "after": both}, title="Credit")
+    assert size(one) == size(two) == (6.4 * DPI, 3.8 * DPI) and size(three) == pytest.approx((1229, 456), abs=1)
     assert BLUE in colours(one) and ORANGE not in colours(one)
     assert {BLUE, ORANGE} <= colours(two)
+
+
+def test_the_band_is_the_interval(tmp_path):
+    """A band of 1.96 standard errors on both sides; none where the error is unknown."""
+    drawn = []
+    for error in (0.0, 0.2, math.nan):
+        path = tmp_path / f"{error}.png"
+        plot_credit_profile(path, {"": {"peer": (range(3), [1.0] * 3, [error] * 3)}}, title="Credit")
+        with Image.open(path) as picture:
+            pixels = picture.convert("RGB").load()
+            column = [pixels[384, y] for y in range(picture.height)]
+            drawn.append(sum(c == (191, 219, 235) for c in column) / picture.height)  # a quarter of blue on white
+    assert drawn[0] == drawn[2] == 0 and drawn[1] > 0.2
 
 
 def test_a_profile_with_gaps_is_drawn(tmp_path):
     """Offsets that no rollout reaches are NaN; all of them are when no rollout leaves its peer."""
     for name, values in (("some", [math.nan, 0.5, 1.0]), ("all", [math.nan] * 3)):
         path = tmp_path / f"{name}.png"
-        plot_credit_profile(path, {"peer": ([-1, 0, 1], values)}, title=name)
+        plot_credit_profile(path, {"": {"peer": ([-1, 0, 1], values, [math.nan, 0.1, 0.1])}}, title=name)
         assert size(path) == (768, 456)
 
 
 def test_credit_mass(tmp_path):
     path = tmp_path / "mass.png"
     windows = (2, 4, 8, 16, 32)
-    plot_credit_mass(path, {"peer": [0.2, 0.4, 0.6, 0.8, 1.0], "answer": [0.1] * 5}, windows, title="Mass")
+    plot_credit_mass(path, {"": {"peer": [0.2, 0.4, 0.6, 0.8, 1.0], "answer": [0.1] * 5}}, windows, title="Mass")
     assert size(path) == (768, 456)
     assert {BLUE, ORANGE} <= colours(path)
 
 
 def test_coverage(tmp_path):
     path = tmp_path / "coverage.png"
-    plot_coverage(path, [(0.1, 0.5, 0.02, 7), (0.9, 0.1, math.nan, 1)], (0.4, 0.5), 8, title="Coverage")
+    bins = [(0.1, 0.5, 0.02, 7), (0.9, 0.1, math.nan, 1)]
+    plot_coverage(path, {"": (bins, (0.4, 0.5))}, 8, title="Coverage")
     assert size(path) == (768, 456)
     assert {BLUE, ORANGE} <= colours(path)
 
 
 def test_silence(tmp_path):
     path = tmp_path / "silence.png"
-    plot_silence(path, [0.5, 0.0, 2.0], torch.tensor([0.01, 0.0, 1e-6]), title="Silence")  # zeros on a log scale
+    values = ([0.5, 0.0, 2.0], [0.01, 0.0, 1e-6])  # zeros on a log scale
+    plot_silence(path, {"": values}, title="Silence")
     assert size(path) == pytest.approx((4.8 * DPI, 4.4 * DPI), abs=1)
     assert ORANGE in colours(path)
+
+
+def test_methods(tmp_path):
+    path = tmp_path / "methods.png"
+    low, high = (Success(mean, mean - 0.1, mean + 0.05, 512, 1, 0.0, 36.0) for mean in (0.4, 0.9))
+    curves = {"hsd": ([1, 2, 3], [0.4, 0.6, 0.9]), "grpo": ([1, 2, 3], [0.4, math.nan, 0.5])}
+    plot_methods(path, curves, low, {"hsd": high, "grpo": low}, title="Methods")
+    assert size(path) == pytest.approx((9.6 * DPI, 3.8 * DPI), abs=1)
+    assert {BLUE, ORANGE} <= colours(path)
 
 
 @pytest.mark.parametrize(
@@ -94,5 +127,5 @@ def test_runs_have_colours_and_names(tmp_path):
 
 def test_the_suffix_picks_the_format(tmp_path):
     path = tmp_path / "mass.svg"
-    plot_credit_mass(path, {"peer": [0.2, 0.4]}, (2, 4), title="A title of its own")
+    plot_credit_mass(path, {"": {"peer": [0.2, 0.4]}}, (2, 4), title="A title of its own")
     assert path.read_text().lstrip().startswith("<?xml")

@@ -2,16 +2,18 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import TOKENIZER, group
 
 from hsd.evaluate import Success
 from hsd.hindsight.groups import Group
 from hsd.tasks import small_world
+from hsd.train.callbacks import load_metrics
 from hsd.viewer import report, summary
 from hsd.viewer.measure import TokenCredit
 
@@ -55,15 +57,17 @@ def metrics(folder: Path, **extra) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def write(folder: Path, task=TASK) -> str:
-    text = report.write(folder, task, COMMAND, SETTINGS, BEFORE, AFTER)
+def write(folder: Path, task=TASK, *, later: dict | None = None, **others: report.End) -> str:
+    ends = {"hsd": report.End(load_metrics(folder / "metrics.jsonl"), AFTER)} | others
+    credits = {"before training": json.loads((folder / "credit.json").read_text())} | (later or {})
+    text = report.write(folder, task, COMMAND, SETTINGS, BEFORE, ends, credits)
     assert (folder / "report.md").read_text() == text
     return text
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(summary, "draw", lambda folder, credit: [])
+    monkeypatch.setattr(summary, "draw", lambda folder, credits: [])
     monkeypatch.setattr(report, "training_picture", lambda folder, rows: [])
 
 
@@ -138,7 +142,32 @@ def test_report_json_holds_the_same(tmp_path, no_pictures):
     assert facts["before"]["mean"] == 0.258 and facts["after"]["high"] == 0.756
     assert facts["settings"] == {"learning_rate": 1e-4, "teacher": "ema", "steps": 3}
     assert facts["alarms"] == {} and facts["seconds"] == pytest.approx(12.4)
-    assert facts["credit"]["failing_with_peer"] == 2
+    assert facts["credit"]["before training"]["failing_with_peer"] == 2 and "methods" not in facts
+
+
+def test_other_methods_stand_beside_the_run(tmp_path):
+    save(tmp_path / "credit.json", measured(6, None), [MIXED])
+    metrics(tmp_path)
+    rows = [{"step": s, "learning_rate": 1e-4, "hsd/success_rate": 0.2, "step_time": 2.0} for s in (1, 2)]
+    alarm = {"alarms": {"success": "success fell"}}
+    text = write(tmp_path, grpo=report.End([rows[0], rows[1] | alarm], BEFORE))
+    assert cells(text, "**hsd**") == [["3", "-", "0.717 [0.678, 0.756]", "12", "none"]]
+    assert cells(text, "grpo") == [["2", "0.0001", "0.258 [0.221, 0.297]", "4", "step 2: success fell"]]
+    assert "No alarm was raised." in text and "](methods.png)" in text  # of the run itself
+    assert (tmp_path / "methods.png").stat().st_size > 5000
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["methods"]["grpo"] == {"after": asdict(BEFORE), "seconds": 4.0}
+
+
+def test_credit_after_training_stands_beside_that_before(tmp_path):
+    save(tmp_path / "credit.json", measured(6, None), [MIXED, FAILED])
+    save(tmp_path / "later.json", [], [MIXED])
+    metrics(tmp_path)
+    text = write(tmp_path, later={"after 3 steps": json.loads((tmp_path / "later.json").read_text())})
+    assert "Before training, 2 questions" in text and "After 3 steps, 1 questions" in text
+    assert text.count("credit mass within") == 1
+    with Image.open(tmp_path / "coverage.png") as both, Image.open(tmp_path / "credit_profile.png") as before:
+        assert both.width > before.width  # after training there is no failure left whose credit could be drawn
 
 
 def test_an_alarm_stands_in_the_report(tmp_path, no_pictures):
