@@ -1,7 +1,8 @@
 """The small world: chains of additions, answered by a Qwen3 of 0.86 M parameters.
 
 A question is `47+38+25+61=`, its solution `47+38=85;85+25=110;110+61=171;#171$`, where `$` ends the
-sequence. The warm start teaches the model to add but also to slip: alone, it gets the tens digit of a result
+sequence. The registered task adds one-digit numbers, `47+8+5+6=`, which a quarter of the warm start teaches
+(benchmarks/small_world adds two-digit ones). The warm start teaches the model to add but also to slip: alone, it gets the tens digit of a result
 wrong in 30 % of the steps, and later steps go on from the wrong number. With a correct solution in context it
 is taught the error-free continuation of *any* prefix: its sequences slip too, but the target at a slip is the
 digit that would have been right. A teacher that merely copied its demonstration would ask a rollout that has
@@ -25,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from hsd.evaluate import Sampling
+from hsd.files import replacing
 from hsd.hindsight.context import ContextTemplate
 from hsd.padding import padded
 from hsd.progress import Progress, counter, say
@@ -52,7 +54,11 @@ SLIP_RATE = 0.3  # of the steps, without a solution in context
 PREFIX_SLIP_RATE = 0.3  # of the steps in the sequences with one, which are not taught to slip
 PLAIN_SHARE, ANSWER_SHARE = 0.4, 0.2  # of the warm-start examples; the rest has a solution in context
 TERMS = 4
+Bounds = tuple[int, int]
+TWO_DIGITS, ONE_DIGIT = (10, 99), (2, 9)  # bounds of the summands after the first
 CACHE = Path(".cache")
+WARM_STEPS = 600
+SAVE_EVERY = 25  # steps of the warm start, a few seconds
 
 
 def task(seed: int) -> Task:
@@ -60,16 +66,16 @@ def task(seed: int) -> Task:
     return Task(
         title="small world: chains of additions, Qwen3 with 0.86 M parameters",
         model=partial(warm_started, seed),
-        questions=make_questions(2048, seed=seed),
-        held_out=make_questions(512, seed=seed, held_out=True),
+        questions=make_questions(2048, seed=seed, added=ONE_DIGIT),
+        held_out=make_questions(512, seed=seed, held_out=True, added=ONE_DIGIT),
         rewards=[reward],
         template=TEMPLATE,
         sampling=Sampling(max_new_tokens=MAX_COMPLETION, batch_size=256),
         train={
-            "max_steps": 150,
-            "save_steps": 25,
+            "max_steps": 40,
+            "save_steps": 10,
             "save_total_limit": 1,  # 10 MB: a finished quick look can go on
-            "learning_rate": 1e-4,
+            "learning_rate": 3e-4,  # the best of three for HSD and for GRPO (benchmarks/small_world, the pilot)
             "per_device_train_batch_size": 128,  # 16 questions x 8 rollouts
             "teacher": "fixed",  # at this learning rate a live teacher runs away (docs/teachers.md)
             "reference_coef": 0.0,
@@ -84,15 +90,18 @@ def task(seed: int) -> Task:
 
 def warm_started(seed: int) -> str:
     """The folder of the warm-started policy of ``seed``, below `CACHE`; trained there if it is missing."""
-    folder = CACHE / f"small_world-seed{seed}"
+    folder = CACHE / f"small_world-{WARM_STEPS}-seed{seed}"
     if not (folder / "config.json").exists():
         say("warm start: teaching a fresh Qwen3 to add, with slips")
         model, tokenizer = build_model(seed), build_tokenizer()
-        warm_start(model, tokenizer, seed=seed, progress=counter("warm start"))
+        state = folder.with_suffix(".state")
+        settings: dict[str, Any] = {"seed": seed, "steps": WARM_STEPS, "added": ONE_DIGIT}
+        warm_start(model, tokenizer, **settings, progress=counter("warm start"), state=state)
         part = folder.with_suffix(".part")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         part.replace(folder)
+        state.unlink(missing_ok=True)
     return str(folder)
 
 
@@ -140,7 +149,9 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM(config).float()
 
 
-def make_questions(n: int, *, seed: int, held_out: bool = False, terms: int = TERMS) -> list[dict[str, str]]:
+def make_questions(
+    n: int, *, seed: int, held_out: bool = False, terms: int = TERMS, added: Bounds = TWO_DIGITS
+) -> list[dict[str, str]]:
     """`n` different questions, the same for the same arguments.
 
     `held_out` chooses the side of the split (`is_held_out`): neither the warm start nor a call with
@@ -152,7 +163,7 @@ def make_questions(n: int, *, seed: int, held_out: bool = False, terms: int = TE
         raise ValueError(f"n: expected a number of questions >= 0, got {n}")
     rng, seen, questions = random.Random(f"questions-{seed}"), set(), []
     while len(questions) < n:
-        numbers = _draw_numbers(rng, held_out=held_out, terms=terms)
+        numbers = _draw_numbers(rng, held_out=held_out, terms=terms, added=added)
         prompt = _prompt(numbers)
         if prompt not in seen:
             seen.add(prompt)
@@ -190,9 +201,14 @@ def warm_start(
     steps: int = 2600,
     batch_size: int = 16,
     terms: int = TERMS,
+    added: Bounds = TWO_DIGITS,
     progress: Progress | None = None,
+    state: Path | None = None,
 ) -> list[float]:
     """Supervised training on `draw_example`, in place; repeats exactly for one seed, device and thread count.
+
+    Every `SAVE_EVERY` steps the file ``state`` gets all that the rest depends on; where it exists, the training goes on
+    from there, with the same numbers.
 
     AdamW at 4e-3 (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
     cosine decay to 0. `progress(done, steps)` is called after each step. Returns the losses, cross-entropy in
@@ -207,12 +223,19 @@ def warm_start(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
-    losses = []
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    losses: list[float] = []
+    if state is not None and state.exists():
+        saved = torch.load(state, map_location=model.device, weights_only=True)
+        for name, of in stateful.items():
+            of.load_state_dict(saved[name])
+        rng.setstate(saved["rng"])
+        losses = saved["losses"]
     longest = 5 * terms  # characters of a question and an answer, at most; with a solution in context it is far more
     was_training = model.training
     model.train()
-    for step in range(steps):
-        examples = [draw_example(rng, terms) for _ in range(batch_size)]
+    for step in range(len(losses), steps):
+        examples = [draw_example(rng, terms, added) for _ in range(batch_size)]
         # Two passes, not one padded to the longest: a sequence with a solution in context is twice as long.
         parts = (
             [e for e in examples if len(e.prompt) <= longest],
@@ -231,15 +254,19 @@ def warm_start(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss_sum)
+        if state is not None and (step + 1) % SAVE_EVERY == 0:
+            kept: dict[str, Any] = {"rng": rng.getstate(), "losses": losses}
+            with replacing(state) as path:
+                torch.save(kept | {name: of.state_dict() for name, of in stateful.items()}, path)
         if progress is not None:
             progress(step + 1, steps)
     model.train(was_training)
     return losses
 
 
-def draw_example(rng: random.Random, terms: int = TERMS) -> Example:
+def draw_example(rng: random.Random, terms: int = TERMS, added: Bounds = TWO_DIGITS) -> Example:
     """One warm-start example of a random kind: plain, answer in context, or correct solution in context."""
-    numbers = _draw_numbers(rng, held_out=False, terms=terms)
+    numbers = _draw_numbers(rng, held_out=False, terms=terms, added=added)
     prompt, answer = _prompt(numbers), str(sum(numbers))
     kind, sampled, taught = rng.random(), SLIP_RATE, SLIP_RATE
     if kind >= PLAIN_SHARE + ANSWER_SHARE:
@@ -303,9 +330,9 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % 8 == 0
 
 
-def _draw_numbers(rng: random.Random, *, held_out: bool, terms: int) -> list[int]:
+def _draw_numbers(rng: random.Random, *, held_out: bool, terms: int, added: Bounds) -> list[int]:
     while True:
-        numbers = [rng.randint(10, 99) for _ in range(terms)]
+        numbers = [rng.randint(*bounds) for bounds in (TWO_DIGITS, *[added] * (terms - 1))]
         if is_held_out(_prompt(numbers)) == held_out:
             return numbers
 

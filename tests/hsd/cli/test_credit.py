@@ -91,7 +91,7 @@ def test_a_run_brings_questions_rewards_and_templates(tmp_path):
     )
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
     task = find_run(tmp_path, str(tmp_path / "model"), None, None)[1]
-    assert task.evaluated == small_world.make_questions(512, seed=3, held_out=True)
+    assert task.evaluated == small_world.make_questions(512, seed=3, held_out=True, added=small_world.ONE_DIGIT)
     assert task.title == small_world.task(0).title
     assert task.sampling.max_new_tokens == 7 and task.template.answer_only == "[{answer};]"
     assert task.reward(completions=["1#5", "6"], answer=["5", "7"], completion_ids=[[1], [1]]) == [1.5, 0.0]

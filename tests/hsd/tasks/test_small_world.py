@@ -1,5 +1,6 @@
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,14 +58,16 @@ def test_model_is_small_and_depends_on_its_seed_alone():
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
-def test_questions_are_distinct_right_and_disjoint():
-    train, held_out = (small_world.make_questions(500, seed=0, held_out=side) for side in (False, True))
-    assert train == small_world.make_questions(500, seed=0) != small_world.make_questions(500, seed=1)
+@pytest.mark.parametrize("added", [small_world.TWO_DIGITS, small_world.ONE_DIGIT])
+def test_questions_are_distinct_right_and_disjoint(added):
+    train, held_out = (small_world.make_questions(500, seed=0, held_out=side, added=added) for side in (False, True))
+    assert train == small_world.make_questions(500, seed=0, added=added)
+    assert train != small_world.make_questions(500, seed=1, added=added)
     prompts = {q["prompt"] for q in train}
     assert len(prompts) == 500 and not prompts & {q["prompt"] for q in held_out}
     for question in train + held_out:
         numbers = [int(n) for n in question["prompt"].removesuffix("=").split("+")]
-        assert len(numbers) == 4 and all(10 <= n <= 99 for n in numbers)
+        assert len(numbers) == 4 and 10 <= numbers[0] <= 99 and all(added[0] <= n <= added[1] for n in numbers[1:])
         assert question["answer"] == str(sum(numbers))
     with pytest.raises(ValueError, match="n: expected a number of questions >= 0, got -1"):
         small_world.make_questions(-1, seed=0)
@@ -109,11 +112,13 @@ def test_targets_by_hand(tokenizer):
     torch.testing.assert_close(targets, expected)
 
 
-def test_a_slip_in_context_is_trained_towards_the_right_digit_and_on_from_the_wrong_one():
+@pytest.mark.parametrize("added", [small_world.TWO_DIGITS, small_world.ONE_DIGIT])
+def test_a_slip_in_context_is_trained_towards_the_right_digit_and_on_from_the_wrong_one(added):
     rng, kinds = random.Random(0), {"plain": 0, "answer": 0, "peer": 0}
     for _ in range(500):
-        example = small_world.draw_example(rng)
-        question, context = example.prompt[:12], example.prompt[12:]
+        example = small_world.draw_example(rng, added=added)
+        question, equals, context = example.prompt.partition("=")
+        question += equals
         answer = str(sum(int(n) for n in question[:-1].split("+")))
         kind = "peer" if "|" in context else "answer" if context else "plain"
         kinds[kind] += 1
@@ -155,6 +160,36 @@ def test_a_few_steps_lower_the_loss_and_repeat(tokenizer):
     assert runs[0][-1] < runs[0][0] - 0.3
     with pytest.raises(ValueError, match="expected positive integers, got 0 and 4"):
         small_world.warm_start(small_world.build_model(0), tokenizer, seed=0, steps=0, batch_size=4)
+
+
+def test_a_stopped_warm_start_goes_on_with_the_same_numbers(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_world, "SAVE_EVERY", 4)
+    state, settings = tmp_path / "state", {"seed": 0, "steps": 10, "batch_size": 2}
+
+    def stop(done, steps):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    whole, stopped, resumed = (small_world.build_model(0) for _ in range(3))
+    losses = small_world.warm_start(whole, tokenizer, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        small_world.warm_start(stopped, tokenizer, **settings, state=state, progress=stop)
+    seen = []
+    again = small_world.warm_start(
+        resumed, tokenizer, **settings, state=state, progress=lambda done, steps: seen.append(done)
+    )
+    assert again == losses and seen == list(range(5, 11))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_demo_s_warm_start_is_made_once_and_leaves_no_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_world, "CACHE", tmp_path)
+    monkeypatch.setattr(small_world, "SAVE_EVERY", 1)
+    monkeypatch.setattr(small_world, "WARM_STEPS", 2)
+    folder = small_world.warm_started(0)
+    assert [p.name for p in tmp_path.iterdir()] == [Path(folder).name]
+    monkeypatch.setattr(small_world, "warm_start", lambda *args, **kwargs: pytest.fail("made again"))
+    assert small_world.warm_started(0) == folder
 
 
 @pytest.mark.parametrize(
