@@ -2,11 +2,11 @@
 
 A question is `47+38+25+61=`, its solution `47+38=85;85+25=110;110+61=171;#171$`, where `$` ends the sequence. The
 registered task adds one-digit numbers, `47+8+5+6=`, which are learned in a quarter of the warm start's steps;
-benchmarks/small_world adds two-digit ones. The warm start teaches the model to add but also to slip: alone, it gets the
-tens digit of a result wrong in 30 % of the steps, and later steps go on from the wrong number. With a correct solution in
-context it is taught the error-free continuation of *any* prefix: its sequences slip too, but the target at a slip is the
-digit that would have been right. A teacher that merely copied its demonstration would ask a rollout that has left it for
-impossible steps.
+benchmarks/small_world adds two-digit ones. The warm start teaches the model to add but also to slip: alone, it gets
+the tens digit of a result wrong in 30 % of the steps, and later steps go on from the wrong number. With a correct
+solution in context it is taught the error-free continuation of *any* prefix: its sequences slip too, but the target
+at a slip is the digit that would have been right. A teacher that merely copied its demonstration would ask a rollout
+that has left it for impossible steps.
 """
 
 from __future__ import annotations
