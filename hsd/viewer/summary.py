@@ -17,6 +17,7 @@ from hsd.viewer.plots import Bin, Profile, plot_coverage, plot_credit_mass, plot
 TEACHERS = {"with_peer": "peer + answer", "answer_only": "answer only"}
 PROFILE_ROWS = (-8, -4, -2, -1, 0, 1, 2, 4, 8, 16)
 EXAMPLES = 3
+LEAST_SHARE = 0.05
 FIGURES = ("credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png")
 
 
@@ -136,8 +137,11 @@ def _bins(credit: dict[str, Any]) -> list[Bin]:
 
 
 def _curve(credit: dict[str, Any], name: str) -> Profile:
-    offsets, mean_abs, _ = credit["profile"][name]
-    return offsets, [_nan(a) for a in mean_abs], [_nan(e) for e in credit["profile_error"][name]]
+    """A mean over fewer than `LEAST_SHARE` of the rollouts has no point: it says more of them than of its offset."""
+    offsets, mean_abs, count = credit["profile"][name]
+    least = LEAST_SHARE * credit["diverging"]["rollouts"]
+    shown = [_nan(a) if n >= least else math.nan for a, n in zip(mean_abs, count, strict=True)]
+    return offsets, shown, [_nan(e) for e in credit["profile_error"][name]]
 
 
 def _nan(value: float | None) -> float:
