@@ -21,15 +21,15 @@ from typing import Any
 HELP = "train a small model here and report: success before and after, and where the credit lands"
 TAKES_OVERRIDES = True
 TASKS = {"small": "small_world", "additions": "additions", "smollm2": "smollm2"}
+AGAINST = {"small": ["grpo", "opsd"]}
 # Beside others a method has the rate that suits it: at 3e-4 OPSD lowers success (benchmarks/small_world, the pilot).
 OWN_RATE = {("small", "opsd"): {"learning_rate": 1e-4}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=tuple(TASKS))
-    parser.add_argument(
-        "--against", nargs="+", default=[], metavar="METHOD", help="train these too, to compare: grpo opsd"
-    )
+    told = "train these too, from the same initial policy (small: grpo opsd; none without a METHOD)"
+    parser.add_argument("--against", nargs="*", metavar="METHOD", help=told)
     parser.epilog = "Keys as in `hsd train`: --max_steps 30, --seed 1, --model.path ID, --data.path FILE.jsonl."
 
 
@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
         train |= {"method": method, "output_dir": str(out / method)}
         return prepare(replace(settings, train=train), "", source="--against")
 
-    others = {method: beside(method) for method in args.against if method != job.config.method}
-    against = ["--against", *others] if others else []
+    asked = AGAINST.get(args.name, []) if args.against is None else args.against
+    others = {method: beside(method) for method in asked if method != job.config.method}
+    against = [] if args.against is None else ["--against", *args.against]
     command = shlex.join(["hsd", "demo", args.name, *against, *args.overrides])
     say(task.title)
     claim(job, task)

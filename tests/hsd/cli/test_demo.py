@@ -7,6 +7,7 @@ import pytest
 from tiny_runs import SMALLER, TOKENIZER, qwen3
 from transformers import AutoModelForCausalLM
 
+from hsd.cli import demo
 from hsd.cli.__main__ import main
 from hsd.data.rows import read_json
 from hsd.evaluate import Sampling
@@ -43,7 +44,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_runs_reports_and_goes_on(tiny, capsys):
-    assert main(["demo", "small", "--against", "grpo", "hsd"]) == 0
+    assert main(["demo", "small", "--against", "grpo", "hsd"]) == 0  # itself is no other method
     printed = capsys.readouterr().out
     assert "# tiny world" in printed and "| success [95 % interval] |" in printed and "step 2/2" in printed
     for word in ("report  runs/small-seed0/report.md", "model   runs/small-seed0/model", "hsd eval runs/small-seed0"):
@@ -59,7 +60,7 @@ def test_runs_reports_and_goes_on(tiny, capsys):
     assert page["before training"]["groups"] == page["after 2 steps"]["groups"]
 
     before = (tiny / "before.json").read_text()
-    assert main(["demo", "small", "--max-steps", "4"]) == 0  # goes on from step 2
+    assert main(["demo", "small", "--against", "--max-steps", "4"]) == 0  # goes on from step 2, alone
     assert [row["step"] for row in load_metrics(tiny / "metrics.jsonl")] == [1, 2, 3, 4]
     assert (tiny / "before.json").read_text() == before and (tiny / "after-4.json").exists()
     assert list(read_page(tiny / "credit.html")) == ["before training", "after 2 steps", "after 4 steps"]
@@ -75,7 +76,8 @@ def test_runs_reports_and_goes_on(tiny, capsys):
     assert "tiny world" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tiny, capsys):
+def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "AGAINST", {})
     assert main(["demo", "small", "--max_steps", "1"]) == 0
     assert main(["demo", "small", "--max_steps", "1"]) == 0
     assert "already has 1 steps" in capsys.readouterr().out

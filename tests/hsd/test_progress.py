@@ -1,0 +1,37 @@
+"""What a long job prints about itself."""
+
+from itertools import count
+
+from hsd import progress
+
+
+def lines(monkeypatch, capsys, calls: list[tuple[float, int, int]]) -> list[str]:
+    """What a counter prints for calls at (seconds, done, total)."""
+    clock = iter([0.0, *(seconds for seconds, _, _ in calls)])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    show = progress.counter("sampled")
+    for _, done, total in calls:
+        show(done, total)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_counter_says_how_long_the_rest_takes(monkeypatch, capsys):
+    calls = [(float(s), done, 10) for s, done in zip(count(1), range(1, 11))]
+    assert lines(monkeypatch, capsys, calls) == [
+        "  sampled: 2 of 10, 2 s, 8 s left",
+        "  sampled: 4 of 10, 4 s, 6 s left",
+        "  sampled: 6 of 10, 6 s, 4 s left",
+        "  sampled: 8 of 10, 8 s, 2 s left",
+        "  sampled: 10 of 10, 10 s",
+    ]
+
+
+def test_work_of_an_earlier_part_does_not_count_into_the_rate(monkeypatch, capsys):
+    assert (
+        lines(monkeypatch, capsys, [(1.0, 501, 600), (11.0, 511, 600)])[-1] == "  sampled: 511 of 600, 11 s, 89 s left"
+    )
+
+
+def test_a_first_call_has_no_rate(monkeypatch, capsys):
+    assert lines(monkeypatch, capsys, [(5.0, 256, 512)]) == ["  sampled: 256 of 512, 5 s"]
+    assert lines(monkeypatch, capsys, [(1.0, 512, 512)]) == ["  sampled: 512 of 512, 1 s"]
