@@ -162,6 +162,23 @@ def test_a_few_steps_lower_the_loss_and_repeat(tokenizer):
         small_world.warm_start(small_world.build_model(0), tokenizer, seed=0, steps=0, batch_size=4)
 
 
+def test_demonstrations_are_trained_where_they_are_asked_for(tokenizer):
+    rng, peers = random.Random(0), 0
+    for _ in range(50):
+        state = rng.getstate()
+        plain = small_world.draw_example(rng)
+        rng.setstate(state)
+        example = small_world.draw_example(rng, demonstrations=True)
+        assert (example.prompt, example.solution, plain.context) == (plain.prompt, plain.solution, 0)
+        text = example.prompt[len(example.prompt) - example.context :]
+        assert text == (example.prompt.partition("|")[2] if "|" in example.prompt else "")
+        peers += bool(text)
+        trained = small_world.encode_examples([example], tokenizer)[1].sum(-1)[0]
+        assert trained.sum() == pytest.approx(example.context + len(example.solution))
+        assert trained[: len(example.prompt) - example.context].sum() == 0
+    assert 10 < peers < 30
+
+
 def test_a_stopped_warm_start_goes_on_with_the_same_numbers(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(small_world, "SAVE_EVERY", 4)
     state, settings = tmp_path / "state", {"seed": 0, "steps": 10, "batch_size": 2}
