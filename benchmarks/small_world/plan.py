@@ -18,7 +18,7 @@ class Scale:
     pilot_steps: int
     long_steps: int = 300
     rollouts: int = 64
-    warm_steps: int = 2600  # the demo's
+    warm_steps: int = 2600
     eval_every: int = 10
     validation: int = 128  # held-out questions of the curves and of the pilot; none of the final ones
     final: int = 512
