@@ -93,7 +93,7 @@ def warm_started(seed: int) -> str:
     """The folder of the warm-started policy of ``seed``, below `CACHE`; trained there if it is missing."""
     folder = CACHE / f"small_world-{WARM_STEPS}-seed{seed}"
     if not (folder / "config.json").exists():
-        say("warm start: teaching a fresh Qwen3 to add, with slips")
+        say("warm start: teaching a fresh Qwen3 to add, with slips; after Ctrl-C the same command goes on")
         model, tokenizer = build_model(seed), build_tokenizer()
         state = folder.with_suffix(".state")
         settings: dict[str, Any] = {"seed": seed, "steps": WARM_STEPS, "added": ONE_DIGIT, "demonstrations": True}

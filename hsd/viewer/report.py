@@ -108,9 +108,8 @@ def _success_table(before: Success, after: Success, task: Task) -> list[str]:
 
 def _methods_table(before: Success, ends: Mapping[str, End], method: str) -> list[str]:
     """The methods in one table."""
-    size = before.questions * before.samples
     return [
-        f"From the same initial policy, with as many rollouts a step; success on the same {size} rollouts' questions.",
+        f"From the same initial policy, with as many rollouts a step. Success before: {before}.",
         "",
         "| method | steps | learning rate | success [95 % interval] | seconds in steps | alarms |",
         "|---|---|---|---|---|---|",
