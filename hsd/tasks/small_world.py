@@ -59,7 +59,7 @@ TWO_DIGITS, ONE_DIGIT = (10, 99), (2, 9)  # bounds of the summands after the fir
 CACHE = Path(".cache")
 # Of the registered task. Without the demonstrations among the targets HSD learns nothing after 600 steps.
 WARM_STEPS = 600
-SAVE_EVERY = 25  # steps of the warm start, a few seconds
+SAVE_EVERY = 10  # steps of the warm start, a second
 
 
 def task(seed: int) -> Task:
