@@ -108,9 +108,9 @@ def plot_coverage(
         bars = [0.0 if math.isnan(e) else 1.96 * e for e in error]
         points = {"label": "measured, by difficulty", "capsize": 3, "linestyle": ""}
         axes.errorbar(success, covered, yerr=bars, **points, **_style(0))
-        for x, y, n in zip(success, covered, groups, strict=True):
-            label = f"{n} group{'s' * (n > 1)}"
-            axes.annotate(label, (x, y), (6, 6), textcoords="offset points", fontsize=8, color=_GREY)
+        for i, (x, y, n) in enumerate(zip(success, covered, groups, strict=True)):
+            label, place = f"{n} group{'s' * (n > 1)}", (6, (6, -12)[i % 2])  # bins may lie together
+            axes.annotate(label, (x, y), place, textcoords="offset points", fontsize=8, color=_GREY)
         axes.plot([overall[0]], [overall[1]], label="measured, all", **_star())
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
