@@ -1,7 +1,7 @@
 """The small world: chains of additions, answered by a Qwen3 of 0.86 M parameters.
 
 A question is `47+38+25+61=`, its solution `47+38=85;85+25=110;110+61=171;#171$`, where `$` ends the sequence. The
-registered task adds one-digit numbers, `47+8+5+6=`, which are learned in a quarter of the warm start's steps;
+registered task adds one-digit numbers, `47+8+5+6=`, which are learned in a third of the warm start's steps;
 benchmarks/small_world adds two-digit ones. The warm start teaches the model to add but also to slip: alone, it gets
 the tens digit of a result wrong in 30 % of the steps, and later steps go on from the wrong number. With a correct
 solution in context it is taught the error-free continuation of *any* prefix: its sequences slip too, but the target
@@ -57,8 +57,9 @@ TERMS = 4
 Bounds = tuple[int, int]
 TWO_DIGITS, ONE_DIGIT = (10, 99), (2, 9)  # bounds of the summands after the first
 CACHE = Path(".cache")
-# Of the registered task. Without the demonstrations among the targets HSD learns nothing after 600 steps.
-WARM_STEPS = 600
+# The registered task's warm start is to be short. Without the demonstrations HSD learns nothing after 600 steps.
+RECIPE: dict[str, Any] = {"learning_rate": 6e-3, "added": ONE_DIGIT, "demonstrations": True}
+WARM_STEPS = 800
 SAVE_EVERY = 10  # steps of the warm start, a second
 
 
@@ -96,8 +97,8 @@ def warm_started(seed: int) -> str:
         say("warm start: teaching a fresh Qwen3 to add, with slips; after Ctrl-C the same command goes on")
         model, tokenizer = build_model(seed), build_tokenizer()
         state = folder.with_suffix(".state")
-        settings: dict[str, Any] = {"seed": seed, "steps": WARM_STEPS, "added": ONE_DIGIT, "demonstrations": True}
-        warm_start(model, tokenizer, **settings, progress=counter("warm start"), state=state)
+        progress = counter("warm start")
+        warm_start(model, tokenizer, seed=seed, steps=WARM_STEPS, progress=progress, state=state, **RECIPE)
         part = folder.with_suffix(".part")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -202,6 +203,7 @@ def warm_start(
     seed: int,
     steps: int = 2600,
     batch_size: int = 16,
+    learning_rate: float = 4e-3,
     terms: int = TERMS,
     added: Bounds = TWO_DIGITS,
     demonstrations: bool = False,
@@ -213,14 +215,14 @@ def warm_start(
     Every `SAVE_EVERY` steps the file ``state`` gets all that the rest depends on; where it exists, the training goes on
     from there, with the same numbers.
 
-    AdamW at 4e-3 (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
+    AdamW (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
     cosine decay to 0. `progress(done, steps)` is called after each step. Returns the losses, cross-entropy in
     nats per character of the solutions.
     """
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps, batch_size: expected positive integers, got {steps} and {batch_size}")
     rng = random.Random(f"warm-start-{seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
