@@ -42,7 +42,6 @@ def plot_credit_profile(path: str | Path, panels: Mapping[str, Mapping[str, Prof
             axes.plot(offsets, values, label=name, markersize=3, **_style(i))
             low, high = ([v + z * e for v, e in zip(values, error, strict=True)] for z in (-1.96, 1.96))
             axes.fill_between(list(offsets), low, high, color=_COLOURS[i], alpha=0.25, linewidth=0)
-        axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         axes.annotate(
             r"$\tau$",
@@ -56,6 +55,7 @@ def plot_credit_profile(path: str | Path, panels: Mapping[str, Mapping[str, Prof
         )
         axes.set_xlabel(r"offset from the divergence position, $t - \tau$ (tokens)")
         axes.set_title(panel, fontsize=10)
+    row[0].set_ylim(bottom=0)  # of all panels, once all of them are drawn
     row[0].set_ylabel(r"mean credit $|A|$ (nats)")
     _finish(fig, row, path, title)
 
@@ -226,9 +226,9 @@ def _bare_figure(width: float, height: float) -> Figure:
 
 
 def _row(panels: int, width: float = 6.4, height: float = 3.8) -> tuple[Figure, list[Axes]]:
-    """Panels of one size beside each other, with one vertical axis: of several, each has 0.8 of ``width``."""
+    """Panels of one size beside each other, with shared axes: of several, each has 0.8 of ``width``."""
     fig = _bare_figure(width * (1 if panels == 1 else 0.8 * panels), height)
-    return fig, list(fig.subplots(1, panels, squeeze=False, sharey=True).flat)
+    return fig, list(fig.subplots(1, panels, squeeze=False, sharex=True, sharey=True).flat)
 
 
 def _style(i: int) -> dict[str, Any]:
