@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
     policy = load_policy(str(model), settings.model.dtype)
     after = success(out / f"after-{steps}.json", policy)
     say(f"success after: {after}")
-    asked = f"{after.questions} {'held-out' if task.held_out else 'training'} questions x {after.samples}"
-    write_success(out / "model", f"Of {asked}: {before} before training, {after} after it.")
+    held_out = f"{after.questions} {'held-out' if task.held_out else 'training'} questions x {after.samples}"
+    write_success(out / "model", f"Of {held_out}: {before} before training, {after} after it.")
     last = f"after {steps} steps"
     credits[last] = credit(f"credit-after-{steps}.json", policy, last, credits[first]["shown"])
     del policy
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         model = newest_model(other.folder)
         end = success(other.folder / f"after-{steps_of(model)}.json", load_policy(str(model), settings.model.dtype))
         say(f"success after {method}: {end}")
-        write_success(other.folder / "model", f"Of {asked}: {before} before training, {end} after it.")
+        write_success(other.folder / "model", f"Of {held_out}: {before} before training, {end} after it.")
         ends[method] = report.End(load_metrics(other.folder / "metrics.jsonl"), end)
     chosen = {key: getattr(job.config, key) for key in {**task.config, **settings.train} if key not in FREE}
     print(report.write(out, task, command, chosen, before, ends, credits))
