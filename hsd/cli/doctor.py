@@ -15,9 +15,19 @@ from typing import Any
 
 HELP = "what is installed, which kernels and attention backends will be used and why, how isolated code runs"
 PACKAGES = {
-    "kernel": ("torch", "triton"),
+    "kernel": ("torch",),
     "trainer": ("transformers", "trl", "accelerate", "datasets", "peft", "math-verify", "sympy", "matplotlib"),
-    "optional": ("vllm", "deepspeed", "liger-kernel", "flash-attn", "gguf", "trackio", "wandb", "tensorboard"),
+    "optional": (
+        "triton",
+        "vllm",
+        "deepspeed",
+        "liger-kernel",
+        "flash-attn",
+        "gguf",
+        "trackio",
+        "wandb",
+        "tensorboard",
+    ),
 }
 # What lacks a package of the group "trainer" is installed by this, in a checkout and elsewhere.
 EXTRAS = {
