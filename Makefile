@@ -44,7 +44,7 @@ docs: $(VENV)/.docs
 $(VENV)/.train: pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*)
 	@echo "Installing torch, transformers, TRL and hsd into $(VENV), what is missing of: 0.35 GB to download and 1.6 GB"
 	@echo "on disk with a torch for CPUs, 2.9 GB and 5.5 GB with PyPI's torch for Linux, which brings CUDA (constraints.txt)."
-	@echo "It takes a minute beside the download. \`make demo\` then trains for 7 minutes on one thread, without a model to download."
+	@echo "It takes a minute beside the download. \`make demo\` then runs for 3 minutes on one thread, without a model to download."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train]'

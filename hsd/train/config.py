@@ -188,6 +188,10 @@ class HSDConfig(GRPOConfig):
         for declared in options():
             _check_field(declared, getattr(self, declared.name))
         self._check_together()
+        if self.deepspeed and self.use_cpu and self.world_size > 1:
+            import deepspeed
+
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # transformers does it on a GPU alone
 
     def _take_defaults(self) -> None:
         """Where the user left the choice to the method."""

@@ -90,7 +90,7 @@ def prepare(engine: str) -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # is built for minutes when it is first used
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # accelerate's part, on a GPU
+    torch.distributed.init_process_group("gloo")
 
 
 def reset() -> None:
