@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from hsd.process import hush, settle
 
-COMMANDS = ("train", "plan", "eval", "sample", "credit", "compare", "methods", "data", "doctor", "demo")
+COMMANDS = ("init", "train", "plan", "eval", "sample", "credit", "compare", "methods", "data", "doctor", "demo")
 
 
 class Parser(argparse.ArgumentParser):
