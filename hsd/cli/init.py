@@ -40,7 +40,7 @@ OTHERS += ("save_total_limit", "eval_strategy", "eval_steps", "report_to", "use_
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = f"hsd init [{OUT}] [--model M] [--data D] [--reward R] [--method NAME] [--key value ...]"
+    parser.usage = "hsd init [OUT.yaml] [--model M] [--data D] [--reward R] [--method NAME] [--key value ...]"
     for name, place in ASKED.items():
         parser.add_argument(f"--{name}", help=f"{declared()[place].metadata['help']}; asked for on a terminal")
     parser.epilog = "Any other key of hsd train can be set too: --max_steps 50, --data.held_out 100."

@@ -129,6 +129,8 @@ def assert_resumes(tmp_path, cut, steps, options):
 
     assert_equal(whole.seen[-len(second.seen) :], second.seen, "rollouts")
     assert_equal(rows(tmp_path / "whole"), rows(tmp_path / "parts"), "metrics")
+    written = [(tmp_path / run / "rollouts.jsonl").read_text() for run in ("whole", "parts")]
+    assert written[0] == written[1] != ""
     assert len(rows(tmp_path / "whole")) == steps
     assert equal(second.model, whole.model)
     assert_equal(whole.optimizer.state_dict(), second.optimizer.state_dict(), "optimizer")
