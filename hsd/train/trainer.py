@@ -287,6 +287,11 @@ class HSDTrainer(GRPOTrainer):
         with self.step_time.part("update"):
             return super().training_step(model, inputs, num_items_in_batch)
 
+    def evaluate(self, *args, **kwargs):
+        found = super().evaluate(*args, **kwargs)
+        self.step_time.take()  # what the evaluation took is no part of the next step
+        return found
+
     def _generate(self, prompts):
         # Around the whole generation autocast casts the weights once, not once a token. Where a rank holds a part of
         # them, the copies would be of all.
