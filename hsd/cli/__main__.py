@@ -15,7 +15,20 @@ from typing import NoReturn
 
 from hsd.process import hush, settle
 
-COMMANDS = ("init", "train", "plan", "eval", "sample", "credit", "compare", "methods", "data", "doctor", "demo")
+COMMANDS = (
+    "init",
+    "train",
+    "plan",
+    "eval",
+    "sample",
+    "merge",
+    "credit",
+    "compare",
+    "methods",
+    "data",
+    "doctor",
+    "demo",
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -211,7 +211,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, monkeypatch, capsy
     stopped = len(rows(Path("cut")))
     assert 2 <= stopped < 6
     assert [p.name for p in Path("cut").glob("checkpoint-*")] == [f"checkpoint-{stopped}"]
-    assert not Path("cut/model").exists()
+    assert not Path("cut/model").exists() and Path("cut/training.png").exists()
 
     assert main(["train", "run.yaml", "--output_dir", "cut"]) == 0
     assert f"resuming after step {stopped}" in capsys.readouterr().out
