@@ -130,18 +130,24 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def how_to_ask(found: Sequence[tuple[Path | None, Any]], *, as_is: bool) -> tuple[Asking, Sampling] | None:
     """How the first run among ``found`` (run, model) asks, and its sampling; None where there is no run."""
-    from hsd.cli.run import CONFIG, find_run
+    from hsd.cli.run import CONFIG, find_run, prepare
+    from hsd.cli.settings import load
+    from hsd.evaluate import Sampling
 
     runs = [(folder, model) for folder, model in found if folder is not None and (folder / CONFIG).exists()]
     if not runs:
         return None
-    folder, model = runs[0]
-    job, task = find_run(folder, str(model), None, None)
-    template: Any = job.config.chat_template_kwargs
-    asking = Asking(template=template or {})
+    (folder, model), around = runs[0], {}
+    config = prepare(load(folder / CONFIG), "sample", source=str(folder / CONFIG), check=True).config
     if not as_is:
-        asking = replace(asking, **habits(task.evaluated, job.settings.data.instruction))
-    return asking, task.sampling
+        try:
+            job, task = find_run(folder, str(model), None, None)
+        except ValueError as error:
+            raise ValueError(f"{error} (--as-is asks without the run's questions)") from error
+        around = habits(task.evaluated, job.settings.data.instruction)
+    template: Any = config.chat_template_kwargs
+    sampling = Sampling(config.max_completion_length or 512, config.temperature, config.top_p)
+    return Asking(template=template or {}, **around), sampling
 
 
 def habits(rows: Sequence[Mapping[str, Any]], instruction: str | None) -> dict[str, Any]:

@@ -73,6 +73,9 @@ def test_a_run_is_its_newest_model_and_asks_as_it_trained(run, capsys):
 
 
 def test_what_is_given_replaces_what_the_run_says(run, capsys):
+    Path("questions.jsonl").unlink()
+    assert main(["sample", "run", "--prompt", "3+4="]) == 2
+    assert "questions.jsonl, which is not there (--as-is asks without" in capsys.readouterr().err
     words = ["--max_new_tokens", "3", "--n", "2", "--temperature", "0", "--as-is"]
     assert main(["sample", "run", "--prompt", "3+4=", *words]) == 0
     reply = said("run/model", "[3+4=]#", 3)
