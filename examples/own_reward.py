@@ -9,20 +9,28 @@ imported from the current folder. Columns are those of the questions. `None` is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from hsd.verify.numbers import last_number
 from hsd.verify.status import Completion, completion_text
 
+EQUATION = re.compile(r"(\d+) ?\+ ?(\d+) ?= ?(\d+)\.?")
 
-def number_alone(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
-    """1.0 for a reply that is the right number and nothing else, 0.5 for the right number among words, else 0.0.
+
+def equation_alone(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
+    """1.0 for a reply that is a true equation with the right sum, as "17 + 8 = 25", and nothing else; 0.5 for another reply
+    with the right number last; else 0.0.
 
     A rollout is a success, and may be shown to the teacher, from 1.0 on (`success_reward`).
     """
-    rewards = []
-    for completion, right in zip(completions, answer, strict=True):
-        reply = completion_text(completion).strip().removesuffix(".")
-        rewards.append(1.0 if reply == right else 0.5 if last_number(reply) == right else 0.0)
-    return rewards
+    return [_judge(completion_text(c).strip(), right) for c, right in zip(completions, answer, strict=True)]
+
+
+def _judge(reply: str, right: str) -> float:
+    if equation := EQUATION.fullmatch(reply):
+        a, b, total = map(int, equation.groups())
+        if a + b == total == int(right):
+            return 1.0
+    return 0.5 if last_number(reply) == right else 0.0

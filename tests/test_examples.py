@@ -39,10 +39,18 @@ def test_cells_run_one_after_the_other():
 def test_a_reward_of_ones_own(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT)
-    from examples.own_reward import number_alone
+    from examples.own_reward import equation_alone
 
-    said = ["25", " 25.\n", "17 + 8 = 25", "26", "25.5", ""]
-    assert number_alone(said, ["25"] * 6, kind=["math"] * 6) == [1.0, 1.0, 0.5, 0.0, 0.0, 0.0]
-    assert number_alone([[{"role": "assistant", "content": "25"}]], ["25"]) == [1.0]
+    replies = {
+        "17 + 8 = 25": 1.0,
+        " 17+8=25.\n": 1.0,
+        "17 + 8 = 25, so": 0.5,
+        "25": 0.5,
+        "16 + 8 = 25": 0.5,
+        "24": 0.0,
+        "": 0.0,
+    }
+    assert equation_alone([*replies], ["25"] * 7, kind=["math"] * 7) == [*replies.values()]
+    assert equation_alone([[{"role": "assistant", "content": "17 + 8 = 25"}]], ["25"]) == [1.0]
     assert main(["train", "examples/own_reward.yaml", "--check", "--output_dir", str(tmp_path)]) == 0
-    assert "reward number_alone" in capsys.readouterr().err
+    assert "reward equation_alone" in capsys.readouterr().err
