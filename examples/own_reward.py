@@ -20,8 +20,8 @@ EQUATION = re.compile(r"(\d+) ?\+ ?(\d+) ?= ?(\d+)\.?")
 
 
 def equation_alone(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
-    """1.0 for a reply that is a true equation with the right sum, as "17 + 8 = 25", and nothing else; 0.5 for another reply
-    with the right number last; else 0.0.
+    """1.0 for a true equation with the right sum, as "17 + 8 = 25", and nothing else; 0.5 for another reply whose last
+    number is right; else 0.0.
 
     A rollout is a success, and may be shown to the teacher, from 1.0 on (`success_reward`).
     """

@@ -95,6 +95,3 @@ def test_rollouts_of_a_group_that_two_ranks_share_are_one_file(folder):
     written = [load_metrics(folder / run / "rollouts.jsonl") for run in ("whole", "parts")]
     places = [(row["step"], row["group"], row["rollout"]) for row in written[0]]
     assert places == [(step, 0, i) for step in range(1, 5) for i in range(SIZE)] and written[0] == written[1]
-    batch = joined([rank["batches"][0] for rank in saved(folder, "ddp-split")])
-    reply = TOKENIZER.decode(batch["completion_ids"][SIZE - 1], skip_special_tokens=True)  # of the other rank
-    assert reply in {row["reply"] for row in load_metrics(folder / "run" / "rollouts.jsonl")}
