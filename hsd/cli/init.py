@@ -10,6 +10,7 @@ is written only where `hsd train OUT.yaml --check` accepts it.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -133,9 +134,11 @@ def entry(f: Field[Any], value: Any, *, given: bool = True, indent: str = "  ") 
     """``key: value  # what it is``, all of it a comment where it was not given; the first sentences of a
     declaration, as many as there is room for."""
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    text = yaml.safe_dump([plain], default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False)[
-        1:-2
-    ]
+    if isinstance(plain, str) and "\n" in plain:
+        text = json.dumps(plain)  # on one line, which YAML reads
+    else:
+        flow = {"default_flow_style": True, "width": float("inf"), "allow_unicode": True, "sort_keys": False}
+        text = yaml.safe_dump([plain], **flow)[1:-2]
     key = f"{indent}{'' if given else '# '}{f.name}: {text}"
     first, *more = " ".join(f.metadata.get("help", "").replace("%%", "%").split()).rstrip(".").split(". ")
     texts = [". ".join([first, *more[:n]]) for n in range(len(more) + 1)]

@@ -1,8 +1,8 @@
 """One training run: its settings, its folder, and what happens in it. `hsd train` and `hsd demo` share all of it.
 
 The folder (``train.output_dir``) holds config.yaml, from which `hsd credit` and `hsd compare` load the settings;
-run.json, all that makes the run what it is; metrics.jsonl, a line a step; a checkpoint, and at the end ``model/`` in
-its place, or beside it where ``save_total_limit`` is given.
+run.json, all that makes the run what it is; metrics.jsonl, a line a step; rollouts.jsonl, some of its rollouts to read;
+held_out.jsonl, evaluations during training; checkpoints while it lasts and, at the end, ``model/`` and training.png.
 """
 
 from __future__ import annotations

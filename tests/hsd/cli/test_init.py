@@ -76,6 +76,9 @@ def test_an_entry():
     assert lines("w " * 70, Lora())[-1] == "  key: {r: 16, alpha: 32, dropout: 0.0, target_modules: all-linear}"
     assert lines("w " * 70, 1)[0].startswith("  # w w")
     assert lines("20%% more", [1], indent="") == ["key: [1]  # 20% more"]
+    for value in ("\n\nAnswer: {answer}\n'\"# x", "a: b # c", "true", "漢\x07", {"a": [1, None]}, 1e-6):
+        (line,) = lines("", value)
+        assert yaml.safe_load(line) == {"key": value}
 
 
 def test_a_terminal_is_asked_for_what_is_missing(monkeypatch, capsys):
