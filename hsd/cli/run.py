@@ -2,7 +2,8 @@
 
 The folder (``train.output_dir``) holds config.yaml, from which `hsd credit` and `hsd compare` load the settings;
 run.json, all that makes the run what it is; metrics.jsonl, a line a step; rollouts.jsonl, some of its rollouts to read;
-held_out.jsonl, evaluations during training; checkpoints while it lasts and, at the end, ``model/`` and training.png.
+held_out.jsonl, evaluations during training; a checkpoint, and at the end training.png and ``model/`` in its place, or
+beside it where ``save_total_limit`` is given.
 """
 
 from __future__ import annotations

@@ -304,8 +304,9 @@ def test_held_out_questions_are_evaluated_and_drawn(model, here, capsys, monkeyp
     drawn = []
     monkeypatch.setattr("hsd.viewer.report.plot_curves", lambda path, curves, **kwargs: drawn.append((path, curves)))
     words = ["--data.held_out", "2", "--eval_strategy", "steps", "--eval_steps", "1", "--num_generations_eval", "1"]
+    kept = ["--save_total_limit", "1", "--disable_tqdm", "false"]
     for steps in (2, 3):
-        assert main(["train", "run.yaml", *words, "--max_steps", str(steps), "--disable_tqdm", "false"]) == 0
+        assert main(["train", "run.yaml", *words, *kept, "--max_steps", str(steps)]) == 0
     out = here / "runs" / "run"
     rows = load_metrics(out / "held_out.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3] and all(row["eval_hsd/success_rate"] == 0.0 for row in rows)
