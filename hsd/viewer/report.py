@@ -15,6 +15,7 @@ from hsd.evaluate import Success
 from hsd.files import replacing
 from hsd.tasks.task import Task
 from hsd.train.alarms import WINDOW, moving_mean
+from hsd.train.callbacks import HELD_OUT, load_metrics
 from hsd.viewer import summary
 from hsd.viewer.plots import plot_curves, plot_methods
 
@@ -63,7 +64,7 @@ def write(
     method, end = next(iter(ends.items()))
     rows, after, alarms, seconds = end.rows, end.success, end.alarms, end.seconds
     settings = settings | {"steps": len(rows)}
-    pictures = summary.draw(folder, credits) + training_picture(folder, rows)
+    pictures = summary.draw(folder, credits) + training_picture(folder, rows, load_metrics(folder / HELD_OUT))
     beside = methods_picture(folder, before, ends) if len(ends) > 1 else []
     text = "\n".join(
         [

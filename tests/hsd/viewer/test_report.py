@@ -68,7 +68,7 @@ def write(folder: Path, task=TASK, *, later: dict | None = None, **others: repor
 @pytest.fixture
 def no_pictures(monkeypatch):
     monkeypatch.setattr(summary, "draw", lambda folder, credits: [])
-    monkeypatch.setattr(report, "training_picture", lambda folder, rows: [])
+    monkeypatch.setattr(report, "training_picture", lambda *args: [])
 
 
 def cells(text: str, label: str) -> list[list[str]]:
