@@ -5,7 +5,7 @@
 1. Builds the sdist, the pure wheel and the platform wheel and looks at what is in them.
 2. In the unpacked sdist, builds the C++ rows, runs their tests and collects all others.
 3. Installs the pure wheel in a new environment and runs the Python blocks of README.md there, first without and then
-   with the extra `train`.
+   with the extra `train`, and with it the notebooks of examples/.
 4. Installs the platform wheel in another and runs the C++ rows.
 5. Runs the GPU suite on a CPU at toy size (`make gpu-dry-run`).
 
@@ -15,6 +15,7 @@ Everything is installed under constraints.txt. What passed is left in dist/. Nee
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import tomllib
 import zipfile
 from collections.abc import Iterable
@@ -98,6 +100,15 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     """The fenced python blocks of a Markdown page, each with the line that it begins at."""
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+def notebook_code(text: str) -> str:
+    """The code cells of a notebook, in order, as one script. Raises ValueError where outputs were left in it."""
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(cells, 1):
+        if cell["outputs"] or cell["execution_count"] is not None:
+            raise ValueError(f"code cell {number}: expected no output and no execution count")
+    return "\n\n".join("".join(cell["source"]) for cell in cells) + "\n"
 
 
 def shortened(block: str) -> str:
@@ -187,6 +198,18 @@ def run_blocks(python: Path, blocks: list[tuple[int, str]], cwd: Path) -> None:
         print(f"README:{line:<4d}runs{', with max_steps=1' if short != block else ''}", flush=True)
 
 
+def run_notebooks(python: Path, folder: Path, cwd: Path) -> None:
+    for path in sorted(folder.glob("*.ipynb")):
+        try:
+            code = notebook_code(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            stop_at([f"{path.name}: {error}"])
+            continue
+        began = time.monotonic()
+        sh(python, "-c", code, cwd=cwd)
+        print(f"notebook   {path.name} runs, {time.monotonic() - began:.0f} s", flush=True)
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory(prefix="hsd-release-") as scratch:
@@ -210,6 +233,7 @@ def main() -> None:
         run_blocks(python, [b for b in blocks if not NEEDS_TRAIN.search(b[1])], work["run"])
         install(python, f"{pure}[train]")
         run_blocks(python, [b for b in blocks if NEEDS_TRAIN.search(b[1])], work["run"])
+        run_notebooks(python, clone / "examples", work["run"])
 
         python = environment(Path(scratch) / "platform")
         install(python, str(platform))

@@ -1,1 +1,1 @@
-"""The command line: ``hsd train``, ``eval``, ``credit``, ``compare``, ``data``, ``doctor`` and ``demo``."""
+"""The command line: a module a command, listed in ``__main__.py``."""

@@ -15,7 +15,20 @@ from typing import NoReturn
 
 from hsd.process import hush, settle
 
-COMMANDS = ("train", "plan", "eval", "credit", "compare", "methods", "data", "doctor", "demo")
+COMMANDS = (
+    "init",
+    "train",
+    "plan",
+    "eval",
+    "sample",
+    "merge",
+    "credit",
+    "compare",
+    "methods",
+    "data",
+    "doctor",
+    "demo",
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     from hsd.cli.run import find_run, run_and_model
     from hsd.tasks.task import load_policy
-    from hsd.train.callbacks import load_metrics
+    from hsd.train.callbacks import HELD_OUT, load_metrics
     from hsd.viewer import report, summary
     from hsd.viewer.make import PAGE, measure_credit, write_credit
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     write_credit(out, task, credit, note=note)
     pictures = summary.draw(out, {"": credit.summary})
     if folder and (rows := load_metrics(folder / "metrics.jsonl")):
-        pictures += report.training_picture(out, rows)
+        pictures += report.training_picture(out, rows, load_metrics(folder / HELD_OUT))
     print("\n".join(summary.lines(credit.summary)))
     print("\nWrote " + ", ".join(str(p) for p in (out / PAGE, out / "credit.json", *pictures)))
     return 0

@@ -1,8 +1,9 @@
 """One training run: its settings, its folder, and what happens in it. `hsd train` and `hsd demo` share all of it.
 
 The folder (``train.output_dir``) holds config.yaml, from which `hsd credit` and `hsd compare` load the settings;
-run.json, all that makes the run what it is; metrics.jsonl, a line a step; a checkpoint, and at the end ``model/`` in
-its place, or beside it where ``save_total_limit`` is given.
+run.json, all that makes the run what it is; metrics.jsonl, a line a step; rollouts.jsonl, some of its rollouts to read;
+held_out.jsonl, evaluations during training; a checkpoint, and at the end training.png and ``model/`` in its place, or
+beside it where ``save_total_limit`` is given.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from hsd.tasks.files import check_parts, complete, title
 from hsd.tasks.settings import Data, Lora, Settings
 from hsd.tasks.task import Policy, Question, Task, load_policy
 from hsd.train.builds import check_builds
-from hsd.train.callbacks import StepLine, StopOnSignal, last_checkpoint
+from hsd.train.callbacks import HELD_OUT, StepLine, StopOnSignal, last_checkpoint, load_metrics
 from hsd.train.config import HSDConfig, unused
 from hsd.train.limits import check_engine, check_no_tensor_parallelism, launched
 from hsd.train.teachers import INITIAL, frozen_file
@@ -41,7 +42,7 @@ from hsd.train.trainer import HSDTrainer, check_columns
 
 # What may differ between the parts of one run: none of these changes a step.
 FREE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to")
-FREE += ("run_name", "disable_tqdm", "log_completions", "num_completions_to_print", "use_cpu")
+FREE += ("record_groups", "run_name", "disable_tqdm", "log_completions", "num_completions_to_print", "use_cpu")
 CONFIG = "config.yaml"
 BEFORE = "before.json"  # success of the initial policy, where it was measured
 
@@ -119,6 +120,8 @@ def check_questions(run: Run, task: Task) -> None:
     if len(task.questions) < needed:
         raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(task.questions)}")
     check_columns("data", task.questions[0], config)
+    if evaluates(config) and not task.held_out:
+        raise ValueError("data.held_out: expected questions for train.eval_strategy to evaluate on, got none")
 
 
 def train(run: Run) -> int:
@@ -144,6 +147,7 @@ def train(run: Run) -> int:
         reward_funcs=list(task.rewards),
         args=config,
         train_dataset=Dataset.from_list(list(task.questions)),
+        eval_dataset=Dataset.from_list(list(task.held_out)) if evaluates(config) else None,
         processing_class=tokenizer,
         peft_config=peft_config(run.settings.model.lora),
         context_template=task.template,
@@ -172,6 +176,7 @@ def train(run: Run) -> int:
         # Hours into a run, where it happened is worth a traceback.
         raise RuntimeError(f"training stopped at step {trainer.state.global_step}") from error
     if stop.signal is not None:
+        draw(trainer)
         say(f"{out}: stopped at step {trainer.state.global_step}; the same command resumes")
         return 128 + stop.signal
     trainer.save_model(str(out / "model"))
@@ -179,6 +184,7 @@ def train(run: Run) -> int:
         trainer.state.save_to_json(str(out / "model" / "trainer_state.json"))
         if not run.keeps_checkpoints:
             remove_checkpoints(out)
+    draw(trainer)
     say(f"{out}: {trainer.state.global_step} steps; the model is in {out / 'model'}")
     return 0
 
@@ -188,6 +194,19 @@ def remove_checkpoints(run: Path) -> None:
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     frozen_file(run, INITIAL).unlink(missing_ok=True)
+
+
+def evaluates(config: HSDConfig) -> bool:
+    return config.eval_strategy != "no" or config.eval_on_start
+
+
+def draw(trainer: HSDTrainer) -> None:
+    """training.png in the run's folder, from what it has logged."""
+    from hsd.viewer.report import training_picture
+
+    out = Path(str(trainer.args.output_dir))
+    if trainer.is_world_process_zero():
+        training_picture(out, load_metrics(out / "metrics.jsonl"), load_metrics(out / HELD_OUT))
 
 
 def peft_config(lora: Lora | None) -> Any:

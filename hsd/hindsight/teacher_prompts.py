@@ -67,11 +67,12 @@ Contexts = Callable[[RolloutView], list[Context]]
 
 @dataclass(frozen=True)
 class TeacherPrompt:
-    """``[q ; c_i]`` of one rollout, and where the rollout leaves the peer in it (None: there is no peer in it, or it
-    never leaves it)."""
+    """``[q ; c_i]`` of one rollout, where the rollout leaves the peer in it (None: there is no peer in it, or it never
+    leaves it), and the peer's index in the group."""
 
     context: PrivilegedContext
     tau: int | None
+    peer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,11 @@ class TeacherPrompts:
 
     def _prompt(self, view: RolloutView, context: Context) -> TeacherPrompt:
         made = self.render(view.group.prompt, context)
-        tau = None
-        if view.peer is not None and made.kind == "peer":  # it may have been left out for length
-            rollouts = view.group.rollouts
-            tau = divergence_position(rollouts[view.i].token_ids, rollouts[view.peer].token_ids)
-        return TeacherPrompt(made, tau)
+        if view.peer is None or made.kind != "peer":  # it may have been left out for length
+            return TeacherPrompt(made, None)
+        rollouts = view.group.rollouts
+        tau = divergence_position(rollouts[view.i].token_ids, rollouts[view.peer].token_ids)
+        return TeacherPrompt(made, tau, view.peer)
 
 
 def parts(**contents: Content | None) -> tuple[tuple[str, Content], ...]:

@@ -14,6 +14,11 @@ from typing import Any, ClassVar, Literal
 STRICT = {"extra": "forbid"}  # pydantic: an unknown key is an error
 
 
+def said(help: str, default: Any = None) -> Any:
+    """A field with what `hsd init` writes beside it."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Lora:
     """As in `peft.LoraConfig`."""
@@ -27,26 +32,22 @@ class Lora:
 
 @dataclass(frozen=True)
 class Model:
-    """``path``: hub id or folder."""
-
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; train.bf16 computes in bf16
-    attention: str | None = None  # transformers' attn_implementation
-    lora: Lora | None = None
+    path: str | None = said("hub id or folder of the model")
+    dtype: Literal["float32", "bfloat16", "float16"] = said("of the weights; train.bf16 computes in bf16", "float32")
+    attention: str | None = said("transformers' attn_implementation")
+    lora: Lora | None = said("train adapters instead of all weights; as in peft.LoraConfig")
 
 
 @dataclass(frozen=True)
 class Data:
-    """``path``: a JSONL file or a name that `hsd.data.load` knows."""
-
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
-    split: str | None = None
-    limit: int | None = None  # the first so many questions
-    held_out: int = 0  # so many of them, the first, are kept out of training
-    instruction: str | None = None  # below every question, instead of hsd.data's; "" is none
-    chat: bool | None = None  # messages or plain texts; None: messages where the tokenizer has a chat template
+    path: str | None = said("file of questions (JSONL, CSV, Parquet), or a name that hsd.data.load knows")
+    split: str | None = said("of a data set on the hub")
+    limit: int | None = said("the first so many questions")
+    held_out: int = said("so many of them, the first, are kept out of training", 0)
+    instruction: str | None = said("below every question, instead of hsd.data's; '' is none")
+    chat: bool | None = said("messages or plain texts; null: messages where the tokenizer has a chat template")
 
 
 @dataclass(frozen=True)
@@ -58,5 +59,5 @@ class Settings:
     task: str | None = None
     model: Model = Model()
     data: Data = Data()
-    reward: str | list[str] | None = None  # number, math, code, reasoning_gym or module:function
+    reward: str | list[str] | None = said("number, math, code, reasoning_gym or module:function")
     train: dict[str, Any] = field(default_factory=dict)  # fields of HSDConfig

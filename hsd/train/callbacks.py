@@ -70,7 +70,13 @@ class StepLine(ProgressCallback):
         self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or not logs or "loss" not in logs:
+        if self.training_bar is None or not logs:
+            return
+        if (success := logs.get("eval_hsd/success_rate")) is not None:
+            self.training_bar.write(
+                f"step {state.global_step}/{state.max_steps}  success on held-out questions {success:.3g}"
+            )
+        if "loss" not in logs:
             return
         cells = [f"{name} {logs[key]:.3g}" for name, key in STEP_COLUMNS.items() if logs.get(key) is not None]
         cells += split_of(logs)
@@ -78,6 +84,8 @@ class StepLine(ProgressCallback):
 
 
 TEXTS = "texts.jsonl"  # what the model wrote for a method's draw
+ROLLOUTS = "rollouts.jsonl"
+HELD_OUT = "held_out.jsonl"  # evaluations during training
 
 
 class RunFiles(TrainerCallback):
@@ -87,7 +95,7 @@ class RunFiles(TrainerCallback):
     """
 
     def __init__(self, folder: Path, teacher: str = ""):
-        self.path, self.texts = folder / "metrics.jsonl", folder / TEXTS
+        self.path, self.others = folder / "metrics.jsonl", [folder / name for name in (TEXTS, ROLLOUTS, HELD_OUT)]
         self.teacher = teacher
         self.raised: dict[str, str] = {}
 
@@ -96,13 +104,17 @@ class RunFiles(TrainerCallback):
             return
         self.history = [row for row in load_metrics(self.path) if row["step"] <= state.global_step]
         self.raised = {name: text for row in self.history for name, text in row.get("alarms", {}).items()}
-        texts = [row for row in load_metrics(self.texts) if row["step"] <= state.global_step]
-        for path, rows in ((self.path, self.history), (self.texts, texts)):
+        others = [[row for row in load_metrics(p) if row["step"] <= state.global_step] for p in self.others]
+        for path, rows in zip((self.path, *self.others), (self.history, *others), strict=True):
             if rows or path.exists() or path == self.path:
                 with replacing(path) as part:
-                    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                    part.write_text(
+                        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+                    )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "eval_loss" in logs and state.is_world_process_zero:
+            self._evaluated({"step": state.global_step, **logs})
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         row = {"step": state.global_step, **logs}
@@ -118,6 +130,13 @@ class RunFiles(TrainerCallback):
                 print(f"ALARM at step {state.global_step}: {sentence}", flush=True)
         self.raised |= new
         with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def _evaluated(self, row: dict[str, Any]) -> None:
+        path = self.others[-1]
+        if any(earlier["step"] == row["step"] for earlier in load_metrics(path)):
+            return  # a run with eval_on_start was resumed
+        with path.open("a") as f:
             f.write(json.dumps(row) + "\n")
 
 

@@ -162,6 +162,9 @@ class HSDConfig(GRPOConfig):
     diagnostics: bool = option(
         False, "also log top-k overlap, teacher sharpening, compression of the tails, epistemic words"
     )
+    record_groups: int = option(
+        1, "groups of each generation whose rollouts go to rollouts.jsonl; 0 is none", AT_LEAST_0
+    )
     logging_steps: float = 1
     loss_type: str | None = None
     scale_rewards: str | None = None

@@ -63,7 +63,7 @@ from hsd.process import settle
 from hsd.progress import say
 from hsd.train.alarms import repeated_tail
 from hsd.train.batch import COLUMN, TeacherBatch, collate, padded_ids, shuffle_groups, student_inputs, unpack
-from hsd.train.callbacks import TEXTS, RunFiles, steps_of_a_generation
+from hsd.train.callbacks import ROLLOUTS, TEXTS, RunFiles, steps_of_a_generation
 from hsd.train.card import CARD, model_card
 from hsd.train.config import HSDConfig
 from hsd.train.diagnostics import of_texts
@@ -72,6 +72,8 @@ from hsd.train.draw import run as run_draw
 from hsd.train.limits import Engine, check_engine, check_no_tensor_parallelism, engine_of
 from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
 from hsd.train.micro_batch import MicroBatchLoss
+from hsd.train.rollouts import append as append_rollouts
+from hsd.train.rollouts import rows as rollout_rows
 from hsd.train.step_time import StepTime
 from hsd.train.teachers import FrozenPolicies, check_fresh_adapter
 from hsd_kernels import RowStats, fused_token_logps
@@ -285,6 +287,11 @@ class HSDTrainer(GRPOTrainer):
         with self.step_time.part("update"):
             return super().training_step(model, inputs, num_items_in_batch)
 
+    def evaluate(self, *args, **kwargs):
+        found = super().evaluate(*args, **kwargs)
+        self.step_time.take()  # what the evaluation took is no part of the next step
+        return found
+
     def _generate(self, prompts):
         # Around the whole generation autocast casts the weights once, not once a token. Where a rank holds a part of
         # them, the copies would be of all.
@@ -354,6 +361,9 @@ class HSDTrainer(GRPOTrainer):
                 notes={(n, i): note for n, d in enumerate(drawn) for i, note in d.notes.items()},
                 state=self.method_state,
             )
+        if self.args.record_groups and mode == "train":
+            unscored = scored.unscored[first : first + len(inputs)].tolist()
+            self._write_rollouts(mine, prompts, unscored)
         if self.args.diagnostics:
             self._record(mode, of_texts(self._tokenizer.batch_decode(scored.completion_ids, skip_special_tokens=True)))
         self._record(mode, (context_metrics(prompts) if prompts else {}) | {"repeated_tail": tails})
@@ -574,6 +584,15 @@ class HSDTrainer(GRPOTrainer):
             logps = gather_object((self._logps(inputs, mask).sum(-1) / mask.sum(-1).clamp_min(1)).tolist())
         ids = gather_object(scored.completion_ids)
         return [Rollout(tuple(i), reward=r, mean_logp=p) for i, r, p in zip(ids, scored.rewards, logps, strict=True)]
+
+    def _write_rollouts(
+        self, mine: Sequence[Member], prompts: Sequence[Sequence[TeacherPrompt]] | None, unscored: Sequence[bool]
+    ) -> None:
+        """Of some groups, those of all ranks in one file."""
+        step, groups = self.state.global_step + 1, self.args.record_groups
+        found = gather_object(rollout_rows(step, mine, prompts, unscored, self._tokenizer, groups=groups))
+        if self.is_world_process_zero():
+            append_rollouts(Path(str(self.args.output_dir)) / ROLLOUTS, found)
 
     def _add_rows(
         self,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsd.evaluate import Success
+from hsd.files import replacing
 from hsd.hindsight.credit import coverage
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def plot_curves(
         axes.margins(x=0.01)
     if len(next(iter(curves.values()))) > 1:
         panels[0].legend(fontsize=8, framealpha=0.9, edgecolor="none")
-    fig.savefig(path, dpi=_DPI)
+    _save(fig, path)
 
 
 def _panels(titles: Sequence[str], xlabel: str) -> tuple[Figure, list[Axes]]:
@@ -250,4 +251,9 @@ def _finish(fig: Figure, row: Sequence[Axes], path: str | Path, title: str) -> N
         axes.legend(framealpha=0.9, edgecolor="none", fontsize="medium" if len(row) == 1 else "small")
         _clean(axes)
     fig.suptitle(title, fontsize=11)
-    fig.savefig(path, dpi=_DPI)
+    _save(fig, path)
+
+
+def _save(fig: Figure, path: str | Path) -> None:
+    with replacing(Path(path)) as part:
+        fig.savefig(part, dpi=_DPI, format=Path(path).suffix[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from hsd.evaluate import Success
 from hsd.files import replacing
 from hsd.tasks.task import Task
 from hsd.train.alarms import WINDOW, moving_mean
+from hsd.train.callbacks import HELD_OUT, load_metrics
 from hsd.viewer import summary
 from hsd.viewer.plots import plot_curves, plot_methods
 
+SUCCESS = "hsd/success_rate"
 CURVES = {
-    "loss": "loss (nats)",
-    "hsd/success_rate": "success of rollouts",
+    SUCCESS: "success",
+    "hsd/kl": "divergence from the teacher (nats/token)",
     "hsd/coverage": "coverage: failing with a peer",
     "hsd/credit_at_tau": "|A| at tau (nats)",
     "hsd/student_entropy": "student entropy (nats/token)",
@@ -62,7 +64,7 @@ def write(
     method, end = next(iter(ends.items()))
     rows, after, alarms, seconds = end.rows, end.success, end.alarms, end.seconds
     settings = settings | {"steps": len(rows)}
-    pictures = summary.draw(folder, credits) + training_picture(folder, rows)
+    pictures = summary.draw(folder, credits) + training_picture(folder, rows, load_metrics(folder / HELD_OUT))
     beside = methods_picture(folder, before, ends) if len(ends) > 1 else []
     text = "\n".join(
         [
@@ -149,12 +151,19 @@ def methods_picture(folder: Path, before: Success, ends: Mapping[str, End]) -> l
     return [path]
 
 
-def training_picture(folder: Path, rows: list[dict]) -> list[Path]:
-    """Write training.png, unless there is no step to show."""
-    if not rows:
+def training_picture(folder: Path, rows: list[dict], held_out: Sequence[dict] = ()) -> list[Path]:
+    """Write training.png, unless there is nothing to show. ``rows`` are those of metrics.jsonl, ``held_out`` of the
+    evaluations during training, whose success stands beside that of the rollouts."""
+    curves = {title: {"rollouts": line} for key, title in CURVES.items() if (line := _line(rows, key))}
+    if line := _line(held_out, f"eval_{SUCCESS}"):
+        curves = {CURVES[SUCCESS]: {**curves.pop(CURVES[SUCCESS], {}), "held-out questions": line}} | curves
+    if not curves:
         return []
-    steps = [row["step"] for row in rows]
-    values = {key: [math.nan if row.get(key) is None else row[key] for row in rows] for key in CURVES}
-    curves = {title: {"run": (steps, values[key])} for key, title in CURVES.items()}
     plot_curves(folder / "training.png", curves, xlabel="training step")
     return [folder / "training.png"]
+
+
+def _line(rows: Sequence[dict], key: str) -> tuple[list[int], list[float]] | None:
+    """(steps, values), with NaN where a step did not measure ``key``; None where no step did."""
+    values = [math.nan if row.get(key) is None else row[key] for row in rows]
+    return None if all(map(math.isnan, values)) else ([row["step"] for row in rows], values)

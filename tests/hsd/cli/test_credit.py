@@ -89,7 +89,7 @@ def test_a_run_brings_questions_rewards_and_templates(tmp_path):
         "  success_reward: 0.5,\n"
         "  with_peer_template: '[{answer};{demonstration}]', answer_only_template: '[{answer};]'}\n"
     )
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "hsd/success_rate": 0.5}) + "\n")
     task = find_run(tmp_path, str(tmp_path / "model"), None, None)[1]
     assert task.evaluated == small_world.make_questions(512, seed=3, held_out=True, added=small_world.ONE_DIGIT)
     assert task.title == small_world.task(0).title

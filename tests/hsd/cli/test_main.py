@@ -33,7 +33,7 @@ def test_no_command_shows_the_commands_and_fails(capsys):
 def test_an_unknown_command_is_named(capsys):
     assert cli.main(["trian"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: command: expected one of train, ") and "'trian'" in error
+    assert error.startswith("error: command: expected one of init, train, ") and "'trian'" in error
 
 
 @pytest.fixture

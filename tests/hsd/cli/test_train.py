@@ -298,3 +298,23 @@ def test_metrics_reach_tensorboard_through_trl(model, here, monkeypatch):
     (row,) = load_metrics(here / "runs" / "run" / "metrics.jsonl")
     for name in ("hsd/success_rate", "hsd/kl", "completions/mean_length"):
         assert seen[f"train/{name}"] == pytest.approx(row[name], rel=1e-5)
+
+
+def test_held_out_questions_are_evaluated_and_drawn(model, here, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("hsd.viewer.report.plot_curves", lambda path, curves, **kwargs: drawn.append((path, curves)))
+    words = ["--data.held_out", "2", "--eval_strategy", "steps", "--eval_steps", "1", "--num_generations_eval", "1"]
+    kept = ["--save_total_limit", "1", "--disable_tqdm", "false"]
+    for steps in (2, 3):
+        assert main(["train", "run.yaml", *words, *kept, "--max_steps", str(steps)]) == 0
+    out = here / "runs" / "run"
+    rows = load_metrics(out / "held_out.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["eval_hsd/success_rate"] == 0.0 for row in rows)
+    assert [row["step"] for row in load_metrics(out / "metrics.jsonl")] == [1, 2, 3]  # evaluations are no steps
+    path, curves = drawn[-1]
+    assert path == Path("runs/run/training.png") and curves["success"]["held-out questions"] == ([1, 2, 3], [0.0] * 3)
+    assert "step 3/3  success on held-out questions 0" in capsys.readouterr().out
+    assert main(["train", "run.yaml", "--check", *words[2:]]) == 2
+    assert (
+        "data.held_out: expected questions for train.eval_strategy to evaluate on, got none" in capsys.readouterr().err
+    )

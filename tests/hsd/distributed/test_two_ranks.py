@@ -12,6 +12,7 @@ from tiny_runs import STEP, TOKENIZER, half
 
 from hsd.hindsight.groups import Group, Rollout
 from hsd.hindsight.peers import choose_peers, peer_rng
+from hsd.train.callbacks import load_metrics
 
 PATH = Path(__file__).with_name("job.py")
 job = load(PATH)
@@ -88,3 +89,9 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_resumes_exactly(folder):
         assert rank["stopped_at"] == 2
         for whole, parts in zip(rank["whole"], rank["parts"], strict=True):
             assert all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+def test_rollouts_of_a_group_that_two_ranks_share_are_one_file(folder):
+    written = [load_metrics(folder / run / "rollouts.jsonl") for run in ("whole", "parts")]
+    places = [(row["step"], row["group"], row["rollout"]) for row in written[0]]
+    assert places == [(step, 0, i) for step in range(1, 5) for i in range(SIZE)] and written[0] == written[1]

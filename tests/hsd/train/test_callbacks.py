@@ -50,7 +50,9 @@ def test_run_files_appends_the_logs_of_steps(tmp_path):
         {"step": 1, "loss": 0.5, "reward": 1.0},
         {"step": 2, "loss": 0.25},
     ]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    log(files, 1, eval_loss=4.0)  # again, on resume
+    assert load_metrics(tmp_path / "held_out.jsonl") == [{"step": 1, "eval_loss": 3.0}]
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "held_out.jsonl"}
 
 
 def test_run_files_starts_over_with_a_fresh_run(tmp_path):

@@ -129,6 +129,8 @@ def assert_resumes(tmp_path, cut, steps, options):
 
     assert_equal(whole.seen[-len(second.seen) :], second.seen, "rollouts")
     assert_equal(rows(tmp_path / "whole"), rows(tmp_path / "parts"), "metrics")
+    written = [(tmp_path / run / "rollouts.jsonl").read_text() for run in ("whole", "parts")]
+    assert written[0] == written[1] != ""
     assert len(rows(tmp_path / "whole")) == steps
     assert equal(second.model, whole.model)
     assert_equal(whole.optimizer.state_dict(), second.optimizer.state_dict(), "optimizer")
@@ -209,7 +211,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, monkeypatch, capsy
     stopped = len(rows(Path("cut")))
     assert 2 <= stopped < 6
     assert [p.name for p in Path("cut").glob("checkpoint-*")] == [f"checkpoint-{stopped}"]
-    assert not Path("cut/model").exists()
+    assert not Path("cut/model").exists() and Path("cut/training.png").exists()
 
     assert main(["train", "run.yaml", "--output_dir", "cut"]) == 0
     assert f"resuming after step {stopped}" in capsys.readouterr().out

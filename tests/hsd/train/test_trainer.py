@@ -324,6 +324,12 @@ def test_evaluation_questions_need_the_same_columns(tmp_path):
             make(qwen3(), tmp_path, eval_dataset=without)
 
 
+def test_an_evaluation_takes_no_time_of_a_step(tmp_path):
+    trainer = make(qwen3(), tmp_path, eval_dataset=Dataset.from_list(QUESTIONS[:2]))
+    assert "eval_hsd/success_rate" in trainer.evaluate()
+    assert trainer.step_time.seconds == {} and trainer.step_time.tokens == 0
+
+
 def test_bf16_computes_the_update_in_bf16(tmp_path):
     """Accelerate's autocast lives in the attribute that the forward redirection replaces: it must still apply."""
     seen = []

@@ -68,7 +68,7 @@ def write(folder: Path, task=TASK, *, later: dict | None = None, **others: repor
 @pytest.fixture
 def no_pictures(monkeypatch):
     monkeypatch.setattr(summary, "draw", lambda folder, credits: [])
-    monkeypatch.setattr(report, "training_picture", lambda folder, rows: [])
+    monkeypatch.setattr(report, "training_picture", lambda *args: [])
 
 
 def cells(text: str, label: str) -> list[list[str]]:
@@ -205,6 +205,19 @@ def test_failures_that_never_leave_their_peer(tmp_path):
     assert "nan" not in text
     drawn = ["credit_silence.png", "coverage.png", "training.png"]
     assert [name for name in PICTURES if (tmp_path / name).exists()] == drawn
+
+
+def test_the_training_picture_has_what_was_measured(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "plot_curves", lambda path, curves, xlabel: drawn.update(curves))
+    steps = [{"step": 1, "hsd/success_rate": 0.5, "hsd/kl": None}, {"step": 2}]
+    held_out = [{"step": 2, "eval_hsd/success_rate": 0.25}]
+    assert report.training_picture(tmp_path, steps, held_out) == [tmp_path / "training.png"]
+    assert repr(drawn) == "{'success': {'rollouts': ([1, 2], [0.5, nan]), 'held-out questions': ([2], [0.25])}}"
+    drawn.clear()
+    report.training_picture(tmp_path, [{"step": 1, "completions/mean_length": 3.0}], held_out)
+    assert list(drawn) == ["success", "rollout length (tokens)"]
+    assert report.training_picture(tmp_path, [{"step": 1, "loss": 0.0}]) == []
 
 
 def test_without_metrics_there_is_no_training_picture(tmp_path):

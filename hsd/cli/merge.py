@@ -1,0 +1,54 @@
+"""`hsd merge RUN OUT`: a run's LoRA adapters added to its base model's weights, as a model that needs no peft.
+
+The sums are made in fp32 and rounded once, to ``--dtype``. A command and no setting of `hsd train`: it also takes a
+checkpoint, and a run that is over.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+HELP = "add a run's LoRA adapters to its base model's weights, as a model of its own"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a model or checkpoint in it")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights; auto: as the base model is saved",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0. Raises ValueError for a model without adapters and for a folder that exists."""
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig
+
+    from hsd.cli.run import run_and_model
+    from hsd.policy.pretrained import load, load_tokenizer
+
+    _, adapters = run_and_model(args.run)
+    if not (adapters / "adapter_config.json").exists():
+        raise ValueError(f"RUN: expected a model with LoRA adapters, got {adapters}, whose weights are whole")
+    if args.out.exists():
+        raise ValueError(f"OUT: expected a new folder, got {args.out}, which exists")
+    base = str(PeftConfig.from_pretrained(str(adapters)).base_model_name_or_path)
+    tokenizer = load_tokenizer(str(adapters))
+    model, _ = load(base, "float32")
+    merged = PeftModel.from_pretrained(model, str(adapters)).merge_and_unload(safe_merge=True)
+    saved = AutoConfig.from_pretrained(base).dtype or torch.float32
+    dtype = saved if args.dtype == "auto" else getattr(torch, args.dtype)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
+        part = Path(scratch) / args.out.name
+        merged.to(dtype).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(args.out)
+    print(f"{args.out}: {adapters} merged into {base}, {str(dtype).removeprefix('torch.')}")
+    return 0

@@ -1,0 +1,68 @@
+"""`hsd merge`: the merged model computes what the adapted one does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_runs import LORA, SMALLER, TOKENIZER, qwen3, start_adapters
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hsd.cli.__main__ import main
+
+IDS = torch.tensor([TOKENIZER("47+38+25+61=")["input_ids"]])
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def save(dtype):
+    """A base model and a run whose adapters change it."""
+    qwen3(0, **SMALLER, tie_word_embeddings=False).to(dtype).save_pretrained("base")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32), LORA)
+    start_adapters(adapted, std=0.5)
+    for folder in ("base", "run/model"):
+        TOKENIZER.save_pretrained(folder)
+    adapted.save_pretrained("run/model")
+
+
+def logits(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "dtype", "rounding"),
+    [
+        ([], torch.float32, torch.float32, 1e-5),
+        ([], torch.bfloat16, torch.bfloat16, 2**-6),  # as the base model is saved
+        (["--dtype", "float32"], torch.bfloat16, torch.float32, 1e-5),
+    ],
+)
+def test_its_logits_are_the_adapted_models(words, base, dtype, rounding, capsys):
+    save(base)
+    assert main(["merge", "run", "deep/out", *words]) == 0
+    assert f"deep/out: run/model merged into base, {str(dtype)[6:]}" in capsys.readouterr().out
+    assert sorted(p.name for p in Path("deep").iterdir()) == ["out"]
+    assert not Path("deep/out/adapter_config.json").exists()
+    assert AutoModelForCausalLM.from_pretrained("deep/out", dtype="auto").dtype == dtype
+    assert AutoTokenizer.from_pretrained("deep/out")("1+2=")["input_ids"] == TOKENIZER("1+2=")["input_ids"]
+    wanted = logits("run/model")
+    largest = wanted.abs().max().item()
+    torch.testing.assert_close(logits("deep/out"), wanted, rtol=0, atol=rounding * largest)
+    assert (logits("base") - wanted).abs().max() > 10 * rounding * largest  # the adapters do something
+
+
+def test_what_cannot_be_merged_is_named(capsys):
+    save(torch.float32)
+    Path("there").mkdir()
+    for words, named in (
+        (["base", "out"], "RUN: expected a model with LoRA adapters, got base, whose weights are whole"),
+        (["run", "there"], "OUT: expected a new folder, got there, which exists"),
+        (["nowhere", "out"], "run: expected a folder, got nowhere"),
+    ):
+        assert main(["merge", *words]) == 2
+        assert named in capsys.readouterr().err
+    assert not Path("out").exists() and not list(Path("there").iterdir())
