@@ -3,7 +3,7 @@
     python -m benchmarks.small_world            # about an hour on two quiet cores
     python -m benchmarks.small_world --quick    # under five minutes: does it all work?
     python -m benchmarks.small_world --report   # of what is finished
-    python -m benchmarks.small_world --part long    # the teachers over 300 steps alone
+    python -m benchmarks.small_world --part league main    # these runs alone, with a report of their own
 
 Every run is a process with one thread and leaves one JSON file in ``--out``; the same command goes on after a kill. The
 report, its pictures and all results in one file are written to ``--results``.
@@ -33,15 +33,21 @@ HERE = Path(__file__).parent
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     scale = QUICK if args.quick else FULL
-    runs = [run for run in queue(scale) if args.part in (None, run.part)]
-    if not runs:
-        sys.exit(f"--part: expected one of {', '.join(sorted({r.part for r in queue(scale)}))}, got {args.part}")
+    parts = {run.part for run in queue(scale)}
+    if not parts >= {*args.part}:
+        sys.exit(f"--part: expected some of {', '.join(sorted(parts))}, got {' '.join(args.part)}")
+    runs = [run for run in queue(scale) if not args.part or run.part in args.part]
     todo = jobs(args.out, scale, runs)
     failed = []
     if not args.report:
         work.quiet()
         failed = drain(args.out, todo, args.workers, say)
-    command = "python -m benchmarks.small_world" + " --quick" * args.quick + f" --part {args.part}" * bool(args.part)
+    command = (
+        "python -m benchmarks.small_world"
+        + " --quick" * args.quick
+        + " --part " * bool(args.part)
+        + " ".join(args.part)
+    )
     say(report.write(args.out, args.results, todo, command))
     if failed:
         sys.exit(f"{len(failed)} runs failed, see {args.out / 'logs'}: {', '.join(failed)}")
@@ -51,13 +57,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_world")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps")
     parser.add_argument("--report", action="store_true", help="train nothing: report what is finished")
-    parser.add_argument("--part", help="only these runs, with a report of their own: long, chains, league, ...")
+    told = "only these runs, with a report of their own: long, chains, league main, ..."
+    parser.add_argument("--part", nargs="+", default=[], metavar="PART", help=told)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, help="where runs and warm starts go (runs/small_world)")
     parser.add_argument("--results", type=Path, help="where the report goes (benchmarks/small_world/results)")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / ("small_world_quick" if args.quick else "small_world")
-    args.results = args.results or (args.out if args.quick else HERE / "results" / (args.part or ""))
+    args.results = args.results or (args.out if args.quick else HERE / "results" / (args.part or [""])[0])
     return args
 
 

@@ -1,4 +1,4 @@
-"""The experiment's three pictures; each is drawn where there are data for it."""
+"""The experiment's pictures; each is drawn where there are data for it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, MAIN
-from benchmarks.small_world.results import Interval, coverage_bins, final, interval, rows, warm_starts
+from benchmarks.small_world.plan import ABLATIONS, BASE_ROW, LEAGUE, MAIN
+from benchmarks.small_world.results import Interval, coverage_bins, curve_mean, final, interval, rows, warm_starts
 from hsd.hindsight.credit import coverage
 
 # Okabe and Ito's colours, told apart with any common colour vision.
@@ -20,7 +20,7 @@ DPI = 110
 
 def draw(folder: Path, facts: dict[str, Any]) -> list[str]:
     """Writes what can be drawn; returns the file names."""
-    makers = {"curves.png": curves, "coverage.png": covered, "sweeps.png": sweeps}
+    makers = {"curves.png": curves, "league.png": league, "coverage.png": covered, "sweeps.png": sweeps}
     return [name for name, make in makers.items() if make(folder / name, facts)]
 
 
@@ -55,6 +55,33 @@ def curves(path: Path, facts: dict[str, Any]) -> bool:
         axes.set_xlabel("training step")
         _clean(axes)
     fig.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    fig.savefig(path, dpi=DPI)
+    return True
+
+
+def league(path: Path, facts: dict[str, Any]) -> bool:
+    """Each method minus HSD on the same seed, a point a seed and a bar at their mean: the curve's mean, and the end."""
+    runs = facts["runs"]
+    hsd = rows(runs, "main", "hsd")
+    found = {m: rows(runs, "main", m) or rows(runs, "league", m) for m in (*MAIN, *LEAGUE) if m != "hsd"}
+    found = {m: {s: by_seed[s] for s in by_seed if s in hsd} for m, by_seed in found.items()}
+    if not any(found[m] for m in LEAGUE):
+        return False
+    gaps = {
+        what: {m: [what(r) - what(hsd[s]) for s, r in by_seed.items()] for m, by_seed in found.items() if by_seed}
+        for what in (curve_mean, final)
+    }
+    names = sorted(gaps[curve_mean], key=lambda m: sum(gaps[curve_mean][m]) / len(gaps[curve_mean][m]))
+    fig = Figure(figsize=(9.6, 0.27 * len(names) + 0.9), layout="constrained")
+    titles = {curve_mean: "mean of the curve", final: "final success"}
+    for axes, (what, gap) in zip(fig.subplots(1, 2, sharey=True), gaps.items(), strict=True):
+        for y, name in enumerate(names):
+            axes.plot(gap[name], [y] * len(gap[name]), "o", color=_COLOURS[0], markersize=4, alpha=0.6)
+            axes.plot(sum(gap[name]) / len(gap[name]), y, "|", color=_COLOURS[1], markersize=13, markeredgewidth=2.2)
+        axes.axvline(0, color=_COLOURS[6], linewidth=1.2)
+        axes.set_yticks(range(len(names)), labels=names)
+        axes.set_xlabel(f"{titles[what]}, minus HSD on the same seed")
+        _clean(axes)
     fig.savefig(path, dpi=DPI)
     return True
 

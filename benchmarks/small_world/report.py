@@ -60,6 +60,7 @@ def render(facts: dict[str, Any], drawn: Sequence[str]) -> str:
         _picture(drawn, "curves.png"),
         _settings(facts["runs"]),
         tables.league(facts["runs"]),
+        _picture(drawn, "league.png"),
         tables.chains(facts["runs"]),
         *_held(facts["runs"]),
         tables.credit(warm_starts(facts)),

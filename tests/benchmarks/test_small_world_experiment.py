@@ -219,7 +219,7 @@ def test_experiment_from_the_command_line_to_the_report(tmp_path, monkeypatch, c
     assert "## The league" in report and "| vopd | 1 | " in report and "## Teachers over 4 steps" in report
     assert "## Cures of a live teacher over 4 steps" in report and "| subtract | 0 | 0.50 | " in report
     assert "step 4: success fell" in report and "| 0 | " in report and "Not run" not in report
-    for picture in ("curves.png", "coverage.png", "sweeps.png"):
+    for picture in ("curves.png", "league.png", "coverage.png", "sweeps.png"):
         assert f"({picture})" in report and (tmp_path / "results" / picture).stat().st_size > 5_000
     facts = json.loads((tmp_path / "results" / "results.json").read_text())
     assert len(facts["runs"]) + len(facts["warm"]) == n and facts["missing"] == []
@@ -229,6 +229,12 @@ def test_experiment_from_the_command_line_to_the_report(tmp_path, monkeypatch, c
     assert "Not run, 1: main-hsd-seed0." in capsys.readouterr().out
     experiment.main(command)
     assert f"{n - 1} of {n} runs are done" in capsys.readouterr().out
+
+    experiment.main([*command, "--report", "--part", "league", "main"])
+    printed = capsys.readouterr().out
+    assert "--part league main`" in printed and "(league.png)" in printed and "## Teachers over" not in printed
+    with pytest.raises(SystemExit, match="--part: expected some of .*, got league nosuch"):
+        experiment.main([*command, "--part", "league", "nosuch"])
 
 
 def test_two_real_steps(tmp_path, monkeypatch):
