@@ -145,6 +145,8 @@ CURES: dict[str, tuple[tuple[str, float], float]] = {
 }
 QUICK_CURES = ("share 0.5", "subtract")  # "hold" wants a success of the warm start, a short one may have none
 
+APART = ("long", "cures")  # 300 steps, an hour and a half on two cores: asked for by name
+
 # Six summands instead of four: five steps that each slip in 30 % of the cases, so p is near 0.15 and one reward is
 # spread over more decisions.
 CHAIN_TERMS = 6

@@ -230,6 +230,12 @@ def test_experiment_from_the_command_line_to_the_report(tmp_path, monkeypatch, c
     experiment.main(command)
     assert f"{n - 1} of {n} runs are done" in capsys.readouterr().out
 
+    whole = ["--report", "--out", str(tmp_path / "none"), "--results", str(tmp_path / "none")]
+    experiment.main(whole)
+    printed = capsys.readouterr().out
+    assert "league-brts-seed4" in printed and "long-" not in printed and "cures-" not in printed
+    experiment.main([*whole, "--part", "long"])
+    assert "long-live-seed2" in capsys.readouterr().out
     experiment.main([*command, "--report", "--part", "league", "main"])
     printed = capsys.readouterr().out
     assert "--part league main`" in printed and "(league.png)" in printed and "## Teachers over" not in printed
