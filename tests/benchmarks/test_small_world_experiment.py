@@ -239,7 +239,7 @@ def test_experiment_from_the_command_line_to_the_report(tmp_path, monkeypatch, c
     experiment.main([*command, "--report", "--part", "league", "main"])
     printed = capsys.readouterr().out
     assert "--part league main`" in printed and "(league.png)" in printed and "## Teachers over" not in printed
-    with pytest.raises(SystemExit, match="--part: expected some of .*, got league nosuch"):
+    with pytest.raises(SystemExit, match=r"--part: expected some of .*, got league nosuch"):
         experiment.main([*command, "--part", "league", "nosuch"])
 
 
