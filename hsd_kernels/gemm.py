@@ -132,7 +132,7 @@ def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) ->
     else:
         # oneDNN's bf16 product of 16,384 rows of dW ran at 849 GFLOP/s, of all 151,936 at 709 (N = 1,024, D = 512, two
         # cores with AVX512_BF16).
-        rows = DW_ROWS if dz.dtype == torch.bfloat16 else len(grad_weight)
+        rows = DW_ROWS if dz.dtype == torch.bfloat16 else max(1, len(grad_weight))
         hidden = in_dtype(hidden, grad_weight.dtype)
         for v in range(0, len(grad_weight), rows):
             here = slice(v, v + rows)

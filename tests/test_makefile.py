@@ -10,7 +10,7 @@ TRAIN = ["torch setuptools wheel", "--no-build-isolation -e '.[train]'"]
 
 def plan(target: str, folder: Path) -> list[str]:
     """The commands of a target in a new environment."""
-    command = ["make", "-n", target, f"VENV={folder}"]
+    command = ["make", "-n", "--no-print-directory", target, f"VENV={folder}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 

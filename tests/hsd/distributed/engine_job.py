@@ -227,6 +227,7 @@ def command_line(engine: str, config: str, folder: Path) -> None:
         "gradient_accumulation_steps": 1,
         "max_completion_length": 6,
         "save_steps": 1,
+        "save_total_limit": 2,
         "use_vllm": "false",
         "bf16": "false",
         "report_to": "none",

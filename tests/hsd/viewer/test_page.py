@@ -151,7 +151,8 @@ def test_in_a_browser(tmp_path, tokenizer, group, measured):
         q('#next').click(); out.third = q('#facts').textContent;
         choose('filter', 'all'); q('#search').value = 'OVERRIDE'; q('#search').dispatchEvent(new Event('input'));
         out.found = list(); q('#search').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter'}));
-        await frame(); out.hit = document.activeElement.textContent; out.hash = location.hash;
+        for (let i = 0; i < 99 && document.activeElement === document.body; i++) await frame();
+            out.hit = document.activeElement.textContent; out.hash = location.hash;
         q('#search').value = 'nowhere'; q('#search').dispatchEvent(new Event('input'));
         out.empty = !q('#empty').hidden && q('#rows').hidden;
         out.network = performance.getEntriesByType('resource').length;
