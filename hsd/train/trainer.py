@@ -587,7 +587,7 @@ class HSDTrainer(GRPOTrainer):
     def _write_rollouts(
         self, mine: Sequence[Member], prompts: Sequence[Sequence[TeacherPrompt]] | None, unscored: Sequence[bool]
     ) -> None:
-        """Of some groups, those of all ranks in one file."""
+        """Append the rollouts of the first groups, gathered from all ranks."""
         step, groups = self.state.global_step + 1, self.args.record_groups
         found = gather_object(rollout_rows(step, mine, prompts, unscored, self._tokenizer, groups=groups))
         if self.is_world_process_zero():

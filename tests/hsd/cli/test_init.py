@@ -10,7 +10,7 @@ from tiny_runs import SMALLER, TOKENIZER, qwen3
 
 from hsd.cli.__main__ import main
 from hsd.cli.init import OTHERS, WRITTEN, declared, entry
-from hsd.tasks.settings import Lora, said
+from hsd.tasks.settings import Lora, key
 from hsd.train.config import HSDConfig, options
 
 GIVEN = ["--model", "model", "--data", "questions.jsonl", "--reward", "number"]
@@ -67,7 +67,7 @@ def test_comments_are_the_declarations_own():
 
 def test_an_entry():
     def lines(help, value, **kwargs):
-        field = said(help)
+        field = key(help)
         field.name = "key"
         return list(entry(field, value, **kwargs))
 
