@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsd.evaluate import Success
 from hsd.files import replacing
 from hsd.hindsight.credit import coverage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from hsd.evaluate import Success
 
 # Okabe and Ito's colours, told apart with any common colour vision; each curve also has its own marker.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

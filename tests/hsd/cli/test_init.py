@@ -100,9 +100,10 @@ def test_a_terminal_is_asked_for_what_is_missing(monkeypatch, capsys):
         (["--max_steps", "3", "mine.yaml", *GIVEN], "expected --key value, got 'mine.yaml'"),
         ([*GIVEN, "--learning_rat", "1"], "--learning_rat: unknown key, the nearest is train.learning_rate"),
         ([*GIVEN, "--method", "grpoo"], "hsd.yaml: train.method: expected one of"),
-        ([*GIVEN, "--data", "nowhere.jsonl"], "data.path: expected a file, got nowhere.jsonl, which is not there"),
-        ([*GIVEN, "--model", "./nowhere"], "model.path: expected a folder with a model, or a hub id"),
-        ([*GIVEN, "--data.limit", "4"], "data.path: expected at least 8 questions, one step's worth, got 4"),
+        ([*GIVEN, "--data", "nowhere.jsonl"], "--data: expected a file, got nowhere.jsonl, which is not there"),
+        (["mine.yaml", *GIVEN, "--data", "nowhere.jsonl"], "--data: expected a file, got nowhere.jsonl, which is not"),
+        ([*GIVEN, "--model", "./nowhere"], "--model: expected a folder with a model, or a hub id"),
+        ([*GIVEN, "--data.limit", "4"], "--data: expected at least 8 questions, one step's worth, got 4"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_and_leaves_no_file(words, named, capsys):
