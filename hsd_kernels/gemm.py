@@ -74,8 +74,8 @@ def plan(product: ProductName, a: Tensor, b: Tensor, out: torch.dtype, on: Machi
 def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = hidden @ weight.T: (n, D), (V, D) -> (n, V)."""
     if hidden.dtype == out.dtype:
-        # MKL packs a part of W into the cache. 256 rows against all of W (D = 512, V = 151,936) ran at 158 GFLOP/s on
-        # two AVX512 cores, by parts at 183; on two AVX2 cores 128 rows at 64 and 78. One call on a GPU.
+        # By parts of W, which MKL packs into the cache: a few hundred rows against all of W are slower, with AVX2 and
+        # with AVX512. One call on a GPU.
         rows = len(weight) if out.is_cuda else HEAD_ROWS
         for v in range(0, len(weight), rows):
             torch.mm(hidden, weight[v : v + rows].t(), out=out[:, v : v + rows])
@@ -130,8 +130,7 @@ def accumulate_(grad_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) ->
     elif by == "mkl":
         _mkl_gemm(dz, hidden, grad_weight, trans_a=True, beta=0.0 if first else 1.0)
     else:
-        # oneDNN's bf16 product of 16,384 rows of dW ran at 849 GFLOP/s, of all 151,936 at 709 (N = 1,024, D = 512, two
-        # cores with AVX512_BF16).
+        # oneDNN's bf16 product into all of a large dW is slower than into its parts (AVX512_BF16).
         rows = DW_ROWS if dz.dtype == torch.bfloat16 else max(1, len(grad_weight))
         hidden = in_dtype(hidden, grad_weight.dtype)
         for v in range(0, len(grad_weight), rows):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 MEMORY_BYTES = {"cuda": 1640 << 20}  # with the fp32 sum of a head of 152,000 x 4,096, 3.1 GB above inputs and gradients
 DEFAULT_MEMORY_BYTES = 704 << 20
-# Token rows of logits at a time. On a GPU more only cost memory. On two AVX512 cores (N = 1,024, D = 512, V = 151,936)
-# a step took 3.7 s in fp32 with 256, 4.1 with 64; in bf16 1.03 s with 256, 1.10 with 128, 1.30 with 512.
+# Token rows of logits at a time. On a GPU more only cost memory. On a CPU products with fewer rows are slow, and in
+# bf16 those with 512 are slower again.
 CHUNK_ROWS = {"cuda": 512}
 DEFAULT_CHUNK_ROWS = 256
 STATISTICS_ROWS = 1024  # at most, where there is no gradient

@@ -17,12 +17,10 @@ from torch import Tensor
 ABI = 7  # HSD_CPU_ABI in csrc/cpu/operators.cpp: of these schemas and what they mean
 FOLDER = Path(__file__).parent
 IS_CHECKOUT = (FOLDER.parent / "setup.py").is_file()
-BUILD = "HSD_BUILD_CPU=1 " + (
-    "python setup.py build_ext --inplace"
-    if IS_CHECKOUT
-    # A wheel has no sources, so the sdist; and torch to build against is the one that is there.
-    else "pip install --force-reinstall --no-deps --no-build-isolation --no-binary hsd-kernels hsd-kernels"
-)
+_FROM_CHECKOUT = "python setup.py build_ext --inplace"
+# A wheel has no sources: pip takes the sdist, and builds against the installed torch.
+_FROM_SDIST = "pip install --force-reinstall --no-deps --no-build-isolation --no-binary hsd-kernels hsd-kernels"
+BUILD = f"HSD_BUILD_CPU=1 {_FROM_CHECKOUT if IS_CHECKOUT else _FROM_SDIST}"
 VARIANTS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16)
 

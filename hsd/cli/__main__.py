@@ -86,7 +86,7 @@ def with_overrides(module: ModuleType, args: argparse.Namespace, overrides: list
     except ValueError as error:
         from hsd.cli.settings import as_typed
 
-        raise ValueError(as_typed(str(error), getattr(args, "config", None), overrides)) from error
+        raise ValueError(as_typed(str(error), getattr(args, "config", None), args.overrides)) from error
 
 
 def overview() -> str:

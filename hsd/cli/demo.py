@@ -9,21 +9,27 @@ a folder of the run. Ctrl-C stops after the current step and leaves a checkpoint
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hsd.cli.run import Run
+    from hsd.evaluate import Success
+    from hsd.tasks.task import Policy, Task
+    from hsd.viewer.report import End
 
 HELP = "train a small model here and report: success before and after, and where the credit lands"
 TAKES_OVERRIDES = True
 TASKS = {"small": "small_world", "additions": "additions", "smollm2": "smollm2"}
 AGAINST = {"small": ["grpo", "opsd"]}
-# Beside others a method has the rate that suits it: at 3e-4 OPSD lowers success (benchmarks/small_world, the pilot).
+# At 3e-4, the task's rate, OPSD lowers success (benchmarks/small_world, the pilot).
 OWN_RATE = {("small", "opsd"): {"learning_rate": 1e-4}}
+BEFORE_TRAINING = "before training"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,95 +40,125 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.cli.run import BEFORE, FREE, Run, claim, newest_model, prepare, steps_of, train
-    from hsd.cli.settings import parse
-    from hsd.data.rows import read_json
-    from hsd.evaluate import Success
-    from hsd.files import replacing
-    from hsd.progress import counter, say
-    from hsd.tasks.task import Policy, evaluate, load_policy
-    from hsd.train.callbacks import load_metrics
-    from hsd.train.card import write_success
+    """Returns 0, or the exit code of a training that a signal stopped."""
+    from hsd.cli.run import FREE, claim, train
+    from hsd.progress import say
     from hsd.viewer import report
-    from hsd.viewer.make import measure_credit, write_credit
+
+    job, others = runs(args)
+    demo = Demo(job, job.task(), command(args))
+    say(demo.task.title)
+    claim(job, demo.task)
+    before, credits = demo.initial()
+    ends: dict[str, End] = {}
+    for trained in (job, *others):
+        if code := train(trained):
+            return code
+        ends[trained.config.method] = demo.end(trained, before, credits)
+    given = {key: getattr(job.config, key) for key in {**demo.task.config, **job.settings.train} if key not in FREE}
+    print(report.write(job.folder, demo.task, demo.command, given, before, ends, credits))
+    print(whats_next(job.folder))
+    return 0
+
+
+def runs(args: argparse.Namespace) -> tuple[Run, list[Run]]:
+    """The run, and those of the other methods, in folders of it."""
+    from hsd.cli.run import prepare
+    from hsd.cli.settings import parse
 
     settings = parse({"task": TASKS[args.name], "train": {"seed": 0}}, args.overrides)
-    seed = settings.train["seed"]
-    job = prepare(settings, f"{args.name}-seed{seed}")
-    out, task = job.folder, job.task()
+    job = prepare(settings, f"{args.name}-seed{settings.train['seed']}")
 
     def beside(method: str) -> Run:
         train = OWN_RATE.get((args.name, method), {}) | settings.train
-        train |= {"method": method, "output_dir": str(out / method)}
+        train |= {"method": method, "output_dir": str(job.folder / method)}
         return prepare(replace(settings, train=train), "", source="--against")
 
-    asked = AGAINST.get(args.name, []) if args.against is None else args.against
-    others = {method: beside(method) for method in asked if method != job.config.method}
-    against = [] if args.against is None else ["--against", *args.against]
-    command = shlex.join(["hsd", "demo", args.name, *against, *args.overrides])
-    say(task.title)
-    claim(job, task)
+    methods = AGAINST.get(args.name, []) if args.against is None else args.against
+    return job, [beside(method) for method in dict.fromkeys(methods) if method != job.config.method]
 
-    def success(path: Path, policy: Policy) -> Success:
-        """Measured once: a resumed run loads it."""
+
+def command(args: argparse.Namespace) -> str:
+    against = [] if args.against is None else ["--against", *args.against]
+    return shlex.join(["hsd", "demo", args.name, *against, *args.overrides])
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What is measured in the folder of a run. Each number is measured once: a resumed run loads it."""
+
+    job: Run
+    task: Task
+    command: str
+
+    def initial(self) -> tuple[Success, dict[str, Any]]:
+        """Success of the initial policy, and its credit by name."""
+        from hsd.cli.run import BEFORE
+        from hsd.progress import say
+
+        policy = self.job.initial_policy(self.task)
+        success = self.success(policy, self.job.folder / BEFORE)
+        say(f"success before: {success}")
+        return success, {BEFORE_TRAINING: self.credit(policy, BEFORE_TRAINING, "credit.json")}
+
+    def end(self, trained: Run, before: Success, credits: dict[str, Any]) -> End:
+        """What ``trained`` made of the initial policy. The run's own credit is added to ``credits``."""
+        from hsd.cli.run import newest_model, steps_of
+        from hsd.progress import say
+        from hsd.tasks.task import load_policy
+        from hsd.train.callbacks import load_metrics
+        from hsd.train.card import write_success
+        from hsd.viewer.report import End
+
+        own, model = trained is self.job, newest_model(trained.folder)
+        steps, policy = steps_of(model), load_policy(str(model), trained.settings.model.dtype)
+        after = self.success(policy, trained.folder / f"after-{steps}.json")
+        say(f"success after{'' if own else f' {trained.config.method}'}: {after}")
+        questions = f"{after.questions} {'held-out' if self.task.held_out else 'training'} questions x {after.samples}"
+        write_success(trained.folder / "model", f"Of {questions}: {before} before training, {after} after it.")
+        if own:
+            name, shown = f"after {steps} steps", credits[BEFORE_TRAINING]["shown"]
+            credits[name] = self.credit(policy, name, f"credit-after-{steps}.json", shown)
+        return End(load_metrics(trained.folder / "metrics.jsonl"), after)
+
+    def success(self, policy: Policy, path: Path) -> Success:
+        from hsd.data.rows import read_json, write_json
+        from hsd.evaluate import Success
+        from hsd.progress import counter
+        from hsd.tasks.task import evaluate
+
         if not path.exists():
-            measured = evaluate(task, policy.on_accelerator(), seed, counter("sampled"))
-            with replacing(path) as part:
-                part.write_text(json.dumps(asdict(measured), indent=1))
+            measured = evaluate(self.task, policy.on_accelerator(), self.job.config.seed, counter("sampled"))
+            write_json(path, asdict(measured))
         return Success(**read_json(path))
 
-    def credit(numbers: str, policy: Policy, name: str, shown: int | list[int] = 6) -> dict[str, Any]:
-        """Likewise; the page gets it beside what it has."""
+    def credit(self, policy: Policy, name: str, numbers: str, shown: int | list[int] = 6) -> dict[str, Any]:
+        """The numbers of the file ``numbers``. Their tokens join the page's under ``name``."""
+        from hsd.data.rows import read_json
+        from hsd.progress import say
+        from hsd.viewer.make import measure_credit, write_credit
+
+        out = self.job.folder
         if not (out / numbers).exists():
             say(f"measuring credit {name}, on the failing rollouts of held-out groups")
-            questions = task.evaluated[: task.credit_questions]
-            measured = measure_credit(task, policy.on_accelerator(), questions, seed=seed, shown=shown)
-            note = f"{command}. Rollouts of held-out questions; the teacher has the same weights."
-            write_credit(out, task, measured, note=note, name=name, numbers=numbers)
+            questions = self.task.evaluated[: self.task.credit_questions]
+            seed = self.job.config.seed
+            measured = measure_credit(self.task, policy.on_accelerator(), questions, seed=seed, shown=shown)
+            note = f"{self.command}. Rollouts of held-out questions; the teacher has the same weights."
+            write_credit(out, self.task, measured, note=note, name=name, numbers=numbers)
         return read_json(out / numbers)
-
-    policy = job.initial_policy(task)
-    before = success(out / BEFORE, policy)
-    say(f"success before: {before}")
-    first = "before training"
-    credits = {first: credit("credit.json", policy, first)}
-    del policy
-    if code := train(job):
-        return code
-    model = newest_model(out)
-    steps = steps_of(model)
-    policy = load_policy(str(model), settings.model.dtype)
-    after = success(out / f"after-{steps}.json", policy)
-    say(f"success after: {after}")
-    held_out = f"{after.questions} {'held-out' if task.held_out else 'training'} questions x {after.samples}"
-    write_success(out / "model", f"Of {held_out}: {before} before training, {after} after it.")
-    last = f"after {steps} steps"
-    credits[last] = credit(f"credit-after-{steps}.json", policy, last, credits[first]["shown"])
-    del policy
-    ends = {job.config.method: report.End(load_metrics(out / "metrics.jsonl"), after)}
-    for method, other in others.items():
-        if code := train(other):
-            return code
-        model = newest_model(other.folder)
-        end = success(other.folder / f"after-{steps_of(model)}.json", load_policy(str(model), settings.model.dtype))
-        say(f"success after {method}: {end}")
-        write_success(other.folder / "model", f"Of {held_out}: {before} before training, {end} after it.")
-        ends[method] = report.End(load_metrics(other.folder / "metrics.jsonl"), end)
-    chosen = {key: getattr(job.config, key) for key in {**task.config, **settings.train} if key not in FREE}
-    print(report.write(out, task, command, chosen, before, ends, credits))
-    print(whats_next(out))
-    return 0
 
 
 def whats_next(out: Path) -> str:
     """Where the results are, and commands that go on from them."""
     hsd = "hsd" if shutil.which("hsd") else os.path.relpath(Path(sys.executable).with_name("hsd"))
-    lines = {
-        "report": out / "report.md",
-        "page": f"{out / 'credit.html'}  (every token, before and after; open it in a browser)",
-        "model": out / "model",
-        "next": f"{hsd} eval {out}",
-        "": f"{hsd} credit {out}",
-        " ": f"{hsd} train {out / 'config.yaml'} --method sdpo --output_dir runs/sdpo",
-    }
-    return "\n".join(f"{name:<8}{what}" for name, what in lines.items())
+    return "\n".join(
+        [
+            f"report  {out / 'report.md'}",
+            f"page    {out / 'credit.html'}  (every token, before and after; open it in a browser)",
+            f"model   {out / 'model'}",
+            f"next    {hsd} eval {out}",
+            f"        {hsd} credit {out}",
+            f"        {hsd} train {out / 'config.yaml'} --method sdpo --output_dir runs/sdpo",
+        ]
+    )

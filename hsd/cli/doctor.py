@@ -10,7 +10,6 @@ import platform
 import warnings
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 HELP = "what is installed, which kernels and attention backends will be used and why, how isolated code runs"
@@ -18,21 +17,9 @@ PACKAGES = {
     "kernel": ("torch",),
     "trainer": ("transformers", "trl", "accelerate", "datasets", "peft", "math-verify", "sympy", "matplotlib"),
     "optional": (
-        "triton",
-        "vllm",
-        "deepspeed",
-        "liger-kernel",
-        "flash-attn",
-        "gguf",
-        "trackio",
-        "wandb",
-        "tensorboard",
+        *("triton", "vllm", "deepspeed", "liger-kernel", "flash-attn", "gguf"),
+        *("trackio", "wandb", "tensorboard"),
     ),
-}
-# What lacks a package of the group "trainer" is installed by this, in a checkout and elsewhere.
-EXTRAS = {
-    True: "pip install -c constraints.txt --no-build-isolation -e '.[train]'",
-    False: "pip install 'hsd-kernels[train]'",
 }
 Facts = dict[str, Any]
 
@@ -215,18 +202,21 @@ def render(report: Facts) -> str:
     return "\n".join(lines[1:])
 
 
+def _install_trainer() -> str:
+    from hsd_kernels.native import IS_CHECKOUT
+
+    in_checkout = "pip install -c constraints.txt --no-build-isolation -e '.[train]'"
+    return in_checkout if IS_CHECKOUT else "pip install 'hsd-kernels[train]'"
+
+
 def _package_lines(found: Facts) -> list[str]:
     lines = []
     for group, names in PACKAGES.items():
         have = ", ".join(f"{name} {found[name]}" for name in names if found[name])
         lack = ", ".join(name for name in names if not found[name])
-        fix = f"; run `{EXTRAS[_is_checkout()]}`" if group == "trainer" else ""
+        fix = f"; run `{_install_trainer()}`" if group == "trainer" else ""
         lines.append(f"  {group:<24} {have or '-'}{f'  (missing: {lack}{fix})' if lack else ''}")
     return lines
-
-
-def _is_checkout() -> bool:
-    return (Path(__file__).parents[2] / "constraints.txt").is_file()
 
 
 def _cpu() -> str:

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             part.write_text(markdown(results), encoding="utf-8")
     print(markdown(results))
     if args.run and not (args.model or args.data):
-        write_success(Path(asked.model), markdown(results).partition(", ")[2])  # without the model's place
+        write_success(Path(asked.model), markdown(results).removeprefix(f"`{asked.model}`, "))  # a path is private
     return 0
 
 

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         if given[name] is None and not (name == "reward" and brings_its_reward(given["data"])):
             given[name] = ask(name)
     for name, value in given.items():
-        words += [f"--{ASKED[name]}", value] if value is not None else []
+        words += [f"--{name}", value] if value is not None else []
+    args.overrides = words  # by which hsd.cli.__main__ names the key of an error
 
     from hsd.cli.run import check, prepare
     from hsd.cli.settings import parse

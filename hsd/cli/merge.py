@@ -1,14 +1,12 @@
 """`hsd merge RUN OUT`: a run's LoRA adapters added to its base model's weights, as a model that needs no peft.
 
-The sums are made in fp32 and rounded once, to ``--dtype``. A command and no setting of `hsd train`: it also takes a
-checkpoint, and a run that is over.
+The sums are computed in fp32 and rounded once, to ``--dtype``. RUN may also be a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 HELP = "add a run's LoRA adapters to its base model's weights, as a model of its own"
 
@@ -31,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from hsd.cli.run import run_and_model
+    from hsd.files import replacing
     from hsd.policy.pretrained import load, load_tokenizer
 
     _, adapters = run_and_model(args.run)
@@ -44,11 +43,8 @@ def run(args: argparse.Namespace) -> int:
     merged = PeftModel.from_pretrained(model, str(adapters)).merge_and_unload(safe_merge=True)
     saved = AutoConfig.from_pretrained(base).dtype or torch.float32
     dtype = saved if args.dtype == "auto" else getattr(torch, args.dtype)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
-        part = Path(scratch) / args.out.name
+    with replacing(args.out) as part:
         merged.to(dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
-        part.rename(args.out)
     print(f"{args.out}: {adapters} merged into {base}, {str(dtype).removeprefix('torch.')}")
     return 0

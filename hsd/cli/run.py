@@ -2,8 +2,8 @@
 
 The folder (``train.output_dir``) holds config.yaml, from which `hsd credit` and `hsd compare` load the settings;
 run.json, all that makes the run what it is; metrics.jsonl, a line a step; rollouts.jsonl, some of its rollouts to read;
-held_out.jsonl, evaluations during training; a checkpoint, and at the end training.png and ``model/`` in its place, or
-beside it where ``save_total_limit`` is given.
+held_out.jsonl, evaluations during training; a checkpoint; at the end training.png and ``model/``. The checkpoint goes
+at the end, unless ``save_total_limit`` is given.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def train(run: Run) -> int:
 
 
 def remove_checkpoints(run: Path) -> None:
-    """All that only the next step of a run needs: three to four times the model's size."""
+    """Remove what only the next step of a run needs: three to four times the model's size."""
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     frozen_file(run, INITIAL).unlink(missing_ok=True)
@@ -201,7 +201,7 @@ def evaluates(config: HSDConfig) -> bool:
 
 
 def draw(trainer: HSDTrainer) -> None:
-    """training.png in the run's folder, from what it has logged."""
+    """Write training.png of what the run has logged."""
     from hsd.viewer.report import training_picture
 
     out = Path(str(trainer.args.output_dir))
@@ -301,32 +301,8 @@ def claim(run: Run, task: Task) -> None:
     path, metrics = out / "run.json", out / "metrics.jsonl"
     steps = any(out.glob("checkpoint-*")) or (metrics.exists() and metrics.stat().st_size > 0)
     if path.exists() and (steps or (out / "model").exists() or (out / BEFORE).exists()):
-        began = read_json(path)
-        ranks = began.get("processes", asked["processes"])
-        if ranks != asked["processes"]:
-            raise ValueError(
-                f"processes: {out} holds a run of {ranks}, got {asked['processes']}; states of optimizer and sampling "
-                "belong to their ranks: resume on as many, or choose another --output_dir"
-            )
-        free = {f"train.{key}" for key in FREE}
-        if run.config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
-            free.discard("train.max_steps")  # the schedule ends with it
-        for key in sorted((began.keys() & asked.keys()) - free):
-            if began[key] != asked[key]:
-                raise ValueError(
-                    f"{key}: {out} holds a run with {began[key]!r}, got {asked[key]!r}; choose another --output_dir"
-                )
-        done, most, saved = steps_done(out), run.config.max_steps, last_checkpoint(out)
-        if 0 < done < most and (saved is None or steps_of(saved) < done):
-            raise ValueError(
-                f"train.max_steps: {out} holds a finished run of {done} steps, without the checkpoint that more need "
-                f"(--save_total_limit 1 would have kept it), got {most}; for a new run add --output_dir {out}-{most}"
-            )
-        if 0 < most < done:  # as of this call, its settings and report would be of fewer steps than its model
-            raise ValueError(
-                f"train.max_steps: {out} holds a run of {done} steps, got {most}; for a run of {most} steps beside it "
-                f"add --output_dir {out}-{most} (with make: ARGS='--output_dir {out}-{most}')"
-            )
+        check_same(run, read_json(path), asked)
+        check_steps(run)
     elif steps:
         raise ValueError(
             f"output_dir: expected a new folder or a run of `hsd train`, got {out}, which holds another run"
@@ -334,6 +310,40 @@ def claim(run: Run, task: Task) -> None:
     for target, text in ((out / CONFIG, as_yaml(run)), (path, json.dumps(asked, indent=1))):
         with replacing(target) as part:
             part.write_text(text, encoding="utf-8")
+
+
+def check_same(run: Run, began: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise ValueError where the run in the folder began with another identity."""
+    out, ranks = run.folder, began.get("processes", asked["processes"])
+    if ranks != asked["processes"]:
+        raise ValueError(
+            f"processes: {out} holds a run of {ranks}, got {asked['processes']}; states of optimizer and sampling "
+            "belong to their ranks: resume on as many, or choose another --output_dir"
+        )
+    free = {f"train.{key}" for key in FREE}
+    if run.config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
+        free.discard("train.max_steps")  # the schedule ends with it
+    for key in sorted((began.keys() & asked.keys()) - free):
+        if began[key] != asked[key]:
+            raise ValueError(
+                f"{key}: {out} holds a run with {began[key]!r}, got {asked[key]!r}; choose another --output_dir"
+            )
+
+
+def check_steps(run: Run) -> None:
+    """Raise ValueError for more steps than the run in the folder can still take, and for fewer than it has."""
+    out, most = run.folder, run.config.max_steps
+    done, saved = steps_done(out), last_checkpoint(out)
+    if 0 < done < most and (saved is None or steps_of(saved) < done):
+        raise ValueError(
+            f"train.max_steps: {out} holds a finished run of {done} steps, without the checkpoint that more need "
+            f"(--save_total_limit 1 would have kept it), got {most}; for a new run add --output_dir {out}-{most}"
+        )
+    if 0 < most < done:  # as of this call, its settings and report would be of fewer steps than its model
+        raise ValueError(
+            f"train.max_steps: {out} holds a run of {done} steps, got {most}; for a run of {most} steps beside it "
+            f"add --output_dir {out}-{most} (with make: ARGS='--output_dir {out}-{most}')"
+        )
 
 
 def identity(run: Run, task: Task) -> dict[str, Any]:

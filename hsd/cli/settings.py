@@ -45,7 +45,10 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "
     came_from: dict[str, str] = {}
     for word, text in _pairs(overrides):
         key = _full_name(word)
-        _put(merged, key.split("."), _value(text, known_keys()[key]))
+        value = _value(text, known_keys()[key])
+        if key in OF_A_PATH and isinstance(value, str):  # and the section's other keys stay
+            key = f"{key}.path"
+        _put(merged, key.split("."), value)
         came_from[key] = f"--{word}"
     for section in SECTIONS:
         merged[section] = _section(section, merged.get(section))

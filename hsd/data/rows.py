@@ -154,6 +154,12 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A line for each row at the end of the file, all in one write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
     with replacing(path) as part:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 STRICT = {"extra": "forbid"}  # pydantic: an unknown key is an error
 
 
-def said(help: str, default: Any = None) -> Any:
+def key(help: str, default: Any = None) -> Any:
     """A field with what `hsd init` writes beside it."""
     return field(default=default, metadata={"help": help})
 
@@ -33,21 +33,21 @@ class Lora:
 @dataclass(frozen=True)
 class Model:
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = said("hub id or folder of the model")
-    dtype: Literal["float32", "bfloat16", "float16"] = said("of the weights; train.bf16 computes in bf16", "float32")
-    attention: str | None = said("transformers' attn_implementation")
-    lora: Lora | None = said("train adapters instead of all weights; as in peft.LoraConfig")
+    path: str | None = key("hub id or folder of the model")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("of the weights; train.bf16 computes in bf16", "float32")
+    attention: str | None = key("transformers' attn_implementation")
+    lora: Lora | None = key("train adapters instead of all weights; as in peft.LoraConfig")
 
 
 @dataclass(frozen=True)
 class Data:
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = said("file of questions (JSONL, CSV, Parquet), or a name that hsd.data.load knows")
-    split: str | None = said("of a data set on the hub")
-    limit: int | None = said("the first so many questions")
-    held_out: int = said("so many of them, the first, are kept out of training", 0)
-    instruction: str | None = said("below every question, instead of hsd.data's; '' is none")
-    chat: bool | None = said("messages or plain texts; null: messages where the tokenizer has a chat template")
+    path: str | None = key("file of questions (JSONL, CSV, Parquet), or a name that hsd.data.load knows")
+    split: str | None = key("of a data set on the hub")
+    limit: int | None = key("the first so many questions")
+    held_out: int = key("so many of them, the first, are kept out of training", 0)
+    instruction: str | None = key("below every question, instead of hsd.data's; '' is none")
+    chat: bool | None = key("messages or plain texts; null: messages where the tokenizer has a chat template")
 
 
 @dataclass(frozen=True)
@@ -59,5 +59,5 @@ class Settings:
     task: str | None = None
     model: Model = Model()
     data: Data = Data()
-    reward: str | list[str] | None = said("number, math, code, reasoning_gym or module:function")
+    reward: str | list[str] | None = key("number, math, code, reasoning_gym or module:function")
     train: dict[str, Any] = field(default_factory=dict)  # fields of HSDConfig

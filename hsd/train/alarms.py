@@ -97,9 +97,7 @@ def _since_mixed(history: Sequence[Mapping[str, float]]) -> int:
 
 
 def _window(history: Sequence[Mapping[str, float]], key: str, start: int) -> float | None:
-    # None and NaN are steps that had nothing to measure.
-    values = [v for h in history[start : start + WINDOW] if (v := h.get(key)) is not None and not math.isnan(v)]
-    return sum(values) / len(values) if values else None
+    return _mean(history[start : start + WINDOW], key)
 
 
 def _first(history: Sequence[Mapping[str, float]], key: str) -> float | None:
@@ -119,9 +117,11 @@ def _best(history: Sequence[Mapping[str, float]], key: str) -> tuple[float | Non
 
 def moving_mean(rows: Sequence[Mapping[str, Any]], key: str, window: int) -> list[float]:
     """At each step the mean of the last ``window`` values; NaN where none of them was measured."""
-    values = [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
-    means = []
-    for end in range(1, len(values) + 1):
-        seen = [v for v in values[max(0, end - window) : end] if not math.isnan(v)]
-        means.append(sum(seen) / len(seen) if seen else float("nan"))
-    return means
+    means = [_mean(rows[max(0, end - window) : end], key) for end in range(1, len(rows) + 1)]
+    return [math.nan if m is None else m for m in means]
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    # None and NaN are steps that had nothing to measure.
+    values = [v for row in rows if (v := row.get(key)) is not None and not math.isnan(v)]
+    return sum(values) / len(values) if values else None

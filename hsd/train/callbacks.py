@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from hsd.files import replacing
+from hsd.data.rows import append_jsonl, write_jsonl
 from hsd.train.alarms import alarms
 
 STEP_COLUMNS = {
@@ -95,22 +95,19 @@ class RunFiles(TrainerCallback):
     """
 
     def __init__(self, folder: Path, teacher: str = ""):
-        self.path, self.others = folder / "metrics.jsonl", [folder / name for name in (TEXTS, ROLLOUTS, HELD_OUT)]
+        self.path, self.held_out = folder / "metrics.jsonl", folder / HELD_OUT
+        self.others = (folder / TEXTS, folder / ROLLOUTS, self.held_out)
         self.teacher = teacher
         self.raised: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        self.history = [row for row in load_metrics(self.path) if row["step"] <= state.global_step]
+        self.history = _cut(self.path, state.global_step)
         self.raised = {name: text for row in self.history for name, text in row.get("alarms", {}).items()}
-        others = [[row for row in load_metrics(p) if row["step"] <= state.global_step] for p in self.others]
-        for path, rows in zip((self.path, *self.others), (self.history, *others), strict=True):
-            if rows or path.exists() or path == self.path:
-                with replacing(path) as part:
-                    part.write_text(
-                        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-                    )
+        for path in self.others:
+            if path.exists():
+                _cut(path, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "eval_loss" in logs and state.is_world_process_zero:
@@ -129,15 +126,19 @@ class RunFiles(TrainerCallback):
             for sentence in new.values():
                 print(f"ALARM at step {state.global_step}: {sentence}", flush=True)
         self.raised |= new
-        with self.path.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        append_jsonl(self.path, [row])
 
     def _evaluated(self, row: dict[str, Any]) -> None:
-        path = self.others[-1]
-        if any(earlier["step"] == row["step"] for earlier in load_metrics(path)):
-            return  # a run with eval_on_start was resumed
-        with path.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        # A resumed run with eval_on_start evaluates its checkpoint once more.
+        if row["step"] not in (earlier["step"] for earlier in load_metrics(self.held_out)):
+            append_jsonl(self.held_out, [row])
+
+
+def _cut(path: Path, step: int) -> list[dict[str, Any]]:
+    """Leave out of a file the rows after ``step``; those that are left."""
+    rows = [row for row in load_metrics(path) if row["step"] <= step]
+    write_jsonl(path, rows)
+    return rows
 
 
 class StopOnSignal(TrainerCallback):

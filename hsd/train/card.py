@@ -29,7 +29,7 @@ PAPER = """@article{li2026localizing,
 def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
     """The card after ``steps`` optimizer steps from ``base``, a hub id or a folder. ``lora``: PEFT's config."""
     hub = bool(base) and not Path(base).is_absolute() and not Path(base).is_dir()
-    base = base if hub else Path(base).name or "a model"  # a folder's place is nobody's business
+    base = base if hub else Path(base).name or "a model"  # the path of a folder is private
     data = [f"base_model: {base}"] if hub else []
     data += [f"library_name: {'transformers' if lora is None else 'peft'}", "pipeline_tag: text-generation"]
     tags = dict.fromkeys(["hsd", args.method, "self-distillation" if args.has_teacher else "policy-gradient", "trl"])
@@ -71,7 +71,7 @@ def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
 
 
 def write_success(folder: Path, text: str) -> None:
-    """Put ``text`` at the end of a saved model's card, in the place of an earlier one; without a card do nothing."""
+    """Put ``text`` at the end of a saved model's card, in place of an earlier one. Without a card do nothing."""
     path = folder / CARD
     if path.exists():
         with replacing(path) as part:

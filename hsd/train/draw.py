@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsd.data.rows import append_jsonl
 from hsd.hindsight.context import Context
 from hsd.hindsight.groups import Group, Prompt
 from hsd.hindsight.peers import peer_rng
@@ -213,9 +213,9 @@ def _share(flags: Sequence[bool]) -> float:
 
 def record(path: Path, step: int, outcome: Outcome) -> None:
     """A line of ``path`` for each ask of the step."""
-    with path.open("a", encoding="utf-8") as file:
-        for n, ask, reply in outcome.log:
-            row = {"step": step, "group": n, "who": "given" if ask.given is not None else ask.who, "text": reply.text}
-            row |= {"reward": reply.reward} if ask.scored else {}
-            row |= {"leaks": reply.leaks} if ask.secret else {}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = []
+    for n, ask, reply in outcome.log:
+        row = {"step": step, "group": n, "who": "given" if ask.given is not None else ask.who, "text": reply.text}
+        row |= {"reward": reply.reward} if ask.scored else {}
+        rows.append(row | ({"leaks": reply.leaks} if ask.secret else {}))
+    append_jsonl(path, rows)

@@ -6,18 +6,18 @@ all, as Parquet and without what their teachers were shown.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hsd.data.rows import append_jsonl
 from hsd.hindsight.groups import Member, last_user_text
 from hsd.hindsight.teacher_prompts import TeacherPrompt
 
 Row = dict[str, Any]
 
 
-def rows(
+def rollout_rows(
     step: int,
     members: Sequence[Member],
     prompts: Sequence[Sequence[TeacherPrompt]] | None,
@@ -56,11 +56,7 @@ def rows(
     return found
 
 
-def append(path: Path, found: Sequence[Row]) -> None:
+def append_rollouts(path: Path, found: Sequence[Row]) -> None:
     """The rows of all processes, each with ``was_peer``: whether a teacher was shown this rollout."""
     peers = {(row["group"], row["peer"]) for row in found}
-    lines = [
-        json.dumps(row | {"was_peer": (row["group"], row["rollout"]) in peers}, ensure_ascii=False) for row in found
-    ]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(line + "\n" for line in lines))
+    append_jsonl(path, (row | {"was_peer": (row["group"], row["rollout"]) in peers} for row in found))

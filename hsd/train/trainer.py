@@ -72,8 +72,7 @@ from hsd.train.draw import run as run_draw
 from hsd.train.limits import Engine, check_engine, check_no_tensor_parallelism, engine_of
 from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
 from hsd.train.micro_batch import MicroBatchLoss
-from hsd.train.rollouts import append as append_rollouts
-from hsd.train.rollouts import rows as rollout_rows
+from hsd.train.rollouts import append_rollouts, rollout_rows
 from hsd.train.step_time import StepTime
 from hsd.train.teachers import FrozenPolicies, check_fresh_adapter
 from hsd_kernels import RowStats, fused_token_logps
@@ -588,7 +587,7 @@ class HSDTrainer(GRPOTrainer):
     def _write_rollouts(
         self, mine: Sequence[Member], prompts: Sequence[Sequence[TeacherPrompt]] | None, unscored: Sequence[bool]
     ) -> None:
-        """Of some groups, those of all ranks in one file."""
+        """Append the rollouts of the first groups, gathered from all ranks."""
         step, groups = self.state.global_step + 1, self.args.record_groups
         found = gather_object(rollout_rows(step, mine, prompts, unscored, self._tokenizer, groups=groups))
         if self.is_world_process_zero():

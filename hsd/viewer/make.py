@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hsd.data.rows import write_json
 from hsd.evaluate import sample, score
-from hsd.files import replacing
 from hsd.hindsight.groups import Group, Rollout, shown_answer
 from hsd.progress import counter
 from hsd.tasks.task import Policy, Question, Task
@@ -79,5 +78,4 @@ def write_credit(
     earlier = read_page(page) if name and page.exists() else {}
     title = f"Credit, token by token: {task.title}"
     write_page(page, {**earlier, name: credit.page}, title=title, note=note)
-    with replacing(folder / numbers) as part:
-        part.write_text(json.dumps(credit.summary, indent=1))
+    write_json(folder / numbers, credit.summary)

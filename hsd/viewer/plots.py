@@ -26,7 +26,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _GREY = "#555555"
 _DPI = 120
 
-
+Bin = tuple[float, float, float, int]  # success, coverage, its standard error (NaN where there is none), groups
 Profile = tuple[Sequence[float], Sequence[float], Sequence[float]]  # offsets, mean |A|, its standard error
 
 
@@ -83,9 +83,6 @@ def plot_credit_mass(
         axes.set_title(panel, fontsize=10)
     row[0].set_ylabel(r"share of $|A|$ within $w$ of $\tau$ (%)")
     _finish(fig, row, path, title)
-
-
-Bin = tuple[float, float, float, int]  # success, coverage, its standard error (NaN where there is none), groups
 
 
 def plot_coverage(

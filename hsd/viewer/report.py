@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hsd.data.rows import write_json
 from hsd.evaluate import Success
 from hsd.files import replacing
 from hsd.tasks.task import Task
@@ -61,24 +61,23 @@ def write(
         ends: by method, that of the run first.
         credits: `hsd.viewer.summary.summarise` by name, before training and after.
     """
-    method, end = next(iter(ends.items()))
-    rows, after, alarms, seconds = end.rows, end.success, end.alarms, end.seconds
-    settings = settings | {"steps": len(rows)}
-    pictures = summary.draw(folder, credits) + training_picture(folder, rows, load_metrics(folder / HELD_OUT))
-    beside = methods_picture(folder, before, ends) if len(ends) > 1 else []
+    own = next(iter(ends.values()))
+    settings = settings | {"steps": len(own.rows)}
+    pictures = summary.draw(folder, credits) + training_picture(folder, own.rows, load_metrics(folder / HELD_OUT))
+    methods = _methods_section(folder, before, ends) if len(ends) > 1 else []
     text = "\n".join(
         [
             f"# {task.title}",
             "",
             f"`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-            f"{seconds:.0f} s in training steps.",
+            f"{own.seconds:.0f} s in training steps.",
             "Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + ".",
             "",
-            *_success_table(before, after, task),
+            *_success_table(before, own.success, task),
             "",
-            *_alarm_lines(alarms),
+            *_alarm_lines(own.alarms),
             "",
-            *([*_methods_table(before, ends, method), "", f"![methods]({beside[0].name})", ""] if beside else []),
+            *methods,
             *_credit_lines(credits),
             "",
             "[Token by token](credit.html), each rollout beside its peer, before training and after.",
@@ -87,13 +86,13 @@ def write(
             "",
         ]
     )
-    facts = {"settings": settings, "before": asdict(before), "after": asdict(after), "alarms": alarms}
-    facts |= {"seconds": seconds, "credit": credits}
-    if beside:
+    facts = {"settings": settings, "before": asdict(before), "after": asdict(own.success), "alarms": own.alarms}
+    facts |= {"seconds": own.seconds, "credit": credits}
+    if methods:
         facts["methods"] = {name: {"after": asdict(e.success), "seconds": e.seconds} for name, e in ends.items()}
-    for name, written in (("report.md", text), ("report.json", json.dumps(facts, indent=1))):
-        with replacing(folder / name) as part:
-            part.write_text(written, encoding="utf-8")
+    with replacing(folder / "report.md") as part:
+        part.write_text(text, encoding="utf-8")
+    write_json(folder / "report.json", facts)
     return text
 
 
@@ -108,18 +107,29 @@ def _success_table(before: Success, after: Success, task: Task) -> list[str]:
     ]
 
 
-def _methods_table(before: Success, ends: Mapping[str, End], method: str) -> list[str]:
-    """The methods in one table."""
+def _methods_section(folder: Path, before: Success, ends: Mapping[str, End]) -> list[str]:
+    """The methods in one table, the run's own first, and methods.png, which is written: curves over means of `WINDOW`
+    steps, and success on the held-out questions."""
+    curves = {
+        name: ([row["step"] for row in end.rows], moving_mean(end.rows, SUCCESS, WINDOW)) for name, end in ends.items()
+    }
+    after = {name: end.success for name, end in ends.items()}
+    title = f"From the same initial policy (curves: means of {WINDOW} steps)"
+    plot_methods(folder / "methods.png", curves, before, after, title=title)
+    own = next(iter(ends))
     return [
         f"From the same initial policy, with as many rollouts a step. Success before: {before}.",
         "",
         "| method | steps | learning rate | success [95 % interval] | seconds in steps | alarms |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {f'**{name}**' if name == method else name} | {len(e.rows)} | {e.rows[0].get('learning_rate', '-')} "
+            f"| {f'**{name}**' if name == own else name} | {len(e.rows)} | {e.rows[0].get('learning_rate', '-')} "
             f"| {e.success} | {e.seconds:.0f} | {', '.join(e.alarms.values()) or 'none'} |"
             for name, e in ends.items()
         ),
+        "",
+        "![methods](methods.png)",
+        "",
     ]
 
 
@@ -137,18 +147,6 @@ def _alarm_lines(alarms: dict[str, str]) -> list[str]:
     if not alarms:
         return ["No alarm was raised."]
     return [f"ALARM, {text}." for text in alarms.values()]
-
-
-def methods_picture(folder: Path, before: Success, ends: Mapping[str, End]) -> list[Path]:
-    """Write methods.png: learning curves, means of `WINDOW` steps, and success on the held-out questions."""
-    curves = {
-        name: ([row["step"] for row in end.rows], moving_mean(end.rows, "hsd/success_rate", WINDOW))
-        for name, end in ends.items()
-    }
-    path = folder / "methods.png"
-    after = {name: end.success for name, end in ends.items()}
-    plot_methods(path, curves, before, after, title=f"From the same initial policy (curves: means of {WINDOW} steps)")
-    return [path]
 
 
 def training_picture(folder: Path, rows: list[dict], held_out: Sequence[dict] = ()) -> list[Path]:

@@ -10,7 +10,7 @@ from tiny_runs import SMALLER, TOKENIZER, qwen3
 
 from hsd.cli.__main__ import main
 from hsd.cli.init import OTHERS, WRITTEN, declared, entry
-from hsd.tasks.settings import Lora, said
+from hsd.tasks.settings import Lora, key
 from hsd.train.config import HSDConfig, options
 
 GIVEN = ["--model", "model", "--data", "questions.jsonl", "--reward", "number"]
@@ -67,7 +67,7 @@ def test_comments_are_the_declarations_own():
 
 def test_an_entry():
     def lines(help, value, **kwargs):
-        field = said(help)
+        field = key(help)
         field.name = "key"
         return list(entry(field, value, **kwargs))
 
@@ -100,9 +100,10 @@ def test_a_terminal_is_asked_for_what_is_missing(monkeypatch, capsys):
         (["--max_steps", "3", "mine.yaml", *GIVEN], "expected --key value, got 'mine.yaml'"),
         ([*GIVEN, "--learning_rat", "1"], "--learning_rat: unknown key, the nearest is train.learning_rate"),
         ([*GIVEN, "--method", "grpoo"], "hsd.yaml: train.method: expected one of"),
-        ([*GIVEN, "--data", "nowhere.jsonl"], "data.path: expected a file, got nowhere.jsonl, which is not there"),
-        ([*GIVEN, "--model", "./nowhere"], "model.path: expected a folder with a model, or a hub id"),
-        ([*GIVEN, "--data.limit", "4"], "data.path: expected at least 8 questions, one step's worth, got 4"),
+        ([*GIVEN, "--data", "nowhere.jsonl"], "--data: expected a file, got nowhere.jsonl, which is not there"),
+        (["mine.yaml", *GIVEN, "--data", "nowhere.jsonl"], "--data: expected a file, got nowhere.jsonl, which is not"),
+        ([*GIVEN, "--model", "./nowhere"], "--model: expected a folder with a model, or a hub id"),
+        ([*GIVEN, "--data.limit", "4"], "--data: expected at least 8 questions, one step's worth, got 4"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_and_leaves_no_file(words, named, capsys):

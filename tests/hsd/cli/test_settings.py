@@ -59,6 +59,10 @@ def test_a_text_in_the_place_of_a_section_is_its_path(load):
     assert load(text) == load("model: {path: some/model}\ndata: {path: train.jsonl}\nreward: number\n")
     settings = load(text, "--data.limit", "4", "--model", "other")
     assert (settings.model.path, settings.data.path, settings.data.limit) == ("other", "train.jsonl", 4)
+    for words in (("--data", "q.jsonl", "--data.limit", "4"), ("--data.limit", "4", "--data", "q.jsonl")):
+        assert (load(text, *words).data.path, load(text, *words).data.limit) == ("q.jsonl", 4)
+    both = load("model: {path: a, dtype: bfloat16}", "--model", "b").model
+    assert (both.path, both.dtype) == ("b", "bfloat16")
     for wrong in ("data: [a.jsonl]", "data: 5"):
         with pytest.raises(ValueError, match=r"run\.yaml: data: expected a path or the keys path, split, .*, got "):
             load(wrong)

@@ -377,7 +377,8 @@ def test_a_report_is_whole_or_absent(tmp_path):
 
 
 def test_hsd_eval_of_a_run_takes_all_from_it(tmp_path, monkeypatch, capsys):
-    """Model, held-out questions, reward, success, sampling; a reward of one's own, called as in training."""
+    """Model, held-out questions, reward, success, sampling; a reward of one's own, called as in training. The model's
+    card gets the result without the folder's name, which may hold a comma."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("own_reward_of_eval.py").write_text(
@@ -388,24 +389,27 @@ def test_hsd_eval_of_a_run_takes_all_from_it(tmp_path, monkeypatch, capsys):
         "    return [None for _ in completions]\n"
     )
     write_jsonl(Path("q.jsonl"), [{"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(6)])
-    qwen3(0, **SMALLER).save_pretrained("run/model")
-    TOKENIZER.save_pretrained("run/model")
-    Path("run/config.yaml").write_text(
+    qwen3(0, **SMALLER).save_pretrained("my, run/model")
+    TOKENIZER.save_pretrained("my, run/model")
+    Path("my, run/config.yaml").write_text(
         "model: {path: gone}\ndata: {path: q.jsonl, held_out: 4}\nreward: own_reward_of_eval:f\n"
         "train: {max_completion_length: 3, temperature: 0.7, success_reward: 0.5, bf16: false, use_cpu: true,\n"
         "  with_peer_template: '[{answer};{demonstration}]', answer_only_template: '[{answer};]'}\n"
     )
-    for named in ("run", "run/model"):
+    Path("my, run/model/README.md").write_text("# card\n")
+    for named in ("my, run", "my, run/model"):
         assert main(["eval", named, "--samples", "2"]) == 0
-    (result,) = json.loads(Path("run/eval-0/results.json").read_text())
+    (result,) = json.loads(Path("my, run/eval-0/results.json").read_text())
     assert (result["rows"], result["samples"], result["pass@1"]) == (4, 2, 1.0)
-    assert result["model"] == "run/model" and set(result["verifiers"].values()) == {"f"}
+    assert result["model"] == "my, run/model" and set(result["verifiers"].values()) == {"f"}
     assert (result["sampling"]["max_new_tokens"], result["sampling"]["temperature"]) == (3, 0.7)
     assert "held-out questions" in capsys.readouterr().out
+    card = Path("my, run/model/README.md").read_text()
+    assert card.startswith("# card\n\n## Success\n\ntransformers") and "| 1.000 [" in card and "my, run" not in card
     words = ["--data", "q.jsonl", "--reward", "own_reward_of_eval:g", "--out", "other"]
-    assert main(["eval", "run", *words, "--limit", "3"]) == 0
+    assert main(["eval", "my, run", *words, "--limit", "3"]) == 0
     (result,) = json.loads(Path("other/results.json").read_text())
     assert (result["rows"], result["verifier_failures"]) == (3, 3)
-    assert main(["eval", "--model", "run/model", *words, "--max-new-tokens", "3"]) == 2  # not --limit 3
-    assert main(["eval", "--model", "run/model", "--out", "x"]) == 2
+    assert main(["eval", "--model", "my, run/model", *words, "--max-new-tokens", "3"]) == 2  # not --limit 3
+    assert main(["eval", "--model", "my, run/model", "--out", "x"]) == 2
     assert "--data: expected a value, or a run" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from hsd.hindsight.context import PrivilegedContext
 from hsd.hindsight.groups import Member
 from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.train.callbacks import RunFiles, load_metrics
-from hsd.train.rollouts import append, rows
+from hsd.train.rollouts import append_rollouts, rollout_rows
 
 TEXTS = {"3;#7": 1.0, "3;#8": 0.0, "4;#1": 0.0}
 GROUP = group("3+4=", "7", **TEXTS)
@@ -23,7 +23,7 @@ def prompts():
 
 def test_a_row_says_what_was_sampled_and_what_the_teacher_was_shown(tmp_path):
     members = [Member(GROUP, i, 0) for i in range(3)] + [Member(GROUP, 0, 1)]
-    found = rows(5, members, [*prompts(), *prompts()[:1]], [False, False, True, False], TOKENIZER, groups=1)
+    found = rollout_rows(5, members, [*prompts(), *prompts()[:1]], [False, False, True, False], TOKENIZER, groups=1)
     assert [row["reply"] for row in found] == list(TEXTS)  # the second group is left out
     assert found[1] == {
         "step": 5,
@@ -40,16 +40,20 @@ def test_a_row_says_what_was_sampled_and_what_the_teacher_was_shown(tmp_path):
         "tau": 3,
     }
     assert [row["reward"] for row in found] == [1.0, 0.0, None]  # no verdict
-    append(tmp_path / "r.jsonl", found)
-    append(tmp_path / "r.jsonl", [row | {"step": 6} for row in found])
+    append_rollouts(tmp_path / "r.jsonl", found)
+    append_rollouts(tmp_path / "r.jsonl", [row | {"step": 6} for row in found])
     written = load_metrics(tmp_path / "r.jsonl")
     assert [row["was_peer"] for row in written] == [True, False, False] * 2
     assert [row["step"] for row in written] == [5] * 3 + [6] * 3
 
 
 def test_without_a_teacher_nothing_is_shown():
-    (row,) = rows(1, [Member(GROUP, 0, 0)], None, [False], TOKENIZER, groups=1)
+    (row,) = rollout_rows(1, [Member(GROUP, 0, 0)], None, [False], TOKENIZER, groups=1)
     assert row["success"] and (row["context"], row["peer"], row["tau"]) == (None, None, None)
+
+
+def place(row):
+    return row["step"], row["group"], row["rollout"]
 
 
 @pytest.mark.parametrize("groups", [0, 1, 2])
@@ -57,9 +61,7 @@ def test_a_run_writes_the_first_groups_of_each_step(groups, tmp_path):
     trainer = make(qwen3(), tmp_path, max_steps=2, record_groups=groups)
     trainer.train()
     found = load_metrics(tmp_path / "rollouts.jsonl")
-    assert [(r["step"], r["group"], r["rollout"]) for r in found] == [
-        (step, n, i) for step in (1, 2) for n in range(groups) for i in range(4)
-    ]
+    assert list(map(place, found)) == [(step, n, i) for step in (1, 2) for n in range(groups) for i in range(4)]
     for row in found:
         batch, at = trainer.batches[row["step"] - 1], 4 * row["group"] + row["rollout"]
         ids = batch["completion_ids"][at][batch["completion_mask"][at].bool()]
@@ -68,14 +70,9 @@ def test_a_run_writes_the_first_groups_of_each_step(groups, tmp_path):
         assert (-1 if row["tau"] is None else row["tau"]) == batch["divergence_position"][at]
         context = TOKENIZER.decode(batch["teacher_prompt_ids"][at], skip_special_tokens=True)
         if row["peer"] is not None:
-            peer = next(
-                r for r in found if (r["step"], r["group"], r["rollout"]) == (row["step"], row["group"], row["peer"])
-            )
-            assert (
-                context == f"{row['question']}[{row['answer']}|{peer['reply']}]"
-                and peer["was_peer"]
-                and peer["success"]
-            )
+            (peer,) = (r for r in found if place(r) == (*place(row)[:2], row["peer"]))
+            assert peer["was_peer"] and peer["success"]
+            assert context == f"{row['question']}[{row['answer']}|{peer['reply']}]"
     if groups == 2:
         assert any(row["tau"] is not None for row in found)
 
