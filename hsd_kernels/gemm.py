@@ -76,7 +76,7 @@ def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     if hidden.dtype == out.dtype:
         # By parts of W, which MKL packs into the cache: a few hundred rows against all of W are slower, with AVX2 and
         # with AVX512. One call on a GPU.
-        rows = len(weight) if out.is_cuda else HEAD_ROWS
+        rows = max(1, len(weight)) if out.is_cuda else HEAD_ROWS
         for v in range(0, len(weight), rows):
             torch.mm(hidden, weight[v : v + rows].t(), out=out[:, v : v + rows])
         return
