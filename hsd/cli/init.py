@@ -31,11 +31,11 @@ OUT = "hsd.yaml"
 SUFFIXES = (".yaml", ".yml")
 ASKED = {"model": "model.path", "data": "data.path", "reward": "reward"}
 WIDTH = 120
-# The keys of ``train`` that are written, values to begin from where the default is another one, ...
+# The keys of ``train`` that are written, and values for those whose default is no place to begin.
 WRITTEN = ("method", "learning_rate", "max_steps", "num_generations", "per_device_train_batch_size")
 WRITTEN += ("gradient_accumulation_steps", "max_completion_length", "save_steps")
 BEGIN = {"max_steps": 200, "save_steps": 50, "gradient_accumulation_steps": 8}
-# ... and those that are shown at their defaults.
+# The keys of ``train`` that are shown at their defaults.
 OTHERS = ("teacher", "reference_coef", "temperature", "top_p", "success_reward", "gradient_checkpointing")
 OTHERS += ("save_total_limit", "eval_strategy", "eval_steps", "report_to", "use_vllm", "seed")
 
