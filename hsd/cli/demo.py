@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hsd.progress import counter, say
+
 if TYPE_CHECKING:
     from hsd.cli.run import Run
     from hsd.evaluate import Success
@@ -42,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or the exit code of a training that a signal stopped."""
     from hsd.cli.run import FREE, claim, train
-    from hsd.progress import say
     from hsd.viewer import report
 
     job, others = runs(args)
@@ -94,7 +95,6 @@ class Demo:
     def initial(self) -> tuple[Success, dict[str, Any]]:
         """Success of the initial policy, and its credit by name."""
         from hsd.cli.run import BEFORE
-        from hsd.progress import say
 
         policy = self.job.initial_policy(self.task)
         success = self.success(policy, self.job.folder / BEFORE)
@@ -104,7 +104,6 @@ class Demo:
     def end(self, trained: Run, before: Success, credits: dict[str, Any]) -> End:
         """What ``trained`` made of the initial policy. The run's own credit is added to ``credits``."""
         from hsd.cli.run import newest_model, steps_of
-        from hsd.progress import say
         from hsd.tasks.task import load_policy
         from hsd.train.callbacks import load_metrics
         from hsd.train.card import write_success
@@ -124,7 +123,6 @@ class Demo:
     def success(self, policy: Policy, path: Path) -> Success:
         from hsd.data.rows import read_json, write_json
         from hsd.evaluate import Success
-        from hsd.progress import counter
         from hsd.tasks.task import evaluate
 
         if not path.exists():
@@ -135,7 +133,6 @@ class Demo:
     def credit(self, policy: Policy, name: str, numbers: str, shown: int | list[int] = 6) -> dict[str, Any]:
         """The numbers of the file ``numbers``. Their tokens join the page's under ``name``."""
         from hsd.data.rows import read_json
-        from hsd.progress import say
         from hsd.viewer.make import measure_credit, write_credit
 
         out = self.job.folder
