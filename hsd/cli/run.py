@@ -44,6 +44,7 @@ from hsd.train.trainer import HSDTrainer, check_columns
 FREE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to")
 FREE += ("record_groups", "run_name", "disable_tqdm", "log_completions", "num_completions_to_print", "use_cpu")
 CONFIG = "config.yaml"
+IDENTITY = "run.json"
 BEFORE = "before.json"  # success of the initial policy, where it was measured
 
 
@@ -136,6 +137,7 @@ def train(run: Run) -> int:
     with config.main_process_first(desc="the questions and the model's files"):
         task = run.task()
         check_questions(run, task)
+        check_folder(run, task)  # a task may take minutes to make its model
         task.model()
     # On all ranks at once: under ZeRO-3 they share the weights out as they read them.
     model, tokenizer = run.initial_policy(task)
@@ -263,7 +265,7 @@ def newest_model(run: Path) -> Path:
         if folder is not None and any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     ]
     if not found:
-        raise ValueError(f"run: expected a model, a checkpoint or config.json in {run}, got none; give --model")
+        raise ValueError(f"run: expected a model, a checkpoint or config.json in {run}, got none")
     return max(reversed(found), key=steps_of)
 
 
@@ -292,13 +294,21 @@ def as_yaml(run: Run) -> str:
 
 
 def claim(run: Run, task: Task) -> None:
-    """Write config.yaml and run.json, or raise ValueError where the folder holds another run, which would be resumed,
-    or more steps than this one has.
+    """Write config.yaml and run.json, where `check_folder` lets the run have its folder."""
+    asked = check_folder(run, task)
+    for name, text in ((CONFIG, as_yaml(run)), (IDENTITY, json.dumps(asked, indent=1))):
+        with replacing(run.folder / name) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def check_folder(run: Run, task: Task) -> dict[str, Any]:
+    """The run's `identity`. Raises ValueError where the folder holds another run, which would be resumed, or more steps
+    than this one has.
 
     A run that has neither taken a step nor left a result is none yet: it may be corrected.
     """
     out, asked = run.folder, identity(run, task)
-    path, metrics = out / "run.json", out / "metrics.jsonl"
+    path, metrics = out / IDENTITY, out / "metrics.jsonl"
     steps = any(out.glob("checkpoint-*")) or (metrics.exists() and metrics.stat().st_size > 0)
     if path.exists() and (steps or (out / "model").exists() or (out / BEFORE).exists()):
         check_same(run, read_json(path), asked)
@@ -307,9 +317,7 @@ def claim(run: Run, task: Task) -> None:
         raise ValueError(
             f"output_dir: expected a new folder or a run of `hsd train`, got {out}, which holds another run"
         )
-    for target, text in ((out / CONFIG, as_yaml(run)), (path, json.dumps(asked, indent=1))):
-        with replacing(target) as part:
-            part.write_text(text, encoding="utf-8")
+    return asked
 
 
 def check_same(run: Run, began: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

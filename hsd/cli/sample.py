@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The lines of a text file; of a JSONL file each row's question, else its prompt."""
-    from hsd.data.rows import decoded, read_jsonl
+    from hsd.data.rows import decoded, is_prompt, read_jsonl
 
     if not path.is_file():
         raise ValueError(f"--prompts: expected a file, got {path}, which is not there")
@@ -119,11 +119,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     asked = []
     for number, row in enumerate(read_jsonl(path), 1):
         prompt = row.get("question") or row.get("prompt")
-        messages = isinstance(prompt, list) and all(
-            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
-        )
-        if not prompt or not (isinstance(prompt, str) or messages):
-            raise ValueError(f"{path}, row {number}: expected a question or a prompt, text or messages, got {prompt!r}")
+        if not prompt or not is_prompt(prompt):
+            wanted = "a question or a prompt, text or messages that end with the user's text"
+            raise ValueError(f"{path}, row {number}: expected {wanted}, got {prompt!r:.200}")
         asked.append(prompt)
     return asked
 

@@ -179,12 +179,15 @@ def _full_name(word: str) -> str:
 
 
 def _value(text: str, hint: Any) -> Any:
-    """The first of an option's values that its type allows: the text as YAML, the text itself, none."""
+    """The first of an option's values that its type allows: the text as YAML, the text itself, none.
+
+    An empty text is itself where there may be a text: `--data.instruction ""` is no instruction, not the default one.
+    """
     try:
         as_yaml = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         as_yaml = text
-    for value in (as_yaml, text, *([None] if text.lower() == "none" else [])):
+    for value in (*([text] if not text else []), as_yaml, text, *([None] if text.lower() == "none" else [])):
         try:
             _adapter(hint).validate_python(value)
             return value

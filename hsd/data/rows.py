@@ -42,10 +42,8 @@ def check_row(row: Row) -> Row:
         if column not in row:
             raise ValueError(f"row: expected a column {column!r}, got {sorted(row)}")
     prompt, answer = row["prompt"], row["answer"]
-    if not isinstance(prompt, str):
-        messages = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
-        if not messages or prompt[-1]["role"] != "user":
-            raise TypeError(f"prompt: expected a string or messages that end with the user's text, got {prompt!r:.200}")
+    if not is_prompt(prompt):
+        raise TypeError(f"prompt: expected a string or messages that end with the user's text, got {prompt!r:.200}")
     accepted = answer if isinstance(answer, list) else [answer]
     if not accepted or not all(isinstance(one, str) for one in accepted):
         raise TypeError(f"answer: expected a string, or a list of accepted strings, got {answer!r:.200}")
@@ -76,6 +74,13 @@ def accepted(answer: Any) -> str | list[str]:
     if not texts:
         raise Unusable("no answer")
     return texts[0] if len(texts) == 1 else texts
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether ``value`` is a text, or messages of texts that end with the user's."""
+    if isinstance(value, str):
+        return True
+    return isinstance(value, list) and all(map(_is_message, value)) and [m["role"] for m in value][-1:] == ["user"]
 
 
 def _is_message(value: Any) -> bool:

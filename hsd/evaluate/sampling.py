@@ -58,6 +58,8 @@ def sample_from_ids(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """`sample` on prompts that are token ids already."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
     was_training = model.training
     model.eval()
     try:

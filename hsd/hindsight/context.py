@@ -8,7 +8,8 @@ question's tokens with the student's.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -354,25 +355,29 @@ def tokenize_prompt(
     go through the chat template with the generation prompt. Raises ValueError for text outside the vocabulary.
     """
     ids: Any
-    if isinstance(prompt, str):
-        try:
+    with known_words(prompt):
+        if isinstance(prompt, str):
             ids = tokenizer(text=prompt)["input_ids"]
-        except Exception as error:
-            if type(error) is not Exception:
-                raise
-            # The tokenizers library has no class of its own: a word that a small vocabulary does not know.
-            raise ValueError(
-                f"prompt: expected text that the tokenizer knows, got {prompt!r:.200} ({error})"
-            ) from error
-    else:
-        ids = tokenizer.apply_chat_template(
-            prompt,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **(chat_template_kwargs or {}),
-        )
+        else:
+            ids = tokenizer.apply_chat_template(
+                prompt,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **(chat_template_kwargs or {}),
+            )
     return tuple(ids)
+
+
+@contextmanager
+def known_words(prompts: Any) -> Iterator[None]:
+    """Raises ValueError with ``prompts``, which are tokenized inside, for text outside a small vocabulary."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library has no class of its own
+            raise
+        raise ValueError(f"prompt: expected text that the tokenizer knows, got {prompts!r:.200} ({error})") from error
 
 
 def check_alignment(

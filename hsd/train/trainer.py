@@ -44,7 +44,13 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from hsd.evaluate.sampling import Sampling, sample_from_ids
 from hsd.files import replacing
-from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, tokenize_prompt
+from hsd.hindsight.context import (
+    DEFAULT_CHAT_TEMPLATE,
+    DEFAULT_TEXT_TEMPLATE,
+    ContextTemplate,
+    known_words,
+    tokenize_prompt,
+)
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
 from hsd.hindsight.teacher_prompts import TeacherPrompt, TeacherPrompts
 from hsd.methods.draw import Ask, Outcome
@@ -295,7 +301,7 @@ class HSDTrainer(GRPOTrainer):
         # Around the whole generation autocast casts the weights once, not once a token. Where a rank holds a part of
         # them, the copies would be of all.
         once = nullcontext() if self._sharded else self.accelerator.autocast()
-        with self.step_time.part("sampling"), once:
+        with self.step_time.part("sampling"), once, known_words(prompts):
             found = super()._generate(prompts)
         self.step_time.tokens += sum(map(len, found[1]))
         return found

@@ -117,9 +117,16 @@ def test_prompts_of_a_jsonl_file(tmp_path):
     path = tmp_path / "asked.jsonl"
     path.write_text('{"question": "a?", "prompt": "a?\\nShort."}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
     assert read_prompts(path) == ["a?", [user("b")]]
-    path.write_text('{"answer": "7"}\n')
-    with pytest.raises(ValueError, match=r"asked\.jsonl, row 1: expected a question or a prompt, text or messages"):
-        read_prompts(path)
+    for row in (
+        {"answer": "7"},
+        {"prompt": []},
+        {"prompt": [user(None)]},
+        {"prompt": [user([{"type": "text", "text": "b"}])]},
+        {"prompt": [user("b"), {"role": "assistant", "content": "c"}]},
+    ):
+        path.write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=r"asked\.jsonl, row 1: expected a question or a prompt, text or messages"):
+            read_prompts(path)
 
 
 def row(text, question=None, before=()):

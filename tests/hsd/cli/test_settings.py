@@ -241,6 +241,12 @@ def test_a_negative_number_is_a_value(load):
     assert load(GOOD, "--max_steps", "-1").train["max_steps"] == -1
 
 
+def test_an_empty_text_is_a_text_where_there_may_be_one(load):
+    assert load(GOOD).data.instruction is None and load(GOOD, "--instruction", "null").data.instruction is None
+    assert load(GOOD, "--instruction", "").data.instruction == load(GOOD, "--instruction=").data.instruction == ""
+    assert load(GOOD, "--limit", "").data.limit is None
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(OSError, match=r"nowhere\.yaml"):
         read(Path("nowhere.yaml"))

@@ -318,3 +318,18 @@ def test_held_out_questions_are_evaluated_and_drawn(model, here, capsys, monkeyp
     assert (
         "data.held_out: expected questions for train.eval_strategy to evaluate on, got none" in capsys.readouterr().err
     )
+
+
+def test_a_question_that_the_tokenizer_does_not_know_is_one_line(model, capsys):
+    Path("questions.jsonl").write_text(json.dumps({"prompt": "What?", "answer": "7"}) + "\n")
+    assert main(["train", "run.yaml", "--output_dir", "out"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: prompt: expected text that the tokenizer knows, got ['What?', ")
+
+
+def test_another_run_is_refused_before_its_model_is_made(here, monkeypatch, capsys):
+    begin()
+    Path("task.yaml").write_text("task: small_world\ntrain: {use_cpu: true, output_dir: out}\n")
+    monkeypatch.setattr(small_world, "warm_start", lambda *args, **kwargs: pytest.fail("made a model"))
+    assert main(["train", "task.yaml"]) == 2
+    assert "out holds a run with" in capsys.readouterr().err

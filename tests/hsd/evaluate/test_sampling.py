@@ -97,6 +97,14 @@ def test_a_seed_fixes_the_rollouts_and_nothing_else_changes(model, training):
     assert sample(model, TOKENIZER, PROMPTS, Sampling(8), seed=4) != first
 
 
+def test_a_seed_has_64_bits(model):
+    for seed in (-(2**63), 2**64 - 1):
+        assert sample(model, TOKENIZER, ["1="], Sampling(1), seed=seed)
+    for seed in (-(2**63) - 1, 2**64):
+        with pytest.raises(ValueError, match="seed: expected a number of 64 bits, got"):
+            sample(model, TOKENIZER, ["1="], Sampling(1), seed=seed)
+
+
 def test_batches_do_not_change_a_nearly_greedy_result(model):
     cold = {batch: Sampling(10, temperature=1e-4, batch_size=batch) for batch in (1, 2, 128)}
     done: list[tuple[int, int]] = []

@@ -16,6 +16,7 @@ from hsd.hindsight.context import (
     ContextTemplate,
     build_context,
     check_alignment,
+    known_words,
     render_context,
     tokenize_prompt,
     without_thinking,
@@ -87,6 +88,15 @@ def test_text_prompt_gets_the_special_tokens_of_the_students_prompt(tokenizer: P
 def test_text_outside_a_small_vocabulary_is_named():
     with pytest.raises(ValueError, match=r"^prompt: expected text that the tokenizer knows, got 'What is 1\+1\?'"):
         tokenize_prompt(small_world.build_tokenizer(), "What is 1+1?")
+    with pytest.raises(ValueError, match=r"^prompt: expected text that the tokenizer knows, got \[\{'role'"):
+        tokenizer = small_world.build_tokenizer()
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        tokenize_prompt(tokenizer, [{"role": "user", "content": "What is 1+1?"}])
+
+
+def test_another_error_than_that_of_a_vocabulary_stays_itself():
+    with pytest.raises(KeyError, match="x"), known_words("1+1="):
+        raise KeyError("x")
 
 
 def test_chat_prompt_goes_into_the_last_user_message(tokenizer: PreTrainedTokenizerFast):
