@@ -7,8 +7,9 @@ All contact with TRL is in this file. After a batch is generated and scored, eve
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 - overridden: ``_get_train_sampler``, ``_prepare_inputs``, ``_calculate_rewards``, ``_generate_and_score_completions``,
-  ``_generate``, ``training_step``, ``compute_loss``, ``create_model_card``, ``log``, and of transformers' Trainer
-  ``_save_checkpoint``, ``_save``, ``_load_optimizer_and_scheduler``, ``_issue_warnings_after_load``
+  ``_generate``, ``_tokenize_prompts``, ``training_step``, ``compute_loss``, ``create_model_card``, ``log``, and of
+  transformers' Trainer ``_save_checkpoint``, ``_save``, ``_load_optimizer_and_scheduler``,
+  ``_issue_warnings_after_load``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``, ``eos_token_ids``,
@@ -297,11 +298,15 @@ class HSDTrainer(GRPOTrainer):
         self.step_time.take()  # what the evaluation took is no part of the next step
         return found
 
+    def _tokenize_prompts(self, prompts):
+        with known_words(prompts):
+            return super()._tokenize_prompts(prompts)
+
     def _generate(self, prompts):
         # Around the whole generation autocast casts the weights once, not once a token. Where a rank holds a part of
         # them, the copies would be of all.
         once = nullcontext() if self._sharded else self.accelerator.autocast()
-        with self.step_time.part("sampling"), once, known_words(prompts):
+        with self.step_time.part("sampling"), once:
             found = super()._generate(prompts)
         self.step_time.tokens += sum(map(len, found[1]))
         return found
