@@ -11,8 +11,8 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     Such a token is an index error in the middle of a run, on a GPU one that ends the process.
     """
     last, token = max((number, token) for token, number in tokenizer.get_vocab().items())
-    head = model.get_output_embeddings()
-    sizes = {"embedding": model.get_input_embeddings().num_embeddings}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    sizes = {"embedding": getattr(embedding, "base_layer", embedding).num_embeddings}  # below PEFT's
     sizes |= {"head": head.out_features} if hasattr(head, "out_features") else {}
     for name, rows in sizes.items():
         if rows <= last:
