@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from types import ModuleType
 from typing import NoReturn
@@ -39,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 2 for bad input, which is one line on stderr, 130 for Ctrl-C.
+    """The exit code: 2 for bad input, which is one line on stderr, 130 for Ctrl-C, 141 where nobody reads on.
 
     ``--traceback`` or HSD_TRACEBACK=1 shows where it came from.
     """
@@ -48,8 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words or os.environ.get("HSD_TRACEBACK", "0") not in ("", "0")
     try:
-        return dispatch([word for word in words if word != "--traceback"])
+        code = dispatch([word for word in words if word != "--traceback"])
+        sys.stdout.flush()
+        return code
     except (ValueError, TypeError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and reader_has_gone():
+            return 141  # as a shell says of SIGPIPE
         if traceback:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
@@ -60,6 +65,16 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def reader_has_gone() -> bool:
+    """Whether who reads our output, such as `head`, has had enough; the rest then goes nowhere."""
+    output, poll = 1, select.poll()
+    poll.register(output, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def dispatch(words: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Commands by name, fast help, and bad input as one line."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -89,3 +90,21 @@ def test_bad_arguments_are_one_line_and_exit_codes_pass_through(command, capsys)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
     assert "--n" in lines[0] and "--m" in lines[1]
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    program = "import os, sys; from hsd.cli.__main__ import main; sys.exit(main(['--help']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_of_another_kind_is_an_error(command, capsys):
+    def run(args):
+        raise BrokenPipeError(32, "Broken pipe", "the child's stdin")
+
+    command.run = run
+    assert cli.main(["train"]) == 2
+    assert "the child's stdin" in capsys.readouterr().err
