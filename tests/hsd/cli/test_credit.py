@@ -170,5 +170,5 @@ def test_what_is_missing_is_named(words, message):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^run: expected a model, a checkpoint or config.json in .*--model"):
+    with pytest.raises(ValueError, match=r"^run: expected a model, a checkpoint or config.json in .*, got none"):
         newest_model(tmp_path)
