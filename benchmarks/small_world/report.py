@@ -89,7 +89,7 @@ def _head(facts: dict[str, Any]) -> list[str]:
         "",
         f"Written by `{facts['command']}`: {header(facts['environment'])}. Scale: "
         + ", ".join(f"{k} {v}" for k, v in scale.items())
-        + ". What is compared, and what we make of it: [README](../README.md).",
+        + ". What is compared, and what we make of it: benchmarks/small_world/README.md.",
         "",
         "Success is the share of held-out questions answered correctly at temperature 1, one sample each. Intervals "
         "are 95 % (Student's t) over seeds; a seed is a warm start, its training and its held-out questions. Of two "
