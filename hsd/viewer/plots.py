@@ -56,6 +56,7 @@ def plot_credit_profile(path: str | Path, panels: Mapping[str, Mapping[str, Prof
             color=_GREY,
         )
         axes.set_xlabel(r"offset from the divergence position, $t - \tau$ (tokens)")
+        axes.locator_params(axis="x", integer=True)
         axes.set_title(panel, fontsize=10)
     row[0].set_ylim(bottom=0)  # of all panels, once all of them are drawn
     row[0].set_ylabel(r"mean credit $|A|$ (nats)")

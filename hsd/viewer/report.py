@@ -71,7 +71,7 @@ def write(
             "",
             f"`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, "
             f"{own.seconds:.0f} s in training steps.",
-            "Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + ".",
+            "Settings: " + ", ".join(f"{k} {getattr(v, 'value', v)}" for k, v in settings.items()) + ".",
             "",
             *_success_table(before, own.success, task),
             "",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_runs import TOKENIZER, group
+from transformers.trainer_utils import SchedulerType
 
 from hsd.evaluate import Success
 from hsd.hindsight.groups import Group
@@ -26,7 +27,7 @@ TASK = replace(
     held_out=[{"prompt": "2+2=", "answer": "4"}],
 )
 COMMAND = "hsd demo small --seed 3 --max_steps 3"
-SETTINGS = {"learning_rate": 1e-4, "teacher": "ema"}
+SETTINGS = {"learning_rate": 1e-4, "teacher": "ema", "lr_scheduler_type": SchedulerType.LINEAR}
 PICTURES = ["credit_profile.png", "credit_mass.png", "credit_silence.png", "coverage.png", "training.png"]
 
 
@@ -128,7 +129,7 @@ def test_report_holds_the_numbers(tmp_path):
     profile, _ = cells(text, "answer only")
     assert dict(zip(summary.PROFILE_ROWS, profile, strict=True))[0] == "0.750"
     assert re.search(r"12\+34=>>56;#56 +A -3\.00[,;] answer only -0\.75\n", text)
-    assert "No alarm was raised" in text
+    assert "No alarm was raised" in text and "lr_scheduler_type linear" in text
     for name in PICTURES:
         assert f"]({name})" in text
         assert (tmp_path / name).stat().st_size > 5000
@@ -140,7 +141,7 @@ def test_report_json_holds_the_same(tmp_path, no_pictures):
     write(tmp_path)
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["before"]["mean"] == 0.258 and facts["after"]["high"] == 0.756
-    assert facts["settings"] == {"learning_rate": 1e-4, "teacher": "ema", "steps": 3}
+    assert facts["settings"] == {"learning_rate": 1e-4, "teacher": "ema", "lr_scheduler_type": "linear", "steps": 3}
     assert facts["alarms"] == {} and facts["seconds"] == pytest.approx(12.4)
     assert facts["credit"]["before training"]["failing_with_peer"] == 2 and "methods" not in facts
 
