@@ -33,6 +33,7 @@ TURNS = {
     "with_peer_template": TURN + "{demonstration}" + AGAIN,
     "answer_only_template": TURN + "{answer}" + AGAIN.replace(", the answer is {answer}", ""),
 }
+ASKED_AGAIN = {"with_peer_template": TURN + "{demonstration}<|im_end|>\n<|im_start|>user\n{question}"}
 PEERS_ONLY = {"fallback": "mask"}
 BEST = {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 8]}  # also the task's own setting
 GRPO = {"kl_temperature": 1.0, "teacher": None, "policy_loss": "fused"}
@@ -104,6 +105,21 @@ CHAIN_ROWS = (
         "hsd",
         {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 30]},
         "GRPO's end or 0.05 above",
+    ),
+    # Added after "hsd fixed" (0.085) had learnt to leave out the steps, as its teacher does. This one writes the peer's
+    # steps again: half of its replies are right, a third with the task's words.
+    Row("hsd again, peers only", "hsd", {**ASKED_AGAIN, **PEERS_ONLY}, "0.3: the replies keep their steps"),
+    Row(
+        "hsd again copy 15, peers only",
+        "hsd",
+        {**ASKED_AGAIN, **PEERS_ONLY, "teacher": "copy", "teacher_copy_steps": 15},
+        "above again by 0.05: nothing in the context is worth taking over but the steps",
+    ),
+    Row(
+        "hsd again 1 to 0, peers only + policy",
+        "hsd",
+        {**ASKED_AGAIN, **PEERS_ONLY, "policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 30]},
+        "GRPO's end, reached in fewer steps",
     ),
 )
 PLANS = {"additions": ROWS, "chain_sum": CHAIN_ROWS}
