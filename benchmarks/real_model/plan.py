@@ -33,7 +33,10 @@ TURNS = {
     "with_peer_template": TURN + "{demonstration}" + AGAIN,
     "answer_only_template": TURN + "{answer}" + AGAIN.replace(", the answer is {answer}", ""),
 }
-ASKED_AGAIN = {"with_peer_template": TURN + "{demonstration}<|im_end|>\n<|im_start|>user\n{question}"}
+ASKED_AGAIN = {
+    "with_peer_template": TURN + "{demonstration}<|im_end|>\n<|im_start|>user\n{question}",
+    "answer_only_template": TURN + "Answer: {answer}<|im_end|>\n<|im_start|>user\n{question}",
+}
 PEERS_ONLY = {"fallback": "mask"}
 BEST = {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 8]}  # also the task's own setting
 GRPO = {"kl_temperature": 1.0, "teacher": None, "policy_loss": "fused"}
