@@ -33,9 +33,11 @@ TURNS = {
     "with_peer_template": TURN + "{demonstration}" + AGAIN,
     "answer_only_template": TURN + "{answer}" + AGAIN.replace(", the answer is {answer}", ""),
 }
+# The question ends in "=", which the answer completes; the peer is the reply to it, and the question is asked again.
+TURN_OF_QUESTION = "<|im_end|>\n<|im_start|>user\n{question}"
 ASKED_AGAIN = {
-    "with_peer_template": TURN + "{demonstration}<|im_end|>\n<|im_start|>user\n{question}",
-    "answer_only_template": TURN + "Answer: {answer}<|im_end|>\n<|im_start|>user\n{question}",
+    "with_peer_template": " {answer}" + TURN + "{demonstration}" + TURN_OF_QUESTION,
+    "answer_only_template": " {answer}" + TURN + "Answer: {answer}" + TURN_OF_QUESTION,
 }
 PEERS_ONLY = {"fallback": "mask"}
 BEST = {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 8]}  # also the task's own setting
