@@ -7,7 +7,7 @@ import pytest
 
 from hsd.verify import math as module
 from hsd.verify import sympy_pool
-from hsd.verify.math import math_reward, math_reward_with, verify_math
+from hsd.verify.math import math_reward, math_reward_with, verify_choice, verify_math
 from hsd.verify.status import Status
 
 pytest.importorskip("math_verify")
@@ -144,3 +144,34 @@ def test_reward_names_what_is_wrong():
         math_reward(["1", "2"], ["1"])
     with pytest.raises(TypeError, match="completions: expected strings"):
         math_reward([12], ["12"])  # type: ignore[list-item]
+
+
+def test_integers_over_4300_digits():
+    for gold in (10**5000, "1" + "0" * 5000):
+        assert verify_math("1" + "0" * 5000, gold).status is Status.CORRECT
+        assert verify_math("1" + "0" * 4999 + "1", gold).status is Status.INCORRECT
+    assert verify_math("1" + "0" * 999, "1e999").status is Status.CORRECT
+
+
+def test_a_tolerance_is_an_option():
+    assert verify_math(r"\boxed{3.14}", r"\pi").status is Status.INCORRECT
+    assert verify_math(r"\boxed{3.14}", r"\pi", tolerance=1e-2).status is Status.CORRECT
+    assert verify_math("99", "100", tolerance=0.02).status is Status.CORRECT
+    assert verify_math("97", "100", tolerance=0.02).status is Status.INCORRECT
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "status"),
+    [
+        ("The answer is C.", "C", Status.CORRECT),
+        ("so I choose option (B)", "B", Status.CORRECT),
+        (r"\boxed{\text{(D) none}}", "D", Status.CORRECT),
+        ("(A) 3", r"\textbf{(A)}\ 4", Status.INCORRECT),
+        ("The answer is A or B.", "A", Status.NO_ANSWER),
+        ("Answer: D", "C", Status.INCORRECT),
+        ("no idea", "C", Status.NO_ANSWER),
+        ("C", "12", Status.VERIFIER_FAILED),
+    ],
+)
+def test_a_choice(text, gold, status):
+    assert verify_choice(text, gold).status is status
