@@ -1,55 +1,19 @@
 """The self-distillation family, one file a method: equation, source, the teacher's context, defaults, own code."""
 
-from hsd.methods import (
-    actguide,
-    antisd,
-    atesd,
-    atesd_learned,
-    brts,
-    ccopd,
-    cl_egrsd,
-    dapo,
-    dr_grpo,
-    egrsd,
-    grpo,
-    grpo_opsd,
-    gspo,
-    hsd,
-    hsd_unpaired,
-    mixed_policy,
-    mopd,
-    msd,
-    npo,
-    opcod,
-    opsd,
-    pbsd,
-    plan_reference,
-    rcsd,
-    resd,
-    rlcsd,
-    rlrt,
-    rlsd,
-    sdft,
-    sdpg,
-    sdpo,
-    sgsd,
-    ssopd,
-    stable_opd,
-    step_critique,
-    trace,
-    vopd,
-)
+from importlib import import_module
+
 from hsd.methods.method import Method
 
-MODULES = (
-    *(hsd, hsd_unpaired, opsd, sdpo, sdft, mopd, atesd, atesd_learned, ccopd, msd),  # a divergence
-    *(step_critique, rcsd, opcod, resd),  # under a text that a model has written
-    *(grpo_opsd, ssopd, sdpg, trace),  # a divergence beside a policy gradient
-    *(rlsd, egrsd, cl_egrsd, rlrt, rlcsd),  # the teacher weighs the advantage
-    *(antisd, vopd, sgsd),  # the teacher makes the advantage, or the loss of the sampled token
-    *(stable_opd, brts, mixed_policy, pbsd, plan_reference),  # sequences that are no rollouts
-    *(grpo, dr_grpo, gspo, dapo, actguide, npo),  # no teacher
+NAMES = (
+    *("hsd", "hsd_unpaired", "opsd", "sdpo", "sdft", "mopd", "atesd", "atesd_learned", "ccopd", "msd"),  # a divergence
+    *("step_critique", "rcsd", "opcod", "resd"),  # under a text that a model has written
+    *("grpo_opsd", "ssopd", "sdpg", "trace"),  # a divergence beside a policy gradient
+    *("rlsd", "egrsd", "cl_egrsd", "rlrt", "rlcsd"),  # the teacher weighs the advantage
+    *("antisd", "vopd", "sgsd"),  # the teacher makes the advantage, or the loss of the sampled token
+    *("stable_opd", "brts", "mixed_policy", "pbsd", "plan_reference"),  # sequences that are no rollouts
+    *("grpo", "dr_grpo", "gspo", "dapo", "actguide", "npo"),  # no teacher
 )
+MODULES = tuple(import_module(f"{__name__}.{name}") for name in NAMES)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from hsd.data import load
 from hsd.evaluate import Sampling
-from hsd.hindsight.context import ContextTemplate
-from hsd.tasks.smollm2 import CACHE, NAME, ensure_smollm2
+from hsd.tasks.smollm2 import CACHE, NAME, REPLY_TEMPLATE, SHORT_REPLIES, ensure_smollm2
 from hsd.tasks.task import Task
 from hsd.verify import reasoning_gym_success
 
@@ -19,13 +16,6 @@ WORKED = (
     ("3 + 9 - 4", "3 + 9 = 12\n12 - 4 = 8\nAnswer: 8"),
     ("7 - 5 + 6", "7 - 5 = 2\n2 + 6 = 8\nAnswer: 8"),
     ("8 + 8 + 1", "8 + 8 = 16\n16 + 1 = 17\nAnswer: 17"),
-)
-CLOSING = "\n\nGive the correct reply."
-TEMPLATE = ContextTemplate(
-    with_peer="\n\nAnswer: {answer}\n\nCorrect reply: {demonstration}" + CLOSING,
-    answer_only="\n\nAnswer: {answer}" + CLOSING,
-    demonstration_only="\n\nCorrect reply: {demonstration}" + CLOSING,
-    closing=CLOSING,
 )
 
 
@@ -38,26 +28,16 @@ def task(seed: int) -> Task:
         questions=rows[HELD_OUT:],
         held_out=rows[:HELD_OUT],
         rewards=[reasoning_gym_success],
-        template=TEMPLATE,
+        template=REPLY_TEMPLATE,
         sampling=Sampling(max_new_tokens=32, temperature=0.6, batch_size=100),
         eval_samples=2,
         credit_questions=12,
         train={
+            **SHORT_REPLIES,
             "max_steps": 60,
             "save_steps": 20,
-            "learning_rate": 2e-5,
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": 5,
             "num_generations": 8,
             "per_device_train_batch_size": 64,  # 8 questions x 8 rollouts
-            "kl_temperature": 0.6,
-            "teacher": "fixed",
-            "reference_coef": 0.0,
-            "bf16": True,
-            "use_cpu": not torch.cuda.is_available(),
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "report_to": "none",
         },
         threads=1,
     )

