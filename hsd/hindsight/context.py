@@ -11,7 +11,6 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from hsd.hindsight.groups import Prompt
@@ -128,6 +127,7 @@ DEFAULT_TEXT_TEMPLATE = ContextTemplate(
 
 
 Content = Sequence[int] | str  # token ids as sampled, or a text
+OWN_WORDS = {"answer", "demonstration", "feedback"}  # kinds that have wordings of their own where there are no others
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,11 @@ class PrivilegedContext:
         prompt_ids: The token ids of the whole teacher prompt.
         kind: ``"peer"`` when a demonstration is in it, ``"answer_only"``, ``"feedback"``, ``"other"``, or
             ``"nothing"``: the student's question alone.
-        demonstration_tokens: How many of the demonstration's token ids were kept.
         truncated: Whether the demonstration was cut, or left out altogether, to fit ``max_length``.
     """
 
     prompt_ids: tuple[int, ...]
     kind: Literal["peer", "answer_only", "feedback", "other", "nothing"]
-    demonstration_tokens: int
     truncated: bool
 
 
@@ -201,38 +199,11 @@ def build_context(
     """
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected a positive number of tokens or None, got {max_length}")
-    limit = float("inf") if max_length is None else max_length
-    question = last_text(prompt)
-
-    def prompt_ids(context: str) -> tuple[int, ...]:
-        asked = _append(prompt, context) if context else prompt
-        return tokenize_prompt(tokenizer, asked, chat_template_kwargs=chat_template_kwargs)
-
-    def with_demonstration(text: str) -> tuple[int, ...]:
-        if answer is None:
-            return prompt_ids(template.demonstration_only.format(demonstration=text, question=question))
-        return prompt_ids(template.with_peer.format(answer=answer, demonstration=text, question=question))
-
-    cut = False
-    if demonstration is not None:
-        ids, kept, total = _fit(tokenizer, demonstration, with_demonstration, limit)
-        cut = kept < total
-        if ids is not None:
-            return PrivilegedContext(ids, "peer", kept, truncated=cut)
-    if answer is None and feedback:
-        said = partial(template.feedback_only.format, question=question)
-        ids, kept, total = _fit(tokenizer, feedback, lambda text: prompt_ids(said(feedback=text)), limit)
-        cut = cut or kept < total
-        if ids is not None:
-            return PrivilegedContext(ids, "feedback", 0, truncated=cut)
-
-    ids = prompt_ids("" if answer is None else template.answer_only.format(answer=answer, question=question))
-    if len(ids) > limit:
-        raise ValueError(
-            f"max_length: expected at least {len(ids)} tokens, which the question and the answer take "
-            f"without any demonstration, got {max_length}"
-        )
-    return PrivilegedContext(ids, "nothing" if answer is None else "answer_only", 0, truncated=cut)
+    cut = {"demonstration": demonstration, "feedback": feedback}
+    shown = {kind: content for kind, content in cut.items() if content and _says_something(tokenizer, content)}
+    if answer is not None:
+        shown["answer"] = answer
+    return _fitted(tokenizer, prompt, shown, template, tuple(cut), max_length, chat_template_kwargs)
 
 
 def render_context(
@@ -248,58 +219,76 @@ def render_context(
 
     Raises ValueError as `build_context` does, and for a kind that ``template.parts`` has no wording for.
     """
-    replaced = context.question is not None
     question = prompt if context.question is None else context.question
     shown = {kind: content for kind, content in context.parts if _says_something(tokenizer, content)}
-    if shown.keys() <= {"answer", "demonstration", "feedback"}:
-        answer, feedback = shown.get("answer"), shown.get("feedback")
-        assert not isinstance(answer, list | tuple) and not isinstance(feedback, list | tuple)
-        found = build_context(
-            tokenizer,
-            question,
-            answer,  # type: ignore[arg-type]
-            shown.get("demonstration"),
-            template,
-            feedback=feedback,  # type: ignore[arg-type]
-            max_length=max_length,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        return replace(found, kind="other") if replaced and found.kind == "nothing" else found
-    unknown = sorted(shown.keys() - template.parts.keys())
-    if unknown:
-        raise ValueError(f"parts: expected kinds among {sorted(template.parts)}, got {unknown}")
+    if shown.keys() <= OWN_WORDS:
+        order: tuple[str, ...] = ("demonstration", "feedback")
+    else:
+        if unknown := sorted(shown.keys() - template.parts.keys()):
+            raise ValueError(f"parts: expected kinds among {sorted(template.parts)}, got {unknown}")
+        order = context.cut if context.cut is not None else tuple(k for k in reversed(shown) if k != "answer")
+    made = _fitted(tokenizer, question, shown, template, order, max_length, chat_template_kwargs)
+    return replace(made, kind="other") if context.question is not None and made.kind == "nothing" else made
+
+
+def _fitted(
+    tokenizer: Any,
+    question: Prompt,
+    shown: Mapping[str, Content],
+    template: ContextTemplate,
+    order: Sequence[str],
+    max_length: int | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> PrivilegedContext:
+    """The prompt with what is shown, by kind; kinds are cut, then left out, in this order until it fits."""
     limit = float("inf") if max_length is None else max_length
-    texts = {k: c if isinstance(c, str) else _decode(tokenizer, c) for k, c in shown.items()}
-    kept = len(shown.get("demonstration", ()))
+    texts = {kind: c if isinstance(c, str) else _decode(tokenizer, c) for kind, c in shown.items()}
+    has_own_words, cut = shown.keys() <= OWN_WORDS, False
 
     def prompt_ids(**changed: str) -> tuple[int, ...]:
-        shown = {**texts, **changed}.items()
-        said = "".join(template.parts[kind].format(text=text, question=last_text(question)) for kind, text in shown)
-        asked = _append(question, said + template.closing) if said else question
+        words = _own_words if has_own_words else _words_of_parts
+        said = words(template, texts | changed, last_text(question))
+        asked = _append(question, said) if said else question
         return tokenize_prompt(tokenizer, asked, chat_template_kwargs=chat_template_kwargs)
 
-    ids, cut = prompt_ids(), False
-    order = context.cut if context.cut is not None else tuple(k for k in reversed(shown) if k != "answer")
+    ids = prompt_ids()
     for kind in order:
         if len(ids) <= limit:
             break
-        if kind not in texts:
-            continue
-        cut = True
-        fitted, left, _ = _fit(tokenizer, shown[kind], partial(_with, prompt_ids, kind), limit)
-        if fitted is None:
-            del texts[kind]
-            left = 0
-        ids = fitted or prompt_ids()
-        kept = left if kind == "demonstration" else kept
+        if kind in texts:
+            cut = True
+            fitted = _fit(tokenizer, shown[kind], lambda text, kind=kind: prompt_ids(**{kind: text}), limit)
+            if fitted is None:
+                del texts[kind]
+            ids = fitted or prompt_ids()
     if len(ids) > limit:
-        raise ValueError(f"max_length: expected at least {len(ids)} tokens, which must not be cut, got {max_length}")
-    kind = "peer" if "demonstration" in texts else "other" if texts or replaced else "nothing"
-    return PrivilegedContext(ids, kind, kept, truncated=cut)
+        raise ValueError(
+            f"max_length: expected at least {len(ids)} tokens, which the question and what must not be cut take, "
+            f"got {max_length}"
+        )
+    if "demonstration" in texts:
+        kind = "peer"
+    elif has_own_words and texts:
+        kind = "answer_only" if "answer" in texts else "feedback"
+    else:
+        kind = "other" if texts else "nothing"
+    return PrivilegedContext(ids, kind, truncated=cut)
 
 
-def _with(prompt_ids: Callable[..., tuple[int, ...]], kind: str, text: str) -> tuple[int, ...]:
-    return prompt_ids(**{kind: text})
+def _own_words(template: ContextTemplate, texts: Mapping[str, str], question: str) -> str:
+    """Of an answer, a demonstration and a feedback, which stands where there is neither of the others."""
+    if "demonstration" in texts:
+        wording = template.with_peer if "answer" in texts else template.demonstration_only
+    elif "answer" in texts:
+        wording = template.answer_only
+    else:
+        wording = template.feedback_only if texts else ""
+    return wording.format(question=question, **texts)
+
+
+def _words_of_parts(template: ContextTemplate, texts: Mapping[str, str], question: str) -> str:
+    said = "".join(template.parts[kind].format(text=text, question=question) for kind, text in texts.items())
+    return said + template.closing if said else ""
 
 
 def _says_something(tokenizer: Any, content: Content) -> bool:
@@ -323,9 +312,9 @@ def without_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> 
 
 
 def _fit(
-    tokenizer: Any, shown: Sequence[int] | str, prompt_with: Callable[[str], tuple[int, ...]], limit: float
-) -> tuple[tuple[int, ...] | None, int, int]:
-    """(prompt, tokens kept, tokens in all) with as much of the beginning of ``shown`` as fits; None for no prompt."""
+    tokenizer: Any, shown: Content, prompt_with: Callable[[str], tuple[int, ...]], limit: float
+) -> tuple[int, ...] | None:
+    """The prompt with as much of the beginning of ``shown`` as fits; None where nothing of it does."""
     tokens = tokenizer(text=shown, add_special_tokens=False)["input_ids"] if isinstance(shown, str) else shown
     kept = total = len(tokens)
     while kept > 0:
@@ -337,10 +326,10 @@ def _fit(
             break
         ids = prompt_with(text)
         if len(ids) <= limit:
-            return ids, kept, total
+            return ids
         # Decoded text can tokenize into other tokens than it came from, so this may take a few rounds.
         kept -= len(ids) - int(limit)
-    return None, kept, total
+    return None
 
 
 def tokenize_prompt(

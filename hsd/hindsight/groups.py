@@ -120,6 +120,10 @@ class Member:
     number: int
 
     @property
+    def rollout(self) -> Rollout:
+        return self.group.rollouts[self.index]
+
+    @property
     def success(self) -> bool:
         return self.index in self.group.successes
 

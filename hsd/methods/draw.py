@@ -135,6 +135,11 @@ class Outcome:
     log: list[tuple[int, Ask, Reply]]  # group, what was asked, what came
     dropped: int  # groups that went without, for the cap
 
+    @property
+    def notes(self) -> dict[tuple[int, int], Any]:
+        """By group and index in it."""
+        return {(n, i): note for n, drawn in enumerate(self.drawn) for i, note in drawn.notes.items()}
+
 
 def converse(
     talks: Sequence[Talk], answer: Callable[[list[tuple[int, Ask]], int], Sequence[Reply]], cap: int

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from torch import Tensor
+
+from hsd.files import replacing
 
 
 class Saved:
@@ -18,6 +23,22 @@ class Saved:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+def save_states(states: Mapping[str, Any], folder: Path) -> None:
+    """Each state to the file of its name."""
+    for name, state in states.items():
+        with replacing(folder / name) as part:
+            part.write_text(json.dumps(state.state_dict()))
+
+
+def load_states(states: Mapping[str, Any], folder: Path, run: str) -> None:
+    """Raises ValueError for a missing file; ``run`` says what kind of run saves it."""
+    for name, state in states.items():
+        path = folder / name
+        if not path.exists():
+            raise ValueError(f"resume_from_checkpoint: expected {path}, which a run with {run} saves")
+        state.load_state_dict(json.loads(path.read_text()))
 
 
 @dataclass

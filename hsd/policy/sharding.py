@@ -112,9 +112,6 @@ class Fsdp2(Whole):
         reshard(twin)
         return states
 
-    def shape(self, p: Tensor) -> torch.Size:
-        return p.shape
-
     def shard(self, p: Any) -> Tensor:
         return p.detach().to_local() if _is_dtensor(p) else p.detach()
 

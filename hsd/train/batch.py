@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
+from hsd.hindsight.groups import Member
 from hsd.hindsight.teacher_prompts import TeacherPrompt
+from hsd.padding import padded
 from hsd.policy.forward import Prompts, RolloutInputs
+from hsd.train.config import HSDConfig
 from hsd.train.update import Targets, rollout_weights
 
 COLUMN = "column/"  # before the names of a method's own columns in TRL's dictionary
@@ -149,36 +151,65 @@ def mean_weights(mask: Tensor, mean: str, count: Tensor | None) -> Tensor:
 
 
 def collate(
-    prompts: Sequence[Sequence[TeacherPrompt]],
-    success: Tensor,
-    tokens_per_micro_batch: Tensor,
-    pad_id: int,
-    **others: Tensor | None,
+    prompts: Sequence[Sequence[TeacherPrompt]], tokens_per_micro_batch: Tensor, pad_id: int, facts: TeacherBatch
 ) -> TeacherBatch:
-    """The tensors of K teacher prompts a rollout, on the device of ``success``; ``others`` are fields of the result."""
-    device, several = success.device, len(prompts[0]) > 1
-    padded, mask = padded_ids([p.context.prompt_ids for row in prompts for p in row], pad_id, "left", device)
-    shown = torch.tensor([[p.context.kind != "nothing" for p in row] for row in prompts], device=device)
+    """``facts`` with the tensors of K teacher prompts a rollout, on its device."""
+    device, several = facts.success.device, len(prompts[0]) > 1
+    ids, mask = (x.to(device) for x in padded([p.context.prompt_ids for row in prompts for p in row], pad_id, "left"))
+    shown = has_contexts(prompts).to(device)
     if several:
-        padded, mask = (x.reshape(*shown.shape, -1) for x in (padded, mask))
-    return TeacherBatch(
-        success,
-        shown.any(-1),
-        torch.tensor([-1 if row[0].tau is None else row[0].tau for row in prompts], device=device),
-        tokens_per_micro_batch,
-        padded,
-        mask,
-        shown.float() if several else None,
-        **others,
+        ids, mask = (x.reshape(*shown.shape, -1) for x in (ids, mask))
+    return replace(
+        facts,
+        has_context=shown.any(-1),
+        divergence_position=torch.tensor([-1 if row[0].tau is None else row[0].tau for row in prompts], device=device),
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        teacher_prompt_ids=ids,
+        teacher_prompt_mask=mask,
+        context_weights=shown.float() if several else None,
     )
 
 
-def padded_ids(rows: Sequence[Sequence[int]], pad_id: int, side: str, device: Any) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each (N, L)."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    padded = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side)
-    mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side=side)
-    return padded.to(device), mask.to(device)
+def has_contexts(prompts: Sequence[Sequence[TeacherPrompt]]) -> Tensor:
+    """(B, K) bool."""
+    return torch.tensor([[p.context.kind != "nothing" for p in row] for row in prompts])
+
+
+def facts_of(
+    trl: Mapping[str, Any],
+    mine: Sequence[Member],
+    success: Tensor,
+    prompts: Sequence[Sequence[TeacherPrompt]] | None,
+    args: HSDConfig,
+    pad_id: int,
+    mean_over_ranks: Callable[[Tensor], Tensor],
+    steps: int,
+) -> TeacherBatch:
+    """What the loss takes beside TRL's entries: verdicts, the teacher's prompts, and what a micro-batch of one process
+    holds on average, by which the mean over all tokens of a step divides.
+
+    Args:
+        mine: This rank's rollouts, the rows of ``trl``.
+        prompts: Those of their teacher; None without one.
+        steps: Micro-batches that this generation is split into.
+    """
+    mask = student_inputs(trl)[1]
+    if args.mean_of_policy == "max_length":
+        assert args.max_completion_length is not None
+        scored = torch.tensor(float(len(mask) * args.max_completion_length), device=mask.device)
+    else:
+        scored = mean_over_ranks(mask.sum())
+    facts = TeacherBatch(
+        success,
+        policy_tokens_per_micro_batch=scored.clamp_min(1.0) / steps,
+        reward=torch.tensor([m.rollout.reward for m in mine], device=mask.device),
+        group_success=torch.tensor([len(m.group.successes) / len(m.group.rollouts) for m in mine], device=mask.device),
+    )
+    if prompts is None:
+        return facts
+    shown = has_contexts(prompts).any(-1).to(mask.device)
+    tokens = mean_over_ranks((mask[:, args.skip_tokens :].sum(-1) * shown).sum())
+    return collate(prompts, tokens.clamp_min(1.0) / steps, pad_id, facts)
 
 
 def student_inputs(trl: Mapping[str, Any]) -> tuple[RolloutInputs, Tensor]:
@@ -241,10 +272,15 @@ def shuffle_groups(trl: Mapping[str, Any], size: int) -> dict[str, Any]:
     order = torch.arange(n)
     if n % size == 0:
         order = order.reshape(-1, size)[list(dict.fromkeys((shuffled // size).tolist()))].flatten()
+    return rows_of(trl, order)
 
-    def permuted(value: Any) -> Any:
+
+def rows_of(trl: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
+    """Some rows of TRL's batch, in the order of ``index``."""
+
+    def some(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[order.to(value.device)] if value.ndim else value
-        return [value[i] for i in order.tolist()] if isinstance(value, list) else value
+            return value[index.to(value.device)] if value.ndim else value
+        return [value[i] for i in index.tolist()] if isinstance(value, list) else value
 
-    return {key: permuted(value) for key, value in trl.items()}
+    return {key: some(value) for key, value in trl.items()}

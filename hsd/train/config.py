@@ -14,8 +14,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
+from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
+from hsd.hindsight.groups import Prompt
 from hsd.hindsight.peers import PEER_RULES
+from hsd.hindsight.teacher_prompts import TeacherPrompts
 from hsd.methods import METHODS, Method
 from hsd.methods.method import REQUIRED
 from hsd.methods.term import Schedule, scheduled
@@ -296,6 +298,33 @@ class HSDConfig(GRPOConfig):
         names = ("with_peer", "answer_only", "demonstration_only", "feedback_only")
         given = {name: getattr(self, f"{name}_template") for name in names}
         return replace(default, **{name: text for name, text in given.items() if text is not None})
+
+    def teacher_prompts(
+        self, tokenizer: Any, template: ContextTemplate | None, peer_rule: str, chat_template_kwargs: Mapping[str, Any]
+    ) -> TeacherPrompts | None:
+        """What makes the teacher's prompts, in the words of ``template`` or of the configuration; None without one."""
+        method = self.method_spec
+        if method.contexts is None:
+            return None
+
+        def template_for(prompt: Prompt) -> ContextTemplate:
+            default = DEFAULT_TEXT_TEMPLATE if isinstance(prompt, str) else DEFAULT_CHAT_TEMPLATE
+            return template or self.context_template(default)
+
+        return TeacherPrompts(
+            method.contexts,
+            tokenizer,
+            template_for,
+            count=method.max_contexts,
+            peer_rule=peer_rule if method.draws_peers else None,
+            show_answer=self.show_answer,
+            fallback=self.fallback,
+            strip_thinking=self.strip_thinking,
+            settings=self.settings,
+            seed=self.seed,
+            max_length=self.max_teacher_prompt_length,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
     @property
     def method_spec(self) -> Method:

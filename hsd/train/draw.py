@@ -12,14 +12,18 @@ from torch import Tensor
 
 from hsd.data.rows import append_jsonl
 from hsd.hindsight.context import Context
-from hsd.hindsight.groups import Group, Prompt
+from hsd.hindsight.groups import Member, Prompt, Rollout, members
 from hsd.hindsight.peers import peer_rng
 from hsd.hindsight.teacher_prompts import TeacherPrompts
 from hsd.methods.draw import Ask, Drawn, GroupView, Outcome, Reply, Row, converse, gives_away
 from hsd.methods.method import Method
-from hsd.train.batch import PackedRows, padded_ids
+from hsd.padding import padded
+from hsd.policy.forward import Prompts, RolloutInputs
+from hsd.train.batch import COLUMN, PackedRows, student_inputs
+from hsd.train.config import HSDConfig
 
-Tokens = tuple[tuple[int, ...], tuple[int, ...] | None]  # of a reply, and of the prompt that it was sampled behind
+Ids = tuple[int, ...]
+Tokens = tuple[Ids, Ids | None]  # of a reply, and of the prompt that it was sampled behind
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,18 @@ class Writer:
     """How replies come about. The functions are called on all ranks alike, each with its share, of equal size.
 
     Args:
-        sample: (asks, who, seed) -> tokens of each reply.
+        prompt_ids: The tokens of a prompt as the student reads it.
+        prompts: Of the run's teacher; None where the method has none.
+        sample: (prompts, who, seed) -> tokens of each reply.
         judge: (rows, texts, tokens) of this rank -> (raw, weighted) rewards of all ranks, in order.
         gather: A list of this rank's -> the list of all ranks'.
         write: ``writer_fn`` of the trainer.
     """
 
     tokenizer: Any
-    sample: Callable[[Sequence[Ask], str, int], Sequence[Tokens]]
+    prompt_ids: Callable[[Prompt], Ids]
+    prompts: TeacherPrompts | None
+    sample: Callable[[Sequence[Ids], str, int], Sequence[Sequence[int]]]
     judge: Callable[[Sequence[Mapping[str, Any]], Sequence[str], Sequence[Sequence[int]]], tuple[Tensor, list[float]]]
     gather: Callable[[list[Any]], list[Any]]
     rank: int = 0
@@ -56,8 +64,9 @@ class Writer:
                 if len(texts) != len(others):
                     raise ValueError(f"writer_fn: expected {len(others)} texts, one a prompt, got {len(texts)}")
                 tokens |= {i: (self.encoded(text), None) for i, text in zip(others, texts, strict=True)}
-            mine = [i for i in wanted if i not in tokens]
-            tokens |= dict(zip(mine, self._shared(mine, lambda s, w=who: self._sampled(asks, s, w, seed)), strict=True))
+            if mine := [i for i in wanted if i not in tokens]:
+                sampled = self.gather(self._sampled([asks[i] for i in self._share(mine)], who, seed + self.rank))
+                tokens |= dict(zip(mine, sampled[: len(mine)], strict=True))
         texts = self.tokenizer.batch_decode([list(tokens[i][0]) for i in range(len(asks))], skip_special_tokens=True)
         judged = self._judged(asked, groups, texts, tokens)
         replies = []
@@ -72,19 +81,21 @@ class Writer:
         end = self.tokenizer.eos_token_id
         return tuple(ids) if end is None or (ids and ids[-1] == end) else (*ids, end)
 
-    def _shared(self, indices: list[int], work: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
-        """``work`` on this rank's share; results for all ``indices``."""
-        if not indices:
-            return []
-        return self.gather(list(work(self._share(indices))))[: len(indices)]
-
     def _share(self, indices: list[int]) -> list[int]:
+        """Of this rank, of equal size on all; some of the last indices are there more than once."""
         size = -(-len(indices) // self.ranks)
         padded = [*indices, *[indices[-1]] * (size * self.ranks - len(indices))]
         return padded[self.rank * size : (self.rank + 1) * size]
 
-    def _sampled(self, asks: Sequence[Ask], share: list[int], who: str, seed: int) -> Sequence[Tokens]:
-        return self.sample([asks[i] for i in share], who, seed + self.rank)
+    def _sampled(self, asks: Sequence[Ask], who: str, seed: int) -> list[Tokens]:
+        asked = [self._asked_ids(ask) for ask in asks]
+        return [(tuple(said), prompt) for said, prompt in zip(self.sample(asked, who, seed), asked, strict=True)]
+
+    def _asked_ids(self, ask: Ask) -> Ids:
+        if ask.context is None:
+            return self.prompt_ids(ask.prompt)
+        assert self.prompts is not None
+        return self.prompts.render(ask.prompt, ask.context).prompt_ids
 
     def _judged(
         self,
@@ -103,40 +114,143 @@ class Writer:
         return {i: (tuple(raw[k].tolist()), weighted[k]) for k, i in enumerate(scored)}
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What the rewards of a generation leave for its teachers' prompts."""
+
+    rewards: list[float]  # of all ranks
+    unscored: Tensor  # (rollouts of all ranks,) bool: every verifier failed
+    completion_ids: list[list[int]]  # of this rank
+    feedback: list[str | None]  # of this rank
+    outcome: Outcome | None = None  # of the method's draw
+    before: float = 0.0  # success rate before it
+
+
 def run(
-    method: Method,
+    args: HSDConfig,
     writer: Writer,
-    groups: Sequence[Group],
     rows: Sequence[Mapping[str, Any]],
-    texts: Sequence[str],
-    feedback: Sequence[str | None],
+    scored: Scored,
     *,
-    settings: Mapping[str, Any],
+    size: int,
     state: Any,
     spare: Sequence[Mapping[str, Any]],
-    seed: int,
     step: int,
-    cap: int,
-) -> Outcome:
-    """The draws of all groups of a step; ``rows``, ``texts`` and ``feedback`` are of their rollouts, in order.
+) -> tuple[Outcome, float]:
+    """The draws of all groups of a step, and the success rate before them.
 
-    ``spare`` is the data set. Seed and step alone decide what chance does, and the sampler's seed.
+    ``rows`` are those of this rank's rollouts, ``spare`` is the data set. Seed and step alone decide what chance does,
+    and the sampler's seed.
     """
-    assert method.draw is not None
-    views, at = [], 0
-    for n, group in enumerate(groups):
-        size = len(group.rollouts)
-        rng = peer_rng(seed, step, -(1 << 40) - n)  # apart from the peers' and the contexts'
+    draw = args.method_spec.draw
+    assert draw is not None
+    rows = writer.gather([{k: v for k, v in row.items() if k != "completion"} for row in rows])
+    ids, feedback = writer.gather(scored.completion_ids), writer.gather(scored.feedback)
+    rollouts = [Rollout(tuple(i), reward=r) for i, r in zip(ids, scored.rewards, strict=True)]
+    everyone = members(rows, rollouts, first=0, group_size=size, success_reward=args.success_reward)
+    texts = writer.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    views = []
+    for at in range(0, len(everyone), size):
+        group, n = everyone[at].group, everyone[at].number
+        rng = peer_rng(args.seed, step, -(1 << 40) - n)  # apart from the peers' and the contexts'
         anything = lambda rng=rng: spare[rng.randrange(len(spare))]  # noqa: E731
         pieces = lambda i, g=group: writer.tokenizer.batch_decode([[t] for t in g.rollouts[i].token_ids])  # noqa: E731
         said = texts[at : at + size], pieces, feedback[at : at + size]
-        views.append(GroupView(group, rows[at], *said, rng, settings, state, anything))
-        at += size
+        views.append(GroupView(group, rows[at], *said, rng, args.settings, state, anything))
 
     def answer(asked: list[tuple[int, Ask]], number: int) -> Sequence[Reply]:
-        return writer(asked, views, peer_rng(seed, step, -(1 << 41) - number).getrandbits(31))
+        return writer(asked, views, peer_rng(args.seed, step, -(1 << 41) - number).getrandbits(31))
 
-    return converse([method.draw(view) for view in views], answer, cap)
+    outcome = converse([draw(view) for view in views], answer, args.draw_cap or 4 * len(rows))
+    return outcome, sum(m.success for m in everyone) / max(1, int((~scored.unscored).sum()))
+
+
+def with_replies(rewards: Tensor, outcome: Outcome, size: int) -> Tensor:
+    """The rewards (N, functions) of all ranks, with those of the replies that take a rollout's place."""
+    rewards = rewards.clone()
+    for n, drawn in enumerate(outcome.drawn):
+        if drawn.row is not None and len(drawn.rollouts) != size:
+            raise ValueError(f"row: expected {size} rollouts of another question, got {len(drawn.rollouts)}")
+        for i, reply in drawn.rollouts.items():
+            if len(reply.scores) != rewards.shape[1]:
+                raise ValueError("rollouts: expected replies to asks with scored=True, got one without a reward")
+            rewards[n * size + i] = torch.tensor(reply.scores, dtype=rewards.dtype)
+    return rewards
+
+
+def take_replies(
+    outcome: Outcome, inputs: list[dict[str, Any]], scored: Scored, *, first: int, size: int
+) -> tuple[list[list[int]], list[str | None]]:
+    """This rank's rollouts and their feedback, with replies in the place of some; the questions that these answer go
+    into ``inputs``, TRL's list."""
+    completion_ids, feedback = list(scored.completion_ids), list(scored.feedback)
+    for k, row in enumerate(inputs):
+        n, i = divmod(first + k, size)
+        if reply := outcome.drawn[n].rollouts.get(i):
+            completion_ids[k], feedback[k] = list(reply.token_ids), None
+            inputs[k] = {**row, **(outcome.drawn[n].row or {})}
+    return completion_ids, feedback
+
+
+def put_replies(
+    batch: dict[str, Any],
+    scored: Scored,
+    rows: Sequence[Mapping[str, Any]],
+    writer: Writer,
+    *,
+    size: int,
+    ends: set[int] | None,
+) -> RolloutInputs | None:
+    """Put this rank's rollouts and questions into TRL's batch where replies have taken the place of some.
+
+    Returns the rollouts behind the prompts that they were sampled behind, where a hint made one of these other than the
+    student's or the batch has log-probs of the rollouts that were replaced; else None. ``ends``: a rollout that ends in
+    none of these tokens is masked; None masks none.
+    """
+    assert scored.outcome is not None
+    drawn, first = scored.outcome.drawn, writer.rank * len(rows)
+    if not any(d.rollouts for d in drawn):
+        return None
+    pad_id, device = writer.tokenizer.pad_token_id, batch["completion_ids"].device
+
+    def tensors(rows: Sequence[Sequence[int]], side: Any) -> list[Tensor]:
+        return [x.to(device) for x in padded(rows, pad_id, side)]
+
+    ids, mask = tensors(scored.completion_ids, "right")
+    if ends is not None:
+        mask = mask * torch.tensor([[row[-1] in ends] for row in scored.completion_ids], device=device)
+    asked = [writer.prompt_ids(row["prompt"]) for row in rows]
+    batch["prompt_ids"], batch["prompt_mask"] = tensors(asked, "left")
+    batch |= {"completion_ids": ids, "completion_mask": mask}
+    batch.pop("sampling_per_token_logps", None)
+    outdated = batch.pop("old_per_token_logps", None) is not None
+    if not (outdated or any(r.prompt_ids is not None for d in drawn for r in d.rollouts.values())):
+        return None
+    replies = [drawn[(first + k) // size].rollouts.get((first + k) % size) for k in range(len(asked))]
+    behind = [q if r is None or r.prompt_ids is None else r.prompt_ids for q, r in zip(asked, replies, strict=True)]
+    return replace(student_inputs(batch)[0], prompts={"student": Prompts(*tensors(behind, "left"))})
+
+
+def drawn_columns(
+    method: Method,
+    outcome: Outcome,
+    mine: Sequence[Member],
+    writer: Writer,
+    mask: Tensor,
+    mean_over_ranks: Callable[[Tensor], Tensor],
+    steps: int,
+) -> dict[str, Tensor]:
+    """The draw's marks and extra rows for TRL's batch, whose completion mask is ``mask`` (B, T)."""
+    where = [(m.number, m.index) for m in mine]
+    found = {COLUMN + name: x for name, x in marks(method.marks, outcome.drawn, where, mask.float()).items()}
+    if not method.max_rows:
+        return found
+    of_rollouts = [outcome.drawn[n].rows.get(i, ()) for n, i in where]
+    count = mean_over_ranks(torch.tensor(float(sum(map(len, of_rollouts))), device=mask.device))
+    if count == 0:  # on no rank
+        return found
+    rows = pack_rows(of_rollouts, [m.group.prompt for m in mine], method, writer, count / steps)
+    return found | {name: x.to(mask.device) for name, x in rows.pack().items()}
 
 
 def pack_rows(
@@ -144,17 +258,10 @@ def pack_rows(
     questions: Sequence[Prompt],
     method: Method,
     writer: Writer,
-    prompts: TeacherPrompts | None,
-    pad_id: int,
-    device: Any,
-    mean_over_ranks: Callable[[Tensor], Tensor],
-) -> PackedRows | None:
-    """The extra rows of this rank's rollouts as tensors; None where no rank has any. ``rows_per_micro_batch`` is still
-    that of the whole generation."""
-    count = mean_over_ranks(torch.tensor(float(sum(map(len, of_rollouts))), device=device))
-    if count == 0:
-        return None
-    most = method.max_rows
+    rows_per_micro_batch: Tensor,
+) -> PackedRows:
+    """The extra rows of this rank's rollouts as tensors, on the CPU."""
+    most, pad_id = method.max_rows, writer.tokenizer.pad_token_id
     for rows in of_rollouts:
         if len(rows) > most or any(len(row.contexts) > method.max_contexts for row in rows):
             raise ValueError(
@@ -163,19 +270,18 @@ def pack_rows(
     flat = [row for rows in of_rollouts for row in [*rows, *[Row(())] * (most - len(rows))]]
     shape = (len(of_rollouts), most)
     tokens = [writer.encoded(r.completion) if isinstance(r.completion, str) else tuple(r.completion) for r in flat]
-    ids, mask = (x.reshape(*shape, -1) for x in padded_ids(tokens, pad_id, "right", device))
-    weight = torch.tensor([row.weight for row in flat], device=device).reshape(shape)
-    packed = PackedRows(ids, mask, weight, count)
-    if prompts is None:
+    ids, mask = (x.reshape(*shape, -1) for x in padded(tokens, pad_id))
+    packed = PackedRows(ids, mask, torch.tensor([row.weight for row in flat]).reshape(shape), rows_per_micro_batch)
+    if writer.prompts is None:
         return packed
     asked = [question for question in questions for _ in range(most)]
     shown = [
-        prompts.render(question, context).prompt_ids
+        writer.prompts.render(question, context).prompt_ids
         for question, row in zip(asked, flat, strict=True)
         for context in [*row.contexts, *[Context()] * (method.max_contexts - len(row.contexts))]
     ]
-    theirs = (x.reshape(*shape, method.max_contexts, -1) for x in padded_ids(shown, pad_id, "left", device))
-    return replace(packed, **dict(zip(("teacher_ids", "teacher_mask"), theirs, strict=True)))
+    theirs, their_mask = (x.reshape(*shape, method.max_contexts, -1) for x in padded(shown, pad_id, "left"))
+    return replace(packed, teacher_ids=theirs, teacher_mask=their_mask)
 
 
 def marks(

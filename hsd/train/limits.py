@@ -1,13 +1,16 @@
-"""What an engine rules out, as far as configuration and environment show it, before a model is loaded."""
+"""What a method, an engine and a model rule out between them; most of it shows before a model is loaded."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.train.config import HSDConfig
-from hsd.train.teachers import copies
+from hsd.train.teachers import check_fresh_adapter, copies
 
 # Of zero_optimization: what moves or copies partitions, under which no twin has been run.
 WITHOUT_TWINS = ("zero_hpz_partition_size", "zero_quantized_weights", "mics_shard_size")
@@ -61,6 +64,29 @@ def _offloads(policy: Any) -> bool:
     return type(policy).__name__ == "CPUOffloadPolicy" or bool(getattr(policy, "offload_params", policy is True))
 
 
+def check_columns(name: str, columns: Collection[str], args: HSDConfig) -> None:
+    """Raise ValueError where the method needs a column that is not among ``columns``; none at all are not known."""
+    needed = {"prompt", "answer", *args.method_spec.needs}
+    if columns and not needed <= set(columns):
+        wanted = f"columns {sorted(needed)} for method={args.method!r}"
+        raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
+
+
+def check_method(args: HSDConfig, given: dict[str, Any]) -> None:
+    """Raise ValueError where ``given``, arguments of the trainer by name, do not go with the method."""
+    for name in ("environment_factory", "rollout_func"):  # they may change the question after the data set
+        if args.has_teacher and given.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected None with method={args.method!r}, whose teacher is given the data set's"
+            )
+    if args.draws and not args.own_loss:
+        raise ValueError(f"policy_loss: expected 'fused' with method={args.method!r}, which draws, {args.why_trl()}")
+    if given.get("writer_fn") is not None and not args.draws:
+        raise ValueError(f"writer_fn: expected None with method={args.method!r}, which draws nothing")
+    if given.get("feedback_fn") is not None and not args.method_spec.uses_feedback:
+        raise ValueError(f"feedback_fn: expected None with method={args.method!r}, which shows no feedback")
+
+
 def check_no_tensor_parallelism(model: Any, args: HSDConfig) -> None:
     """Raise ValueError where ranks would share one model's matrices: TRL gives every rank rollouts of its own."""
     deepspeed = getattr(getattr(args, "deepspeed_plugin", None), "deepspeed_config", {})
@@ -81,7 +107,9 @@ def check_no_tensor_parallelism(model: Any, args: HSDConfig) -> None:
 
 def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
     """Raise ValueError for what ``engine`` rules out; ``peft``: whether LoRA is trained."""
-    if args.draws and (engine.name == "fsdp" or engine.stage == 3):
+    beside = f"with a frozen policy beside the student (teacher={args.teacher!r}, reference_coef={args.reference_coef})"
+    splits = engine.name == "fsdp" or engine.stage == 3
+    if args.draws and splits:
         raise ValueError(f"method: expected one that draws nothing under {engine}, got {args.method!r}")
     if engine.name == "fsdp" and args.has_teacher:
         if engine.fsdp_version != 2:
@@ -89,11 +117,13 @@ def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
                 f"fsdp_version: expected 2, got {engine.fsdp_version}, which flattens the weights that the loss reads"
             )
         if engine.fsdp_offload and copies(args, peft=peft):
-            raise ValueError(
-                f"fsdp_offload_params: expected False with a frozen policy beside the student (teacher={args.teacher!r}"
-                f", reference_coef={args.reference_coef}), got True"
-            )
-    if (engine.name == "fsdp" or engine.stage == 3) and args.own_loss and args.tree_token_budget is not None:
+            raise ValueError(f"fsdp_offload_params: expected False {beside}, got True")
+    if splits and args.teacher_success_every:
+        raise ValueError(
+            "teacher_success_every: expected None where a rank holds a part of the weights, which cannot sample, "
+            f"got {args.teacher_success_every}"
+        )
+    if splits and args.own_loss and args.tree_token_budget is not None:
         raise ValueError(
             f"tree_token_budget: expected None under {engine}, where ranks take part in each other's forward passes "
             f"and a tree over the budget takes as many as its rank's rollouts ask for, got {args.tree_token_budget}"
@@ -102,12 +132,40 @@ def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
         zero = engine.zero or {}
         for name in WITHOUT_TWINS:
             if zero.get(name) not in (None, False, 1, -1):
-                raise ValueError(
-                    f"deepspeed: expected no {name} with a frozen policy beside the student (teacher={args.teacher!r}, "
-                    f"reference_coef={args.reference_coef}), got {zero[name]}"
-                )
+                raise ValueError(f"deepspeed: expected no {name} {beside}, got {zero[name]}")
         if (zero.get("offload_param") or {}).get("device", "none") != "none":
-            raise ValueError(
-                "deepspeed: expected no offload_param with a frozen policy beside the student (teacher="
-                f"{args.teacher!r}, reference_coef={args.reference_coef}), got {zero['offload_param']}"
-            )
+            raise ValueError(f"deepspeed: expected no offload_param {beside}, got {zero['offload_param']}")
+
+
+def makes_loss(args: HSDConfig, policy: Any, tried: Any, engine: Engine, *, aux_loss: bool, whole: bool) -> bool:
+    """Whether the loss is made here, not by TRL; a warning says why it is not although its options allow it.
+
+    Args:
+        tried: The policy, or a model that computes as it does, where no rank has its weights ``whole``.
+        aux_loss: Whether the router of a mixture of experts has a loss of its own.
+
+    Raises ValueError for a model that a method with a teacher, or ``policy_loss="fused"``, cannot train.
+    """
+    if not args.own_loss:
+        return False
+    reason = None
+    if not args.has_teacher and aux_loss:
+        reason = f"router_aux_loss_coef={args.router_aux_loss_coef}: the fused loss has no such term"
+    elif not args.has_teacher and engine.name == "fsdp" and engine.fsdp_version != 2:
+        reason = f"fsdp_version={engine.fsdp_version} flattens the weights that the fused loss reads"
+    else:
+        try:
+            body_and_head(policy)
+            check_body_and_head(tried, body_and_head(tried))
+        except ValueError as error:
+            if args.has_teacher:
+                raise
+            reason = str(error)
+    if reason is None:
+        if whole:
+            check_fresh_adapter(policy, args)
+        return True
+    if args.policy_loss == "fused" or args.reference_coef or args.policy_coef != 1.0:
+        raise ValueError(f"policy_loss: expected 'trl' for this model, got {args.policy_loss!r}: {reason}")
+    warnings.warn(f"policy_loss: TRL's own loss, because {reason}", stacklevel=3)
+    return False

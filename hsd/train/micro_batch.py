@@ -190,10 +190,10 @@ class MicroBatchLoss:
         elsewhere = None if self.frozen.live else lambda chunk: []
         loss = two_phase_loss(policy, parts.body, tree, chunk_loss, budget, teacher=elsewhere)
         references = [out.reference for out in outs if out.reference is not None]
-        return LossOutput(loss, _joined([out.stats for out in outs if out.stats is not None]), _joined(references))
+        return LossOutput(loss, joined([out.stats for out in outs if out.stats is not None]), joined(references))
 
 
-def _joined(tables: list[RowStats]) -> RowStats | None:
+def joined(tables: list[RowStats]) -> RowStats | None:
     """Of consecutive rollouts; None of none."""
     if not tables:
         return None

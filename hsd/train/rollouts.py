@@ -36,7 +36,7 @@ def rollout_rows(
     for i, m in enumerate(members):
         if m.number >= groups:
             continue
-        rollout, shown = m.group.rollouts[m.index], prompts[i][0] if prompts else None
+        rollout, shown = m.rollout, prompts[i][0] if prompts else None
         found.append(
             {
                 "step": step,

@@ -13,7 +13,7 @@ What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``, ``eos_token_ids``,
-  ``_pending_extra_logs``, ``_pending_metrics``
+  ``_pending_extra_logs``, ``_pending_metrics``, ``aux_loss_enabled``
 - keys of its batch: ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, ``tool_mask``,
   ``advantages``, ``old_per_token_logps`` (`hsd.train.batch` takes them from there)
 - functions: ``_generate_single_turn``, ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its
@@ -23,13 +23,12 @@ What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,61 +44,47 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from hsd.evaluate.sampling import Sampling, sample_from_ids
 from hsd.files import replacing
-from hsd.hindsight.context import (
-    DEFAULT_CHAT_TEMPLATE,
-    DEFAULT_TEXT_TEMPLATE,
-    ContextTemplate,
-    known_words,
-    tokenize_prompt,
-)
+from hsd.hindsight.context import ContextTemplate, known_words, tokenize_prompt
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
-from hsd.hindsight.teacher_prompts import TeacherPrompt, TeacherPrompts
-from hsd.methods.draw import Ask, Outcome
+from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.methods.method import Generation, State
-from hsd.methods.state import RefreshGate
+from hsd.methods.state import RefreshGate, load_states, save_states
 from hsd.methods.term import Stats, scheduled
-from hsd.policy.body_and_head import body_and_head, check_body_and_head
-from hsd.policy.forward import Prompts, RolloutInputs
+from hsd.policy.body_and_head import body_and_head
+from hsd.policy.forward import RolloutInputs
 from hsd.policy.frozen import in_eval_mode, inner_model, is_peft
 from hsd.policy.sharding import gather, reshard, stored_tensors, weights_of
 from hsd.policy.stand_in import small_model
-from hsd.policy.tree.attention import enable_tree
-from hsd.policy.tree.check import try_tree, warn_unshared, why_not
+from hsd.policy.tree.check import choose_sharing
 from hsd.policy.vocabulary import check_vocabulary
 from hsd.process import settle
 from hsd.progress import say
+from hsd.train import draw
 from hsd.train.alarms import repeated_tail
-from hsd.train.batch import COLUMN, TeacherBatch, collate, padded_ids, shuffle_groups, student_inputs, unpack
+from hsd.train.batch import COLUMN, facts_of, has_contexts, rows_of, shuffle_groups, student_inputs, unpack
 from hsd.train.callbacks import ROLLOUTS, TEXTS, RunFiles, steps_of_a_generation
 from hsd.train.card import CARD, model_card
 from hsd.train.config import HSDConfig
 from hsd.train.diagnostics import of_texts
-from hsd.train.draw import Writer, draw_metrics, marks, pack_rows, record
-from hsd.train.draw import run as run_draw
-from hsd.train.limits import Engine, check_engine, check_no_tensor_parallelism, engine_of
+from hsd.train.limits import (
+    check_columns,
+    check_engine,
+    check_method,
+    check_no_tensor_parallelism,
+    engine_of,
+    makes_loss,
+)
 from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
-from hsd.train.micro_batch import MicroBatchLoss
+from hsd.train.micro_batch import MicroBatchLoss, joined
 from hsd.train.rollouts import append_rollouts, rollout_rows
 from hsd.train.step_time import StepTime
-from hsd.train.teachers import FrozenPolicies, check_fresh_adapter
+from hsd.train.teachers import FrozenPolicies
 from hsd_kernels import RowStats, fused_token_logps
 
-# What the environment says about each completion: called with prompts=, completions= and the data-set columns.
 STATE, GATE = "method_state.json", "teacher_gate.json"
+# What the environment says about each completion: called with prompts=, completions= and the data-set columns.
 FeedbackFn = Callable[..., Sequence[str | None]]
 WriterFn = Callable[[list[Prompt]], Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the rewards of a batch leave for its teachers' prompts."""
-
-    rewards: list[float]  # of all ranks
-    unscored: Tensor  # (rollouts of all ranks,) bool: every verifier failed
-    completion_ids: list[list[int]]  # of this rank
-    feedback: Sequence[str | None]  # of this rank
-    outcome: Outcome | None = None  # of the method's draw
-    before: float = 0.0  # success rate before it
 
 
 class HSDTrainer(GRPOTrainer):
@@ -133,17 +118,7 @@ class HSDTrainer(GRPOTrainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", kwargs.get("eval_dataset"))):
             for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
                 check_columns(name, getattr(part, "column_names", None) or (), args)
-        for name in ("environment_factory", "rollout_func"):  # they may change the question after the data set
-            if args.has_teacher and kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name}: expected None with method={args.method!r}, whose teacher is given the data set's"
-                )
-        if args.draws and not args.own_loss:
-            raise ValueError(
-                f"policy_loss: expected 'fused' with method={args.method!r}, which draws, {args.why_trl()}"
-            )
-        if writer_fn is not None and not args.draws:
-            raise ValueError(f"writer_fn: expected None with method={args.method!r}, which draws nothing")
+        check_method(args, {"feedback_fn": feedback_fn, "writer_fn": writer_fn} | kwargs)
         check_no_tensor_parallelism(model, args)
         self.step_time = StepTime()
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
@@ -153,31 +128,22 @@ class HSDTrainer(GRPOTrainer):
             raise ValueError(f"tools: expected none with method={args.method!r}, which draws, got {len(self.tools)}")
         if self._is_vlm:
             raise ValueError("model: expected a text model, got a vision-language one")
-        check_vocabulary(self.accelerator.unwrap_model(self.model), self._tokenizer)
-        if feedback_fn is not None and not args.method_spec.uses_feedback:
-            raise ValueError(f"feedback_fn: expected None with method={args.method!r}, which shows no feedback")
-        self.context_template = context_template
-        self.feedback_fn, self.writer_fn = feedback_fn, writer_fn
-        policy: Any = self.accelerator.unwrap_model(self.model)
+        policy = self._policy
+        check_vocabulary(policy, self._tokenizer)
+        self.feedback_fn = feedback_fn
         self._redirect = _ForwardRedirection()
         held = weights_of(self.accelerator, self._redirect)
-        if args.teacher_success_every and held.gathers:
-            raise ValueError(
-                "teacher_success_every: expected None where a rank holds a part of the weights, which cannot sample, "
-                f"got {args.teacher_success_every}"
-            )
         engine = engine_of(self.accelerator)
         check_engine(args, engine, peft=is_peft(policy))
         tried = policy
         if args.own_loss and held.gathers:  # weights that a rank lacks cannot be compared: those of a small model are
             tried = small_model(policy, self.accelerator.device)
-        self.own_loss = args.own_loss and (args.has_teacher or self._can_be_fused(tried, engine))
-        if self.own_loss:
-            body_and_head(policy)
-            check_body_and_head(tried, body_and_head(tried))
-            if not held.gathers:
-                check_fresh_adapter(policy, args)
-        self.prefix_sharing = self._choose_sharing(policy, tried) if self.own_loss else "none"
+        aux_loss, whole = self.aux_loss_enabled, not held.gathers
+        self.own_loss = makes_loss(args, policy, tried, engine, aux_loss=aux_loss, whole=whole)
+        self.prefix_sharing = "none"
+        if self.own_loss:  # before frozen copies are made: they take the tree as the policy does
+            with self.accelerator.autocast():
+                self.prefix_sharing = choose_sharing(args.prefix_sharing, policy, tried, args.neftune_noise_alpha)
         rule = "uniform" if self.prefix_sharing == "none" else "paired"
         self.peer_rule = rule if args.peer_rule == "auto" else args.peer_rule
         self.frozen = FrozenPolicies(policy, args, held)
@@ -190,84 +156,39 @@ class HSDTrainer(GRPOTrainer):
             token_budget=args.tree_token_budget,
             diagnostics=args.diagnostics,
         )
-        self.teacher_prompts = self._teacher_prompts()
+        self.teacher_prompts = args.teacher_prompts(
+            self._tokenizer, context_template, self.peer_rule, self._chat_template
+        )
+        self.writer = draw.Writer(
+            self._tokenizer,
+            self._prompt_ids,
+            self.teacher_prompts,
+            self._sampled,
+            self._judged,
+            gather_object,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            writer_fn,
+        )
         make_state = args.method_spec.state
         self.method_state = None if make_state is None else make_state()
         gate = args.teacher_gate
         self.gate = None if gate is None else RefreshGate(int(gate[0]), gate[1], gate[2])
         self.refresh = False  # set by a generation, taken by the step after it
         # Set by _calculate_rewards, taken and cleared by _generate_and_score_completions, which calls it.
-        self._scored: Scored | None = None
+        self._scored: draw.Scored | None = None
         self.add_callback(_AfterStep(self))
         self.add_callback(RunFiles(Path(str(args.output_dir)), args.teacher if args.has_teacher else ""))
 
-    def _can_be_fused(self, tried: Any, engine: Engine) -> bool:
-        """Whether the fused loss of a method without a teacher is TRL's for this model. Raises ValueError where it was
-        asked for and is not."""
-        reason = None
-        if self.aux_loss_enabled:
-            reason = f"router_aux_loss_coef={self.args.router_aux_loss_coef}: the fused loss has no such term"
-        elif engine.name == "fsdp" and engine.fsdp_version != 2:
-            reason = f"fsdp_version={engine.fsdp_version} flattens the weights that the fused loss reads"
-        else:
-            try:
-                check_body_and_head(tried, body_and_head(tried))
-            except ValueError as error:
-                reason = str(error)
-        if reason is None:
-            return True
-        if self.args.policy_loss == "fused" or self.args.reference_coef or self.args.policy_coef != 1.0:
-            raise ValueError(f"policy_loss: expected 'trl' for this model, got {self.args.policy_loss!r}: {reason}")
-        warnings.warn(f"policy_loss: TRL's own loss, because {reason}", stacklevel=3)
-        return False
+    @property
+    def _policy(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
 
-    def _choose_sharing(self, policy: Any, tried: Any) -> str:
-        """ "tree", "prompt" or "none". Before frozen copies are made: they take the tree as the policy does."""
-        asked = self.args.prefix_sharing
-        if asked == "none":
-            return asked
-        if self.args.neftune_noise_alpha:
-            reason = (
-                f"neftune_noise_alpha={self.args.neftune_noise_alpha}: a shared token would draw its noise once for "
-                "all sequences, scaled by the length of the batch, expected None"
-            )
-        else:
-            with self.accelerator.autocast():
-                reason = why_not(policy) or try_tree(tried)
-            if reason is None:
-                enable_tree(policy)
-        if reason is None:
-            return "tree" if asked == "auto" else asked
-        if asked != "auto":
-            raise ValueError(f"prefix_sharing: expected 'none' for this model, got {asked!r}: {reason}")
-        warn_unshared(reason)
-        return "none"
-
-    def _teacher_prompts(self) -> TeacherPrompts | None:
-        args, method = self.args, self.args.method_spec
+    @property
+    def _chat_template(self) -> dict[str, Any]:
+        """As TRL renders the student's prompt."""
         given: Any = self.chat_template_kwargs
-        if method.contexts is None:
-            return None
-
-        def template_for(prompt: Prompt) -> ContextTemplate:
-            default = DEFAULT_TEXT_TEMPLATE if isinstance(prompt, str) else DEFAULT_CHAT_TEMPLATE
-            return self.context_template or args.context_template(default)
-
-        return TeacherPrompts(
-            method.contexts,
-            self._tokenizer,
-            template_for,
-            count=method.max_contexts,
-            peer_rule=self.peer_rule if method.draws_peers else None,
-            show_answer=args.show_answer,
-            fallback=args.fallback,
-            strip_thinking=args.strip_thinking,
-            settings=args.settings,
-            seed=args.seed,
-            max_length=args.max_teacher_prompt_length,
-            # As TRL renders the student's prompt.
-            chat_template_kwargs={**given, "chat_template": self.chat_template, "tools": self.tools or None},
-        )
+        return {**given, "chat_template": self.chat_template, "tools": self.tools or None}
 
     # -- rollouts -> groups -> teacher prompts --------------------------------------------------------------------
 
@@ -313,13 +234,13 @@ class HSDTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        feedback: Sequence[str | None] = [None] * len(inputs)
+        feedback: list[str | None] = [None] * len(inputs)
         if self.feedback_fn is not None:
             columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
-            feedback = self.feedback_fn(prompts=prompts, completions=completions, **columns)
+            feedback = list(self.feedback_fn(prompts=prompts, completions=completions, **columns))
             if len(feedback) != len(inputs):
                 raise ValueError(f"feedback_fn: expected {len(inputs)} texts, one a completion, got {len(feedback)}")
-        self._scored = Scored(*self._weighted(rewards), [list(ids) for ids in completion_ids_list], feedback)
+        self._scored = draw.Scored(*self._weighted(rewards), [list(ids) for ids in completion_ids_list], feedback)
         return self._draw(inputs, rewards, self._scored) if self.args.draws else rewards
 
     def _weighted(self, rewards: Tensor) -> tuple[list[float], Tensor]:
@@ -337,97 +258,96 @@ class HSDTrainer(GRPOTrainer):
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         scored, self._scored = self._scored, None
         assert scored is not None
-        device, mode, size = batch["completion_ids"].device, self._mode, self._group_size
+        args, mode, size, outcome = self.args, self._mode, self._group_size, scored.outcome
         first = self.accelerator.process_index * len(inputs)
-        old_logps = None
-        if scored.outcome is not None:
-            old_logps = self._put_drawn(batch, inputs, scored, first)
+        sampled = None
+        if outcome is not None:
+            ends = {*self.eos_token_ids, self._pad_id} if args.mask_truncated_completions else None
+            sampled = draw.put_replies(batch, scored, inputs, self.writer, size=size, ends=ends)
         rollouts = self._rollouts(batch, scored)
-        mine = members(inputs, rollouts, first=first, group_size=size, success_reward=self.args.success_reward)
-        success = torch.tensor([m.success for m in mine], device=device)
-        has_peer = torch.tensor([m.has_peer for m in mine], device=device)
-        batch["advantages"] = batch["advantages"].masked_fill(scored.unscored[first : first + len(inputs)], 0.0)
-        everywhere: Any = self.accelerator.gather(torch.stack([success, has_peer], -1))
-        metrics = group_metrics(everywhere[:, 0], everywhere[:, 1], scored.unscored, size)
-        if scored.outcome is not None:
-            drawn = draw_metrics(scored.outcome, len(scored.rewards))
-            metrics |= {name: torch.tensor(value) for name, value in drawn.items()}
-            metrics["success_before_draw"] = torch.tensor(scored.before)
-        self._record(mode, metrics)
-        if self.gate is not None and mode == "train":
-            truncated = self._metrics[mode]["completions/clipped_ratio"][-1]  # of all ranks, as the success rate
-            self.refresh = self.gate.step(metrics["success_rate"].item(), truncated)
-        tails = sum(map(repeated_tail, scored.completion_ids)) / len(scored.completion_ids)
-        prompts, outcome = None, scored.outcome
+        mine = members(inputs, rollouts, first=first, group_size=size, success_reward=args.success_reward)
+        success = torch.tensor([m.success for m in mine], device=batch["completion_ids"].device)
+        unscored = scored.unscored[first : first + len(inputs)]
+        batch["advantages"] = batch["advantages"].masked_fill(unscored, 0.0)
+        self._record_success(mine, success, scored)
+        prompts = None
         if self.teacher_prompts is not None:
-            groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-            drawn = [] if outcome is None else outcome.drawn
             prompts = self.teacher_prompts.make(
                 mine,
                 inputs,
                 scored.feedback,
                 step=self.state.global_step,
-                groups=groups,
-                notes={(n, i): note for n, d in enumerate(drawn) for i, note in d.notes.items()},
+                groups=[rollouts[i : i + size] for i in range(0, len(rollouts), size)],
+                notes=None if outcome is None else outcome.notes,
                 state=self.method_state,
             )
-        if self.args.record_groups and mode == "train":
-            unscored = scored.unscored[first : first + len(inputs)].tolist()
-            self._write_rollouts(mine, prompts, unscored)
-        if self.args.diagnostics:
+        if args.record_groups and mode == "train":
+            self._write_rollouts(mine, prompts, unscored.tolist())
+        if args.diagnostics:
             self._record(mode, of_texts(self._tokenizer.batch_decode(scored.completion_ids, skip_special_tokens=True)))
+        tails = sum(map(repeated_tail, scored.completion_ids)) / len(scored.completion_ids)
         self._record(mode, (context_metrics(prompts) if prompts else {}) | {"repeated_tail": tails})
-        every = self.args.teacher_success_every
+        every = args.teacher_success_every
         if prompts and every and mode == "train" and self.state.global_step % every == 0:
             with self.step_time.part("teacher_success"):
                 self._record(mode, {"teacher_success": self._teacher_success(inputs, prompts, first)})
         if not self.own_loss:
             return batch
-        rewards = [m.group.rollouts[m.index].reward for m in mine]
-        rates = [len(m.group.successes) / len(m.group.rollouts) for m in mine]
-        facts = {
-            "reward": torch.tensor(rewards, device=device),
-            "group_success": torch.tensor(rates, device=device),
-        }
-        self._add_rows(batch, prompts, success, facts)
+        steps: Any = args.steps_per_generation if mode == "train" else 1
+        mean = self._mean_over_ranks
+        batch |= facts_of(batch, mine, success, prompts, args, self._pad_id, mean, steps).pack()
         if outcome is not None:
-            self._add_drawn(batch, mine, outcome)
-        if old_logps is not None:
-            batch["old_per_token_logps"] = old_logps
-        elif "old_per_token_logps" in batch and self.args.needs_old_logps:
+            mask = batch["completion_mask"]
+            batch |= draw.drawn_columns(args.method_spec, outcome, mine, self.writer, mask, mean, steps)
+        if args.needs_old_logps and (sampled is not None or "old_per_token_logps" in batch):
             # TRL's left-padded prompts have no position ids: with GPT-2's absolute positions its log-probs are of
             # another policy than the loss's, 2 to 6 nats away.
-            batch["old_per_token_logps"] = self._logps(*student_inputs(batch), temperature=self.temperature)
+            plain, mask = student_inputs(batch)
+            batch["old_per_token_logps"] = self._logps(sampled or plain, mask, temperature=self.temperature)
         self._add_columns(batch)
         return batch
 
-    @torch.no_grad()
+    def _record_success(self, mine: Sequence[Member], success: Tensor, scored: draw.Scored) -> None:
+        """Metrics of the groups of all ranks, and whether a gated teacher is refreshed by them."""
+        has_peer = torch.tensor([m.has_peer for m in mine], device=success.device)
+        everywhere: Any = self.accelerator.gather(torch.stack([success, has_peer], -1))
+        metrics: dict[str, Any] = group_metrics(everywhere[:, 0], everywhere[:, 1], scored.unscored, self._group_size)
+        if scored.outcome is not None:
+            metrics |= draw.draw_metrics(scored.outcome, len(scored.rewards)) | {"success_before_draw": scored.before}
+        self._record(self._mode, metrics)
+        if self.gate is not None and self._mode == "train":
+            truncated = self._metrics["train"]["completions/clipped_ratio"][-1]  # of all ranks, as the success rate
+            self.refresh = self.gate.step(metrics["success_rate"].item(), truncated)
+
     def _teacher_success(
         self, inputs: list[dict[str, Any]], prompts: Sequence[Sequence[TeacherPrompt]], first: int
     ) -> float:
         """Share of successes among replies sampled from the teacher, one from the first context of each rollout."""
-        args, policy = self.args, self.accelerator.unwrap_model(self.model)
-        sampling = Sampling(
-            int(self.max_completion_length),  # type: ignore[arg-type]
-            args.temperature,
-            args.top_p,
-            batch_size=len(inputs),
-        )
-        shown = [list(row[0].context.prompt_ids) for row in prompts]
-        seed = hash((args.seed, self.state.global_step, first)) % 2**31
-        with self.frozen.sampler(policy) as model, in_eval_mode(model), self.accelerator.autocast():
-            rollouts = sample_from_ids(model, self._tokenizer, shown, sampling, seed=seed)
-        texts: Any = self._tokenizer.batch_decode(rollouts, skip_special_tokens=True)
-        asked = [row["prompt"] for row in inputs]
-        plain = isinstance(asked[0], str)
-        replies = texts if plain else [[{"role": "assistant", "content": text}] for text in texts]
-        rewards = super()._calculate_rewards(inputs, asked, replies, rollouts)[first : first + len(inputs)]
+        shown = [row[0].context.prompt_ids for row in prompts]
+        seed = hash((self.args.seed, self.state.global_step, first)) % 2**31
+        with self.frozen.sampler(self._policy) as model, in_eval_mode(model), self.accelerator.autocast():
+            rollouts = sample_from_ids(model, self._tokenizer, shown, self._sampling(len(inputs)), seed=seed)
+        texts = self._tokenizer.batch_decode(rollouts, skip_special_tokens=True)
+        rewards = self._rewards_of(inputs, texts, rollouts)[first : first + len(inputs)]
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
-        counts = torch.tensor([row[0].context.kind != "nothing" for row in prompts], device=rewards.device)
-        counts &= ~rewards.isnan().all(-1)
-        return ((weighted >= args.success_reward) & counts).sum().item() / max(int(counts.sum()), 1)
+        counts = has_contexts(prompts)[:, 0].to(rewards.device) & ~rewards.isnan().all(-1)
+        return ((weighted >= self.args.success_reward) & counts).sum().item() / max(int(counts.sum()), 1)
+
+    def _sampling(self, batch_size: int) -> Sampling:
+        """As the rollouts are sampled."""
+        longest: Any = self.max_completion_length
+        return Sampling(longest, self.args.temperature, self.args.top_p, batch_size)
+
+    def _rewards_of(
+        self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], ids: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """(N, functions) of all ranks, for replies to these rows of this rank."""
+        chat = not isinstance(rows[0]["prompt"], str)
+        completions = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
+        prompts = [row["prompt"] for row in rows]
+        return super()._calculate_rewards([dict(row) for row in rows], prompts, completions, [list(i) for i in ids])
 
     # -- a method's draw ------------------------------------------------------------------------------------------
 
@@ -436,154 +356,48 @@ class HSDTrainer(GRPOTrainer):
         size: Any = self.num_generations if self._mode == "train" else self.num_generations_eval
         return size
 
-    def _draw(self, inputs: list[dict[str, Any]], rewards: Tensor, scored: Scored) -> Tensor:
+    def _draw(self, inputs: list[dict[str, Any]], rewards: Tensor, scored: draw.Scored) -> Tensor:
         """The rewards (N, functions) of all ranks, with those of the replies that take a rollout's place."""
-        args, size, training = self.args, self._group_size, self._mode == "train"
-        ids, feedback = gather_object(scored.completion_ids), gather_object(list(scored.feedback))
-        rows = gather_object([{k: v for k, v in row.items() if k != "completion"} for row in inputs])
-        rollouts = [Rollout(tuple(i), reward=r) for i, r in zip(ids, scored.rewards, strict=True)]
-        members_of_all = members(rows, rollouts, first=0, group_size=size, success_reward=args.success_reward)
-        outcome = run_draw(
-            args.method_spec,
-            self._writer,
-            [m.group for m in members_of_all[::size]],
-            rows,
-            self._tokenizer.batch_decode(ids, skip_special_tokens=True),
-            feedback,
-            settings=args.settings,
-            state=self.method_state if training else copy.deepcopy(self.method_state),
-            spare=self.train_dataset,  # type: ignore[arg-type]
-            seed=args.seed,
-            step=self.state.global_step,
-            cap=args.draw_cap or 4 * len(rows),
+        size, training, step = self._group_size, self._mode == "train", self.state.global_step
+        state = self.method_state if training else copy.deepcopy(self.method_state)
+        spare: Any = self.train_dataset
+        outcome, before = draw.run(
+            self.args, self.writer, inputs, scored, size=size, state=state, spare=spare, step=step
         )
         if not training:  # an evaluation is of the policy's own rollouts
             outcome = replace(outcome, drawn=[replace(d, rollouts={}, row=None) for d in outcome.drawn])
         elif self.is_world_process_zero():
-            record(Path(str(args.output_dir)) / TEXTS, self.state.global_step + 1, outcome)
-        before = sum(m.success for m in members_of_all) / max(1, int((~scored.unscored).sum()))
-        rewards = rewards.clone()
-        for n, drawn in enumerate(outcome.drawn):
-            if drawn.row is not None and len(drawn.rollouts) != size:
-                raise ValueError(f"row: expected {size} rollouts of another question, got {len(drawn.rollouts)}")
-            for i, reply in drawn.rollouts.items():
-                if len(reply.scores) != rewards.shape[1]:
-                    raise ValueError("rollouts: expected replies to asks with scored=True, got one without a reward")
-                rewards[n * size + i] = torch.tensor(reply.scores, dtype=rewards.dtype)
+            draw.record(Path(str(self.args.output_dir)) / TEXTS, step + 1, outcome)
         first = self.accelerator.process_index * len(inputs)
-        own, said = list(scored.completion_ids), list(scored.feedback)
-        for k, row in enumerate(inputs):
-            n, i = divmod(first + k, size)
-            if i in outcome.drawn[n].rollouts:
-                own[k], said[k] = list(outcome.drawn[n].rollouts[i].token_ids), None
-                inputs[k] = {**row, **(outcome.drawn[n].row or {})}
-        self._scored = Scored(*self._weighted(rewards), own, said, outcome, before)
+        own, feedback = draw.take_replies(outcome, inputs, scored, first=first, size=size)
+        rewards = draw.with_replies(rewards, outcome, size)
+        self._scored = draw.Scored(*self._weighted(rewards), own, feedback, outcome, before)
         return rewards
 
-    @property
-    def _writer(self) -> Writer:
-        return Writer(
-            self._tokenizer,
-            self._sampled,
-            self._judged,
-            gather_object,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.writer_fn,
-        )
-
-    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        given: Any = self.chat_template_kwargs
-        template = {**given, "chat_template": self.chat_template}
+    def _prompt_ids(self, prompt: Prompt) -> draw.Ids:
+        template = {name: value for name, value in self._chat_template.items() if name != "tools"}
         return tokenize_prompt(self._tokenizer, prompt, chat_template_kwargs=template)
 
-    def _asked_ids(self, ask: Ask) -> tuple[int, ...]:
-        if ask.context is None:
-            return self._prompt_ids(ask.prompt)
-        assert self.teacher_prompts is not None
-        return self.teacher_prompts.render(ask.prompt, ask.context).prompt_ids
-
-    def _sampled(self, asks: Sequence[Ask], who: str, seed: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Tokens and prompts of what the policy, or the run's teacher, says; the RNG of the rollouts is left alone."""
-        ids = [list(self._asked_ids(ask)) for ask in asks]
-        policy: Any = self.accelerator.unwrap_model(self.model)
-        args, longest = self.args, self.max_completion_length
+    def _sampled(self, prompts: Sequence[draw.Ids], who: str, seed: int) -> Sequence[Sequence[int]]:
+        """What the policy, or the run's teacher, says; the RNG of the rollouts is left alone."""
+        ids, args = [list(prompt) for prompt in prompts], self.args
         size = max(1, args.generation_batch_size // args.world_size)  # type: ignore[operator]
         if who == "teacher" and self.frozen.teacher is not None:
-            sampling = Sampling(longest, args.temperature, args.top_p, size)  # type: ignore[arg-type]
-            with self.frozen.sampler(policy) as model:
-                said = sample_from_ids(model, self._tokenizer, ids, sampling, seed=seed)
-        else:
-            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed)
-                parts = [ids[at : at + size] for at in range(0, len(ids), size)]  # as large as a generation
-                said = [s for part in parts for s in self._generate_single_turn(part, None, {}, 1)[0]]
-        return [(tuple(s), tuple(p)) for s, p in zip(said, ids, strict=True)]
+            with self.frozen.sampler(self._policy) as model:
+                return sample_from_ids(model, self._tokenizer, ids, self._sampling(size), seed=seed)
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            parts = [ids[at : at + size] for at in range(0, len(ids), size)]  # as large as a generation
+            return [said for part in parts for said in self._generate_single_turn(part, None, {}, 1)[0]]
 
     def _judged(
         self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], ids: Sequence[Sequence[int]]
     ) -> tuple[Tensor, list[float]]:
-        chat = not isinstance(rows[0]["prompt"], str)
-        completions = [[{"role": "assistant", "content": t}] if chat else t for t in texts]
-        raw = super()._calculate_rewards(
-            [dict(row) for row in rows], [row["prompt"] for row in rows], completions, [list(i) for i in ids]
-        )
+        raw = self._rewards_of(rows, texts, ids)
         return raw, self._weighted(raw)[0]
 
-    def _put_drawn(
-        self, batch: dict[str, Any], inputs: Sequence[Mapping[str, Any]], scored: Scored, first: int
-    ) -> Tensor | None:
-        """The drawn rollouts in the batch's tensors. Returns the log-probs (B, T) of the policies that sampled, where
-        one of them had another prompt than the student's."""
-        assert scored.outcome is not None
-        drawn, size, device = scored.outcome.drawn, self._group_size, batch["completion_ids"].device
-        if not any(d.rollouts for d in drawn):
-            return None
-        pad_id: Any = self._tokenizer.pad_token_id
-        ids, mask = padded_ids(scored.completion_ids, pad_id, "right", device)
-        if self.args.mask_truncated_completions:
-            ends = {*self.eos_token_ids, pad_id}
-            mask = mask * torch.tensor([[row[-1] in ends] for row in scored.completion_ids], device=device)
-        batch |= {"completion_ids": ids, "completion_mask": mask}
-        batch.pop("sampling_per_token_logps", None)
-        replies = [drawn[(first + k) // size].rollouts.get((first + k) % size) for k in range(len(inputs))]
-        asked = [self._prompt_ids(row["prompt"]) for row in inputs]
-        batch["prompt_ids"], batch["prompt_mask"] = padded_ids(asked, pad_id, "left", device)
-        student, mask = student_inputs(batch)
-        hinted = any(r.prompt_ids is not None for d in drawn for r in d.rollouts.values())
-        if not (self.args.needs_old_logps and (hinted or "old_per_token_logps" in batch)):
-            batch.pop("old_per_token_logps", None)
-            return None
-        behind = [q if r is None or r.prompt_ids is None else r.prompt_ids for q, r in zip(asked, replies, strict=True)]
-        prompts = {"student": Prompts(*padded_ids(behind, pad_id, "left", device))}
-        return self._logps(replace(student, prompts=prompts), mask, temperature=self.temperature)
-
-    def _add_drawn(self, batch: dict[str, Any], mine: Sequence[Member], outcome: Outcome) -> None:
-        """Extra rows, and the columns of the draw's marks."""
-        method, where = self.args.method_spec, [(m.number, m.index) for m in mine]
-        batch |= {
-            COLUMN + k: v
-            for k, v in marks(method.marks, outcome.drawn, where, batch["completion_mask"].float()).items()
-        }
-        if not method.max_rows:
-            return
-        pad_id: Any = self._tokenizer.pad_token_id
-        rows = pack_rows(
-            [outcome.drawn[n].rows.get(i, ()) for n, i in where],
-            [m.group.prompt for m in mine],
-            method,
-            self._writer,
-            self.teacher_prompts,
-            pad_id,
-            batch["completion_ids"].device,
-            self._mean_over_ranks,
-        )
-        steps: Any = self.args.steps_per_generation if self._mode == "train" else 1
-        if rows is not None:
-            batch |= replace(rows, rows_per_micro_batch=rows.rows_per_micro_batch / steps).pack()
-
-    def _rollouts(self, batch: dict[str, Any], scored: Scored) -> list[Rollout]:
+    def _rollouts(self, batch: dict[str, Any], scored: draw.Scored) -> list[Rollout]:
         """The rollouts of all ranks."""
         logps: list[float] | list[None] = [None] * len(scored.rewards)
         if self.args.has_teacher and self.peer_rule.endswith("perplexity"):
@@ -603,39 +417,6 @@ class HSDTrainer(GRPOTrainer):
         found = gather_object(rollout_rows(step, mine, prompts, unscored, self._tokenizer, groups=groups))
         if self.is_world_process_zero():
             append_rollouts(Path(str(self.args.output_dir)) / ROLLOUTS, found)
-
-    def _add_rows(
-        self,
-        batch: dict[str, Any],
-        prompts: Sequence[Sequence[TeacherPrompt]] | None,
-        success: Tensor,
-        facts: Mapping[str, Tensor],
-    ) -> None:
-        """What the loss takes beside TRL's entries: verdicts, the teacher's prompts, and what a micro-batch of one
-        process holds on average, by which the mean over all tokens of a step divides."""
-        steps: Any = self.args.steps_per_generation if self._mode == "train" else 1
-        mask = student_inputs(batch)[1]
-        longest: Any = self.max_completion_length
-        if self.args.mean_of_policy == "max_length":
-            scored = torch.tensor(float(len(mask) * longest), device=mask.device)
-        else:
-            scored = self._mean_over_ranks(mask.sum())
-        scored = scored.clamp_min(1.0) / steps
-        if prompts is None:
-            batch |= TeacherBatch(success, policy_tokens_per_micro_batch=scored, **facts).pack()
-            return
-        shown = torch.tensor([any(p.context.kind != "nothing" for p in row) for row in prompts], device=mask.device)
-        tokens = self._mean_over_ranks((mask[:, self.args.skip_tokens :].sum(-1) * shown).sum())
-        pad_id: Any = self._tokenizer.pad_token_id
-        rows = collate(
-            prompts,
-            success,
-            tokens.clamp_min(1.0) / steps,
-            pad_id,
-            policy_tokens_per_micro_batch=scored,
-            **facts,
-        )
-        batch |= rows.pack()
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         reduced: Any = self.accelerator.reduce(value.float(), reduction="mean")
@@ -661,26 +442,19 @@ class HSDTrainer(GRPOTrainer):
         gathered: Any = self.accelerator.gather(padded)
         return gathered[~gathered.isnan()]
 
-    def _score(self, batch: Mapping[str, Any]) -> RowStats:
+    def _score(self, batch: Mapping[str, Any]) -> RowStats | None:
         """Student and teacher (B, T) over the generation, a micro-batch at a time, without gradient."""
-        policy: Any = self.accelerator.unwrap_model(self.model)
-        objective = self.args.objective(self.state.global_step)
+        policy, objective = self._policy, self.args.objective(self.state.global_step)
 
         def score(rows: Tensor) -> RowStats:
-            some = {
-                name: value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim else value
-                for name, value in batch.items()
-            }
-            return self.micro_batch_loss.stats(policy, unpack(some, self.args.skip_tokens), objective)
+            return self.micro_batch_loss.stats(policy, unpack(rows_of(batch, rows), self.args.skip_tokens), objective)
 
-        tables = self._measure(score, len(batch["completion_ids"]))
-        columns: list[Any] = [None if c[0] is None else torch.cat(c) for c in zip(*tables, strict=True)]
-        return RowStats(*columns)
+        return joined(self._measure(score, len(batch["completion_ids"])))
 
     @torch.no_grad()
     def _measure(self, measure: Callable[[Tensor], Any], rows: int) -> list[Any]:
         """``measure(rows of a micro-batch)`` for each of a generation, where the policy's weights are whole."""
-        policy: Any = self.accelerator.unwrap_model(self.model)
+        policy = self._policy
         wrapper: Any = self.model_wrapped  # the engine's, whose hooks gather weights
         found: list[Any] = []
         with in_eval_mode(policy), self.accelerator.autocast():
@@ -695,12 +469,17 @@ class HSDTrainer(GRPOTrainer):
         return found
 
     @property
+    def _pad_id(self) -> int:
+        pad_id: Any = self._tokenizer.pad_token_id
+        return pad_id
+
+    @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"  # type: ignore[union-attr]
 
     def _logps(self, inputs: RolloutInputs, weights: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-prob (B, T) of each rollout's tokens under the policy that sampled it, 0 where the weight (B, T) is."""
-        parts = body_and_head(self.accelerator.unwrap_model(self.model))
+        parts = body_and_head(self._policy)
 
         def logps(rows: Tensor) -> Tensor:
             some = inputs.rows(rows.tolist())
@@ -751,13 +530,12 @@ class HSDTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         # First, so that a checkpoint with a trainer_state.json, which is written last, is whole.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        self.frozen.save(self.accelerator.unwrap_model(self.model), folder, writes=self.args.should_save)
+        self.frozen.save(self._policy, folder, writes=self.args.should_save)
         if self.args.should_save:
-            for name, state in self._states().items():
-                with replacing(folder / name) as part:
-                    part.write_text(json.dumps(state.state_dict()))
+            save_states(self._states, folder)
         super()._save_checkpoint(model, trial)
 
+    @property
     def _states(self) -> dict[str, State]:
         """By file, what is remembered beside the weights."""
         both = {STATE: self.method_state, GATE: self.gate}
@@ -774,7 +552,7 @@ class HSDTrainer(GRPOTrainer):
             self._write_card(Path(str(self.args.output_dir)))
 
     def _write_card(self, folder: Path) -> None:
-        policy: Any = self.accelerator.unwrap_model(self.model)
+        policy = self._policy
         lora = policy.peft_config[policy.active_adapter] if is_peft(policy) else None
         base = inner_model(policy).config._name_or_path or ""
         with replacing(folder / CARD) as part:
@@ -785,7 +563,7 @@ class HSDTrainer(GRPOTrainer):
         held = self.frozen.held
         if not held.gathers:
             return super().save_model(output_dir, _internal_call)
-        policy: Any = self.accelerator.unwrap_model(self.model)
+        policy = self._policy
         shards = {name: (p, held.shard(p)) for name, p in stored_tensors(policy).items()}
         self._save(output_dir, state_dict=gather(held, shards, writes=self.args.should_save))
         self.accelerator.wait_for_everyone()
@@ -800,21 +578,14 @@ class HSDTrainer(GRPOTrainer):
 
     def _issue_warnings_after_load(self, load_result):
         """A file holds tied weights once: those under their other names are not missing."""
-        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+        tied = getattr(self._policy, "all_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_frozen(self, folder: Path) -> None:
         period = steps_of_a_generation(self.args)
-        self.frozen.load(self.accelerator.unwrap_model(self.model), folder)
-        for name, state in self._states().items():
-            path = folder / name
-            if not path.exists():
-                raise ValueError(
-                    f"resume_from_checkpoint: expected {path}, which a run with method={self.args.method!r} and "
-                    f"teacher={self.args.teacher!r} saves"
-                )
-            state.load_state_dict(json.loads(path.read_text()))
+        self.frozen.load(self._policy, folder)
+        load_states(self._states, folder, f"method={self.args.method!r} and teacher={self.args.teacher!r}")
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         if step % period:
             warnings.warn(
@@ -843,17 +614,8 @@ class _AfterStep(TrainerCallback):
         t = self.trainer
         for name, value in t.step_time.take().items():
             t._metrics["train"][f"time/{name}"].append(value)
-        policy: Any = t.accelerator.unwrap_model(t.model)
-        t.frozen.step(policy, state.global_step, t.refresh)
+        t.frozen.step(t._policy, state.global_step, t.refresh)
         t.refresh = False
-
-
-def check_columns(name: str, columns: Collection[str], args: HSDConfig) -> None:
-    """Raise ValueError where the method needs a column that is not among ``columns``; none at all are not known."""
-    needed = {"prompt", "answer", *args.method_spec.needs}
-    if columns and not needed <= set(columns):
-        wanted = f"columns {sorted(needed)} for method={args.method!r}"
-        raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
 
 
 class QuestionOrder(RepeatSampler):

@@ -65,18 +65,8 @@ class Targets:
 
     def rows(self, index: Tensor) -> Targets:
         """Of some rollouts; the weights are kept, so that the losses of all parts add up."""
-        optional = (self.advantages, self.old_logps, self.context_weights)
-        advantages, old_logps, weights = (None if t is None else t[index] for t in optional)
-        columns = {name: t[index] if t.ndim else t for name, t in self.columns.items()}
-        return Targets(
-            self.ids[index],
-            self.divergence_weights[index],
-            self.policy_weights[index],
-            advantages,
-            old_logps,
-            columns,
-            weights,
-        )
+        tensors: dict[str, Any] = {name: t[index] for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors, columns={n: t[index] if t.ndim else t for n, t in self.columns.items()})
 
     def of_context(self, k: int) -> Targets:
         """With the divergence's weights of the rollouts that have context ``k``."""
@@ -166,8 +156,7 @@ def method_loss(
     else:
         if teachers:
             with torch.no_grad():
-                measured = _divergence(student_hidden.detach(), head, teachers[0], targets, o)
-            out = measured
+                out = _divergence(student_hidden.detach(), head, teachers[0], targets, o)
         dtype = torch.promote_types(torch.float32, student_hidden.dtype) if out is None else out.loss.dtype
         loss = student_hidden.new_zeros((), dtype=dtype)
         if exact is not None:
@@ -176,13 +165,12 @@ def method_loss(
             loss, to_reference = pulled.loss, pulled.stats
     for term, coef in divergences:
         if fused is None or term is not fused[0]:
-            loss = (
-                loss
-                + _divergence(student_hidden, head, teachers[term.context], targets, o, term, coef, None, contexts).loss
-            )
+            more = _divergence(student_hidden, head, teachers[term.context], targets, o, term, coef, None, contexts)
+            loss = loss + more.loss
     stats = None if out is None else out.stats
+    of_contexts = () if stats is None or not contexts else (stats, *contexts)
     sampled = reference if o.reference_coef != 0.0 and o.reference_kl == "k3" else None
-    facts = _facts(o, stats, targets.columns, contexts and (_must(stats), *contexts))
+    facts = _facts(o, stats, targets.columns, of_contexts)
     if o.active("advantage") or sampled is not None:
         loss = loss + _surrogate(student_hidden, head, facts, sampled, targets, o)
     if own := o.active("sampled"):
@@ -194,11 +182,6 @@ def method_loss(
         leaves = (student_hidden, head.weight, head.bias)
         loss = loss + 0.0 * sum(x.sum() for x in leaves if x is not None)
     return LossOutput(loss, stats, to_reference)
-
-
-def _must(stats: RowStats | None) -> RowStats:
-    assert stats is not None
-    return stats
 
 
 def _facts(o: Objective, rows: RowStats | None, columns: Mapping[str, Tensor], contexts: Sequence[RowStats]) -> Stats:

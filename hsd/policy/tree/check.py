@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from hsd.padding import padded
 from hsd.policy.body_and_head import body_and_head, hidden_states
 from hsd.policy.frozen import in_eval_mode, inner_model
 from hsd.policy.tree.attention import disable_tree, enable_tree
@@ -126,9 +126,8 @@ def _alone(body: nn.Module, prompt: list[int], rollout: list[int], device: torch
 
 
 def _padded(body: nn.Module, prompts: list[list[int]], rollouts: list[list[int]], device: torch.device) -> Tensor:
-    sequences = [torch.tensor(p + o, device=device) for p, o in zip(prompts, rollouts, strict=True)]
-    ids = pad_sequence(sequences, batch_first=True, padding_side="left")
-    mask = pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True, padding_side="left")
+    sequences = [p + o for p, o in zip(prompts, rollouts, strict=True)]
+    ids, mask = (x.to(device) for x in padded(sequences, side="left"))
     return hidden_states(body, ids, mask)[mask.bool()]
 
 
@@ -170,3 +169,30 @@ def use_tree(model: Any) -> str | None:
     if reason is not None:
         warn_unshared(reason)
     return reason
+
+
+def choose_sharing(asked: str, model: Any, tried: Any, noise: float | None) -> str:
+    """ "tree", "prompt" or "none", for one of these or "auto"; unless it is "none", ``model`` takes a tree afterwards.
+
+    Args:
+        tried: The model itself, or one that computes as it does.
+        noise: NEFTune's alpha.
+
+    Raises ValueError where the model does not pass and ``asked`` insists.
+    """
+    if asked == "none":
+        return asked
+    if noise:
+        reason = (
+            f"neftune_noise_alpha={noise}: a shared token would draw its noise once for all sequences, scaled by the "
+            "length of the batch, expected None"
+        )
+    else:
+        reason = why_not(model) or try_tree(tried)
+    if reason is None:
+        enable_tree(model)
+        return "tree" if asked == "auto" else asked
+    if asked != "auto":
+        raise ValueError(f"prefix_sharing: expected 'none' for this model, got {asked!r}: {reason}")
+    warn_unshared(reason)
+    return "none"

@@ -69,12 +69,11 @@ def test_text_prompt_with_and_without_peer(tokenizer: PreTrainedTokenizerFast):
     demonstration = [*ids_of(tokenizer, "3 + 4 is 7."), tokenizer.eos_token_id]
     with_peer = build_context(tokenizer, TEXT, "7", demonstration, SHORT)
     assert text_of(tokenizer, with_peer.prompt_ids) == "<s>What is 3 + 4? [7|3 + 4 is 7.]"
-    assert (with_peer.kind, with_peer.demonstration_tokens) == ("peer", len(demonstration))
-    assert not with_peer.truncated
+    assert with_peer.kind == "peer" and not with_peer.truncated
 
     alone = build_context(tokenizer, TEXT, "7", None, SHORT)
     assert text_of(tokenizer, alone.prompt_ids) == "<s>What is 3 + 4? [7]"
-    assert (alone.kind, alone.demonstration_tokens, alone.truncated) == ("answer_only", 0, False)
+    assert (alone.kind, alone.truncated) == ("answer_only", False)
 
 
 def test_text_prompt_gets_the_special_tokens_of_the_students_prompt(tokenizer: PreTrainedTokenizerFast):
@@ -137,7 +136,6 @@ def test_a_long_demonstration_loses_its_tail(tokenizer: PreTrainedTokenizerFast,
     cut = build_context(tokenizer, prompt, "ANSWER", ids, SHORT, max_length=len(full.prompt_ids) - 100)
     assert cut.truncated and cut.kind == "peer"
     assert len(cut.prompt_ids) == len(full.prompt_ids) - 100
-    assert cut.demonstration_tokens == len(ids) - 100
     text = text_of(tokenizer, cut.prompt_ids)
     assert f"What is 3 + 4? [ANSWER|{demonstration[:200]}]" in text
 
@@ -150,7 +148,7 @@ def test_cutting_when_decoded_text_tokenizes_differently(tokenizer: PreTrainedTo
         assert context.truncated and context.kind == "peer"
         assert len(context.prompt_ids) <= max_length
         shown = re.fullmatch(r"<s>What is 3 \+ 4\? \[7\|(=+)\]", text_of(tokenizer, context.prompt_ids))
-        assert shown and len(shown[1]) == context.demonstration_tokens
+        assert shown
 
 
 def test_a_cut_never_shows_half_a_character(tokenizer: PreTrainedTokenizerFast):
@@ -167,7 +165,7 @@ def test_no_room_for_the_demonstration_or_for_anything(tokenizer: PreTrainedToke
     needed = len(alone.prompt_ids)
     fallback = build_context(tokenizer, TEXT, "7", ids, SHORT, max_length=needed)
     assert fallback.prompt_ids == alone.prompt_ids
-    assert (fallback.kind, fallback.demonstration_tokens, fallback.truncated) == ("answer_only", 0, True)
+    assert (fallback.kind, fallback.truncated) == ("answer_only", True)
     for demonstration in (ids, None):
         with pytest.raises(ValueError, match=rf"^max_length: .*at least {needed} tokens.*got {needed - 1}$"):
             build_context(tokenizer, TEXT, "7", demonstration, SHORT, max_length=needed - 1)
@@ -306,7 +304,7 @@ def test_parts_are_cut_in_the_order_that_is_declared(cut, expected, tokenizer):
 
 def test_what_must_not_be_cut_is_named(tokenizer):
     context = Context((("verdict", "ok"), ("answer", "7")), cut=())
-    with pytest.raises(ValueError, match=r"^max_length: expected at least \d+ tokens, which must not be cut, got 5"):
+    with pytest.raises(ValueError, match=r"^max_length: expected at least \d+ tokens, .* not be cut take, got 5"):
         rendered(tokenizer, context, max_length=5)
     with pytest.raises(ValueError, match=r"^parts: expected kinds among .*, got \['poem'\]"):
         rendered(tokenizer, Context((("poem", "x"),)))

@@ -5,15 +5,15 @@ from trl.trainer.utils import split_tensor_dict
 
 from hsd.hindsight.context import PrivilegedContext
 from hsd.hindsight.teacher_prompts import TeacherPrompt
-from hsd.train.batch import collate, unpack
+from hsd.train.batch import TeacherBatch, collate, unpack
 
 CONTEXTS = (((5, 6), "peer", 1), ((7,), "answer_only", None), ((8, 9, 1), "nothing", None), ((4, 4), "peer", 0))
 
 
 def trl_batch():
-    prompts = [[TeacherPrompt(PrivilegedContext(ids, kind, 0, truncated=False), tau)] for ids, kind, tau in CONTEXTS]
+    prompts = [[TeacherPrompt(PrivilegedContext(ids, kind, truncated=False), tau)] for ids, kind, tau in CONTEXTS]
     success = torch.tensor([False, True, False, True])
-    teacher = collate(prompts, success, torch.tensor(3.0), pad_id=0)
+    teacher = collate(prompts, torch.tensor(3.0), 0, TeacherBatch(success))
     return {
         "prompt_ids": torch.tensor([[1, 2]] * 4),
         "prompt_mask": torch.ones(4, 2, dtype=torch.long),

@@ -18,7 +18,7 @@ SHOWN = [("answer_only", None, None), ("peer", 3, 0), ("nothing", None, None)]
 
 
 def prompts():
-    return [[TeacherPrompt(PrivilegedContext((1,), kind, 0, False), tau, peer)] for kind, tau, peer in SHOWN]
+    return [[TeacherPrompt(PrivilegedContext((1,), kind, False), tau, peer)] for kind, tau, peer in SHOWN]
 
 
 def test_a_row_says_what_was_sampled_and_what_the_teacher_was_shown(tmp_path):
