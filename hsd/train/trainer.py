@@ -7,16 +7,17 @@ All contact with TRL is in this file. After a batch is generated and scored, eve
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 - overridden: ``_get_train_sampler``, ``_prepare_inputs``, ``_calculate_rewards``, ``_generate_and_score_completions``,
-  ``_generate``, ``_tokenize_prompts``, ``training_step``, ``compute_loss``, ``create_model_card``, ``log``, and of
-  transformers' Trainer ``_save_checkpoint``, ``_save``, ``_load_optimizer_and_scheduler``,
+  ``_generate``, ``_generate_single_turn``, ``_tokenize_prompts``, ``training_step``, ``compute_loss``, ``create_model_card``, ``log``,
+  and of transformers' Trainer ``_save_checkpoint``, ``_save``, ``_load_optimizer_and_scheduler``,
   ``_issue_warnings_after_load``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``, ``eos_token_ids``,
-  ``_pending_extra_logs``, ``_pending_metrics``
+  ``_pending_extra_logs``, ``_pending_metrics``, ``generation_config``, ``generation_kwargs``, ``pad_to_multiple_of``,
+  ``use_vllm``, ``use_transformers_continuous_batching``, ``max_completion_length``
 - keys of its batch: ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, ``tool_mask``,
   ``advantages``, ``old_per_token_logps`` (`hsd.train.batch` takes them from there)
-- functions: ``_generate_single_turn``, ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its
+- functions: ``unwrap_model_for_generation``, ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its
   arguments
 """
 
@@ -39,11 +40,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from trl.models.utils import _ForwardRedirection
+from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
-from hsd.evaluate.sampling import Sampling, sample_from_ids
+from hsd.evaluate.sampling import Sampling, sample_from_ids, until_end
 from hsd.files import replacing
 from hsd.hindsight.context import (
     DEFAULT_CHAT_TEMPLATE,
@@ -58,9 +59,11 @@ from hsd.methods.draw import Ask, Outcome
 from hsd.methods.method import Generation, State
 from hsd.methods.state import RefreshGate
 from hsd.methods.term import Stats, scheduled
+from hsd.padding import padded
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.policy.forward import Prompts, RolloutInputs
 from hsd.policy.frozen import in_eval_mode, inner_model, is_peft
+from hsd.policy.generate import generate
 from hsd.policy.sharding import gather, reshard, stored_tensors, weights_of
 from hsd.policy.stand_in import small_model
 from hsd.policy.tree.attention import enable_tree
@@ -310,6 +313,23 @@ class HSDTrainer(GRPOTrainer):
             found = super()._generate(prompts)
         self.step_time.tokens += sum(map(len, found[1]))
         return found
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args):
+        asked = self.args.generation_kwargs or self.pad_to_multiple_of or multimodal_fields
+        if asked or self.use_vllm or self.use_transformers_continuous_batching or self._sharded:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args)
+        pad_id, ends = self._tokenizer.pad_token_id, self.eos_token_ids
+        ids, mask = padded(prompt_ids, pad_id, "left")
+        ids, mask = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            generation_kwargs=self.generation_kwargs,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ) as model:
+            length = {"max_new_tokens": self.max_completion_length, "generation_config": self.generation_config}
+            out = generate(model, ids, mask, pad_id=pad_id, end_ids=ends, **length)
+        return [until_end(row, ends) for row in out[:, ids.shape[1] :].tolist()], None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
