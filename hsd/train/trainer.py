@@ -7,9 +7,9 @@ All contact with TRL is in this file. After a batch is generated and scored, eve
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 - overridden: ``_get_train_sampler``, ``_prepare_inputs``, ``_calculate_rewards``, ``_generate_and_score_completions``,
-  ``_generate``, ``_generate_single_turn``, ``_tokenize_prompts``, ``training_step``, ``compute_loss``, ``create_model_card``, ``log``,
-  and of transformers' Trainer ``_save_checkpoint``, ``_save``, ``_load_optimizer_and_scheduler``,
-  ``_issue_warnings_after_load``
+  ``_generate``, ``_generate_single_turn``, ``_tokenize_prompts``, ``training_step``, ``compute_loss``,
+  ``create_model_card``, ``log``, and of transformers' Trainer ``_save_checkpoint``, ``_save``,
+  ``_load_optimizer_and_scheduler``, ``_issue_warnings_after_load``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``, ``eos_token_ids``,
