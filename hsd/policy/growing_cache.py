@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 BLOCK = 64  # tokens
@@ -27,7 +27,7 @@ def growing_cache(model: Any) -> DynamicCache | None:
     cache = DynamicCache(config=model.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
-    cache.layers = [GrowingLayer() for _ in cache.layers]
+    cache.layers[:] = [GrowingLayer() for _ in cache.layers]
     return cache
 
 
@@ -38,6 +38,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.rooms = {}
+        assert self.keys is not None and self.values is not None
         self.keys = self._appended("keys", self.keys, key_states)
         self.values = self._appended("values", self.values, value_states)
         return self.keys, self.values

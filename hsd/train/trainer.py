@@ -316,20 +316,26 @@ class HSDTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args):
         asked = self.args.generation_kwargs or self.pad_to_multiple_of or multimodal_fields
-        if asked or self.use_vllm or self.use_transformers_continuous_batching or self._sharded:
+        longest: Any = self.max_completion_length
+        if asked or longest is None or self.use_vllm or self.use_transformers_continuous_batching or self._sharded:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args)
-        pad_id, ends = self._tokenizer.pad_token_id, self.eos_token_ids
+        pad_id: Any = self._tokenizer.pad_token_id
+        wrapped: Any = self.model_wrapped
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         ids, mask = padded(prompt_ids, pad_id, "left")
         ids, mask = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            generation_kwargs=self.generation_kwargs,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        ) as model:
-            length = {"max_new_tokens": self.max_completion_length, "generation_config": self.generation_config}
-            out = generate(model, ids, mask, pad_id=pad_id, end_ids=ends, **length)
-        return [until_end(row, ends) for row in out[:, ids.shape[1] :].tolist()], None
+        settings = {"generation_kwargs": self.generation_kwargs, "gradient_checkpointing_kwargs": checkpointing}
+        with unwrap_model_for_generation(wrapped, self.accelerator, **settings) as model:
+            out = generate(
+                model,
+                ids,
+                mask,
+                max_new_tokens=longest,
+                pad_id=pad_id,
+                end_ids=self.eos_token_ids,
+                generation_config=self.generation_config,
+            )
+        return [until_end(row, self.eos_token_ids) for row in out[:, ids.shape[1] :].tolist()], None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
