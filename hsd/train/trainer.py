@@ -13,8 +13,8 @@ What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``, ``eos_token_ids``,
-  ``_pending_extra_logs``, ``_pending_metrics``, ``generation_config``, ``generation_kwargs``, ``pad_to_multiple_of``,
-  ``use_vllm``, ``use_transformers_continuous_batching``, ``max_completion_length``
+  ``_pending_extra_logs``, ``_pending_metrics``, ``generation_kwargs``, ``pad_to_multiple_of``, ``use_vllm``,
+  ``use_transformers_continuous_batching``
 - keys of its batch: ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, ``tool_mask``,
   ``advantages``, ``old_per_token_logps`` (`hsd.train.batch` takes them from there)
 - functions: ``unwrap_model_for_generation``, ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its
@@ -315,27 +315,19 @@ class HSDTrainer(GRPOTrainer):
         return found
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args):
-        asked = self.args.generation_kwargs or self.pad_to_multiple_of or multimodal_fields
-        longest: Any = self.max_completion_length
-        if asked or longest is None or self.use_vllm or self.use_transformers_continuous_batching or self._sharded:
+        given: dict[str, Any] = dict(self.generation_kwargs)
+        new, pad_id, ends = (given.pop(key) for key in ("max_new_tokens", "pad_token_id", "eos_token_id"))
+        asked = self.args.generation_kwargs or self.pad_to_multiple_of or multimodal_fields or not new
+        if asked or self.use_vllm or self.use_transformers_continuous_batching or self._sharded:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args)
-        pad_id: Any = self._tokenizer.pad_token_id
-        wrapped: Any = self.model_wrapped
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         ids, mask = padded(prompt_ids, pad_id, "left")
         ids, mask = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+        wrapped: Any = self.model_wrapped
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         settings = {"generation_kwargs": self.generation_kwargs, "gradient_checkpointing_kwargs": checkpointing}
         with unwrap_model_for_generation(wrapped, self.accelerator, **settings) as model:
-            out = generate(
-                model,
-                ids,
-                mask,
-                max_new_tokens=longest,
-                pad_id=pad_id,
-                end_ids=self.eos_token_ids,
-                generation_config=self.generation_config,
-            )
-        return [until_end(row, self.eos_token_ids) for row in out[:, ids.shape[1] :].tolist()], None
+            out = generate(model, ids, mask, max_new_tokens=new, pad_id=pad_id, end_ids=ends, **given)
+        return [until_end(row, ends) for row in out[:, ids.shape[1] :].tolist()], None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
