@@ -207,7 +207,7 @@ def plot_curves(
             style["marker"] = style["marker"] if len(steps) <= 40 else ""
             axes.plot(steps, values, label=run, **style)
         axes.margins(x=0.01)
-        axes.locator_params(axis="x", integer=True)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)  # also where there is one step
     if len(next(iter(curves.values()))) > 1:
         panels[0].legend(fontsize=8, framealpha=0.9, edgecolor="none")
     _save(fig, path)
