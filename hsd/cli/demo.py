@@ -75,6 +75,8 @@ def runs(args: argparse.Namespace) -> tuple[Run, list[Run]]:
         return prepare(replace(settings, train=train), "", source="--against")
 
     methods = AGAINST.get(args.name, []) if args.against is None else args.against
+    if args.against and job.config.method in args.against:
+        say(f"--against: {job.config.method} is the run's own method, and is trained once")
     return job, [beside(method) for method in dict.fromkeys(methods) if method != job.config.method]
 
 

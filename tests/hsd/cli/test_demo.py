@@ -46,6 +46,7 @@ def tiny(tmp_path, monkeypatch):
 def test_runs_reports_and_goes_on(tiny, capsys):
     assert main(["demo", "small", "--against", "grpo", "hsd"]) == 0  # itself is no other method
     printed = capsys.readouterr().out
+    assert printed.startswith("--against: hsd is the run's own method, and is trained once\ntiny world\n")
     assert "# tiny world" in printed and "| success [95 % interval] |" in printed and "step 2/2" in printed
     for word in ("report  runs/small-seed0/report.md", "model   runs/small-seed0/model", "hsd eval runs/small-seed0"):
         assert word in printed.split("# tiny world")[1]
@@ -83,7 +84,8 @@ def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tiny, 
     monkeypatch.setattr(demo, "AGAINST", {})
     assert main(["demo", "small", "--max_steps", "1"]) == 0
     assert main(["demo", "small", "--max_steps", "1"]) == 0
-    assert "already has 1 steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "already has 1 steps" in printed and "--against" not in printed
     assert [row["step"] for row in load_metrics(tiny / "metrics.jsonl")] == [1]
     assert main(["demo", "small", "--max_steps", "1", "--teacher", "live"]) == 2
     assert "train.teacher: runs/small-seed0 holds a run with 'ema', got 'live'" in capsys.readouterr().err
