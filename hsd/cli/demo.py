@@ -3,7 +3,8 @@ reasoning.
 
 Evaluates a registered task's initial policy, measures its credit, trains it, measures both again and reports, all in
 runs/NAME-seedN. ``--against`` trains other methods from the same initial policy, with as many rollouts a step, each in
-a folder of the run. Ctrl-C stops after the current step and leaves a checkpoint; the same command goes on.
+a folder of the run. before.jsonl and after-STEPS.jsonl have every held-out reply. Ctrl-C stops after the current step
+and leaves a checkpoint; the same command goes on.
 """
 
 from __future__ import annotations

@@ -51,19 +51,30 @@ def check(path: str) -> None:
 @contextmanager
 def _named(path: str) -> Iterator[None]:
     """An error about the model in the block names it. A hub that does not answer is not waited for."""
-    expected, got = "model: expected a folder with a model, or a hub id", repr(path)
-    if base := _base(path):
-        path, got = base, f"{base!r}, the base model of {path}"
-    if Path(path).is_absolute() or path.startswith(("./", "../")):
-        if not Path(path).is_dir():
-            raise ValueError(f"{expected}, got {got}, which is not there")
+    expected, base = "model: expected a folder with a model, or a hub id", _base(path)
+    if missing := _missing(path if base is None else base):
+        got = repr(path) if base is None else f"{base!r}, the base model of {path}"
+        raise ValueError(f"{expected}, got {got}, which is {missing}")
     try:
-        if not Path(path).is_dir() and (why := no_answer(path)) and not _is_cached(path):
-            raise ValueError(f"no folder, not in the hub's cache, and no answer from the hub ({why}); give a folder")
         yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{expected}, got {got}: {reason}") from error
+        raise ValueError(f"{expected}, got {path!r}: {reason}") from error
+
+
+def _missing(path: str) -> str | None:
+    """What is wrong with the name of a model that is neither a folder nor at hand in the hub or its cache."""
+    if Path(path).is_dir():
+        return None
+    if Path(path).is_absolute() or path.startswith(("./", "../")):
+        return "not there"
+    try:
+        why = no_answer(path)
+    except ValueError as error:
+        return f"no folder and no hub id: {error}"
+    if why is None or _is_cached(path):
+        return None
+    return f"no folder and not in the hub's cache, and the hub does not answer ({why}); give a folder"
 
 
 def _base(path: str) -> str | None:

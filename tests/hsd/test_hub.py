@@ -58,9 +58,9 @@ def test_an_answer_is_one_whatever_it_says(monkeypatch):
 
 
 def test_a_silent_hub_is_asked_once_and_the_error_says_what_to_do(silent):
-    reason = "no folder, not in the hub's cache, and no answer from the hub"
+    reason = "which is no folder and not in the hub's cache, and the hub does not answer"
     for call in (pretrained.load, pretrained.load_tokenizer, pretrained.load_config, pretrained.check):
-        with pytest.raises(ValueError, match=rf"^model: expected .*, got 'a/b': {reason} \(\w+\); give a folder$"):
+        with pytest.raises(ValueError, match=rf"^model: expected .*, got 'a/b', {reason} \(\w+\); give a folder$"):
             call("a/b")
     with pytest.raises(ValueError, match=r"^data: expected .*, got 'openai/gsm8k': not in the hub's cache, .*OFFLINE"):
         load_rows("gsm8k")
@@ -89,12 +89,12 @@ def test_a_folder_asks_nobody(silent, tmp_path):
 def test_a_missing_base_model_is_named(silent, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    for base, reason in (("/nowhere/m", "which is not there"), ("a/b", "no answer from the hub")):
+    for base, reason in (("/nowhere/m", "which is not there"), ("a/b", "the hub does not answer")):
         Path("run/adapter_config.json").write_text(f'{{"base_model_name_or_path": "{base}"}}')
-        with pytest.raises(ValueError, match=f"got '{base}', the base model of run[,:] .*{reason}"):
+        with pytest.raises(ValueError, match=f"got '{base}', the base model of run, .*{reason}"):
             pretrained.load("run")
 
 
 def test_what_is_no_name_is_not_asked_for():
-    with pytest.raises(ValueError, match=r"got 'a/b/c': Repo id must be"):
+    with pytest.raises(ValueError, match=r"got 'a/b/c', which is no folder and no hub id: Repo id"):
         pretrained.load_config("a/b/c")
