@@ -34,3 +34,14 @@ def counter(label: str) -> Progress:
         say(f"  {label}: {done} of {total}, {now - started:.0f} s{left}")
 
     return show
+
+
+def hide_bars() -> None:
+    """No bars of transformers for weights that are loaded or saved; the hub's bars of downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    hidden = are_progress_bars_disabled()
+    logging.disable_progress_bar()  # the hub's as well
+    if not hidden:
+        enable_progress_bars()

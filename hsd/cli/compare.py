@@ -1,27 +1,27 @@
 """`hsd compare RUN RUN ...`: a table of runs, the settings that differ, and a picture of their learning curves.
 
-Loads each folder's metrics.jsonl and config.yaml, and report.json where `hsd demo` wrote one.
-Success is that of the training rollouts, as a mean over ``--window`` steps; success on held-out questions stands beside
-it, with its interval, where report.json has it.
+Loads each folder's metrics.jsonl and config.yaml. Success is that of the training rollouts, as a mean over ``--window``
+steps; success on held-out questions stands beside it where the run has any (`hsd.viewer.held_out`). A setting that a
+run's method does not use is "—".
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hsd.files import check_file
 from hsd.train.alarms import WINDOW, moving_mean
+from hsd.viewer.plots import CURVES, SUCCESS
 
 FORMATS = (".png", ".pdf", ".svg")
+NOT_USED = "—"
 HELP = "compare runs: a table, their settings' differences, learning curves"
-SUCCESS = "hsd/success_rate"
 COLUMNS = {"KL": "hsd/kl", "entropy": "hsd/student_entropy", "length": "completions/mean_length", "s/step": "step_time"}
-CURVES = {SUCCESS: "success of rollouts", "hsd/kl": "divergence from the teacher, nats/token"}
-CURVES |= {"hsd/student_entropy": "student entropy, nats/token", "completions/mean_length": "rollout length, tokens"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Run:
     name: str
     rows: list[dict[str, Any]]  # metrics.jsonl
     settings: dict[str, Any]  # dotted keys
-    evaluated: str  # success with its interval, where it was measured
+    unused: Collection[str]  # those that the run's method does not use
+    held_out: str  # success on held-out questions, where it was measured
 
     @property
     def alarms(self) -> dict[str, int]:
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--window: expected a positive number of steps, got {args.window}")
     if args.png.suffix.lower() not in FORMATS:
         raise ValueError(f"--png: expected a file that ends in {', '.join(FORMATS)}, got {args.png}")
+    check_file("--png", args.png)
     runs = [read_run(folder, name) for folder, name in zip(args.runs, short_names(args.runs), strict=True)]
     print("\n".join(table(runs, args.window)))
     if differences := differing(runs):
@@ -58,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
     curves = {title: lines for title, lines in curves.items() if lines}
     if not curves:
         raise ValueError(f"RUN: expected a run that logged one of {', '.join(CURVES)}, got none")
-    args.png.parent.mkdir(parents=True, exist_ok=True)
     plot_curves(args.png, curves, xlabel="step" if args.window == 1 else f"step (means of {args.window})")
     print(f"\nlearning curves: {args.png}")
     return 0
@@ -66,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
 def read_run(folder: Path, name: str) -> Run:
     from hsd.cli.settings import load_yaml
-    from hsd.data.rows import read_json
-    from hsd.evaluate import Success
     from hsd.train.callbacks import load_metrics
+    from hsd.train.config import ignored
+    from hsd.viewer.held_out import latest
 
     path = folder / "metrics.jsonl"
     rows = load_metrics(path)
@@ -84,16 +85,16 @@ def read_run(folder: Path, name: str) -> Run:
                 raise ValueError(f"{path}, step {row['step']}: {key}: expected a number, got {row[key]!r}")
         if not isinstance(row.get("alarms", {}), dict):
             raise ValueError(f"{path}, step {row['step']}: alarms: expected an object, got {row['alarms']!r}")
-    settings, evaluated = {}, ""
+    settings, unused = {}, ()
     if (path := folder / "config.yaml").exists():
-        settings = flat(load_yaml(path))
-    if (path := folder / "report.json").exists():
-        after = read_json(path).get("after")
-        try:
-            evaluated = str(Success(**after)) if after else ""
-        except (TypeError, ValueError):
-            raise ValueError(f"{path}: after: expected a success with its interval, got {after!r:.200}") from None
-    return Run(name, rows, settings, evaluated)
+        settings = flat(written := load_yaml(path))
+        train = written.get("train")
+        unused = {f"train.{key}" for key in (ignored(train) if isinstance(train, dict) else ())}
+    if settings.get("data.path") and not settings.get("data.held_out"):
+        return Run(name, rows, settings, unused, "")  # measured on the training questions
+    steps, success = latest(folder) or (0, "")
+    at = "" if not success or steps == rows[-1]["step"] else f" at {steps}"
+    return Run(name, rows, settings, unused, success + at)
 
 
 def table(runs: Sequence[Run], window: int) -> list[str]:
@@ -112,7 +113,7 @@ def table(runs: Sequence[Run], window: int) -> list[str]:
                 str(r.rows[-1]["step"]),
                 number(means[-1]),
                 "-" if best is None else f"{number(best[0])} at {best[1]}",
-                r.evaluated or "-",
+                r.held_out or "-",
                 *(number(moving_mean(r.rows, key, window)[-1]) for key in COLUMNS.values()),
                 alarms or "none",
             ]
@@ -127,8 +128,9 @@ def differing(runs: Sequence[Run]) -> list[str]:
     lines = []
     for key in sorted({key for r in known for key in r.settings} - {"train.output_dir"}, key=str):
         values = [r.settings.get(key, "(not set)") for r in known]
-        if any(v != values[0] for v in values):
-            lines.append(f"{key}: " + ", ".join(f"{r.name} {v}" for r, v in zip(known, values, strict=True)))
+        shown = [NOT_USED if key in r.unused else v for r, v in zip(known, values, strict=True)]
+        if all(any(v != of_one[0] for v in of_one) for of_one in (values, shown)):
+            lines.append(f"{key}: " + ", ".join(f"{r.name} {v}" for r, v in zip(known, shown, strict=True)))
     return lines
 
 

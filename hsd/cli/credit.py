@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from hsd.cli.run import find_run, run_and_model
+    from hsd.files import check_folder
     from hsd.tasks.task import load_policy
     from hsd.train.callbacks import HELD_OUT, load_metrics
     from hsd.viewer import report, summary
@@ -47,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
     folder, newest = run_and_model(args.run) if args.run else (None, None)
     model = args.model or str(newest)
     _, task = find_run(folder, model, args.data, args.max_new_tokens)
+    out = args.out or (folder / "credit" if folder else Path("credit"))
+    check_folder("--out", out)
     questions = task.evaluated[: args.questions]
     policy = load_policy(model, "auto" if torch.cuda.is_available() else "float32").on_accelerator()
     policy.tokenizer.pad_token = policy.tokenizer.pad_token or policy.tokenizer.eos_token
-    out = args.out or (folder / "credit" if folder else Path("credit"))
     out.mkdir(parents=True, exist_ok=True)
     print(f"{task.title}: {model}, {len(questions)} questions x {args.rollouts} rollouts, twice", flush=True)
     note = f"Model {model}, seed {args.seed}. The teacher has the same weights."

@@ -17,6 +17,7 @@ from hsd.data.decontaminate import decontaminate
 from hsd.data.mix import mix, with_difficulty
 from hsd.data.rows import read_jsonl, write_json, write_jsonl
 from hsd.data.sources import load_source
+from hsd.files import check_file
 
 HELP = "prepare, decontaminate, bin and mix questions"
 
@@ -52,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    for name in ("out", "report"):
+        if (path := getattr(args, name, None)) is not None:
+            check_file(f"--{name}", path)
     return {"prepare": _prepare, "decontaminate": _decontaminate, "bins": _bins, "mix": _mix}[args.command](args)
 
 
@@ -83,9 +87,6 @@ def _day(name: str, text: str | None) -> str | None:
 
 
 def _decontaminate(args: argparse.Namespace) -> int:
-    for name, path in (("--out", args.out), ("--report", args.report)):
-        if path.is_dir():
-            raise ValueError(f"{name}: expected a file, got the folder {path}")
     if args.out.resolve() == args.report.resolve():
         raise ValueError(f"--report: expected another file than --out, got {args.report}")
     train = load_source(args.train)
@@ -97,7 +98,6 @@ def _decontaminate(args: argparse.Namespace) -> int:
         against[loaded.name] = loaded.rows
     kept, report = decontaminate(train.rows, against)
     write_jsonl(args.out, (train.rows[i] for i in kept))
-    args.report.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.report, {"train": train.name, "unusable": train.unusable} | report)
     print(f"{train}\nagainst " + ", ".join(f"{name} ({len(rows)} rows)" for name, rows in against.items()))
     for rule, count in report["removed"].items():

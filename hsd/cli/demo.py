@@ -3,7 +3,8 @@ reasoning.
 
 Evaluates a registered task's initial policy, measures its credit, trains it, measures both again and reports, all in
 runs/NAME-seedN. ``--against`` trains other methods from the same initial policy, with as many rollouts a step, each in
-a folder of the run. Ctrl-C stops after the current step and leaves a checkpoint; the same command goes on.
+a folder of the run. before.jsonl and after-STEPS.jsonl have every held-out reply. Ctrl-C stops after the current step
+and leaves a checkpoint; the same command goes on.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from hsd.progress import counter, say
 
 if TYPE_CHECKING:
     from hsd.cli.run import Run
-    from hsd.evaluate import Success
-    from hsd.tasks.task import Policy, Task
+    from hsd.tasks.task import Evaluation, Policy, Task
     from hsd.viewer.report import End
 
 HELP = "train a small model here and report: success before and after, and where the credit lands"
@@ -76,6 +76,8 @@ def runs(args: argparse.Namespace) -> tuple[Run, list[Run]]:
         return prepare(replace(settings, train=train), "", source="--against")
 
     methods = AGAINST.get(args.name, []) if args.against is None else args.against
+    if args.against and job.config.method in args.against:
+        say(f"--against: {job.config.method} is the run's own method, and is trained once")
     return job, [beside(method) for method in dict.fromkeys(methods) if method != job.config.method]
 
 
@@ -92,43 +94,48 @@ class Demo:
     task: Task
     command: str
 
-    def initial(self) -> tuple[Success, dict[str, Any]]:
-        """Success of the initial policy, and its credit by name."""
+    def initial(self) -> tuple[Evaluation, dict[str, Any]]:
+        """The initial policy on the task's questions, and its credit by name."""
         from hsd.cli.run import BEFORE
 
         policy = self.job.initial_policy(self.task)
-        success = self.success(policy, self.job.folder / BEFORE)
-        say(f"success before: {success}")
-        return success, {BEFORE_TRAINING: self.credit(policy, BEFORE_TRAINING, "credit.json")}
+        before = self.evaluation(policy, self.job.folder / BEFORE)
+        say(f"success before: {before.success}")
+        return before, {BEFORE_TRAINING: self.credit(policy, BEFORE_TRAINING, "credit.json")}
 
-    def end(self, trained: Run, before: Success, credits: dict[str, Any]) -> End:
+    def end(self, trained: Run, before: Evaluation, credits: dict[str, Any]) -> End:
         """What ``trained`` made of the initial policy. The run's own credit is added to ``credits``."""
         from hsd.cli.run import newest_model, steps_of
         from hsd.tasks.task import load_policy
         from hsd.train.callbacks import load_metrics
         from hsd.train.card import write_success
+        from hsd.viewer import held_out
         from hsd.viewer.report import End
 
         own, model = trained is self.job, newest_model(trained.folder)
         steps, policy = steps_of(model), load_policy(str(model), trained.settings.model.dtype)
-        after = self.success(policy, trained.folder / f"after-{steps}.json")
+        measured = self.evaluation(policy, held_out.after(trained.folder, steps))
+        after = measured.success
         say(f"success after{'' if own else f' {trained.config.method}'}: {after}")
         questions = f"{after.questions} {'held-out' if self.task.held_out else 'training'} questions x {after.samples}"
-        write_success(trained.folder / "model", f"Of {questions}: {before} before training, {after} after it.")
+        write_success(trained.folder / "model", f"Of {questions}: {before.success} before training, {after} after it.")
         if own:
             name, shown = f"after {steps} steps", credits[BEFORE_TRAINING]["shown"]
             credits[name] = self.credit(policy, name, f"credit-after-{steps}.json", shown)
-        return End(load_metrics(trained.folder / "metrics.jsonl"), after)
+        return End(load_metrics(trained.folder / "metrics.jsonl"), measured)
 
-    def success(self, policy: Policy, path: Path) -> Success:
-        from hsd.data.rows import read_json, write_json
+    def evaluation(self, policy: Policy, path: Path) -> Evaluation:
+        """The success in the file ``path``, and the replies in the JSONL file beside it."""
+        from hsd.data.rows import read_json, read_jsonl, write_json, write_jsonl
         from hsd.evaluate import Success
-        from hsd.tasks.task import evaluate
+        from hsd.tasks.task import Evaluation, evaluate
 
+        beside = path.with_suffix(".jsonl")
         if not path.exists():
             measured = evaluate(self.task, policy.on_accelerator(), self.job.config.seed, counter("sampled"))
-            write_json(path, asdict(measured))
-        return Success(**read_json(path))
+            write_jsonl(beside, measured.replies)
+            write_json(path, asdict(measured.success))
+        return Evaluation(Success(**read_json(path)), list(read_jsonl(beside)) if beside.exists() else [])
 
     def credit(self, policy: Policy, name: str, numbers: str, shown: int | list[int] = 6) -> dict[str, Any]:
         """The numbers of the file ``numbers``. Their tokens join the page's under ``name``."""

@@ -78,12 +78,13 @@ def run(args: argparse.Namespace) -> int:
     from hsd.evaluate.benchmark import evaluate
     from hsd.evaluate.engines import choose, load_engine
     from hsd.evaluate.table import markdown
-    from hsd.files import replacing
+    from hsd.files import check_folder, replacing
     from hsd.progress import counter
     from hsd.train.card import write_success
 
     choose(args.engine)  # whatever is wrong with the request is said before a model is loaded
     asked = of_run(args) if args.run else of_benchmarks(args)
+    check_folder("--out", asked.out)
     loaded: dict[str, Loaded] = {}
     for data in asked.data:
         if (other := loaded.setdefault(slug(data.name), data)) is not data:
@@ -131,6 +132,7 @@ def of_run(args: argparse.Namespace) -> Asked:
     from hsd.cli.run import find_run, run_and_model, steps_of
     from hsd.data.sources import Loaded
     from hsd.tasks.task import success_of
+    from hsd.viewer import held_out
 
     if args.judge_again and not args.reward:  # it may need the completions' tokens, which are not kept
         raise ValueError("--reward: expected another reward with --judge-again, got none")
@@ -141,7 +143,7 @@ def of_run(args: argparse.Namespace) -> Asked:
     of_data = [find_run(folder, model, name, args.max_new_tokens) for name in names]
     for name, (_, task) in zip(names, of_data, strict=True):
         rows = list(task.evaluated)
-        title = name or ("held-out questions" if task.held_out else "training questions")
+        title = name or (held_out.QUESTIONS if task.held_out else "training questions")
         data.append(Loaded(rows[: args.limit], Path(title).name, len(rows), {}))
     job, task = of_data[0]
     template: Any = job.config.chat_template_kwargs

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hsd.files import check_file, replacing
 from hsd.tasks.settings import Data, Lora, Model, Settings
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ BEGIN = {"max_steps": 200, "save_steps": 50, "gradient_accumulation_steps": 8}
 # The keys of ``train`` that are shown at their defaults.
 OTHERS = ("teacher", "reference_coef", "temperature", "top_p", "success_reward", "gradient_checkpointing")
 OTHERS += ("save_total_limit", "eval_strategy", "eval_steps", "report_to", "use_vllm", "seed")
+# What `hsd train` does with a key, instead of TRL's words.
+NOTES = {
+    "save_total_limit": "checkpoints that a finished run keeps, for more steps later; without this key it keeps none"
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(words.pop(0) if words and not words[0].startswith("-") else OUT)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"OUT: expected a file that ends in .yaml, got {path}")
-    if path.exists():
-        raise ValueError(f"OUT: expected a new file, got {path}, which exists")
+    check_file("OUT", path, new=True)
     given = {name: getattr(args, name) for name in ASKED}
     for name in ASKED:
         if given[name] is None and not (name == "reward" and brings_its_reward(given["data"])):
@@ -65,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
 
     from hsd.cli.run import check, prepare
     from hsd.cli.settings import parse
-    from hsd.files import replacing
 
     settings = parse({}, words)
     settings = replace(settings, train=BEGIN | without_gpu() | settings.train)
@@ -141,7 +144,8 @@ def entry(f: Field[Any], value: Any, *, given: bool = True, indent: str = "  ") 
         flow = {"default_flow_style": True, "width": float("inf"), "allow_unicode": True, "sort_keys": False}
         text = yaml.safe_dump([plain], **flow)[1:-2]
     key = f"{indent}{'' if given else '# '}{f.name}: {text}"
-    first, *more = " ".join(f.metadata.get("help", "").replace("%%", "%").split()).rstrip(".").split(". ")
+    told = NOTES.get(f.name) or f.metadata.get("help", "")
+    first, *more = " ".join(told.replace("%%", "%").split()).rstrip(".").split(". ")
     texts = [". ".join([first, *more[:n]]) for n in range(len(more) + 1)]
     said = max((text for text in texts if len(text) <= WIDTH - 4), key=len, default=first)
     if len(beside := f"{key}  # {said}") <= WIDTH:

@@ -26,22 +26,20 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a model without adapters and for a folder that exists."""
     import torch
     from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig
 
     from hsd.cli.run import run_and_model
-    from hsd.files import replacing
-    from hsd.policy.pretrained import load, load_tokenizer
+    from hsd.files import check_folder, replacing
+    from hsd.policy.pretrained import load, load_config, load_tokenizer
 
     _, adapters = run_and_model(args.run)
     if not (adapters / "adapter_config.json").exists():
         raise ValueError(f"RUN: expected a model with LoRA adapters, got {adapters}, whose weights are whole")
-    if args.out.exists():
-        raise ValueError(f"OUT: expected a new folder, got {args.out}, which exists")
+    check_folder("OUT", args.out, new=True)
     base = str(PeftConfig.from_pretrained(str(adapters)).base_model_name_or_path)
     tokenizer = load_tokenizer(str(adapters))
     model, _ = load(base, "float32")
     merged = PeftModel.from_pretrained(model, str(adapters)).merge_and_unload(safe_merge=True)
-    saved = AutoConfig.from_pretrained(base).dtype or torch.float32
+    saved = load_config(base).dtype or torch.float32
     dtype = saved if args.dtype == "auto" else getattr(torch, args.dtype)
     with replacing(args.out) as part:
         merged.to(dtype).save_pretrained(part)

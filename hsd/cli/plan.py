@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 HELP = "count the memory and the traffic of a configuration on each GPU"
 TAKES_OVERRIDES = True
-HUB_TIMEOUT = 5.0  # seconds; the hub's own client tries for 40 s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """0, or 1 where it does not fit."""
     from hsd.cli.run import prepare
     from hsd.cli.settings import load
+    from hsd.policy.pretrained import load_config
     from hsd.train.limits import check_engine, launched
     from hsd.train.plan import GB, engine_named, plan, shape_of
 
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("model.path: expected a folder or a hub id, got none")
     engine = launched(config) if args.engine is None else engine_named(args.engine)
     check_engine(config, engine, peft=model.lora is not None)
-    shape = shape_of(read_config(model.path), None if model.lora is None else model.lora.r)
+    shape = shape_of(load_config(model.path), None if model.lora is None else model.lora.r)
     prompt = min(args.prompt_tokens, config.max_teacher_prompt_length or args.prompt_tokens)
     bytes_of_weight = 4 if model.dtype == "float32" else 2
     room = args.memory * GB
@@ -56,25 +55,3 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"does not fit in {args.memory:g} GB; the first that does not: {over.what}, {over.bytes / GB:.1f} GB")
     return 1
-
-
-def read_config(path: str) -> Any:
-    """The model's configuration: of a folder, else of the hub's cache, else of the hub, which is asked once."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-    from transformers import AutoConfig
-
-    if not Path(path).is_dir():
-        cached = try_to_load_from_cache(path, "config.json")
-        if isinstance(cached, str):
-            return AutoConfig.from_pretrained(Path(cached).parent)
-        try:
-            get_hf_file_metadata(hf_hub_url(path, "config.json"), timeout=HUB_TIMEOUT)
-        except HfHubHTTPError:
-            pass  # transformers names the reason
-        except Exception as error:  # of whatever HTTP library the hub's client has
-            raise ValueError(
-                "model.path: expected a folder with a config.json, or a hub id where the hub answers, got "
-                f"{path!r} and {type(error).__name__}; give --model.path FOLDER"
-            ) from error
-    return AutoConfig.from_pretrained(path)

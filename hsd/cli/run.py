@@ -21,12 +21,11 @@ from typing import Any
 import yaml
 from datasets import Dataset
 from transformers.trainer_callback import ProgressCallback
-from transformers.utils import logging as transformers_logging
 from trl.trainer.grpo_config import GRPOConfig
 
+from hsd import files
 from hsd.cli.settings import load, parse
 from hsd.data.rows import read_json
-from hsd.files import replacing
 from hsd.policy.pretrained import check as check_model
 from hsd.progress import say
 from hsd.tasks import registered
@@ -105,6 +104,7 @@ def check(run: Run) -> str:
         run = replace(run, settings=replace(run.settings, data=replace(data, chat=False)))
     task = run.task()
     check_questions(run, task)
+    files.check_folder("output_dir", run.folder)
     rewards = ", ".join(getattr(reward, "__name__", "?") for reward in task.rewards)
     return f"{task.title}: {len(task.questions)} questions, {len(task.held_out)} held out, reward {rewards}"
 
@@ -131,7 +131,6 @@ def train(run: Run) -> int:
     engine = launched(config)
     check_engine(config, engine, peft=run.settings.model.lora is not None)
     check_no_tensor_parallelism(None, config)
-    transformers_logging.disable_progress_bar()  # a bar for saving a shard would break the step's line
     if engine.name == "deepspeed":
         check_builds()
     with config.main_process_first(desc="the questions and the model's files"):
@@ -297,7 +296,7 @@ def claim(run: Run, task: Task) -> None:
     """Write config.yaml and run.json, where `check_folder` lets the run have its folder."""
     asked = check_folder(run, task)
     for name, text in ((CONFIG, as_yaml(run)), (IDENTITY, json.dumps(asked, indent=1))):
-        with replacing(run.folder / name) as part:
+        with files.replacing(run.folder / name) as part:
             part.write_text(text, encoding="utf-8")
 
 
@@ -308,6 +307,7 @@ def check_folder(run: Run, task: Task) -> dict[str, Any]:
     A run that has neither taken a step nor left a result is none yet: it may be corrected.
     """
     out, asked = run.folder, identity(run, task)
+    files.check_folder("output_dir", out)
     path, metrics = out / IDENTITY, out / "metrics.jsonl"
     steps = any(out.glob("checkpoint-*")) or (metrics.exists() and metrics.stat().st_size > 0)
     if path.exists() and (steps or (out / "model").exists() or (out / BEFORE).exists()):

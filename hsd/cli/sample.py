@@ -13,19 +13,20 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hsd.cli.side_by_side import Reply, shown
 
 if TYPE_CHECKING:
     from hsd.evaluate import Sampling
     from hsd.hindsight.groups import Prompt
 
 HELP = "the replies of models or runs to prompts, side by side"
-COLUMN, GAP = 32, 3  # characters: the narrowest column, the space between two
 BATCH = 32  # rollouts at a time
+MOST = 1000  # replies to a prompt; they are printed when all are there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSONL with question or prompt"
     )
-    parser.add_argument("--n", type=int, default=1, help="replies of each model to each prompt (1)")
+    parser.add_argument("--n", type=int, default=1, help="replies of each model to each prompt (1, at most 1000)")
     parser.add_argument("--temperature", type=float, help="1.0, or the run's; 0 is greedy")
     parser.add_argument("--top-p", "--top_p", type=float, help="1.0, or the run's")
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, help="of a reply (512, or the run's)")
@@ -66,16 +67,6 @@ class Asking:
         return asked if chat else last_user_text(asked)
 
 
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    tokens: int
-    truncated: bool
-
-    def __str__(self) -> str:
-        return f"{self.tokens} token{'s' * (self.tokens != 1)}" + (", cut off" if self.truncated else "")
-
-
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for what is no model and for a bad prompt, before any weights are loaded."""
     from hsd.cli.run import run_and_model
@@ -85,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts or not all(prompts):
         raise ValueError(f"--prompt: expected a text, or --prompts with a file of them, got {prompts or 'none'}")
-    if args.n < 1:
-        raise ValueError(f"--n: expected a positive number of replies, got {args.n}")
+    if not 1 <= args.n <= MOST:
+        raise ValueError(f"--n: expected 1 to {MOST} replies, got {args.n}")
     found = [run_and_model(Path(name)) if Path(name).is_dir() else (None, name) for name in args.models]
     paths = [str(path) for _, path in found]
     for path in paths:
@@ -183,64 +174,3 @@ def sampled(
     texts = tokenizer.batch_decode(rollouts, skip_special_tokens=True)
     replies = [Reply(t.strip(), len(r), is_truncated(r, ends)) for t, r in zip(texts, rollouts, strict=True)]
     return [replies[at : at + n] for at in range(0, len(replies), n)]
-
-
-def shown(asked: Prompt, names: Sequence[str], replies: Sequence[Sequence[Reply]], width: int | None) -> list[str]:
-    """Lines for one prompt, whose ``replies`` are by model: columns where the terminal's ``width`` allows them, else
-    one below the other. ``width`` is None where there is no terminal."""
-    from hsd.hindsight.groups import last_user_text
-
-    column = ((width or 0) - GAP * (len(names) - 1)) // len(names)
-    beside = len(names) > 1 and column >= COLUMN
-    clean: Callable[[str], str] = str if width is None else printable
-    lines = [f"prompt: {clean(last_user_text(asked))}", ""]
-    rows = [list(row) for row in zip(*replies, strict=True)]
-    for number, row in enumerate(rows, 1):
-        count = f" ({number} of {len(rows)})" if len(rows) > 1 else ""
-        cells = [(f"{name}{count}: {reply}", clean(reply.text)) for name, reply in zip(names, row, strict=True)]
-        if beside:
-            lines += columns([f"{title}\n\n{text}" for title, text in cells], column)
-            lines.append("")
-        else:
-            for title, text in cells:
-                lines += [title, text, ""]
-    return lines
-
-
-def columns(texts: Sequence[str], width: int) -> list[str]:
-    """The texts beside each other, each wrapped to ``width``."""
-    cells = [[part for line in text.split("\n") for part in wrapped(line, width)] for text in texts]
-    height = max(map(len, cells))
-    rows = zip(*([*cell, *[""] * (height - len(cell))] for cell in cells), strict=True)
-    return [(" " * GAP).join(part + " " * (width - on_screen(part)) for part in row).rstrip() for row in rows]
-
-
-def wrapped(line: str, width: int) -> list[str]:
-    """Lines of at most ``width`` on the screen, broken at spaces where there are any."""
-    lines = []
-    while (end := _fitting(line, width)) < len(line):
-        space = line.rfind(" ", 1, end + 1)
-        cut = space if line[: max(space, 0)].strip() else end
-        lines.append(line[:cut])
-        line = line[cut:].removeprefix(" ")
-    return [*lines, line]
-
-
-def _fitting(text: str, width: int) -> int:
-    """The number of characters that fit into ``width`` on the screen, at least one."""
-    taken = 0
-    for at, character in enumerate(text):
-        taken += on_screen(character)
-        if taken > width:
-            return max(1, at)
-    return len(text)
-
-
-def on_screen(text: str) -> int:
-    """The columns that a text takes: two for a wide character, as Chinese ones are, none for a combining one."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
-
-
-def printable(text: str) -> str:
-    """Without what a terminal would obey: a reply may hold any character."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text.expandtabs(4))

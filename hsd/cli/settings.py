@@ -32,6 +32,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises ValueError with the file's name where it holds something else."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: expected a YAML file, got {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: expected YAML in UTF-8, got {error}") from error
     if not isinstance(found, dict):

@@ -19,6 +19,7 @@ from hsd.data.generators import PREFIX, generated
 from hsd.data.local_files import ENDINGS, read_rows
 from hsd.data.ready_rows import ready, verl
 from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable, read_jsonl
+from hsd.hub import no_answer
 
 Convert = Callable[[dict[str, Any]], Row]
 # What a converter meets in a row whose values are not those of its form; the last three are a packed test's.
@@ -181,6 +182,19 @@ def _collect(name: str, raws: Iterable[dict[str, Any]], convert: Convert | None,
 
 
 def _from_hub(source: Source, split: str) -> Iterator[dict[str, Any]]:
+    why = no_answer(source.repo, "dataset")
+    try:
+        yield from _downloaded(source, split)
+    except OSError as error:
+        if why is None:
+            raise
+        raise ValueError(
+            f"data: expected a file, or a data set of the hub, got {source.repo!r}: not in the hub's cache, and no "
+            f"answer from the hub ({why}); give a file"
+        ) from error
+
+
+def _downloaded(source: Source, split: str) -> Iterator[dict[str, Any]]:
     if source.files:
         from huggingface_hub import hf_hub_download
 

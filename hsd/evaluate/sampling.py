@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hsd.hindsight.context import tokenize_prompt
 from hsd.padding import padded
+from hsd.policy.generate import generate
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,17 @@ def _sample_batch(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], samp
     choice: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    out = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        **choice,
-        repetition_penalty=1.0,  # as in training: a model may declare another one
+    out = generate(
+        model,
+        input_ids.to(model.device),
+        mask.to(model.device),
         max_new_tokens=sampling.max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=end_ids or None,
+        pad_id=pad_id,
+        end_ids=end_ids,
+        repetition_penalty=1.0,  # as in training: a model may declare another one
+        **choice,
     )
-    return [_until_end(row, end_ids) for row in out[:, input_ids.shape[1] :].tolist()]
+    return [until_end(row, end_ids) for row in out[:, input_ids.shape[1] :].tolist()]
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -109,7 +111,8 @@ def is_truncated(rollout: Sequence[int], end_ids: Sequence[int]) -> bool:
     return not rollout or rollout[-1] not in end_ids
 
 
-def _until_end(ids: list[int], end_ids: list[int]) -> list[int]:
+def until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """The tokens up to and including the first that ends a rollout."""
     for t, token in enumerate(ids):
         if token in end_ids:
             return ids[: t + 1]

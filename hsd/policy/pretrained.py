@@ -7,6 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hsd.data.rows import read_json
+from hsd.hub import no_answer
+from hsd.progress import hide_bars
+
+ADAPTERS = "adapter_config.json"
+
 
 def load(path: str, dtype: str = "float32", attention: str | None = None) -> tuple[Any, Any]:
     """``dtype`` "auto" is as saved; ``attention`` is transformers' attn_implementation."""
@@ -15,6 +21,7 @@ def load(path: str, dtype: str = "float32", attention: str | None = None) -> tup
 
     kwargs = {} if attention is None else {"attn_implementation": attention}
     weights = "auto" if dtype == "auto" else getattr(torch, dtype)
+    hide_bars()
     with _named(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=weights, **kwargs)
         return model, AutoTokenizer.from_pretrained(path)
@@ -27,23 +34,56 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path)
 
 
-def check(path: str) -> None:
-    """Raise ValueError where no model is. Loads configuration and tokenizer, no weights."""
+def load_config(path: str) -> Any:
     from transformers import AutoConfig
 
     with _named(path):
-        if not (Path(path) / "adapter_config.json").exists():
-            AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
+
+
+def check(path: str) -> None:
+    """Raise ValueError where no model is. Loads configuration and tokenizer, no weights."""
+    if not (Path(path) / ADAPTERS).exists():
+        load_config(path)
     load_tokenizer(path)
 
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    if Path(path).is_absolute() or path.startswith(("./", "../")):
-        if not Path(path).is_dir():
-            raise ValueError(f"model: expected a folder with a model, or a hub id, got {path!r}, which is not there")
+    """An error about the model in the block names it. A hub that does not answer is not waited for."""
+    expected, base = "model: expected a folder with a model, or a hub id", _base(path)
+    if missing := _missing(path if base is None else base):
+        got = repr(path) if base is None else f"{base!r}, the base model of {path}"
+        raise ValueError(f"{expected}, got {got}, which is {missing}")
     try:
         yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model: expected a folder with a model, or a hub id, got {path!r}: {reason}") from error
+        raise ValueError(f"{expected}, got {path!r}: {reason}") from error
+
+
+def _missing(path: str) -> str | None:
+    """What is wrong with the name of a model that is neither a folder nor at hand in the hub or its cache."""
+    if Path(path).is_dir():
+        return None
+    if Path(path).is_absolute() or path.startswith(("./", "../")):
+        return "not there"
+    try:
+        why = no_answer(path)
+    except ValueError as error:
+        return f"no folder and no hub id: {error}"
+    if why is None or _is_cached(path):
+        return None
+    return f"no folder and not in the hub's cache, and the hub does not answer ({why}); give a folder"
+
+
+def _base(path: str) -> str | None:
+    """The base model of the adapters in a folder; None where there are none."""
+    config = Path(path) / ADAPTERS
+    return read_json(config).get("base_model_name_or_path") if config.exists() else None
+
+
+def _is_cached(repo: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(repo, name), str) for name in ("config.json", ADAPTERS))

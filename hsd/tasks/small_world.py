@@ -29,7 +29,7 @@ from hsd.evaluate import Sampling
 from hsd.files import replacing
 from hsd.hindsight.context import ContextTemplate
 from hsd.padding import padded
-from hsd.progress import Progress, counter, say
+from hsd.progress import Progress, counter, hide_bars, say
 from hsd.tasks.task import Task
 
 PAD, EOS = "<pad>", "$"
@@ -99,6 +99,7 @@ def warm_started(seed: int) -> str:
         state = folder.with_suffix(".state")
         progress = counter("warm start")
         warm_start(model, tokenizer, seed=seed, steps=WARM_STEPS, progress=progress, state=state, **RECIPE)
+        hide_bars()
         with replacing(folder) as part:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hsd.evaluate import Sampling
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, ContextTemplate
-from hsd.progress import say
+from hsd.progress import hide_bars, say
 from hsd.tasks import times_table
 from hsd.tasks.task import Task
 from hsd.verify import number_reward
@@ -106,6 +106,7 @@ def ensure_smollm2(cache: str | Path) -> Path:
 
 def convert(folder: Path, target: Path) -> None:
     """Loads `folder / GGUF`, dequantized to fp32, and saves model and tokenizer under `target`."""
+    hide_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     # Without dequantize=True the model keeps its quantizer, and save_pretrained refuses.
     model = AutoModelForCausalLM.from_pretrained(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from hsd.evaluate import RewardFn, Sampling, Success, end_token_ids, sample, score, success
 from hsd.hindsight.context import ContextTemplate
+from hsd.hindsight.groups import last_user_text
 from hsd.policy.pretrained import load
 from hsd.progress import Progress
 
@@ -112,9 +113,19 @@ def load_policy(path: str, dtype: str = "float32", attention: str | None = None)
     return Policy(*load(path, dtype, attention))
 
 
-def evaluate(task: Task, policy: Policy, seed: int, progress: Progress | None = None) -> Success:
-    """Success of ``policy`` on the questions of `Task.evaluated`, ``eval_samples`` rollouts each."""
+class Evaluation(NamedTuple):
+    success: Success
+    replies: list[dict[str, Any]]  # question, answer, reply, reward of each rollout
+
+
+def evaluate(task: Task, policy: Policy, seed: int, progress: Progress | None = None) -> Evaluation:
+    """``policy`` on the questions of `Task.evaluated`, ``eval_samples`` rollouts each."""
     asked = [q for q in task.evaluated for _ in range(task.eval_samples)]
     rollouts = sample(*policy, [q["prompt"] for q in asked], task.sampling, seed=seed, progress=progress)
     rewards = score(policy.tokenizer, asked, rollouts, task.reward)
-    return success(rewards, rollouts, task.eval_samples, end_token_ids(*policy))
+    texts = policy.tokenizer.batch_decode(rollouts, skip_special_tokens=True)
+    replies = [
+        {"question": last_user_text(q["prompt"]), "answer": q["answer"], "reply": text, "reward": reward}
+        for q, text, reward in zip(asked, texts, rewards, strict=True)
+    ]
+    return Evaluation(success(rewards, rollouts, task.eval_samples, end_token_ids(*policy)), replies)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import yaml
+from huggingface_hub.utils import validate_repo_id
 
 from hsd.files import replacing
 from hsd.methods import title
@@ -28,9 +32,9 @@ PAPER = """@article{li2026localizing,
 
 def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
     """The card after ``steps`` optimizer steps from ``base``, a hub id or a folder. ``lora``: PEFT's config."""
-    hub = bool(base) and not Path(base).is_absolute() and not Path(base).is_dir()
-    base = base if hub else Path(base).name or "a model"  # the path of a folder is private
-    data = [f"base_model: {base}"] if hub else []
+    hub = is_hub_id(base)
+    base = base if hub else folder_name(base)
+    data = [yaml.safe_dump({"base_model": base}).strip()] if hub else []
     data += [f"library_name: {'transformers' if lora is None else 'peft'}", "pipeline_tag: text-generation"]
     tags = dict.fromkeys(["hsd", args.method, "self-distillation" if args.has_teacher else "policy-gradient", "trl"])
     names = [key for key in SETTINGS if args.has_teacher or key not in OF_A_TEACHER]
@@ -68,6 +72,21 @@ def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
             "",
         ]
     )
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether a model's name is a repository's on the hub, and no folder's."""
+    try:
+        validate_repo_id(base)
+    except ValueError:
+        return False
+    return not Path(base).is_dir()
+
+
+def folder_name(path: str) -> str:
+    """What a card, which is read by others, says of a private path: the folder's own name, as a line of Markdown."""
+    name = Path(os.path.abspath(path)).name if path else ""
+    return "".join(c if c.isprintable() and c != "`" else "?" for c in name) or "a model"
 
 
 def write_success(folder: Path, text: str) -> None:

@@ -420,9 +420,15 @@ class HSDConfig(GRPOConfig):
 def unused(given: Mapping[str, Any]) -> list[str]:
     """The names in ``given`` that its method does not use and `HSDConfig` refuses beside it: a configuration that is
     switched to another method leaves them out."""
+    neutral = ignored(given)
+    return [name for name in given if name in neutral and given[name] not in (None, neutral[name])]
+
+
+def ignored(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the method in ``given`` does not use, with the value that each of them then has."""
     method, hsd = METHODS.get(given.get("method", "hsd")), METHODS["hsd"].defaults
     if method is None:
-        return []
+        return {}
     neutral: dict[str, Any] = {} if method.draw else {"draw_cap": None}
     policy_coef = given.get("policy_coef")
     if method.has_teacher:
@@ -441,7 +447,7 @@ def unused(given: Mapping[str, Any]) -> list[str]:
     args = given.get("method_args") or {}
     if not method.settings.keys() >= args.keys() and any(m.settings.keys() >= args.keys() for m in METHODS.values()):
         neutral["method_args"] = None
-    return [name for name in given if name in neutral and given[name] not in (None, neutral[name])]
+    return neutral
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ All contact with TRL is in this file. After a batch is generated and scored, eve
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
 - overridden: ``_get_train_sampler``, ``_prepare_inputs``, ``_calculate_rewards``, ``_generate_and_score_completions``,
-  ``_generate``, ``_tokenize_prompts``, ``training_step``, ``compute_loss``, ``create_model_card``, ``log``, and of
-  transformers' Trainer ``_save_checkpoint``, ``_save``, ``_load_optimizer_and_scheduler``,
-  ``_issue_warnings_after_load``
+  ``_generate``, ``_generate_single_turn``, ``_tokenize_prompts``, ``training_step``, ``compute_loss``,
+  ``create_model_card``, ``log``, and of transformers' Trainer ``_save_checkpoint``, ``_save``,
+  ``_load_optimizer_and_scheduler``, ``_issue_warnings_after_load``
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``, ``eos_token_ids``,
-  ``_pending_extra_logs``, ``_pending_metrics``, ``aux_loss_enabled``
+  ``_pending_extra_logs``, ``_pending_metrics``, ``generation_kwargs``, ``pad_to_multiple_of``, ``use_vllm``,
+  ``use_transformers_continuous_batching``, ``aux_loss_enabled``
 - keys of its batch: ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, ``tool_mask``,
   ``advantages``, ``old_per_token_logps`` (`hsd.train.batch` takes them from there)
-- functions: ``_generate_single_turn``, ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its
+- functions: ``unwrap_model_for_generation``, ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its
   arguments
 """
 
@@ -38,11 +39,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from trl.models.utils import _ForwardRedirection
+from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
-from hsd.evaluate.sampling import Sampling, sample_from_ids
+from hsd.evaluate.sampling import Sampling, sample_from_ids, until_end
 from hsd.files import replacing
 from hsd.hindsight.context import ContextTemplate, known_words, tokenize_prompt
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
@@ -50,9 +51,11 @@ from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.methods.method import Generation, State
 from hsd.methods.state import RefreshGate, load_states, save_states
 from hsd.methods.term import Stats, scheduled
+from hsd.padding import padded
 from hsd.policy.body_and_head import body_and_head
 from hsd.policy.forward import RolloutInputs
 from hsd.policy.frozen import in_eval_mode, inner_model, is_peft
+from hsd.policy.generate import generate
 from hsd.policy.sharding import gather, reshard, stored_tensors, weights_of
 from hsd.policy.stand_in import small_model
 from hsd.policy.tree.check import choose_sharing
@@ -231,6 +234,21 @@ class HSDTrainer(GRPOTrainer):
             found = super()._generate(prompts)
         self.step_time.tokens += sum(map(len, found[1]))
         return found
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args):
+        given: dict[str, Any] = dict(self.generation_kwargs)
+        new, pad_id, ends = (given.pop(key) for key in ("max_new_tokens", "pad_token_id", "eos_token_id"))
+        asked = self.args.generation_kwargs or self.pad_to_multiple_of or multimodal_fields or not new
+        if asked or self.use_vllm or self.use_transformers_continuous_batching or self._sharded:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args)
+        ids, mask = padded(prompt_ids, pad_id, "left")
+        ids, mask = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+        wrapped: Any = self.model_wrapped
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        settings = {"generation_kwargs": self.generation_kwargs, "gradient_checkpointing_kwargs": checkpointing}
+        with unwrap_model_for_generation(wrapped, self.accelerator, **settings) as model:
+            out = generate(model, ids, mask, max_new_tokens=new, pad_id=pad_id, end_ids=ends, **given)
+        return [until_end(row, ends) for row in out[:, ids.shape[1] :].tolist()], None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -438,8 +456,8 @@ class HSDTrainer(GRPOTrainer):
         batch |= {COLUMN + name: value for name, value in found.items()}
 
     def _of_all_ranks(self, values: Tensor) -> Tensor:
-        padded = self.accelerator.pad_across_processes(values.float(), pad_index=float("nan"))  # type: ignore[arg-type]
-        gathered: Any = self.accelerator.gather(padded)
+        mine = self.accelerator.pad_across_processes(values.float(), pad_index=float("nan"))  # type: ignore[arg-type]
+        gathered: Any = self.accelerator.gather(mine)
         return gathered[~gathered.isnan()]
 
     def _score(self, batch: Mapping[str, Any]) -> RowStats | None:

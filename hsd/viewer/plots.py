@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsd.files import replacing
-from hsd.hindsight.credit import coverage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +24,16 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _GREY = "#555555"
 _DPI = 120
+
+SUCCESS = "hsd/success_rate"
+CURVES = {  # the panel of each metric of metrics.jsonl
+    SUCCESS: "success",
+    "hsd/kl": "divergence from the teacher (nats/token)",
+    "hsd/coverage": "coverage: failing with a peer",
+    "hsd/credit_at_tau": "|A| at tau (nats)",
+    "hsd/student_entropy": "student entropy (nats/token)",
+    "completions/mean_length": "rollout length (tokens)",
+}
 
 Bin = tuple[float, float, float, int]  # success, coverage, its standard error (NaN where there is none), groups
 Profile = tuple[Sequence[float], Sequence[float], Sequence[float]]  # offsets, mean |A|, its standard error
@@ -100,6 +109,8 @@ def plot_coverage(
             coverage)`` of all of them. Beside them stands ``f(p, G)`` of :func:`hsd.hindsight.credit.coverage`.
         group_size: G.
     """
+    from hsd.hindsight.credit import coverage  # imports torch, which `hsd --help` need not wait for
+
     fig, row = _row(len(panels))
     ps = [i / 200 for i in range(201)]
     for axes, (panel, (bins, overall)) in zip(row, panels.items(), strict=True):
@@ -196,6 +207,7 @@ def plot_curves(
             style["marker"] = style["marker"] if len(steps) <= 40 else ""
             axes.plot(steps, values, label=run, **style)
         axes.margins(x=0.01)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)  # also where there is one step
     if len(next(iter(curves.values()))) > 1:
         panels[0].legend(fontsize=8, framealpha=0.9, edgecolor="none")
     _save(fig, path)

@@ -13,21 +13,11 @@ import torch
 from hsd.data.rows import write_json
 from hsd.evaluate import Success
 from hsd.files import replacing
-from hsd.tasks.task import Task
+from hsd.tasks.task import Evaluation, Task
 from hsd.train.alarms import WINDOW, moving_mean
 from hsd.train.callbacks import HELD_OUT, load_metrics
-from hsd.viewer import summary
-from hsd.viewer.plots import plot_curves, plot_methods
-
-SUCCESS = "hsd/success_rate"
-CURVES = {
-    SUCCESS: "success",
-    "hsd/kl": "divergence from the teacher (nats/token)",
-    "hsd/coverage": "coverage: failing with a peer",
-    "hsd/credit_at_tau": "|A| at tau (nats)",
-    "hsd/student_entropy": "student entropy (nats/token)",
-    "completions/mean_length": "rollout length (tokens)",
-}
+from hsd.viewer import replies, summary
+from hsd.viewer.plots import CURVES, SUCCESS, plot_curves, plot_methods
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,11 @@ class End:
     """What a method made of the initial policy."""
 
     rows: list[dict[str, Any]]  # metrics.jsonl
-    success: Success
+    measured: Evaluation
+
+    @property
+    def success(self) -> Success:
+        return self.measured.success
 
     @property
     def seconds(self) -> float:
@@ -51,7 +45,7 @@ def write(
     task: Task,
     command: str,
     settings: dict[str, Any],
-    before: Success,
+    before: Evaluation,
     ends: Mapping[str, End],
     credits: Mapping[str, dict[str, Any]],
 ) -> str:
@@ -64,7 +58,7 @@ def write(
     own = next(iter(ends.values()))
     settings = settings | {"steps": len(own.rows)}
     pictures = summary.draw(folder, credits) + training_picture(folder, own.rows, load_metrics(folder / HELD_OUT))
-    methods = _methods_section(folder, before, ends) if len(ends) > 1 else []
+    methods = _methods_section(folder, before.success, ends) if len(ends) > 1 else []
     text = "\n".join(
         [
             f"# {task.title}",
@@ -73,8 +67,9 @@ def write(
             f"{own.seconds:.0f} s in training steps.",
             "Settings: " + ", ".join(f"{k} {getattr(v, 'value', v)}" for k, v in settings.items()) + ".",
             "",
-            *_success_table(before, own.success, task),
+            *_success_table(before.success, own.success, task),
             "",
+            *_replies_section(before, own.measured, task),
             *_alarm_lines(own.alarms),
             "",
             *methods,
@@ -86,7 +81,7 @@ def write(
             "",
         ]
     )
-    facts = {"settings": settings, "before": asdict(before), "after": asdict(own.success), "alarms": own.alarms}
+    facts = {"settings": settings, "before": asdict(before.success), "after": asdict(own.success), "alarms": own.alarms}
     facts |= {"seconds": own.seconds, "credit": credits}
     if methods:
         facts["methods"] = {name: {"after": asdict(e.success), "seconds": e.seconds} for name, e in ends.items()}
@@ -105,6 +100,14 @@ def _success_table(before: Success, after: Success, task: Task) -> list[str]:
         f"| truncated | {before.truncated:.3f} | {after.truncated:.3f} |",
         f"| mean length (tokens) | {before.mean_length:.1f} | {after.mean_length:.1f} |",
     ]
+
+
+def _replies_section(before: Evaluation, after: Evaluation, task: Task) -> list[str]:
+    """The first sample of each question; nothing where one of the two kept no replies."""
+    if not (before.replies and after.replies):
+        return []
+    then, now = (measured.replies[:: measured.success.samples] for measured in (before, after))
+    return [*replies.table(then, now, task.success_reward), ""]
 
 
 def _methods_section(folder: Path, before: Success, ends: Mapping[str, End]) -> list[str]:

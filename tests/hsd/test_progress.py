@@ -2,6 +2,10 @@
 
 from itertools import count
 
+import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging
+
 from hsd import progress
 
 
@@ -35,3 +39,16 @@ def test_work_of_an_earlier_part_does_not_count_into_the_rate(monkeypatch, capsy
 def test_a_first_call_has_no_rate(monkeypatch, capsys):
     assert lines(monkeypatch, capsys, [(5.0, 256, 512)]) == ["  sampled: 256 of 512, 5 s"]
     assert lines(monkeypatch, capsys, [(1.0, 512, 512)]) == ["  sampled: 512 of 512, 1 s"]
+
+
+@pytest.mark.parametrize("downloads", [True, False])
+def test_bars_of_weights_go_and_those_of_downloads_stay(downloads):
+    shown = are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    try:
+        (enable_progress_bars if downloads else disable_progress_bars)()
+        progress.hide_bars()
+        assert not logging.is_progress_bar_enabled() and are_progress_bars_disabled() != downloads
+    finally:
+        (disable_progress_bars if shown[0] else enable_progress_bars)()
+        if shown[1]:
+            logging.enable_progress_bar()

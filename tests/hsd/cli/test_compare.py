@@ -37,7 +37,7 @@ def test_a_line_a_run(runs, tmp_path, capsys):
     one = {"model": {"path": "m"}, "train": {"learning_rate": 1e-5, "teacher": "live", "output_dir": "x"}}
     two = {"model": {"path": "m"}, "train": {"learning_rate": 1e-5, "teacher": "fixed", "output_dir": "y"}}
     sizes = {"questions": 4, "samples": 1, "truncated": 0.0, "mean_length": 9.0}
-    after = {"after": {"mean": 0.5, "low": 0.4, "high": 0.625} | sizes}
+    after = {"after": {"mean": 0.5, "low": 0.4, "high": 0.625} | sizes, "settings": {"steps": 5}}
     a = runs("a", [0.9, 0.1, 0.2, 0.4, 0.6], one, after, step_time=[9.0, 1.0, 1.0, 2.0, 2.0])
     b = runs("b", [0.0, 0.5, 0.5, 0.1], two, alarms=[{}, {}, {"success": "fell"}, {}])
     png = tmp_path / "deep" / "curves.png"
@@ -54,6 +54,64 @@ def test_a_line_a_run(runs, tmp_path, capsys):
     assert "train.teacher: a live, b fixed" in lines
     assert not any("learning_rate" in line or "output_dir" in line or "model.path" in line for line in lines)
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
+
+
+def test_held_out_success_is_found_wherever_the_run_has_it(runs, tmp_path, capsys):
+    def put(folder, file, value):
+        (path := tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+
+    sizes = {"questions": 4, "samples": 1, "truncated": 0.0, "mean_length": 9.0}
+    of_demo = {"mean": 0.5, "low": 0.4, "high": 0.625} | sizes
+    of_eval = {"pass@1": 0.25, "interval": [0.125, 0.375], "rows": 9, "rows_of_the_subset": 9}
+    in_training = [{"step": 2, "eval_loss": 1.0, "eval_hsd/success_rate": 0.75}]
+    folders = [
+        runs(name, [0.1, 0.2, 0.3]) for name in ("none", "demo", "eval", "part", "training", "all", "older", "own")
+    ]
+    put("demo", "after-3.json", of_demo)
+    put("demo", "after-2.json", of_demo | {"mean": 0.1})
+    put("eval", "eval-3/held-out-questions/result.json", of_eval)
+    put("eval", "eval-3/gsm8k/result.json", of_eval | {"pass@1": 0.9})
+    put("part", "eval-3/held-out-questions/result.json", of_eval | {"rows": 4})  # --limit
+    for name in ("training", "all"):
+        put(name, "held_out.jsonl", in_training[0])
+    put("all", "eval-2/held-out-questions/result.json", of_eval)
+    put("all", "after-2.json", of_demo)
+    put("older", "report.json", {"after": of_demo, "settings": {"steps": 2}})
+    put("own", "after-3.json", of_demo)
+    (tmp_path / "own" / "config.yaml").write_text("data: {path: x.jsonl, held_out: 0}")
+    assert main(["compare", *folders, "--png", str(tmp_path / "x.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    column = cells(lines[0]).index("held out [95 %]")
+    found = {row[0]: row[column] for row in map(cells, lines[2 : 2 + len(folders)])}
+    assert found == {
+        "none": "-",
+        "demo": "0.500 [0.400, 0.625]",
+        "eval": "0.250 [0.125, 0.375]",
+        "part": "-",
+        "training": "0.750 at 2",
+        "all": "0.500 [0.400, 0.625] at 2",
+        "older": "0.500 [0.400, 0.625] at 2",
+        "own": "-",  # measured on the training questions
+    }
+
+
+def test_a_setting_that_a_method_does_not_use_has_no_value(runs, tmp_path, capsys):
+    def train(method, **settings):
+        return {"train": {"method": method, "teacher": "live", "jsd_beta": 0.5, "epsilon": 0.2} | settings}
+
+    a = runs("a", [0.5], train("hsd", teacher="fixed"))
+    b = runs("b", [0.5], train("grpo", epsilon=0.1))
+    c = runs("c", [0.5], train("opsd", teacher="fixed"))
+    assert main(["compare", a, b, c, "--png", str(tmp_path / "x.png")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train.")]
+    assert lines == [
+        "train.epsilon: a —, b 0.1, c —",
+        "train.method: a hsd, b grpo, c opsd",
+        "train.teacher: a fixed, b —, c fixed",
+    ]
+    assert main(["compare", a, b, "--png", str(tmp_path / "a" / "metrics.jsonl" / "x.png")]) == 2
+    assert "--png: expected a file in a folder, got" in capsys.readouterr().err
 
 
 def test_one_run_and_more_runs_than_colours(runs, tmp_path, capsys):
@@ -87,6 +145,7 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
         ("config.yaml", "a: [", "expected YAML"),
         ("config.yaml", "[1]", "expected sections task, model, data, reward, train, got [1]"),
         ("report.json", "{", "expected a JSON object"),
+        ("after-7.json", '{"mean": 0.5}', "expected a success with its interval, got {'mean': 0.5}"),
         ("report.json", '{"after": [1]}', "after: expected a success with its interval, got [1]"),
         ("report.json", '{"after": {"mean": "x", "low": 0, "high": 1}}', "after: expected a success with its interval"),
         ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "line 2: expected a JSON object with a step"),

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hsd.cli import demo
 from hsd.cli.__main__ import main
-from hsd.data.rows import read_json
+from hsd.data.rows import read_json, read_jsonl
 from hsd.evaluate import Sampling
 from hsd.tasks import small_world
 from hsd.train.callbacks import load_metrics
@@ -46,13 +46,17 @@ def tiny(tmp_path, monkeypatch):
 def test_runs_reports_and_goes_on(tiny, capsys):
     assert main(["demo", "small", "--against", "grpo", "hsd"]) == 0  # itself is no other method
     printed = capsys.readouterr().out
+    assert printed.startswith("--against: hsd is the run's own method, and is trained once\ntiny world\n")
     assert "# tiny world" in printed and "| success [95 % interval] |" in printed and "step 2/2" in printed
     for word in ("report  runs/small-seed0/report.md", "model   runs/small-seed0/model", "hsd eval runs/small-seed0"):
         assert word in printed.split("# tiny world")[1]
     files = {"report.md", "report.json", "metrics.jsonl", "credit.json", "training.png", "config.yaml", "run.json"}
-    files |= {"credit-after-2.json", "methods.png", "grpo"}
+    files |= {"credit-after-2.json", "methods.png", "grpo", "before.jsonl", "after-2.jsonl"}
     assert files <= {p.name for p in tiny.iterdir()} and not (tiny / "hsd").exists()
     AutoModelForCausalLM.from_pretrained(tiny / "model")
+    assert "The first reply to each question: " in printed and "Loading weights" not in "".join(capsys.readouterr())
+    rows = list(read_jsonl(tiny / "after-2.jsonl"))
+    assert len(rows) == 8 and sum(row["reward"] for row in rows) / 8 == read_json(tiny / "after-2.json")["mean"]
     assert json.loads((tiny / "report.json").read_text())["methods"].keys() == {"hsd", "grpo"}
     assert read_json(tiny / "grpo" / "run.json")["train.method"] == "grpo"
     page = read_page(tiny / "credit.html")
@@ -80,7 +84,8 @@ def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tiny, 
     monkeypatch.setattr(demo, "AGAINST", {})
     assert main(["demo", "small", "--max_steps", "1"]) == 0
     assert main(["demo", "small", "--max_steps", "1"]) == 0
-    assert "already has 1 steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "already has 1 steps" in printed and "--against" not in printed
     assert [row["step"] for row in load_metrics(tiny / "metrics.jsonl")] == [1]
     assert main(["demo", "small", "--max_steps", "1", "--teacher", "live"]) == 2
     assert "train.teacher: runs/small-seed0 holds a run with 'ema', got 'live'" in capsys.readouterr().err

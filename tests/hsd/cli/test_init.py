@@ -57,6 +57,7 @@ def test_a_key_behind_a_hash_can_be_taken_in():
 def test_comments_are_the_declarations_own():
     assert main(["init", *GIVEN]) == 0
     text = Path("hsd.yaml").read_text()
+    assert "  # save_total_limit: 1  # checkpoints that a finished run keeps, for more steps later; without" in text
     of_hsd = {option.name: option.help for option in options()}
     for help in (of_hsd["learning_rate"], of_hsd["teacher"], declared()["data.held_out"].metadata["help"]):
         assert f"  # {help}\n" in text
@@ -95,7 +96,8 @@ def test_a_terminal_is_asked_for_what_is_missing(monkeypatch, capsys):
     [
         (["--data", "questions.jsonl"], "--model: expected a value where there is no terminal to ask on, got none"),
         (["--model", "model", "--data", "questions.jsonl"], "--reward: expected a value"),
-        (["old.yaml", *GIVEN], "OUT: expected a new file, got old.yaml, which exists"),
+        (["old.yaml", *GIVEN], "OUT: expected a new file, got old.yaml, which is a file that exists"),
+        (["old.yaml/x.yaml", *GIVEN], "OUT: expected a new file in a folder, got old.yaml/x.yaml, where "),
         (["mine.txt", *GIVEN], "OUT: expected a file that ends in .yaml, got mine.txt"),
         (["--max_steps", "3", "mine.yaml", *GIVEN], "expected --key value, got 'mine.yaml'"),
         ([*GIVEN, "--learning_rat", "1"], "--learning_rat: unknown key, the nearest is train.learning_rate"),

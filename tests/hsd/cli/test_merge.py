@@ -58,9 +58,11 @@ def test_its_logits_are_the_adapted_models(words, base, dtype, rounding, capsys)
 def test_what_cannot_be_merged_is_named(capsys):
     save(torch.float32)
     Path("there").mkdir()
+    Path("file").touch()
     for words, named in (
+        (["run", "file/out"], "OUT: expected a new folder in a folder, got file/out, where "),
         (["base", "out"], "RUN: expected a model with LoRA adapters, got base, whose weights are whole"),
-        (["run", "there"], "OUT: expected a new folder, got there, which exists"),
+        (["run", "there"], "OUT: expected a new folder, got there, which is a folder that exists"),
         (["nowhere", "out"], "run: expected a folder, got nowhere"),
     ):
         assert main(["merge", *words]) == 2

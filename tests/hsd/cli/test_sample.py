@@ -10,7 +10,8 @@ from tiny_runs import LORA, SMALLER, TOKENIZER, qwen3, start_adapters
 from transformers import AutoModelForCausalLM
 
 from hsd.cli.__main__ import main
-from hsd.cli.sample import COLUMN, GAP, Asking, Reply, habits, on_screen, printable, read_prompts, shown, wrapped
+from hsd.cli.sample import MOST, Asking, habits, read_prompts
+from hsd.cli.side_by_side import COLUMN, GAP, Reply, on_screen, printable, shown, wrapped
 from hsd.evaluate import Sampling, sample
 
 CONFIG = """
@@ -99,7 +100,8 @@ def test_without_a_run_the_tokenizer_says_how_to_ask(run, capsys):
         (["model"], "--prompt: expected a text, or --prompts with a file of them, got none"),
         (["model", "--prompt", ""], "--prompt: expected a text"),
         (["model", "--prompts", "nowhere.txt"], "--prompts: expected a file, got nowhere.txt, which is not there"),
-        (["model", "--prompt", "3=", "--n", "0"], "--n: expected a positive number of replies, got 0"),
+        (["model", "--prompt", "3=", "--n", "0"], f"--n: expected 1 to {MOST} replies, got 0"),
+        (["model", "--prompt", "3=", "--n", str(MOST + 1)], f"--n: expected 1 to {MOST} replies, got {MOST + 1}"),
         (["model", "--prompt", "3=", "--temperature", "-1"], "temperature: expected a finite number"),
         (["model", "./nowhere", "--prompt", "3="], "model: expected a folder with a model, or a hub id"),
         (["model", "empty", "--prompt", "3="], "expected a model, a checkpoint or config.json in empty"),

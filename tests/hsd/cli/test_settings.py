@@ -248,5 +248,5 @@ def test_an_empty_text_is_a_text_where_there_may_be_one(load):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(OSError, match=r"nowhere\.yaml"):
+    with pytest.raises(ValueError, match=r"^nowhere\.yaml: expected a YAML file, got No such file"):
         read(Path("nowhere.yaml"))

@@ -1,6 +1,7 @@
 """The model card: one text beside every saved model, full or LoRA, and the success that is put into it."""
 
 import pytest
+import yaml
 from tiny_runs import LORA, make, qwen3
 
 from hsd.methods import METHODS, title
@@ -27,6 +28,37 @@ def test_a_hub_id_is_the_base_model_and_a_folder_is_its_name(tmp_path):
     assert "| teacher |" not in card and "- policy-gradient\n" in card
     card = model_card(args, str(tmp_path), 7)
     assert "base_model:" not in card and f"`{tmp_path.name}`" in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "hub"),
+    [
+        ("org/name_1.5-x", "org/name_1.5-x", True),
+        ("123", "123", True),  # YAML would make it a number
+        ("true", "true", True),
+        ("my model/", "my model", False),
+        ("./a/b/", "b", False),
+        ("a/b/..", "a", False),
+        ("..", "{parent}", False),
+        (".", "{here}", False),
+        ("modèle/漢字", "漢字", False),
+        ("gone/model: x", "model: x", False),
+        ("~/models/x", "x", False),
+        ("C:\\models", "C:\\models", False),
+        ("x`|\n# y", "x?|?# y", False),
+        ("/", "a model", False),
+        ("", "a model", False),
+    ],
+)
+def test_a_name_with_odd_characters_leaves_the_card_whole(base, name, hub, tmp_path, monkeypatch):
+    (tmp_path / "here" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "here" / "my model").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    name = name.format(parent=tmp_path.name, here="here")
+    card = model_card(HSDConfig("run", use_cpu=True, bf16=False), base, 7)
+    _, head, text = card.split("---\n", 2)
+    assert yaml.safe_load(head).get("base_model") == (name if hub else None)
+    assert f"\nAll weights of `{name}` after 7 steps" in text and f"# {name.split('/')[-1]}, trained by" in text
 
 
 def test_every_method_has_a_title():

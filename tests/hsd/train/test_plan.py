@@ -1,15 +1,12 @@
 """The count of `hsd plan` against tiny models that are built, and by hand."""
 
-import socket
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from peft import get_peft_model
 from tiny_runs import LORA, STEP, TOKENIZER, qwen3
 
 from hsd.cli.__main__ import main
-from hsd.cli.plan import read_config
 from hsd.train.config import HSDConfig
 from hsd.train.plan import GB, Shape, engine_named, plan, shape_of
 
@@ -99,24 +96,9 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert main(["plan", config, "--model.path", str(tmp_path), "--gpus", "0"]) == 2
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        free = server.getsockname()[1]
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: None)
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_url", lambda *words: asked.append(words) or f"http://127.0.0.1:{free}/config.json"
-    )
-    assert main(["plan", str(CONFIGS / "qwen3_8b_8gpu_fsdp2.yaml"), "--gpus", "8"]) == 2
-    assert asked == [("Qwen/Qwen3-8B", "config.json")]
-    assert capsys.readouterr().err.splitlines() == [
-        "error: model.path: expected a folder with a config.json, or a hub id where the hub answers, got "
-        "'Qwen/Qwen3-8B' and ConnectError; give --model.path FOLDER"
-    ]
-
-
-def test_the_cache_is_read_before_the_hub_is_asked(tmp_path, monkeypatch):
-    qwen3().config.save_pretrained(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", None)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: str(tmp_path / file))
-    assert read_config("some/model").hidden_size == qwen3().config.hidden_size
+def test_a_model_that_is_nowhere_is_named_as_it_was_given(monkeypatch, capsys):
+    monkeypatch.setattr("hsd.policy.pretrained.no_answer", lambda repo: "ConnectError")
+    config = str(CONFIGS / "qwen3_8b_8gpu_fsdp2.yaml")
+    for words, key in (([], f"{config}: model.path"), (["--model", "Qwen/none"], "--model")):
+        assert main(["plan", config, "--gpus", "8", *words]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {key}: expected a folder with a model, or a hub id, got ")

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from hsd.evaluate import Success
+from hsd.viewer import plots
 from hsd.viewer.plots import (
     plot_coverage,
     plot_credit_mass,
@@ -129,3 +130,13 @@ def test_the_suffix_picks_the_format(tmp_path):
     path = tmp_path / "mass.svg"
     plot_credit_mass(path, {"": {"peer": [0.2, 0.4]}}, (2, 4), title="A title of its own")
     assert path.read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.parametrize("steps", [[0], [1], [1, 2], list(range(1, 41))])
+def test_steps_are_whole_numbers(steps, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda fig, path: drawn.append(fig))
+    plot_curves("x.png", {"loss": {"run": (steps, [0.5] * len(steps))}}, xlabel="step")
+    (axes,) = drawn[0].axes
+    ticks = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    assert ticks and all(tick == round(tick) for tick in ticks)

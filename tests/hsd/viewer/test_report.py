@@ -14,6 +14,7 @@ from transformers.trainer_utils import SchedulerType
 from hsd.evaluate import Success
 from hsd.hindsight.groups import Group
 from hsd.tasks import small_world
+from hsd.tasks.task import Evaluation
 from hsd.train.callbacks import load_metrics
 from hsd.viewer import report, summary
 from hsd.viewer.measure import TokenCredit
@@ -58,10 +59,11 @@ def metrics(folder: Path, **extra) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def write(folder: Path, task=TASK, *, later: dict | None = None, **others: report.End) -> str:
-    ends = {"hsd": report.End(load_metrics(folder / "metrics.jsonl"), AFTER)} | others
+def write(folder: Path, task=TASK, *, later: dict | None = None, replies=((), ()), **others: report.End) -> str:
+    before, after = (Evaluation(s, list(rows)) for s, rows in zip((BEFORE, AFTER), replies, strict=True))
+    ends = {"hsd": report.End(load_metrics(folder / "metrics.jsonl"), after)} | others
     credits = {"before training": json.loads((folder / "credit.json").read_text())} | (later or {})
-    text = report.write(folder, task, COMMAND, SETTINGS, BEFORE, ends, credits)
+    text = report.write(folder, task, COMMAND, SETTINGS, before, ends, credits)
     assert (folder / "report.md").read_text() == text
     return text
 
@@ -151,13 +153,36 @@ def test_other_methods_stand_beside_the_run(tmp_path):
     metrics(tmp_path)
     rows = [{"step": s, "learning_rate": 1e-4, "hsd/success_rate": 0.2, "step_time": 2.0} for s in (1, 2)]
     alarm = {"alarms": {"success": "success fell"}}
-    text = write(tmp_path, grpo=report.End([rows[0], rows[1] | alarm], BEFORE))
+    text = write(tmp_path, grpo=report.End([rows[0], rows[1] | alarm], Evaluation(BEFORE, [])))
     assert cells(text, "**hsd**") == [["3", "-", "0.717 [0.678, 0.756]", "12", "none"]]
     assert cells(text, "grpo") == [["2", "0.0001", "0.258 [0.221, 0.297]", "4", "step 2: success fell"]]
     assert "No alarm was raised." in text and "](methods.png)" in text  # of the run itself
     assert (tmp_path / "methods.png").stat().st_size > 5000
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["methods"]["grpo"] == {"after": asdict(BEFORE), "seconds": 4.0}
+
+
+def test_replies_before_and_after_stand_side_by_side(tmp_path, no_pictures):
+    def rows(*pairs):
+        return [
+            {"question": f"{n}+1=", "answer": str(n + 1), "reply": t, "reward": r} for n, (t, r) in enumerate(pairs)
+        ]
+
+    before = rows(("#1$", 1.0), ("#3", 0.0), ("", 0.0), ("#0|`", 0.0))
+    after = rows(("#1", 1.0), ("#2", 1.0), ("x\ny", 0.5), ("w" * 300, 0.0))
+    save(tmp_path / "credit.json", [], [FAILED])
+    metrics(tmp_path)
+    text = write(tmp_path, replies=(before, after))
+    counts = "1 wrong before and right after, 0 right before and wrong after, 2 wrong both times, 1 right both times."
+    assert f"The first reply to each question: {counts}" in text
+    assert cells(text, "`1+1=`") == [["`2`", "`#3`", "wrong", "`#2`", "right"]]
+    assert cells(text, "`2+1=`") == [["`3`", "(empty)", "wrong", "`x\\ny`", "wrong"]]
+    ((answer, old, _, new, _),) = cells(text, "`3+1=`")
+    assert answer == "`4`" and old == "`` #0\\|` ``" and new == f"`{'w' * 100} … {'w' * 60}`"
+    assert "The first reply" not in write(tmp_path, replies=(before, ()))  # a run whose start kept none
+    several = [row for row in before for _ in range(2)]
+    sampled_twice = Evaluation(replace(BEFORE, samples=2), several)
+    assert "1 right both times" in "\n".join(report._replies_section(sampled_twice, Evaluation(AFTER, after), TASK))
 
 
 def test_credit_after_training_stands_beside_that_before(tmp_path):
