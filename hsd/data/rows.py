@@ -93,6 +93,14 @@ def reward_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return {"prompts": columns.pop("prompt")} | {c: v for c, v in columns.items() if c not in TRAINER_COLUMNS}
 
 
+def completions_of(rows: Sequence[Row], texts: Sequence[str]) -> list[Any]:
+    """Replies as a trainer passes them to a reward function: texts where the prompt is one, else messages."""
+    return [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file (``.gz`` too), one a line; blank lines are passed over.
 

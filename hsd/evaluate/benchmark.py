@@ -9,7 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsd.data.rows import Row, fingerprint, read_json, read_jsonl, reward_columns, write_json, write_jsonl
+from hsd.data.rows import (
+    Row,
+    completions_of,
+    fingerprint,
+    read_json,
+    read_jsonl,
+    reward_columns,
+    write_json,
+    write_jsonl,
+)
 from hsd.data.sources import Loaded
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.pass_at_k import summarize
@@ -144,10 +153,7 @@ def judge(
 
         scores = rewards[kind](
             **reward_columns([{"tests": None} | rows[n] for n in mine]),
-            completions=[
-                texts[n] if isinstance(rows[n]["prompt"], str) else [{"role": "assistant", "content": texts[n]}]
-                for n in mine
-            ],
+            completions=completions_of([rows[n] for n in mine], [texts[n] for n in mine]),
             **({} if ids is None else {"completion_ids": [list(ids[n]) for n in mine]}),
             log_extra=log_extra,
         )

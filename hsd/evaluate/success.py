@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsd.data.rows import reward_columns
+from hsd.data.rows import completions_of, reward_columns
 from hsd.evaluate.interval import share
 from hsd.evaluate.sampling import is_truncated
 
@@ -35,11 +35,9 @@ def score(
     """Rewards of one rollout per question, called as TRL calls a reward function: with every column there is."""
     if not questions:
         return []
-    completions: list[Any] = tokenizer.batch_decode([list(r) for r in rollouts], skip_special_tokens=True)
-    if not isinstance(questions[0]["prompt"], str):
-        completions = [[{"role": "assistant", "content": text}] for text in completions]
-    columns = reward_columns(questions)
-    return reward(completions=completions, completion_ids=[list(r) for r in rollouts], **columns)
+    ids = [list(rollout) for rollout in rollouts]
+    completions = completions_of(questions, tokenizer.batch_decode(ids, skip_special_tokens=True))
+    return reward(completions=completions, completion_ids=ids, **reward_columns(questions))
 
 
 def success(

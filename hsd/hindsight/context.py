@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from hsd.hindsight.groups import Prompt
+from hsd.hindsight.groups import Prompt, last_user_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -247,8 +247,8 @@ def _fitted(
 
     def prompt_ids(**changed: str) -> tuple[int, ...]:
         words = _own_words if has_own_words else _words_of_parts
-        said = words(template, texts | changed, last_text(question))
-        asked = _append(question, said) if said else question
+        said = words(template, texts | changed, last_user_text(question))
+        asked = extended(question, said) if said else question
         return tokenize_prompt(tokenizer, asked, chat_template_kwargs=chat_template_kwargs)
 
     ids = prompt_ids()
@@ -395,21 +395,17 @@ def check_alignment(
                 )
 
 
-def last_text(prompt: Prompt) -> str:
-    """The question's own text: the prompt, or what its last message says."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""
-
-
-def _append(prompt: Prompt, context: str) -> Prompt:
+def extended(prompt: Prompt, words: str) -> Prompt:
+    """``prompt`` with ``words`` at the end of its text, or of its last message, which must be the user's."""
     if isinstance(prompt, str):
-        return prompt + context
+        return prompt + words
     last = prompt[-1] if prompt else {}
     role, content = last.get("role"), last.get("content")
     if role != "user":
         raise ValueError(f"prompt: expected the last message to be a user message, got role {role!r}")
     if not isinstance(content, str):
         raise TypeError(f"prompt: expected string content in the last message, got {type(content).__name__}")
-    return [*prompt[:-1], {**last, "content": content + context}]
+    return [*prompt[:-1], {**last, "content": content + words}]
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

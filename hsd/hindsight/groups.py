@@ -84,15 +84,12 @@ class Group:
     @property
     def successes(self) -> list[int]:
         """Indices of the rollouts that succeed, ascending."""
-        return [i for i, rollout in enumerate(self.rollouts) if self._succeeds(rollout)]
+        return [i for i, rollout in enumerate(self.rollouts) if self.accepts(rollout.reward)]
 
     @property
     def failures(self) -> list[int]:
         """Indices of the rollouts that fail, ascending."""
-        return [i for i, rollout in enumerate(self.rollouts) if not self._succeeds(rollout)]
-
-    def _succeeds(self, rollout: Rollout) -> bool:
-        return self.accepts(rollout.reward)
+        return [i for i, rollout in enumerate(self.rollouts) if not self.accepts(rollout.reward)]
 
     def accepts(self, reward: float) -> bool:
         """Whether a rollout with this reward succeeds, but for fp32's rounding."""
@@ -158,7 +155,8 @@ def members(
 
 
 def last_user_text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    """The question's own text: the prompt, or what its last message says."""
+    return prompt if isinstance(prompt, str) else prompt[-1].get("content", "") if prompt else ""
 
 
 def shown_answer(answer: Any) -> str:

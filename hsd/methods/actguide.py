@@ -12,7 +12,8 @@ agents act in several turns and show the first k reference actions. Not here: it
 ratio (both off by default). There is no teacher.
 """
 
-from hsd.methods.draw import Ask, Drawn, GroupView, Talk, extended
+from hsd.hindsight.context import extended
+from hsd.methods.draw import Ask, Drawn, GroupView, Talk
 from hsd.methods.method import Method
 
 PROBES, BISECTIONS = 2, 5

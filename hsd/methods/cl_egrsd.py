@@ -6,12 +6,13 @@ Confidence: high (paper; no code). Whether the window counts t itself is not sai
 token before a doubtful span would lose weight.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hsd.methods import egrsd
-from hsd.methods.method import Method
 from hsd.methods.term import Stats, Term
 
 
@@ -26,13 +27,9 @@ def advantages(s: Stats) -> Tensor:
     return egrsd.weighted(s, lookahead(s.table.teacher_entropy, s["mask"], int(s.settings["window"])))
 
 
-METHOD = Method(
-    "cl_egrsd",
-    egrsd.METHOD.contexts,
+METHOD = replace(
+    egrsd.METHOD,
+    name="cl_egrsd",
     terms=(Term("advantage", advantages),),
-    on_batch=egrsd.on_batch,
-    scores=True,
-    state=egrsd.METHOD.state,
-    settings={**egrsd.SETTINGS, "window": 3},
-    defaults=egrsd.METHOD.defaults,
+    settings={**egrsd.METHOD.settings, "window": 3},
 )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hsd.hindsight.context import Content, Context
+from hsd.hindsight.context import Content, Context, extended
 from hsd.hindsight.groups import Group, Prompt
 
 
@@ -115,13 +115,6 @@ class GroupView:
 
 Talk = Generator[list[Ask], list[Reply], Drawn | None]
 Draw = Callable[[GroupView], Talk]
-
-
-def extended(prompt: Prompt, words: str) -> Prompt:
-    """``prompt`` with ``words`` at the end of its text, or of its last message."""
-    if isinstance(prompt, str):
-        return prompt + words
-    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + words}]
 
 
 def gives_away(text: str, answer: str) -> bool:

@@ -43,7 +43,6 @@ def advantages(s: Stats) -> Tensor:
     return weighted(s, s.table.teacher_entropy)
 
 
-SETTINGS = {"g": 0.3, "length_bonus": 0.5}
 METHOD = Method(
     "egrsd",
     opsd.contexts,
@@ -51,6 +50,6 @@ METHOD = Method(
     on_batch=on_batch,
     scores=True,
     state=RunningMoments,
-    settings=SETTINGS,
+    settings={"g": 0.3, "length_bonus": 0.5},
     defaults={"teacher": "fixed", "divergence_coef": 0.0, "policy_coef": 1.0, "reference_coef": 0.0},
 )

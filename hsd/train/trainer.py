@@ -43,6 +43,7 @@ from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
+from hsd.data.rows import completions_of
 from hsd.evaluate.sampling import Sampling, sample_from_ids, until_end
 from hsd.files import replacing
 from hsd.hindsight.context import ContextTemplate, known_words, tokenize_prompt
@@ -362,10 +363,8 @@ class HSDTrainer(GRPOTrainer):
         self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], ids: Sequence[Sequence[int]]
     ) -> Tensor:
         """(N, functions) of all ranks, for replies to these rows of this rank."""
-        chat = not isinstance(rows[0]["prompt"], str)
-        completions = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
-        prompts = [row["prompt"] for row in rows]
-        return super()._calculate_rewards([dict(row) for row in rows], prompts, completions, [list(i) for i in ids])
+        asked, prompts = [dict(row) for row in rows], [row["prompt"] for row in rows]
+        return super()._calculate_rewards(asked, prompts, completions_of(asked, texts), [list(i) for i in ids])
 
     # -- a method's draw ------------------------------------------------------------------------------------------
 

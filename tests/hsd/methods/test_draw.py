@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_runs import ACCUMULATED, QUESTIONS, TOKENIZER, Recorder, make, qwen3
 
-from hsd.hindsight.context import PARTS, ContextTemplate
+from hsd.hindsight.context import PARTS, ContextTemplate, extended
 from hsd.hindsight.groups import Group, Rollout
 from hsd.methods import METHODS
-from hsd.methods.draw import Ask, Drawn, GroupView, Reply, converse, extended, gives_away
+from hsd.methods.draw import Ask, Drawn, GroupView, Reply, converse, gives_away
 from hsd.methods.trace import step_of_tokens
 from hsd.train.alarms import alarms
 from hsd.train.callbacks import load_metrics
