@@ -97,9 +97,8 @@ class ContextTemplate:
         for kind, wording in self.parts.items():
             _check_fields(f"parts[{kind!r}]", wording, {"text"})
         _check_fields("with_peer", self.with_peer, {"answer", "demonstration"})
-        _check_fields("answer_only", self.answer_only, {"answer"})
-        _check_fields("demonstration_only", self.demonstration_only, {"demonstration"})
-        _check_fields("feedback_only", self.feedback_only, {"feedback"})
+        for kind in ("answer", "demonstration", "feedback"):
+            _check_fields(f"{kind}_only", getattr(self, f"{kind}_only"), {kind})
 
 
 DEFAULT_CHAT_TEMPLATE = ContextTemplate(
@@ -118,11 +117,11 @@ DEFAULT_CHAT_TEMPLATE = ContextTemplate(
 
 # For plain-string prompts the rollout follows the context directly, so this one ends by opening the solution.
 DEFAULT_TEXT_TEMPLATE = ContextTemplate(
-    with_peer=DEFAULT_CHAT_TEMPLATE.with_peer + "\n\nSolution:",
-    answer_only=DEFAULT_CHAT_TEMPLATE.answer_only + "\n\nSolution:",
-    closing=DEFAULT_CHAT_TEMPLATE.closing + "\n\nSolution:",
-    demonstration_only=DEFAULT_CHAT_TEMPLATE.demonstration_only + "\n\nSolution:",
-    feedback_only=DEFAULT_CHAT_TEMPLATE.feedback_only + "\n\nSolution:",
+    **{
+        name: wording + "\n\nSolution:"
+        for name, wording in vars(DEFAULT_CHAT_TEMPLATE).items()
+        if name != "parts"  # the closing follows them
+    }
 )
 
 

@@ -12,10 +12,13 @@ from torch.nn.functional import pad
 
 from hsd.hindsight.groups import Member
 from hsd.hindsight.teacher_prompts import TeacherPrompt
+from hsd.methods.method import Generation
+from hsd.methods.term import Stats, scheduled
 from hsd.padding import padded
 from hsd.policy.forward import Prompts, RolloutInputs
 from hsd.train.config import HSDConfig
 from hsd.train.update import Targets, rollout_weights
+from hsd_kernels import RowStats
 
 COLUMN = "column/"  # before the names of a method's own columns in TRL's dictionary
 ROWS = "rows/"  # before the names of `PackedRows`
@@ -210,6 +213,25 @@ def facts_of(
     shown = has_contexts(prompts).any(-1).to(mask.device)
     tokens = mean_over_ranks((mask[:, args.skip_tokens :].sum(-1) * shown).sum())
     return collate(prompts, tokens.clamp_min(1.0) / steps, pad_id, facts)
+
+
+def own_columns(
+    trl: Mapping[str, Any],
+    rows: RowStats | None,
+    args: HSDConfig,
+    step: int,
+    state: Any,
+    gather: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """What the method's `on_batch` makes of a whole generation and of its state: entries of TRL's dictionary."""
+    assert args.method_spec.on_batch is not None
+    mix = scheduled(args.advantage_mix, step)
+    stats = Stats(rows, unpack(trl, args.skip_tokens).columns, args.settings, step, mix)
+    found = dict(args.method_spec.on_batch(Generation(stats, gather), state))
+    own = {}
+    if "advantages" in found:
+        own["advantages"] = found.pop("advantages").to(trl["advantages"].dtype)
+    return own | {COLUMN + name: value for name, value in found.items()}
 
 
 def student_inputs(trl: Mapping[str, Any]) -> tuple[RolloutInputs, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback, TrainerState
 
 from hsd.data.rows import append_jsonl, write_jsonl
 from hsd.train.alarms import alarms
@@ -186,6 +188,18 @@ def steps_of_a_generation(args) -> int:
         return 1
     micro = args.steps_per_generation * args.num_iterations
     return micro // math.gcd(micro, args.gradient_accumulation_steps)
+
+
+def warn_of_lost_rollouts(checkpoint: Path, args) -> None:
+    """Where a run that resumes from ``checkpoint`` is not the uninterrupted one."""
+    period = steps_of_a_generation(args)
+    step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+    if step % period:
+        warnings.warn(
+            f"resume_from_checkpoint: one generation serves {period} steps and step {step} is not its last; its "
+            "rollouts are lost, and the run goes on with new ones, other than an uninterrupted one would",
+            stacklevel=3,
+        )
 
 
 def _largest(number: int | None, args) -> int | None:

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hsd.files import replacing
 from hsd.methods import title
+from hsd.policy.frozen import inner_model, is_peft
 from hsd.train.config import HSDConfig
 
 CARD = "README.md"
@@ -87,6 +88,14 @@ def folder_name(path: str) -> str:
     """What a card, which is read by others, says of a private path: the folder's own name, as a line of Markdown."""
     name = Path(os.path.abspath(path)).name if path else ""
     return "".join(c if c.isprintable() and c != "`" else "?" for c in name) or "a model"
+
+
+def write_card(folder: Path, args: HSDConfig, policy: Any, steps: int) -> None:
+    """The card of ``policy``, which is PEFT's where adapters were trained."""
+    lora = policy.peft_config[policy.active_adapter] if is_peft(policy) else None
+    base = inner_model(policy).config._name_or_path or ""
+    with replacing(folder / CARD) as part:
+        part.write_text(model_card(args, base, steps, lora), encoding="utf-8")
 
 
 def write_success(folder: Path, text: str) -> None:

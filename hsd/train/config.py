@@ -216,13 +216,11 @@ class HSDConfig(GRPOConfig):
         self.settings  # noqa: B018
         policy_term = self.policy_coef != 0.0
         if self.has_teacher:
-            inherited = _grpo_defaults()
-            for name in (*UNUSED, *(() if policy_term else UNUSED_WITHOUT_POLICY_TERM)):
-                if name in inherited and getattr(self, name) != inherited[name]:
-                    raise ValueError(
-                        f"{name}: expected {inherited[name]!r}, GRPO's default, because the loss of method="
-                        f"{self.method!r} does not use it, got {getattr(self, name)!r}"
-                    )
+            if name := self._changed(*UNUSED, *(() if policy_term else UNUSED_WITHOUT_POLICY_TERM)):
+                raise ValueError(
+                    f"{name}: expected {_grpo_defaults()[name]!r}, GRPO's default, because the loss of method="
+                    f"{self.method!r} does not use it, got {getattr(self, name)!r}"
+                )
             if self.vllm_importance_sampling_correction:
                 raise ValueError(
                     "vllm_importance_sampling_correction: expected False, because the loss of method="
@@ -268,11 +266,9 @@ class HSDConfig(GRPOConfig):
         if gate is not None and (len(gate) != 3 or gate[0] < 1 or gate[1] < 0.0 or not 0.0 <= gate[2] <= 1.0):
             raise ValueError(f"teacher_gate: expected [at least 1, at least 0, a share], got {gate}")
         if self.teacher_success_every is not None and (not self.has_teacher or self.teacher == "trust_region"):
-            which = (
-                f"teacher={self.teacher!r}, whose logits are of two models"
-                if self.has_teacher
-                else (f"method={self.method!r}, which has no teacher")
-            )
+            which = f"method={self.method!r}, which has no teacher"
+            if self.has_teacher:
+                which = f"teacher={self.teacher!r}, whose logits are of two models"
             raise ValueError(f"teacher_success_every: expected None with {which}, got {self.teacher_success_every}")
         if self.draw_cap is not None and not self.draws:
             raise ValueError(f"draw_cap: expected None with method={self.method!r}, which draws nothing")
@@ -336,16 +332,19 @@ class HSDConfig(GRPOConfig):
 
     def why_trl(self) -> str | None:
         """What TRL's own loss alone can do, of a method without a teacher; None where the fused one does."""
-        inherited = _grpo_defaults()
         if self.loss_type not in POLICY_MEANS:
             return f"loss_type={self.loss_type!r}"
         allowed = ("loss_type", "importance_sampling_level")
-        for name in (*(n for n in UNUSED if n not in allowed), "beta", "use_liger_kernel"):
-            if name in inherited and getattr(self, name) != inherited[name]:
-                return f"{name}={getattr(self, name)!r}"
+        if name := self._changed(*(n for n in UNUSED if n not in allowed), "beta", "use_liger_kernel"):
+            return f"{name}={getattr(self, name)!r}"
         if self.vllm_importance_sampling_correction:
             return "vllm_importance_sampling_correction=True"
         return "fp16=True" if self.fp16 else None
+
+    def _changed(self, *names: str) -> str | None:
+        """The first of these options of GRPO that has not its default."""
+        inherited = _grpo_defaults()
+        return next((n for n in names if n in inherited and getattr(self, n) != inherited[n]), None)
 
     @property
     def own_loss(self) -> bool:

@@ -126,6 +126,14 @@ class Scored:
     before: float = 0.0  # success rate before it
 
 
+def weighted(rewards: Tensor, weights: Tensor, success_reward: float) -> tuple[list[float], Tensor]:
+    """Of (N, functions): the weighted sums, and which have no verdict: every verifier failed, so that they are no
+    success, no peer, and have no advantage."""
+    unscored = rewards.isnan().all(-1)
+    sums = (rewards * weights.to(rewards.device)).nansum(-1)
+    return sums.masked_fill(unscored, min(0.0, success_reward - 1.0)).tolist(), unscored
+
+
 def run(
     args: HSDConfig,
     writer: Writer,

@@ -26,10 +26,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +37,21 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from hsd.data.rows import completions_of
 from hsd.evaluate.sampling import Sampling, sample_from_ids, until_end
-from hsd.files import replacing
 from hsd.hindsight.context import ContextTemplate, known_words, tokenize_prompt
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
 from hsd.hindsight.teacher_prompts import TeacherPrompt
-from hsd.methods.method import Generation, State
+from hsd.methods.method import State
 from hsd.methods.state import RefreshGate, load_states, save_states
-from hsd.methods.term import Stats, scheduled
 from hsd.padding import padded
 from hsd.policy.body_and_head import body_and_head
 from hsd.policy.forward import RolloutInputs
-from hsd.policy.frozen import in_eval_mode, inner_model, is_peft
+from hsd.policy.frozen import in_eval_mode, is_peft
 from hsd.policy.generate import generate
 from hsd.policy.sharding import gather, reshard, stored_tensors, weights_of
 from hsd.policy.stand_in import small_model
@@ -65,9 +61,9 @@ from hsd.process import settle
 from hsd.progress import say
 from hsd.train import draw
 from hsd.train.alarms import repeated_tail
-from hsd.train.batch import COLUMN, facts_of, has_contexts, rows_of, shuffle_groups, student_inputs, unpack
-from hsd.train.callbacks import ROLLOUTS, TEXTS, RunFiles, steps_of_a_generation
-from hsd.train.card import CARD, model_card
+from hsd.train.batch import facts_of, has_contexts, own_columns, rows_of, shuffle_groups, student_inputs, unpack
+from hsd.train.callbacks import ROLLOUTS, TEXTS, RunFiles, warn_of_lost_rollouts
+from hsd.train.card import write_card
 from hsd.train.config import HSDConfig
 from hsd.train.diagnostics import of_texts
 from hsd.train.limits import (
@@ -80,6 +76,7 @@ from hsd.train.limits import (
 )
 from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
 from hsd.train.micro_batch import MicroBatchLoss, joined
+from hsd.train.ranks import mean_over_ranks, means, of_all_ranks
 from hsd.train.rollouts import append_rollouts, rollout_rows
 from hsd.train.step_time import StepTime
 from hsd.train.teachers import FrozenPolicies
@@ -263,11 +260,7 @@ class HSDTrainer(GRPOTrainer):
         return self._draw(inputs, rewards, self._scored) if self.args.draws else rewards
 
     def _weighted(self, rewards: Tensor) -> tuple[list[float], Tensor]:
-        """Of (N, functions): the weighted sums, and which have no verdict: every verifier failed, so that they are no
-        success, no peer, and have no advantage."""
-        unscored = rewards.isnan().all(-1)
-        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
-        return weighted.masked_fill(unscored, min(0.0, self.args.success_reward - 1.0)).tolist(), unscored
+        return draw.weighted(rewards, self.reward_weights, self.args.success_reward)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self.step_time.part("rewards"):  # and contexts
@@ -278,10 +271,11 @@ class HSDTrainer(GRPOTrainer):
         scored, self._scored = self._scored, None
         assert scored is not None
         args, mode, size, outcome = self.args, self._mode, self._group_size, scored.outcome
+        pad_id: Any = self._tokenizer.pad_token_id
         first = self.accelerator.process_index * len(inputs)
         sampled = None
         if outcome is not None:
-            ends = {*self.eos_token_ids, self._pad_id} if args.mask_truncated_completions else None
+            ends = {*self.eos_token_ids, pad_id} if args.mask_truncated_completions else None
             sampled = draw.put_replies(batch, scored, inputs, self.writer, size=size, ends=ends)
         rollouts = self._rollouts(batch, scored)
         mine = members(inputs, rollouts, first=first, group_size=size, success_reward=args.success_reward)
@@ -301,7 +295,10 @@ class HSDTrainer(GRPOTrainer):
                 state=self.method_state,
             )
         if args.record_groups and mode == "train":
-            self._write_rollouts(mine, prompts, unscored.tolist())
+            step, flags, groups = self.state.global_step + 1, unscored.tolist(), args.record_groups
+            rows = gather_object(rollout_rows(step, mine, prompts, flags, self._tokenizer, groups=groups))
+            if self.is_world_process_zero():
+                append_rollouts(Path(str(args.output_dir)) / ROLLOUTS, rows)
         if args.diagnostics:
             self._record(mode, of_texts(self._tokenizer.batch_decode(scored.completion_ids, skip_special_tokens=True)))
         tails = sum(map(repeated_tail, scored.completion_ids)) / len(scored.completion_ids)
@@ -313,8 +310,8 @@ class HSDTrainer(GRPOTrainer):
         if not self.own_loss:
             return batch
         steps: Any = args.steps_per_generation if mode == "train" else 1
-        mean = self._mean_over_ranks
-        batch |= facts_of(batch, mine, success, prompts, args, self._pad_id, mean, steps).pack()
+        mean = partial(mean_over_ranks, self.accelerator)
+        batch |= facts_of(batch, mine, success, prompts, args, pad_id, mean, steps).pack()
         if outcome is not None:
             mask = batch["completion_mask"]
             batch |= draw.drawn_columns(args.method_spec, outcome, mine, self.writer, mask, mean, steps)
@@ -323,7 +320,10 @@ class HSDTrainer(GRPOTrainer):
             # another policy than the loss's, 2 to 6 nats away.
             plain, mask = student_inputs(batch)
             batch["old_per_token_logps"] = self._logps(sampled or plain, mask, temperature=self.temperature)
-        self._add_columns(batch)
+        if args.method_spec.on_batch is not None:
+            rows = self._score(batch) if args.method_spec.scores else None
+            gather = partial(of_all_ranks, self.accelerator)
+            batch |= own_columns(batch, rows, args, self.state.global_step, self._state_of_the_method, gather)
         return batch
 
     def _record_success(self, mine: Sequence[Member], success: Tensor, scored: draw.Scored) -> None:
@@ -369,6 +369,11 @@ class HSDTrainer(GRPOTrainer):
     # -- a method's draw ------------------------------------------------------------------------------------------
 
     @property
+    def _state_of_the_method(self) -> Any:
+        """What an evaluation changes in it is forgotten."""
+        return self.method_state if self._mode == "train" else copy.deepcopy(self.method_state)
+
+    @property
     def _group_size(self) -> int:
         size: Any = self.num_generations if self._mode == "train" else self.num_generations_eval
         return size
@@ -376,10 +381,16 @@ class HSDTrainer(GRPOTrainer):
     def _draw(self, inputs: list[dict[str, Any]], rewards: Tensor, scored: draw.Scored) -> Tensor:
         """The rewards (N, functions) of all ranks, with those of the replies that take a rollout's place."""
         size, training, step = self._group_size, self._mode == "train", self.state.global_step
-        state = self.method_state if training else copy.deepcopy(self.method_state)
-        spare: Any = self.train_dataset
+        state, spare = self._state_of_the_method, self.train_dataset
         outcome, before = draw.run(
-            self.args, self.writer, inputs, scored, size=size, state=state, spare=spare, step=step
+            self.args,
+            self.writer,
+            inputs,
+            scored,
+            size=size,
+            state=state,
+            spare=spare,  # type: ignore[arg-type]
+            step=step,
         )
         if not training:  # an evaluation is of the policy's own rollouts
             outcome = replace(outcome, drawn=[replace(d, rollouts={}, row=None) for d in outcome.drawn])
@@ -426,39 +437,6 @@ class HSDTrainer(GRPOTrainer):
         ids = gather_object(scored.completion_ids)
         return [Rollout(tuple(i), reward=r, mean_logp=p) for i, r, p in zip(ids, scored.rewards, logps, strict=True)]
 
-    def _write_rollouts(
-        self, mine: Sequence[Member], prompts: Sequence[Sequence[TeacherPrompt]] | None, unscored: Sequence[bool]
-    ) -> None:
-        """Append the rollouts of the first groups, gathered from all ranks."""
-        step, groups = self.state.global_step + 1, self.args.record_groups
-        found = gather_object(rollout_rows(step, mine, prompts, unscored, self._tokenizer, groups=groups))
-        if self.is_world_process_zero():
-            append_rollouts(Path(str(self.args.output_dir)) / ROLLOUTS, found)
-
-    def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        reduced: Any = self.accelerator.reduce(value.float(), reduction="mean")
-        return reduced
-
-    def _add_columns(self, batch: dict[str, Any]) -> None:
-        """The columns of the method's own `on_batch`, from the whole generation and the method's state."""
-        method, step = self.args.method_spec, self.state.global_step
-        if method.on_batch is None:
-            return
-        columns = unpack(batch, self.args.skip_tokens).columns
-        rows = self._score(batch) if method.scores else None
-        mix = scheduled(self.args.advantage_mix, step)
-        stats = Stats(rows, columns, self.args.settings, step, mix)
-        state = self.method_state if self._mode == "train" else copy.deepcopy(self.method_state)
-        found = dict(method.on_batch(Generation(stats, self._of_all_ranks), state))
-        if "advantages" in found:
-            batch["advantages"] = found.pop("advantages").to(batch["advantages"].dtype)
-        batch |= {COLUMN + name: value for name, value in found.items()}
-
-    def _of_all_ranks(self, values: Tensor) -> Tensor:
-        mine = self.accelerator.pad_across_processes(values.float(), pad_index=float("nan"))  # type: ignore[arg-type]
-        gathered: Any = self.accelerator.gather(mine)
-        return gathered[~gathered.isnan()]
-
     def _score(self, batch: Mapping[str, Any]) -> RowStats | None:
         """Student and teacher (B, T) over the generation, a micro-batch at a time, without gradient."""
         policy, objective = self._policy, self.args.objective(self.state.global_step)
@@ -484,11 +462,6 @@ class HSDTrainer(GRPOTrainer):
         if self.is_fsdp_enabled:
             reshard(policy)
         return found
-
-    @property
-    def _pad_id(self) -> int:
-        pad_id: Any = self._tokenizer.pad_token_id
-        return pad_id
 
     @property
     def _mode(self) -> str:
@@ -527,12 +500,7 @@ class HSDTrainer(GRPOTrainer):
         return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
 
     def _record(self, mode: str, values: Mapping[str, Tensor | float]) -> None:
-        """Mean over ranks, ignoring NaN (no rollout to measure); one collective for all of them."""
-        device = self.accelerator.device
-        mine = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values.values()])
-        gathered: Any = self.accelerator.gather(mine.unsqueeze(0))
-        means = gathered.nanmean(0).tolist()
-        for name, value in zip(values, means, strict=True):
+        for name, value in means(self.accelerator, values).items():
             self._metrics[mode][f"hsd/{name}"].append(value)
 
     def log(self, logs, start_time=None):
@@ -561,19 +529,12 @@ class HSDTrainer(GRPOTrainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self._write_card(Path(str(output_dir or self.args.output_dir)))
+            write_card(Path(str(output_dir or self.args.output_dir)), self.args, self._policy, self.state.global_step)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """TRL's card names GRPO and its paper, and PEFT's nothing."""
         if self.is_world_process_zero():
-            self._write_card(Path(str(self.args.output_dir)))
-
-    def _write_card(self, folder: Path) -> None:
-        policy = self._policy
-        lora = policy.peft_config[policy.active_adapter] if is_peft(policy) else None
-        base = inner_model(policy).config._name_or_path or ""
-        with replacing(folder / CARD) as part:
-            part.write_text(model_card(self.args, base, self.state.global_step, lora), encoding="utf-8")
+            write_card(Path(str(self.args.output_dir)), self.args, self._policy, self.state.global_step)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Also where ranks hold parts: whole weights, gathered one at a time and written by one rank."""
@@ -600,16 +561,9 @@ class HSDTrainer(GRPOTrainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_frozen(self, folder: Path) -> None:
-        period = steps_of_a_generation(self.args)
         self.frozen.load(self._policy, folder)
         load_states(self._states, folder, f"method={self.args.method!r} and teacher={self.args.teacher!r}")
-        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-        if step % period:
-            warnings.warn(
-                f"resume_from_checkpoint: one generation serves {period} steps and step {step} is not its last; its "
-                "rollouts are lost, and the run goes on with new ones, other than an uninterrupted one would",
-                stacklevel=2,
-            )
+        warn_of_lost_rollouts(folder, self.args)
 
 
 class _AfterStep(TrainerCallback):
