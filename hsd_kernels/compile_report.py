@@ -27,6 +27,7 @@ class Variant:
     kernel: str
     divergence: str = "forward_kl"
     clip: bool = False
+    floor: bool = False
     softcap: bool = False
     bias: bool = False
     logits: str = "fp32"
@@ -37,7 +38,7 @@ class Variant:
         return "one_read_softcap" if self.kernel == "one_read" and self.softcap else self.kernel
 
     def __str__(self) -> str:
-        flags = [name for name in ("clip", "softcap", "bias") if getattr(self, name)]
+        flags = [name for name in ("clip", "floor", "softcap", "bias") if getattr(self, name)]
         return " ".join([self.divergence, *flags, self.logits])
 
 
@@ -54,6 +55,7 @@ _ALL: tuple[dict[str, Any], ...] = (
     {"clip": True},
     {"divergence": "reverse_kl", "clip": True},
     {"divergence": "jsd"},
+    {"divergence": "reverse_kl", "floor": True},
     {"divergence": "jsd", "clip": True, "softcap": True, "bias": True},
 )
 _FORMS = {
@@ -119,6 +121,7 @@ def _compile(variant: Variant, arch: int) -> Line:
         "HAS_TARGET": True,
         "HAS_SOFTCAP": variant.softcap,
         "HAS_CLIP": variant.clip,
+        "HAS_FLOOR": variant.floor,
         "LINEAR": variant.logits == "bf16",
         "NONNEGATIVE": variant.clip and variant.bias,  # in one variant of each kernel that clips
         "HAS_SCALE": variant.softcap,

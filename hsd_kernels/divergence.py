@@ -25,14 +25,15 @@ clipped. The JSD's summands have that form already. Every row backend implements
 not use it and so checks it.
 
 With ``top_k`` the sum is over buckets: the k tokens, and the rest as one (``rest="tail"``), or the k tokens alone with
-both sides renormalised on them. g and G are those of the bucket's log-probs. Of a tail with mass P each token's dz is
-``ps_v (g_tail / P - G)``; a token outside renormalised support has none. A ``floor`` r replaces a bucket's lt by
-max(lt, ls + log r), constant in the student, so that the teacher's masses may sum to more than 1 and a KL may be
-negative. These rows are the torch ones, whatever the backend.
+both sides renormalised on them (`rows.buckets`). g and G are those of the bucket's log-probs. Of a tail with
+mass P each token's dz is ``ps_v (g_tail / P - G)``; a token outside renormalised support has none. A ``floor`` r
+replaces a bucket's lt by max(lt, ls + log r), constant in the student, so that the teacher's masses may sum to more
+than 1 and a KL may be negative. G of the forward KL is then not 0.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from hsd_kernels.head import Head
@@ -97,9 +98,13 @@ class Divergence:
         return self.floor is None and (self.clip is None or self.clip_form == "nonnegative" or self.kind == "jsd")
 
     @property
-    def in_buckets(self) -> bool:
-        """Whether the sum is not the plain one over the vocabulary: top_k or floor."""
-        return self.top_k is not None or self.floor is not None
+    def sums_summands(self) -> bool:
+        """Whether each f_v must be made of both log-probs. A KL as it is needs sums of the logits alone."""
+        return self.kind == "jsd" or self.clip is not None or self.floor is not None
+
+    @property
+    def log_floor(self) -> float:
+        return 0.0 if self.floor is None else math.log(self.floor)
 
     def resolved(self) -> Divergence:
         """beta = 0 is the forward KL and beta = 1 the reverse KL, as in GKD: the raw formula would vanish there."""

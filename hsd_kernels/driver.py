@@ -213,7 +213,8 @@ def _chunk(
         out.factor[at] = _hook_weights(factor, stats)
         ready = (weights * out.factor[at]).masked_fill(silent, 0.0)
         if dz is not None:
-            p.rows_impl.gradient_(x[0], x[1], p.teacher.spec, p.head.bias, p.teacher.head.bias, stats, ready, dz)
+            given = (x[0], x[1], p.teacher.spec, p.head.bias, p.teacher.head.bias, stats, ready, dz)
+            row_backends.passes(p.rows_impl, x[0].shape[1], p.teacher.spec).gradient_(*given)
     else:
         if factor is not None:
             assert out.factor is not None
@@ -283,13 +284,13 @@ def _statistics(
     given = (x_s, x_side, side.spec, *biases)
     target_ids = None if b.target_ids is None else rows_of(b.target_ids, here)
     rows = rows_of(b.rows, here)
-    gradient = weights is not None and dz is not None
-    whole = gradient and p.shards is None
-    both = row_backends.both_in_one_read(p.rows_impl, x_s, side.spec) if whole else None
+    whole = weights is not None and dz is not None and p.shards is None
+    passes = row_backends.passes(p.rows_impl, x_s.shape[1], side.spec)
+    both = row_backends.both_in_one_read(passes, x_s, side.spec) if whole else None
     if both is not None:
         stats = both(*given, target_ids, rows, weights, dz)
     else:
-        stats = p.rows_impl.statistics(*given, target_ids, rows)
+        stats = passes.statistics(*given, target_ids, rows)
     if b.strange is not None:
         strange = b.strange[here]
         student_logps, teacher_logps = stats.student_logps, stats.teacher_logps
@@ -306,8 +307,8 @@ def _statistics(
     if side.spec.divergence.is_nonnegative:
         stats = stats._replace(kl=stats.kl.clamp_min(0.0))  # rounding; a NaN stays
     stats = stats._replace(kl=stats.kl.masked_fill(silent, 0.0))
-    if gradient and both is None:
-        p.rows_impl.gradient_(*given, stats, weights, dz)
+    if weights is not None and dz is not None and both is None:
+        passes.gradient_(*given, stats, weights, dz)
     return stats
 
 

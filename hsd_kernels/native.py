@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ABI = 7  # HSD_CPU_ABI in csrc/cpu/operators.cpp: of these schemas and what they mean
+ABI = 8  # HSD_CPU_ABI in csrc/cpu/operators.cpp: of these schemas and what they mean
 FOLDER = Path(__file__).parent
 IS_CHECKOUT = (FOLDER.parent / "setup.py").is_file()
 _FROM_CHECKOUT = "python setup.py build_ext --inplace"
@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 _ROWS = "Tensor x_student, Tensor x_teacher, Tensor? bias, Tensor? teacher_bias"
 _FORM = (
-    "int divergence, float beta, float? clip, bool is_nonnegative, bool is_linear, bool has_softcap, "
+    "int divergence, float beta, float? clip, bool is_nonnegative, float? log_floor, bool is_linear, bool has_softcap, "
     "float in_scale, float kappa"
 )
 _RUN = "int variant, int threads"

@@ -5,7 +5,7 @@ part r in a distribution, taken from the parts' maxima and log-sums, the chain r
 
     KL(p || q) = sum_r pi_p(r) KL_r(p || q) + KL(pi_p || pi_q),        H(p) = sum_r pi_p(r) H_r(p) + H(pi_p),
 
-so one all-gather of a table of `RowStats` is enough. The JSD and a pointwise clip do not decompose: their
+so one all-gather of a table of `RowStats` is enough. The JSD, a pointwise clip and a floor do not decompose: their
 summands are taken again with the merged normalisers (by the torch rows) and summed. Gathering, not reducing, makes the
 result the same bits on every rank, in whatever order NCCL or gloo would add.
 """
@@ -58,12 +58,10 @@ class Shards:
     ) -> RowStats:
         """Statistics of whole rows from those of this rank's part of them."""
         table = gather(stats.stack(), self.group).transpose(0, 1)  # (columns, ranks, C)
-        if spec.divergence.in_buckets:
-            raise ValueError(
-                f"divergence: expected no top_k and no floor with a sharded vocabulary, got {spec.divergence}"
-            )
+        if spec.divergence.top_k is not None:
+            raise ValueError(f"divergence: expected no top_k with a sharded vocabulary, got {spec.divergence}")
         whole = merge_parts(RowStats.unstack(table, stats.rows, stats.student_logps is not None), spec)
-        if spec.divergence.kind == "jsd" or spec.divergence.clip is not None:
+        if spec.divergence.sums_summands:
             from hsd_kernels.rows.eager import summand_sums
 
             sums = summand_sums(x_student, x_teacher, spec, bias, teacher_bias, whole)

@@ -1,8 +1,10 @@
 """What the tests of training runs share: a tiny Qwen3, a verifier that it passes about half the time, settings."""
 
+import copy
+
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hsd.hindsight.context import ContextTemplate
@@ -51,6 +53,11 @@ CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs":
 def qwen3(seed=1, **options):
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"head_dim": 8, "tie_word_embeddings": True} | options)).float()
+
+
+def with_lora(model):
+    """peft writes into the configuration that it is given."""
+    return get_peft_model(model, copy.deepcopy(LORA))
 
 
 def start_adapters(model, std=0.05):

@@ -14,16 +14,18 @@ using torch::stable::Tensor;
 typedef std::optional<Tensor> MaybeTensor;
 typedef std::optional<double> MaybeFloat;
 
-#define HSD_CPU_ABI 7
+#define HSD_CPU_ABI 8
 
 // Parts of the schemas, by their names in native.py.
 #define ROWS Tensor x_student, Tensor x_teacher, MaybeTensor bias, MaybeTensor teacher_bias
 #define FORM                                                                                               \
-    int64_t divergence, double beta, MaybeFloat clip, bool is_nonnegative, bool is_linear, bool has_softcap, \
-        double in_scale, double kappa
+    int64_t divergence, double beta, MaybeFloat clip, bool is_nonnegative, MaybeFloat log_floor, \
+        bool is_linear, bool has_softcap, double in_scale, double kappa
 #define RUN int64_t variant, int64_t threads
 
 namespace {
+
+constexpr double INF = __builtin_inf();
 
 // The number of the fastest variant that this machine runs. Every smaller one runs.
 int64_t fastest() {
@@ -116,13 +118,13 @@ Rows rows_of(ROWS, FORM) {
     const Matrix s = matrix("x_student", x_student), t = matrix("x_teacher", x_teacher, s.rows, s.columns);
     STD_TORCH_CHECK(s.is_bf16 == t.is_bf16, "x_teacher: expected the dtype of x_student, got another");
     return {logits("bias", s, bias), logits("teacher_bias", t, teacher_bias), s.rows, s.columns, s.is_bf16,
-            (Divergence)divergence, has_softcap, clip.has_value(), is_nonnegative, is_linear, (float)in_scale,
-            (float)kappa, (float)beta, (float)clip.value_or(0.0)};
+            (Divergence)divergence, has_softcap, clip || log_floor, clip && is_nonnegative, is_linear,
+            (float)in_scale, (float)kappa, (float)beta, (float)clip.value_or(INF), (float)log_floor.value_or(-INF)};
 }
 
 #define ROWS_OF                                                                                             \
-    rows_of(x_student, x_teacher, bias, teacher_bias, divergence, beta, clip, is_nonnegative, is_linear, \
-            has_softcap, in_scale, kappa)
+    rows_of(x_student, x_teacher, bias, teacher_bias, divergence, beta, clip, is_nonnegative, log_floor, \
+            is_linear, has_softcap, in_scale, kappa)
 
 void statistics(Tensor out, ROWS, MaybeTensor target_ids, FORM, RUN) {
     const Rows rows = ROWS_OF;

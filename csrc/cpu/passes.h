@@ -33,13 +33,14 @@ struct Rows {
     bool is_bf16;  // the logits of both sides, fp32 else
     Divergence divergence;
     bool has_softcap;
-    bool has_clip;
+    bool is_bounded;      // by a clip or a floor
     bool is_nonnegative;  // the form of the clip
     bool is_linear;       // the student's logits are those of the teacher and these, added
     float in_scale;
     float kappa;
     float beta;
-    float clip;
+    float clip;       // infinite for none
+    float log_floor;  // of the teacher's probability beside the student's, -infinite for none
 };
 
 struct Statistics {

@@ -126,12 +126,17 @@ HSD_INLINE void for_blocks(const Rows& p, int64_t row, const Each& each) {
 // 0 log 0 = 0: a probability of exactly zero may meet an undefined ratio. A NaN stays.
 HSD_INLINE F times(F p, F log_ratio) { return keep(not_zero(p), p * log_ratio); }
 
-// (f, g) of the table in divergence.py.
-template <Divergence D, bool CLIP>
-HSD_INLINE void summands(F ls, F lt, F ps, F pt, const Rows& p, F* f, F* g) {
+// (f, g) of the table in divergence.py. BOUND: with a clip or a floor, either of which may be infinitely far.
+template <Divergence D, bool BOUND>
+HSD_INLINE void summands(F ls, F lt, F ps, const Rows& p, F* f, F* g) {
+    if (BOUND) {
+        const F least = ls + all(p.log_floor);
+        lt = select(less(lt, least), least, lt);  // keeps a NaN of lt
+    }
+    const F pt = exp(lt);
     F clipped_g = all(0.0f);
     if (D == FORWARD_KL) {
-        *f = CLIP ? times(pt, lt - ls) : all(0.0f);  // without a clip only g is asked for
+        *f = BOUND ? times(pt, lt - ls) : all(0.0f);  // without a bound only g is asked for
         *g = ps - pt;
         clipped_g = ps;
     } else if (D == REVERSE_KL) {
@@ -145,11 +150,11 @@ HSD_INLINE void summands(F ls, F lt, F ps, F pt, const Rows& p, F* f, F* g) {
         *g = all(1.0f - p.beta) * times(ps, min(all(0.0f), all(0.0f) - d) - mixed);
         *f = *g + all(p.beta) * times(pt, min(all(0.0f), d) - mixed);
     }
-    if (CLIP && p.is_nonnegative) {
+    if (BOUND && p.is_nonnegative) {
         if (D != JSD) *f = *f + (D == FORWARD_KL ? ps - pt : pt - ps);
         clipped_g = all(0.0f);
     }
-    if (CLIP) {
+    if (BOUND) {
         const M clipped = less(all(p.clip), *f);
         *f = select(clipped, all(p.clip), *f);
         *g = select(clipped, clipped_g, *g);
@@ -269,8 +274,8 @@ struct Summed {
     double ps = 0.0;
 };
 
-// The second read of the JSD and of a clip, whose summands need both normalizers.
-template <Divergence D, bool CLIP>
+// The second read of the JSD, a clip and a floor, whose summands need both normalizers.
+template <Divergence D, bool BOUND>
 static Summed second_pass(const Rows& p, int64_t row, Normalizer student, Normalizer teacher) {
     Summed sums;
     const LogProbs log_s(p, student), log_t(p, teacher);
@@ -281,7 +286,7 @@ static Summed second_pass(const Rows& p, int64_t row, Normalizer student, Normal
             const F ls = log_s(load(b.y_s + i)), lt = log_t(load(b.y_t + i));
             const F ps = exp(ls);
             F f, g;
-            summands<D, CLIP>(ls, lt, ps, exp(lt), p, &f, &g);
+            summands<D, BOUND>(ls, lt, ps, p, &f, &g);
             f_sum = f_sum + f;
             g_sum = g_sum + g;
             ps_sum = ps_sum + ps;
@@ -294,7 +299,7 @@ static Summed second_pass(const Rows& p, int64_t row, Normalizer student, Normal
 }
 
 static void statistics_row(const Rows& p, const Statistics& s, int64_t row) {
-    const bool one_pass = p.divergence != JSD && !p.has_clip;
+    const bool one_pass = p.divergence != JSD && !p.is_bounded;
     const Sums sums = !one_pass                       ? first_pass<false, FORWARD_KL>(p, row)
                       : p.divergence == FORWARD_KL ? first_pass<true, FORWARD_KL>(p, row)
                                                    : first_pass<true, REVERSE_KL>(p, row);
@@ -313,7 +318,7 @@ static void statistics_row(const Rows& p, const Statistics& s, int64_t row) {
     } else {
         const Summed summed = p.divergence == FORWARD_KL   ? second_pass<FORWARD_KL, true>(p, row, student, teacher)
                               : p.divergence == REVERSE_KL ? second_pass<REVERSE_KL, true>(p, row, student, teacher)
-                              : p.has_clip                 ? second_pass<JSD, true>(p, row, student, teacher)
+                              : p.is_bounded                 ? second_pass<JSD, true>(p, row, student, teacher)
                                                            : second_pass<JSD, false>(p, row, student, teacher);
         kl = summed.f;
         grad_sum = summed.g / summed.ps;  // ps sums to 1 but for the rounding of the log-sum
@@ -342,7 +347,7 @@ static void statistics_row(const Rows& p, const Statistics& s, int64_t row) {
 
 // Gradient.
 
-template <Divergence D, bool CLIP, bool SOFTCAP, class OUT>
+template <Divergence D, bool BOUND, bool SOFTCAP, class OUT>
 static void gradient_row_as(const Rows& p, const Gradient& g, int64_t row) {
     const LogProbs log_s(p, {g.student_top[row], g.student_log_sum[row]});
     const LogProbs log_t(p, {g.teacher_top[row], g.teacher_log_sum[row]});
@@ -355,8 +360,8 @@ static void gradient_row_as(const Rows& p, const Gradient& g, int64_t row) {
             const F ls = log_s(y_s), lt = log_t(load(b.y_t + i));
             const F ps = exp(ls);
             F f, dz;
-            summands<D, CLIP>(ls, lt, ps, exp(lt), p, &f, &dz);
-            if (CLIP || D != FORWARD_KL) dz = dz - ps * grad_sum;
+            summands<D, BOUND>(ls, lt, ps, p, &f, &dz);
+            if (BOUND || D != FORWARD_KL) dz = dz - ps * grad_sum;
             dz = dz * scale;
             return SOFTCAP ? dz * (all(1.0f) - y_s * y_s) : dz;
         };
@@ -367,14 +372,14 @@ static void gradient_row_as(const Rows& p, const Gradient& g, int64_t row) {
     });
 }
 
-template <Divergence D, bool CLIP>
+template <Divergence D, bool BOUND>
 static void gradient_row_of(const Rows& p, const Gradient& g, int64_t row) {
     if (p.has_softcap) {
-        g.out_is_bf16 ? gradient_row_as<D, CLIP, true, bf16>(p, g, row)
-                      : gradient_row_as<D, CLIP, true, float>(p, g, row);
+        g.out_is_bf16 ? gradient_row_as<D, BOUND, true, bf16>(p, g, row)
+                      : gradient_row_as<D, BOUND, true, float>(p, g, row);
     } else {
-        g.out_is_bf16 ? gradient_row_as<D, CLIP, false, bf16>(p, g, row)
-                      : gradient_row_as<D, CLIP, false, float>(p, g, row);
+        g.out_is_bf16 ? gradient_row_as<D, BOUND, false, bf16>(p, g, row)
+                      : gradient_row_as<D, BOUND, false, float>(p, g, row);
     }
 }
 
@@ -385,11 +390,11 @@ static void gradient_row(const Rows& p, const Gradient& g, int64_t row) {
         return;
     }
     if (p.divergence == FORWARD_KL) {
-        p.has_clip ? gradient_row_of<FORWARD_KL, true>(p, g, row) : gradient_row_of<FORWARD_KL, false>(p, g, row);
+        p.is_bounded ? gradient_row_of<FORWARD_KL, true>(p, g, row) : gradient_row_of<FORWARD_KL, false>(p, g, row);
     } else if (p.divergence == REVERSE_KL) {
-        p.has_clip ? gradient_row_of<REVERSE_KL, true>(p, g, row) : gradient_row_of<REVERSE_KL, false>(p, g, row);
+        p.is_bounded ? gradient_row_of<REVERSE_KL, true>(p, g, row) : gradient_row_of<REVERSE_KL, false>(p, g, row);
     } else {
-        p.has_clip ? gradient_row_of<JSD, true>(p, g, row) : gradient_row_of<JSD, false>(p, g, row);
+        p.is_bounded ? gradient_row_of<JSD, true>(p, g, row) : gradient_row_of<JSD, false>(p, g, row);
     }
 }
 

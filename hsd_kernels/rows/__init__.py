@@ -10,6 +10,8 @@ A ``kl`` that cannot be negative may be a rounding error below 0: the driver cla
 
 ``gradient_`` writes ``weights[:, None] * d kl / d x_student`` to ``out`` (C, V), apart from the logits. A row of weight
 0 is all zeros, whatever its logits hold. Triton has both in one read of the logits (`one_read`).
+
+A backend knows nothing of a ``top_k``: `Buckets` has the same functions on top of any (`passes`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 from hsd_kernels import native
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.row_stats import RowStats
+from hsd_kernels.rows.buckets import Buckets
 
 MODULES = {"torch": "eager", "triton": "triton_rows", "cpp": "cpp"}  # by the name that ``impl`` has for them
 IMPLS = ("auto", *MODULES)
@@ -56,8 +59,19 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     return importlib.import_module(f"hsd_kernels.rows.{MODULES[impl]}")
 
 
-def both_in_one_read(backend: ModuleType, logits: torch.Tensor, spec: RowSpec) -> Callable[..., RowStats] | None:
-    """``statistics_and_gradient_`` of these logits (`hsd_kernels.rows.one_read`) where ``backend`` has it."""
+def passes(backend: ModuleType, vocab: int, spec: RowSpec) -> ModuleType | Buckets:
+    """The two functions for ``spec``: over buckets where its top_k is below ``vocab``."""
+    top_k = spec.divergence.top_k
+    return backend if top_k is None or top_k >= vocab else Buckets(backend)
+
+
+def both_in_one_read(
+    backend: ModuleType | Buckets, logits: torch.Tensor, spec: RowSpec
+) -> Callable[..., RowStats] | None:
+    """``statistics_and_gradient_`` of these logits where ``backend`` has it: `hsd_kernels.rows.one_read`, and buckets,
+    which take the k tokens out once for both."""
+    if isinstance(backend, Buckets):
+        return backend.statistics_and_gradient_
     if not backend.__name__.endswith(MODULES["triton"]):
         return None
     from hsd_kernels.rows import one_read

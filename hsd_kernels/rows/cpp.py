@@ -12,7 +12,6 @@ from hsd_kernels import native
 from hsd_kernels.divergence import DIVERGENCES, RowSpec
 from hsd_kernels.op_support import in_dtype
 from hsd_kernels.row_stats import COLUMNS, RowStats
-from hsd_kernels.rows import eager
 
 
 def statistics(
@@ -24,8 +23,6 @@ def statistics(
     target_ids: Tensor | None,
     rows: Tensor,
 ) -> RowStats:
-    if spec.divergence.in_buckets:
-        return eager.statistics(x_student, x_teacher, spec, bias, teacher_bias, target_ids, rows)
     table = torch.empty(len(COLUMNS), x_student.shape[0], dtype=torch.float32)
     targets = None if target_ids is None else target_ids.long().contiguous()
     biases = (_contiguous(bias), _contiguous(teacher_bias))
@@ -43,8 +40,6 @@ def gradient_(
     weights: Tensor,
     out: Tensor,
 ) -> None:
-    if spec.divergence.in_buckets:
-        return eager.gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out)
     for name, x in (("x_student", x_student), ("x_teacher", x_teacher)):
         if not _may_be_written(out, x):
             raise ValueError(f"out: expected memory of its own or the rows of {name} from their start, got an overlap")
@@ -69,6 +64,7 @@ def _form(spec: RowSpec) -> dict[str, Any]:
         "beta": d.beta,
         "clip": d.clip,
         "is_nonnegative": d.clip_form == "nonnegative",
+        "log_floor": None if d.floor is None else d.log_floor,
         "is_linear": spec.linear,
         "has_softcap": spec.softcap is not None,
         "in_scale": in_scale,

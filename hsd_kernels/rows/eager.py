@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,29 +27,17 @@ def statistics(
     target_ids: Tensor | None,
     rows: Tensor,
 ) -> RowStats:
-    table = x_student.new_empty(len(COLUMNS), x_student.shape[0], dtype=_wide(x_student))
+    table = x_student.new_empty(len(COLUMNS), x_student.shape[0], dtype=wide(x_student))
     out = RowStats.unstack(table, rows, with_targets=target_ids is not None)
-    divergence, kappa = spec.divergence, spec.scales[1]
-    for at in _blocks(x_student):
-        y_s, y_t = _pair(x_student[at], x_teacher[at], spec, bias, teacher_bias)
+    kappa = spec.scales[1]
+    for at in blocks(x_student):
+        y_s, y_t = pair(x_student[at], x_teacher[at], spec, bias, teacher_bias)
         student, teacher = normalizer(y_s, kappa), normalizer(y_t, kappa)
         ls, lt = student.log_probs(y_s, kappa), teacher.log_probs(y_t, kappa)
         ps, pt = ls.exp(), lt.exp()
-        of = _buckets(spec, ls, lt)[1:] if divergence.in_buckets else (ls, lt, ps, pt)
-        f, g = _summands(spec, *of)
-        # The rounding of a log-sum shifts a row's log-probs, and the sums of ps and pt are not quite 1. The shift is a
-        # visible part of the gradient where one token has nearly all of ps, and of a KL near 0.
-        sum_s, sum_t = ps.sum(-1), pt.sum(-1)
-        kl = f.sum(-1)
-        if divergence.in_buckets:
-            sum_s = of[2].sum(-1)
-        elif divergence.clip is None and divergence.kind != "jsd":
-            shift = torch.log1p((sum_s - sum_t) / sum_t)
-            kl += shift if divergence.kind == "forward_kl" else -shift
-        out.kl[at] = kl
-        out.grad_sum[at] = 0.0 if _no_grad_sum(spec) else g.sum(-1) / sum_s
-        out.student_entropy[at] = -_times(ps, ls).sum(-1)
-        out.teacher_entropy[at] = -_times(pt, lt).sum(-1)
+        out.kl[at], out.grad_sum[at] = totals(spec, *summands(spec, ls, lt, ps, pt), ps, pt)
+        out.student_entropy[at] = -times(ps, ls).sum(-1)
+        out.teacher_entropy[at] = -times(pt, lt).sum(-1)
         out.student_top[at], out.student_log_sum[at] = student
         out.teacher_top[at], out.teacher_log_sum[at] = teacher
         if target_ids is not None:
@@ -74,16 +61,12 @@ def gradient_(
     out: Tensor,
 ) -> None:
     kappa = spec.scales[1]
-    for at in _blocks(x_student):
-        y_s, y_t = _pair(x_student[at], x_teacher[at], spec, bias, teacher_bias)
+    for at in blocks(x_student):
+        y_s, y_t = pair(x_student[at], x_teacher[at], spec, bias, teacher_bias)
         student, teacher = _normalizers(stats, at)
         ls, lt = student.log_probs(y_s, kappa), teacher.log_probs(y_t, kappa)
         ps = ls.exp()
-        if spec.divergence.in_buckets:
-            dz = _from_buckets(spec, ls, lt, ps, stats.grad_sum[at].unsqueeze(-1))
-        else:
-            _, g = _summands(spec, ls, lt, ps, lt.exp())
-            dz = g if _no_grad_sum(spec) else g - ps * stats.grad_sum[at].unsqueeze(-1)
+        dz = through_softmax(spec, summands(spec, ls, lt, ps, lt.exp())[1], ps, stats.grad_sum[at])
         dz *= (weights[at] * spec.chain).unsqueeze(-1)
         if spec.softcap is not None:
             dz *= 1.0 - y_s.square()
@@ -102,12 +85,12 @@ def summand_sums(
     """(3, C): sums of f, g and ps over these columns, given the normalizers of the whole rows."""
     sums = stats.kl.new_empty(3, x_student.shape[0])
     kappa = spec.scales[1]
-    for at in _blocks(x_student):
-        y_s, y_t = _pair(x_student[at], x_teacher[at], spec, bias, teacher_bias)
+    for at in blocks(x_student):
+        y_s, y_t = pair(x_student[at], x_teacher[at], spec, bias, teacher_bias)
         student, teacher = _normalizers(stats, at)
         ls, lt = student.log_probs(y_s, kappa), teacher.log_probs(y_t, kappa)
         ps = ls.exp()
-        f, g = _summands(spec, ls, lt, ps, lt.exp())
+        f, g = summands(spec, ls, lt, ps, lt.exp())
         sums[:, at] = torch.stack([f.sum(-1), g.sum(-1), ps.sum(-1)])
     return sums
 
@@ -138,12 +121,15 @@ def _normalizers(stats: RowStats, at: slice) -> tuple[Normalizer, Normalizer]:
     return student, Normalizer(stats.teacher_top[at], stats.teacher_log_sum[at])
 
 
-def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor, Tensor]:
+def summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor, Tensor]:
     """(f, g) of the table in `divergence`."""
+    if spec.divergence.floor is not None:
+        lt = torch.maximum(lt, ls + spec.divergence.log_floor)
+        pt = lt.exp()
     if spec.divergence.kind == "forward_kl":
-        f, g, clipped_g = _times(pt, lt - ls), ps - pt, ps
+        f, g, clipped_g = times(pt, lt - ls), ps - pt, ps
     elif spec.divergence.kind == "reverse_kl":
-        f = g = _times(ps, ls - lt)
+        f = g = times(ps, ls - lt)
         clipped_g = -ps
     else:
         d = lt - ls
@@ -151,8 +137,8 @@ def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> 
         over_t = torch.log1p((1.0 - spec.divergence.beta) * torch.expm1(-d))  # lm - lt, for d > 0
         s_minus_m = torch.where(d > 0, -d - over_t, -over_s)
         t_minus_m = torch.where(d > 0, -over_t, d - over_s)
-        g = (1.0 - spec.divergence.beta) * _times(ps, s_minus_m)
-        f = g + spec.divergence.beta * _times(pt, t_minus_m)
+        g = (1.0 - spec.divergence.beta) * times(ps, s_minus_m)
+        f = g + spec.divergence.beta * times(pt, t_minus_m)
         clipped_g = torch.zeros_like(ps)
     if spec.divergence.clip is not None:
         if spec.divergence.clip_form == "nonnegative" and spec.divergence.kind != "jsd":
@@ -162,57 +148,41 @@ def _summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> 
     return f, g
 
 
-def _buckets(spec: RowSpec, ls: Tensor, lt: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """(ids (C, k) or None for all tokens, and ls, lt, ps, pt of the buckets): `divergence`."""
-    d, ids = spec.divergence, None
-    if d.top_k is not None and d.top_k < ls.shape[-1]:
-        ids = (ls if d.top_of == "student" else lt).topk(d.top_k, -1).indices
-        ls, lt = (_of_tokens(side, ids, d.rest == "tail") for side in (ls, lt))
-    if d.floor is not None:
-        lt = torch.maximum(lt, ls + math.log(d.floor))
-    return ids, ls, lt, ls.exp(), lt.exp()
+def totals(spec: RowSpec, f: Tensor, g: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence and G of rows."""
+    # The rounding of a log-sum shifts a row's log-probs, and the sums of ps and pt are not quite 1. The shift is a
+    # visible part of the gradient where one token has nearly all of ps, and of a KL near 0.
+    sum_s, kl = ps.sum(-1), f.sum(-1)
+    if not spec.divergence.sums_summands:
+        sum_t = pt.sum(-1)
+        shift = torch.log1p((sum_s - sum_t) / sum_t)
+        kl += shift if spec.divergence.kind == "forward_kl" else -shift
+    return kl, torch.zeros_like(kl) if _no_grad_sum(spec) else g.sum(-1) / sum_s
 
 
-def _of_tokens(logps: Tensor, ids: Tensor, with_tail: bool) -> Tensor:
-    kept = logps.gather(-1, ids)
-    if not with_tail:
-        return kept - kept.logsumexp(-1, keepdim=True)
-    # Not 1 minus the mass of the k tokens, which is rounded away where they have nearly all of it.
-    return torch.cat([kept, logps.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)], -1)
-
-
-def _from_buckets(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, grad_sum: Tensor) -> Tensor:
-    """dz (C, V) / chain and weight."""
-    ids, b_s, b_t, p_s, p_t = _buckets(spec, ls, lt)
-    _, g = _summands(spec, b_s, b_t, p_s, p_t)
-    dz = g - p_s * grad_sum
-    if ids is None:
-        return dz
-    k = ids.shape[-1]
-    if spec.divergence.rest == "renormalise":
-        return torch.zeros_like(ls).scatter_(-1, ids, dz)
-    share = torch.where(p_s[:, k:] == 0, 0.0, (ls - b_s[:, k:]).exp())  # of the tail's mass
-    return (dz[:, k:] * share).scatter_(-1, ids, dz[:, :k])
+def through_softmax(spec: RowSpec, g: Tensor, ps: Tensor, grad_sum: Tensor) -> Tensor:
+    """dz of log-probs whose gradient is g."""
+    return g if _no_grad_sum(spec) else g - ps * grad_sum.unsqueeze(-1)
 
 
 def _no_grad_sum(spec: RowSpec) -> bool:
-    return spec.divergence.kind == "forward_kl" and spec.divergence.clip is None and not spec.divergence.in_buckets
+    return spec.divergence.kind == "forward_kl" and not spec.divergence.sums_summands
 
 
-def _times(p: Tensor, log_ratio: Tensor) -> Tensor:
+def times(p: Tensor, log_ratio: Tensor) -> Tensor:
     """p * log_ratio with 0 log 0 = 0: a probability of exactly zero may meet an undefined ratio. A NaN stays."""
     return torch.where(p == 0, 0.0, p * log_ratio)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _pair(
+def pair(
     x_student: Tensor, x_teacher: Tensor, spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y of both sides (`RowSpec.scales`)."""
-    x_t = x_teacher.to(_wide(x_teacher))
+    x_t = x_teacher.to(wide(x_teacher))
     x_s = x_student.to(x_t.dtype)
     return formed(x_s + x_t if spec.linear else x_s, bias, spec), formed(x_t, teacher_bias, spec)
 
@@ -224,7 +194,7 @@ def formed(x: Tensor, bias: Tensor | None, spec: RowSpec) -> Tensor:
     return x if spec.softcap is None else torch.tanh(x)
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
+def blocks(x: Tensor) -> Iterator[slice]:
     budget = BLOCK_BYTES.get(x.device.type, DEFAULT_BLOCK_BYTES)
     step = max(1, budget // (x.shape[1] * x.element_size()))
     for start in range(0, x.shape[0], step):

@@ -11,9 +11,9 @@ The sums of slices are merged in one order, whoever comes last: results are bitw
 Exponents are in units of log 2, ``p = 2 ** (k (y - top) - log2(sum))`` with ``k = kappa log2(e)``. What few slices
 need is done where a first sum asks for it: ``0 * -inf = 0``, and a sum without the 1 of a likely token.
 
-The JSD and a clip need a second sum over the row, of what the first one normalizes. A second wait with twice as much to
-hold took 2.25 ms (JSD) and 1.44 ms (clip) for 1,024 rows of 151,936 on an H100, two passes 1.61 and 1.40 ms: they stay
-two passes. The KLs take 0.66 ms in one read and 0.97 ms in two passes.
+The JSD, a clip and a floor need a second sum over the row, of what the first one normalizes. A second wait with twice
+as much to hold took 2.25 ms (JSD) and 1.44 ms (clip) for 1,024 rows of 151,936 on an H100, two passes 1.61 and 1.40 ms:
+they stay two passes. The KLs take 0.66 ms in one read and 0.97 ms in two passes.
 """
 
 # Triton's reductions are inferred to return tuples, and a literal for a constexpr is refused:
@@ -33,7 +33,7 @@ from torch import Tensor
 from hsd_kernels import configs
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.row_stats import COLUMNS, RowStats
-from hsd_kernels.rows import eager, triton_rows
+from hsd_kernels.rows import triton_rows
 from hsd_kernels.rows.triton_rows import (
     GRAD_SUM,
     KL,
@@ -63,9 +63,9 @@ FEW: tl.constexpr = tl.constexpr(128)  # so many columns at a time
 
 
 def serves(x: Tensor, spec: RowSpec) -> bool:
-    """Whether this is a KL without a clip, and the device holds all slices of a row at a time: a multiprocessor runs a
-    program or more."""
-    if spec.divergence.kind == "jsd" or spec.divergence.clip is not None:
+    """Whether this is a KL without a clip or a floor, and the device holds all slices of a row at a time: a
+    multiprocessor runs a program or more."""
+    if spec.divergence.sums_summands:
         return False
     block = row_config(spec, triton_rows.capability(x.device)).block_v
     return not x.is_cuda or slices(x.shape[1], block)[0] <= _multiprocessors(x.device)
@@ -84,10 +84,6 @@ def statistics_and_gradient_(
 ) -> RowStats:
     """`triton_rows.statistics`, and `triton_rows.gradient_` of the same rows into ``out``, which lies apart from the
     logits."""
-    if spec.divergence.in_buckets:
-        stats = eager.statistics(x_student, x_teacher, spec, bias, teacher_bias, target_ids, rows)
-        eager.gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out)
-        return stats
     n, vocab = x_student.shape
     table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
     stats = RowStats.unstack(table, rows, with_targets=target_ids is not None)
@@ -98,7 +94,7 @@ def statistics_and_gradient_(
     partial = torch.empty(n, SUMS.value, slots, dtype=torch.float32, device=x_student.device)
     in_scale, kappa = spec.scales
     flags = triton_rows.flags(spec, bias, teacher_bias)
-    del flags["HAS_CLIP"], flags["NONNEGATIVE"]
+    del flags["HAS_CLIP"], flags["HAS_FLOOR"], flags["NONNEGATIVE"]
     # An interpreter runs programs one after the other: there nothing may wait, and the second of two launches reads
     # what the first has published.
     waits = x_student.is_cuda

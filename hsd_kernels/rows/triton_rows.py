@@ -20,7 +20,6 @@ from torch import Tensor
 from hsd_kernels import configs
 from hsd_kernels.divergence import DIVERGENCES, RowSpec
 from hsd_kernels.row_stats import COLUMNS, RowStats
-from hsd_kernels.rows import eager
 
 FORWARD_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("forward_kl"))
 REVERSE_KL: tl.constexpr = tl.constexpr(DIVERGENCES.index("reverse_kl"))
@@ -50,8 +49,6 @@ def statistics(
     target_ids: Tensor | None,
     rows: Tensor,
 ) -> RowStats:
-    if spec.divergence.in_buckets:
-        return eager.statistics(x_student, x_teacher, spec, bias, teacher_bias, target_ids, rows)
     n, vocab = x_student.shape
     table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
     if n > 0:
@@ -74,6 +71,7 @@ def statistics(
                 kappa,
                 float(spec.divergence.beta),
                 float(spec.divergence.clip or 0.0),
+                spec.divergence.log_floor,
                 **flags(spec, bias, teacher_bias),
                 HAS_TARGET=target_ids is not None,
                 LANES=config.lanes(x_student.element_size()),
@@ -93,8 +91,6 @@ def gradient_(
     weights: Tensor,
     out: Tensor,
 ) -> None:
-    if spec.divergence.in_buckets:
-        return eager.gradient_(x_student, x_teacher, spec, bias, teacher_bias, stats, weights, out)
     n, vocab = x_student.shape
     if n == 0:
         return
@@ -123,6 +119,7 @@ def gradient_(
             spec.chain,
             float(spec.divergence.beta),
             float(spec.divergence.clip or 0.0),
+            spec.divergence.log_floor,
             **flags(spec, bias, teacher_bias),
             BLOCK_V=config.block_v,
             **config.options,
@@ -142,6 +139,7 @@ def flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> di
         "HAS_TEACHER_BIAS": teacher_bias is not None,
         "HAS_SOFTCAP": spec.softcap is not None,
         "HAS_CLIP": spec.divergence.clip is not None,
+        "HAS_FLOOR": spec.divergence.floor is not None,
         "LINEAR": spec.linear,
         "NONNEGATIVE": spec.divergence.clip is not None and spec.divergence.clip_form == "nonnegative",
     }
@@ -185,20 +183,22 @@ def statistics_kernel(
     kappa,
     beta,
     clip,
+    log_floor,
     DIVERGENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
     HAS_TARGET: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # A KL needs only E[z_p - z_q] and both log-sums: one read. The JSD and a clip need both for each summand.
+    # A KL needs only E[z_p - z_q] and both log-sums: one read. The JSD, a clip and a floor need both for each summand.
     IS_KL: tl.constexpr = DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL  # pyright: ignore
-    ONE_PASS: tl.constexpr = IS_KL and not HAS_CLIP  # pyright: ignore
+    ONE_PASS: tl.constexpr = IS_KL and not (HAS_CLIP or HAS_FLOOR)  # pyright: ignore
     K: tl.constexpr = BLOCK_V // LANES
     # int64 before the multiply: row * stride passes 2^31 at row 14,135 for V = 151,936.
     row = tl.program_id(0).to(tl.int64)
@@ -279,7 +279,7 @@ def statistics_kernel(
             ls = tl.fma(y_s - top_s, kappa, -log_s)
             lt = tl.fma(y_t - top_t, kappa, -log_t)
             ps = tl.exp(ls)
-            f, g = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
+            f, g = _summands(ls, lt, ps, beta, clip, log_floor, DIVERGENCE, HAS_CLIP, HAS_FLOOR, NONNEGATIVE)
             f_sum += tl.sum(f, 0)
             g_sum += tl.sum(g, 0)
             p_sum += tl.sum(ps, 0)
@@ -327,11 +327,13 @@ def gradient_kernel(
     chain,
     beta,
     clip,
+    log_floor,
     DIVERGENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -352,8 +354,8 @@ def gradient_kernel(
         ls = tl.fma(y_s - top_s, kappa, -log_s)
         lt = tl.fma(y_t - top_t, kappa, -log_t)
         ps = tl.exp(ls)
-        _, dz = _summands(ls, lt, ps, tl.exp(lt), beta, clip, DIVERGENCE, HAS_CLIP, NONNEGATIVE)
-        if HAS_CLIP or DIVERGENCE != FORWARD_KL:
+        _, dz = _summands(ls, lt, ps, beta, clip, log_floor, DIVERGENCE, HAS_CLIP, HAS_FLOOR, NONNEGATIVE)
+        if HAS_CLIP or HAS_FLOOR or DIVERGENCE != FORWARD_KL:
             dz -= ps * tl.load(grad_sum_ptr + row)
         dz *= weight * chain
         if HAS_SOFTCAP:
@@ -437,8 +439,22 @@ def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE: tl.const
 
 
 @triton.jit
-def _summands(ls, lt, ps, pt, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr, NONNEGATIVE: tl.constexpr):
+def _summands(
+    ls,
+    lt,
+    ps,
+    beta,
+    clip,
+    log_floor,
+    DIVERGENCE: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+):
     """(f, g) of the table in `divergence`."""
+    if HAS_FLOOR:
+        lt = tl.maximum(lt, ls + log_floor, propagate_nan=tl.PropagateNan.ALL)
+    pt = tl.exp(lt)
     if DIVERGENCE == FORWARD_KL:
         f = _times(pt, lt - ls)
         g = ps - pt

@@ -1,11 +1,15 @@
-"""top_k and the teacher's floor: the torch rows against autograd of the reference, and what follows by algebra."""
+"""top_k and the teacher's floor: every row backend against autograd of the reference, and what follows by algebra."""
 
+import importlib.util
 import math
 
 import pytest
 import torch
 
-from hsd_kernels import Divergence, fused_hsd_kl, reference
+from hsd_kernels import Divergence, Head, fused_hsd_kl, reference, rows
+from hsd_kernels.row_stats import RowStats
+from hsd_kernels.testing import assert_within_budget, double, row_spec
+from hsd_kernels.testing import draw as gaussian
 
 N, D, V = 7, 5, 13
 OPTIONS = [
@@ -19,6 +23,10 @@ OPTIONS = [
     {"top_k": 3, "temperature": 1.3},
 ]
 KINDS = ["forward_kl", "reverse_kl", "jsd"]
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+DEVICE = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter, on -inf
+every_backend = pytest.mark.parametrize("impl", ["torch", "cpp", pytest.param("triton", marks=NEEDS_TRITON)])
 
 
 def draw(seed, *shape, dtype=torch.float64):
@@ -56,12 +64,149 @@ def test_value_and_gradient_are_the_references(kind, options):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["auto", "torch"])
-@pytest.mark.parametrize("options", OPTIONS[:6], ids=str)
-def test_single_precision_on_every_backend_that_is_here(impl, options):
-    got, wanted = both(Divergence("reverse_kl", **options), impl, torch.float32)
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+def found(loss_fn, tensors, divergence, head=Head, **options):
+    """(loss, gradients)."""
+    student, teacher, weight = (t.clone().requires_grad_(i != 1) for i, t in enumerate(tensors))
+    loss = loss_fn(student, teacher, head(weight), divergence=divergence, **options)
+    return [t.detach() for t in (loss, *torch.autograd.grad(loss, (student, weight)))]
+
+
+def near(tokens=6, dim=8, vocab=301, device="cpu"):
+    """(student, teacher, head) in fp32."""
+    student = gaussian(tokens, dim)
+    teacher = student + 0.3 * gaussian(tokens, dim, seed=1)
+    return [t.to(device) for t in (student, teacher, gaussian(vocab, dim, seed=2))]
+
+
+def with_softcap(weight):
+    return Head(weight, gaussian(len(weight), seed=5).to(weight), logit_scale=-0.8, softcap=6.0)
+
+
+@every_backend
+@pytest.mark.parametrize("head", [Head, with_softcap], ids=["plain", "softcap and bias"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_single_precision_stays_within_the_budget(options, head, impl):
+    for kind in KINDS if impl != "triton" else [KINDS[len(options) % 3]]:
+        d, tensors = Divergence(kind, **options), near(device=DEVICE.get(impl, "cpu"))
+        eager, exact = (found(reference.hsd_kl, t, d, head) for t in (tensors, double(*tensors)))
+        for name, got, want, truth in zip(
+            "lhw", found(fused_hsd_kl, tensors, d, head, impl=impl), eager, exact, strict=True
+        ):
+            assert_within_budget(name, got, want, truth, scale=20.0 * max(truth.abs().max().item(), 1e-2))
+
+
+@every_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_top_k_that_leaves_nothing_out_is_none(kind, impl):
+    tensors = near(vocab=61, device=DEVICE.get(impl, "cpu"))
+    plain = found(fused_hsd_kl, tensors, Divergence(kind), impl=impl)
+    for k in (61, 70):
+        for rest in ("tail", "renormalise"):
+            same = found(fused_hsd_kl, tensors, Divergence(kind, top_k=k, rest=rest), impl=impl)
+            assert all(map(torch.equal, same, plain))
+    for change in ({"top_k": 60}, {"top_k": 60, "top_of": "teacher"}, {"floor": 1e-30}, {"top_k": 60, "floor": 1e-30}):
+        same = found(fused_hsd_kl, tensors, Divergence(kind, **change), impl=impl)
+        for a, b in zip(same, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    less = found(fused_hsd_kl, tensors, Divergence(kind, top_k=20), impl=impl)
+    assert not torch.allclose(less[1], plain[1], rtol=2e-5, atol=2e-6)
+
+
+@every_backend
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("lead", [12.0, 30.0, 70.0])
+def test_a_tail_of_little_mass_keeps_its_relative_accuracy(lead, kind, impl):
+    """1 minus the mass of the k tokens is 0 from exp(-17) on."""
+    student, teacher = gaussian(4, 97), gaussian(4, 97, seed=1)
+    student[:, :3] += lead
+    teacher[:, :3] += lead - 2.0
+    spec = row_spec(kind, top_k=3)
+    z = student.double().requires_grad_()
+    value = reference.per_token_divergence(z, teacher.double(), spec.divergence)
+    (exact,) = torch.autograd.grad(value.sum(), z)
+    backend = rows.passes(rows.resolve(impl, torch.device(DEVICE.get(impl, "cpu")), torch.float32), 97, spec)
+    given = [t.to(DEVICE.get(impl, "cpu")) for t in (student, teacher, torch.arange(4), torch.ones(4))]
+    out = torch.empty_like(given[0])
+    backend.statistics_and_gradient_(*given[:2], spec, None, None, None, *given[2:], out)
+    torch.testing.assert_close(out[:, 3:].cpu().double(), exact[:, 3:], rtol=3e-5, atol=1e-38)
+
+
+@every_backend
+def test_statistics_are_those_of_the_whole_row_and_the_logits_stay(impl):
+    device = DEVICE.get(impl, "cpu")
+    student, teacher = gaussian(5, 301).to(device), gaussian(5, 301, seed=1).to(device)
+    student[2, :299] = -math.inf  # fewer tokens than k
+    teacher[2, :298] = -math.inf
+    before = student.clone(), teacher.clone()
+    backend = rows.resolve(impl, student.device, torch.float32)
+    given = (student, teacher, row_spec(top_k=4), None, None, torch.arange(5, device=device) + 297)
+    given = (*given[:5], given[5].clamp(max=300), torch.arange(5, device=device))
+    got = rows.passes(backend, 301, given[2]).statistics(*given)
+    want = backend.statistics(*given[:2], row_spec(), *given[3:])
+    for name in RowStats._fields:
+        if name not in ("kl", "grad_sum"):
+            torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=2e-6, msg=name)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
+
+
+@every_backend
+@pytest.mark.parametrize("head", [Head, with_softcap], ids=["plain", "softcap and bias"])
+def test_no_rows(head, impl):
+    student, teacher, weight = near(tokens=0, vocab=40, device=DEVICE.get(impl, "cpu"))
+    loss, *gradients = found(fused_hsd_kl, (student, teacher, weight), Divergence(top_k=3), head, impl=impl)
+    assert loss == 0 and all((g == 0).all() for g in gradients)
+    backend = rows.passes(rows.resolve(impl, student.device, student.dtype), 40, row_spec(top_k=3))
+    x, none = weight.new_empty(0, 40), weight.new_empty(0)
+    stats = backend.statistics_and_gradient_(x, x, row_spec(top_k=3), None, None, None, none, none, x.clone())
+    assert stats.kl.shape == (0,)
+
+
+@every_backend
+@pytest.mark.parametrize("rest", ["tail", "renormalise"])
+def test_a_tie_at_the_kth_place_has_one_answer(rest, impl):
+    """Statistics and gradient are two calls under a hook. Swapped ids would exchange the gradients of equal logits."""
+    student, teacher, weight = near(vocab=50, device=DEVICE.get(impl, "cpu"))
+    weight[10:40] = weight[10]  # 30 tokens of one logit
+    d = Divergence("reverse_kl", top_k=8, rest=rest)
+    own = weight + 0.1 * gaussian(50, 8, seed=3).to(weight)
+    options = {"teacher_head": own, "impl": impl}
+    at_once = found(fused_hsd_kl, (student, teacher, weight), d, **options)
+    hooked = found(
+        fused_hsd_kl, (student, teacher, weight), d, **options, token_weight_fn=lambda s: torch.ones_like(s.kl)
+    )
+    for a, b in zip(at_once, hooked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@every_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_possible_tokens_than_k_are_a_smaller_vocabulary(kind, impl):
+    tensors = near(vocab=20, device=DEVICE.get(impl, "cpu"))
+    bias = torch.full((20,), -math.inf).to(tensors[0])
+    bias[[1, 7, 12]] = 0.0
+    got = found(fused_hsd_kl, tensors, Divergence(kind, top_k=5), lambda w: Head(w, bias), impl=impl)
+    alone = (*tensors[:2], tensors[2][[1, 7, 12]])
+    want = found(fused_hsd_kl, alone, Divergence(kind), impl=impl)
+    assert (got[2][bias == -math.inf] == 0).all()
+    for a, b in zip((*got[:2], got[2][[1, 7, 12]]), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@every_backend
+@pytest.mark.parametrize("rest", ["tail", "renormalise"])
+def test_a_nan_stays_in_its_row_and_a_row_of_weight_zero_is_zeros(rest, impl):
+    device = DEVICE.get(impl, "cpu")
+    spec = row_spec("reverse_kl", top_k=3, rest=rest)
+    backend = rows.passes(rows.resolve(impl, torch.device(device), torch.float32), 40, spec)
+    for side in range(2):
+        pair = [gaussian(4, 40, seed=i).to(device) for i in range(2)]
+        pair[side][1:3, 30] = math.nan
+        weights, out = torch.tensor([1.0, 0.0, 1.0, 1.0], device=device), torch.full((4, 40), math.nan, device=device)
+        stats = backend.statistics_and_gradient_(
+            *pair, spec, None, None, None, torch.arange(4, device=device), weights, out
+        )
+        assert stats.kl.isnan().tolist() == [False, True, True, False]
+        assert (out[1] == 0).all() and out[2].isnan().any() and not out[[0, 3]].isnan().any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

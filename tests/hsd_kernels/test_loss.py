@@ -28,6 +28,19 @@ OPTIONS = {
     "num_items": {"num_items": 37.0},
     "own head": {"teacher_dim": D},
     "larger teacher": {"teacher_dim": 24, "teacher_bias": True},
+    "floor": {"divergence": {"floor": 0.6}},
+    "top_k": {"divergence": {"top_k": 5}},
+    "renormalised": {"divergence": {"top_k": 5, "top_of": "teacher", "rest": "renormalise", "temperature": 0.7}},
+    "top_k and everything": {
+        "bias": True,
+        "teacher_dim": 10,
+        "teacher_bias": True,
+        "form": {"softcap": 3.0, "logit_scale": -1.5},
+        "divergence": {"top_k": 4, "floor": 0.3, "clip": 0.05},
+        "reference_dim": 10,
+        "reference_coef": 0.5,
+        "token_weights": True,
+    },
     "everything": {
         "bias": True,
         "teacher_dim": 10,
@@ -152,7 +165,10 @@ def test_divergences_are_what_their_names_say():
     torch.testing.assert_close(fused_hsd_kl(*hidden, weight, divergence=Divergence(clip=0.1)), clipped)
 
 
-@pytest.mark.parametrize("name", ["plain", "softcap", "clip", "weights", "larger teacher", "everything"])
+GRADCHECKED = ["plain", "softcap", "clip", "weights", "larger teacher", "top_k", "renormalised", "everything"]
+
+
+@pytest.mark.parametrize("name", GRADCHECKED)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("loss_fn", [reference.hsd_kl, fused_hsd_kl], ids=["reference", "fused"])
 def test_gradcheck(loss_fn, divergence, name):

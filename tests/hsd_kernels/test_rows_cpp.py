@@ -15,7 +15,7 @@ from torch import Tensor
 from hsd_kernels import Head, fused_hsd_kl, native, reference
 from hsd_kernels.divergence import DIVERGENCES, RowSpec
 from hsd_kernels.row_stats import RowStats
-from hsd_kernels.rows import cpp
+from hsd_kernels.rows import cpp, passes
 from hsd_kernels.rows import eager as torch_rows
 from hsd_kernels.testing import assert_within_budget, row_spec
 
@@ -55,6 +55,7 @@ def make_inputs(n=3, vocab=300, *, spread=3.0, distance=0.5, offset=0.0, dtype=F
 
 def run(backend, inputs: Inputs, spec: RowSpec, out: Tensor | None = None) -> tuple[RowStats, Tensor]:
     x_s, x_t, bias, teacher_bias, ids, weights = inputs
+    backend = passes(backend, x_s.shape[1], spec)
     stats = backend.statistics(x_s, x_t, spec, bias, teacher_bias, ids, torch.arange(x_s.shape[0]))
     out = torch.full_like(x_s, NAN, dtype=F32) if out is None else out
     backend.gradient_(x_s, x_t, spec, bias, teacher_bias, stats, weights, out)
@@ -114,6 +115,11 @@ FORMS = {
     "nonnegative clip": {"clip": 1e-3, "clip_form": "nonnegative", "temperature": 1.3},
     "linear": {"linear": True},
     "linear, softcap, scale": {"linear": True, "softcap": 5.0, "logit_scale": -0.7},
+    "floor": {"floor": 0.7},
+    "floor, clip": {"floor": 0.8, "clip": 1e-3, "clip_form": "nonnegative", "softcap": 10.0},
+    "top_k": {"top_k": 20, "temperature": 1.3},
+    "top_k, floor, softcap": {"top_k": 3, "top_of": "teacher", "floor": 0.9, "softcap": 5.0, "logit_scale": -0.7},
+    "top_k, renormalise, linear": {"top_k": 7, "rest": "renormalise", "clip": 1e-2, "linear": True},
 }
 
 
@@ -171,7 +177,7 @@ def test_log_probs_below_the_range_of_exp_on_both_sides(divergence):
     check(inputs, row_spec(divergence))
 
 
-@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}], ids=["plain", "clip"])
+@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}, {"floor": 0.9}], ids=["plain", "clip", "floor"])
 @every_divergence
 def test_minus_infinity_in_both_rows(divergence, form):
     inputs = make_inputs(vocab=2 * BLOCK + 50)
@@ -205,7 +211,11 @@ def test_infinite_ratio_that_becomes_negligible_is_not_nan():
     assert stats.kl.isfinite().all() and dz.isfinite().all()
 
 
-@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}, {"softcap": 5.0}], ids=["plain", "clip", "softcap"])
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"clip": 1e-2}, {"softcap": 5.0}, {"floor": 0.9}, {"top_k": 3}],
+    ids=["plain", "clip", "softcap", "floor", "top_k"],
+)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @every_divergence
 def test_nan_is_not_hidden(divergence, side, form):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsd_kernels import configs
+from hsd_kernels import configs, reference
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.row_stats import RowStats
+from hsd_kernels.rows import both_in_one_read, passes
 from hsd_kernels.rows import eager as torch_rows
 from hsd_kernels.testing import assert_within_budget, row_spec
 
@@ -96,6 +97,8 @@ def exact(inputs: Inputs, spec: RowSpec) -> tuple[dict[str, Tensor], Tensor]:
     if spec.divergence.clip_form == "nonnegative" and spec.divergence.kind != "jsd":
         f = f + (lt.exp() - ls.exp()) * (-1.0 if spec.divergence.kind == "forward_kl" else 1.0)
     kl = (f if spec.divergence.clip is None else f.clamp_max(spec.divergence.clip)).sum(-1)
+    if spec.divergence.top_k is not None or spec.divergence.floor is not None:
+        kl = reference.per_token_divergence(z_s, z_t, spec.divergence)
     (kl * inputs.weights.double()).sum().backward()
     assert x.grad is not None
     stats = {
@@ -115,12 +118,14 @@ def run(backend, inputs: Inputs, spec: RowSpec, out: Tensor | None = None) -> tu
     x_s, x_t, bias, teacher_bias, ids, weights = inputs
     rows = torch.arange(x_s.shape[0], device=x_s.device)
     out = torch.full_like(x_s, math.nan, dtype=torch.float32) if out is None else out
+    found = passes(triton_rows if backend is one_read else backend, x_s.shape[1], spec)
     if backend is one_read:
-        if not one_read.serves(x_s, spec):
-            pytest.skip("a JSD or a clip is two passes")
-        return one_read.statistics_and_gradient_(x_s, x_t, spec, bias, teacher_bias, ids, rows, weights, out), out
-    stats = backend.statistics(x_s, x_t, spec, bias, teacher_bias, ids, rows)
-    backend.gradient_(x_s, x_t, spec, bias, teacher_bias, stats, weights, out)
+        both = both_in_one_read(found, x_s, spec)
+        if both is None:
+            pytest.skip("a JSD, a clip or a floor is two passes")
+        return both(x_s, x_t, spec, bias, teacher_bias, ids, rows, weights, out), out
+    stats = found.statistics(x_s, x_t, spec, bias, teacher_bias, ids, rows)
+    found.gradient_(x_s, x_t, spec, bias, teacher_bias, stats, weights, out)
     return stats, out
 
 
@@ -163,6 +168,11 @@ FORMS = {
     "non-negative clip": {"clip": 1e-3, "clip_form": "nonnegative"},
     "linear": {"linear": True, "softcap": 20.0},
     "clip, softcap": {"clip": 1e-2, "softcap": 10.0},
+    "floor": {"floor": 0.7},
+    "floor, clip": {"floor": 0.8, "clip": 1e-3, "clip_form": "nonnegative"},
+    "top_k": {"top_k": 20},
+    "top_k, floor, softcap": {"top_k": 3, "top_of": "teacher", "floor": 0.9, "softcap": 5.0, "logit_scale": -0.7},
+    "top_k, renormalise, linear": {"top_k": 7, "rest": "renormalise", "clip": 1e-2, "linear": True},
 }
 
 
@@ -197,7 +207,7 @@ def test_log_probs_below_the_range_of_exp_on_both_sides(rows, divergence):
     check(rows, inputs, row_spec(divergence))
 
 
-@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}])
+@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}, {"floor": 0.9}])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_minus_infinity_in_both_rows(rows, divergence, form):
     inputs = make_inputs(vocab=600, targets=False)
@@ -226,7 +236,7 @@ def test_infinite_ratio_that_becomes_negligible_is_not_nan(rows):
     assert not stats.kl.isnan().any() and not dz.isnan().any()
 
 
-@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}])
+@pytest.mark.parametrize("form", [{}, {"clip": 1e-2}, {"floor": 0.9}, {"top_k": 3}])
 def test_nan_is_not_hidden(rows, form):
     inputs = make_inputs(vocab=300)
     inputs.x_teacher[1, 17] = math.nan

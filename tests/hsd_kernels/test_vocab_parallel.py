@@ -19,6 +19,7 @@ CASES = {
     "jsd": {"divergence": "jsd", "beta": 0.3, "softcap": 5.0},
     "clip": {"clip": 0.02},
     "non-negative clip": {"clip": 0.02, "clip_form": "nonnegative", "divergence": "reverse_kl"},
+    "floor": {"floor": 0.6, "divergence": "reverse_kl"},
     "reference": {"reference": True, "token_weight_fn": lambda s: s.teacher_entropy},
     "per token": {"reduction": "none"},
     "own head": {"own_head": True, "logit_scale": -0.5},
@@ -105,6 +106,8 @@ def worker(rank, world):
         "^head.weight: expected equal": (T, D - rank, V),
         "^head.weight: expected rows on every rank": (T, D, rank),
     }
+    with pytest.raises(ValueError, match=r"^divergence: expected no top_k with a sharded vocabulary, got "):
+        call(shard(inputs(), rank, world)[0], top_k=3, group=dist.group.WORLD)
     for message, (tokens, dim, vocab) in mistakes.items():
         h, weight = torch.ones(tokens, dim), torch.ones(vocab, dim)
         with pytest.raises(ValueError, match=message):

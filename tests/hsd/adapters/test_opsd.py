@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_runs import LORA, TOKENIZER, start_adapters
+from tiny_runs import TOKENIZER, start_adapters, with_lora
 
 from hsd.adapters.opsd import FusedOPSD
 
@@ -126,7 +125,7 @@ def test_versions_without_the_clip(build, inputs):
 
 def test_fixed_teacher_is_the_policy_without_its_adapter(build, inputs, gradients, assert_same):
     torch.manual_seed(0)
-    model = get_peft_model(build(), LORA)
+    model = with_lora(build())
     start_adapters(model, std=0.1)
     trainer = Trainer(beta=0.0, fixed_teacher=True)
 

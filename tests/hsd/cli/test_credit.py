@@ -5,8 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from peft import get_peft_model
-from tiny_runs import LORA, SMALLER, qwen3
+from tiny_runs import SMALLER, qwen3, with_lora
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -113,7 +112,7 @@ def test_a_run_brings_questions_rewards_and_templates(tmp_path):
 
 def test_a_lora_run_has_adapters_inside_the_model_that_is_loaded(tmp_path, parity):
     policy = save_model(tmp_path / "base", bytes_tokenizer())
-    get_peft_model(policy.model, LORA).save_pretrained(tmp_path / "model")
+    with_lora(policy.model).save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
     policy.tokenizer.save_pretrained(tmp_path / "model")

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_runs import LORA, SMALLER, TOKENIZER, qwen3, start_adapters
+from tiny_runs import SMALLER, TOKENIZER, qwen3, start_adapters, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hsd.cli.__main__ import main
@@ -21,7 +20,7 @@ def here(tmp_path, monkeypatch):
 def save(dtype):
     """A base model and a run whose adapters change it."""
     qwen3(0, **SMALLER, tie_word_embeddings=False).to(dtype).save_pretrained("base")
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32), LORA)
+    adapted = with_lora(AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32))
     start_adapters(adapted, std=0.5)
     for folder in ("base", "run/model"):
         TOKENIZER.save_pretrained(folder)

@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from peft import get_peft_model
-from tiny_runs import LORA, SMALLER, TOKENIZER, qwen3, start_adapters
+from tiny_runs import SMALLER, TOKENIZER, qwen3, start_adapters, with_lora
 from transformers import AutoModelForCausalLM
 
 from hsd.cli.__main__ import main
@@ -41,7 +40,7 @@ def run(tmp_path, monkeypatch):
     save(qwen3(0, **SMALLER, tie_word_embeddings=False), "model")
     rows = [{"prompt": [SYSTEM, user(q)], "answer": "7"} for q in ("3+4=", "4+3=")]
     Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("model"), LORA)
+    adapted = with_lora(AutoModelForCausalLM.from_pretrained("model"))
     start_adapters(adapted, std=2.0)
     save(adapted, "run/model")
     save(qwen3(1, **SMALLER, tie_word_embeddings=False), "run/checkpoint-1")

@@ -4,8 +4,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import get_peft_model
-from tiny_runs import LORA, QUESTIONS, STEP, TEMPLATE, TOKENIZER, half, qwen3
+from tiny_runs import QUESTIONS, STEP, TEMPLATE, TOKENIZER, half, qwen3, with_lora
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
@@ -35,7 +34,7 @@ def family(name: str) -> nn.Module:
         "bloom": lambda: transformers.BloomForCausalLM(transformers.BloomConfig(**bloom)),
         "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**gemma3)),
         "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**TINY)),
-        "lora": lambda: get_peft_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, **HEADS)), LORA),
+        "lora": lambda: with_lora(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, **HEADS))),
     }
     model = models[name]().eval()
     for p in model.parameters():

@@ -1,8 +1,7 @@
 """A small model in place of a large one: the same class, kinds of layers and logit form, the same on every rank."""
 
 import torch
-from peft import get_peft_model
-from tiny_runs import LORA, qwen3
+from tiny_runs import qwen3, with_lora
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
@@ -12,7 +11,7 @@ from hsd.policy.tree.check import try_tree
 
 def test_it_is_small_and_the_same_each_time_and_draws_nothing():
     model = qwen3(num_hidden_layers=5, vocab_size=1000)
-    adapted, before = get_peft_model(qwen3(2, num_hidden_layers=5, vocab_size=1000), LORA), torch.get_rng_state()
+    adapted, before = with_lora(qwen3(2, num_hidden_layers=5, vocab_size=1000)), torch.get_rng_state()
     first, second = small_model(model), small_model(adapted)
     assert torch.equal(torch.get_rng_state(), before)
     assert type(first) is type(model) and first.config.hidden_size == model.config.hidden_size

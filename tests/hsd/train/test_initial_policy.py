@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_runs import LORA, make, qwen3, start_adapters
+from tiny_runs import make, qwen3, start_adapters, with_lora
 
 ROLES = [{"teacher": "fixed", "reference_coef": 0.0}, {"teacher": "live"}]  # as teacher, as reference
 
 
 @pytest.mark.parametrize("options", ROLES)
 def test_a_trained_adapter_is_refused(options, tmp_path):
-    trained = get_peft_model(qwen3(), LORA)
+    trained = with_lora(qwen3())
     start_adapters(trained)
     with pytest.raises(ValueError, match=r"^model: expected a fresh adapter"):
         make(trained, tmp_path, **options)
@@ -34,7 +34,7 @@ def test_a_fresh_one_is_not(kind, dtype, tmp_path):
 
 
 def test_without_frozen_weights_any_adapter_will_do(tmp_path):
-    trained = get_peft_model(qwen3(), LORA)
+    trained = with_lora(qwen3())
     start_adapters(trained)
     make(trained, tmp_path, teacher="live", reference_coef=0.0).train()
 

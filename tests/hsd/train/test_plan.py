@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from peft import get_peft_model
-from tiny_runs import LORA, STEP, TOKENIZER, qwen3
+from tiny_runs import LORA, STEP, TOKENIZER, qwen3, with_lora
 
 from hsd.cli.__main__ import main
 from hsd.train.config import HSDConfig
@@ -22,7 +21,7 @@ def test_sizes_are_those_of_the_model(tied):
     assert shape.parameters == shape.trained == sum(p.numel() for p in model.parameters())
     assert shape.layer == sum(p.numel() for p in model.model.layers[0].parameters())
     assert (shape.vocabulary, shape.hidden) == tuple(model.lm_head.weight.shape)
-    assert shape_of(model.config, LORA.r).trained == get_peft_model(model, LORA).get_nb_trainable_parameters()[0]
+    assert shape_of(model.config, LORA.r).trained == with_lora(model).get_nb_trainable_parameters()[0]
 
 
 def items(engine, gpus=8, shape=SHAPE, **options):
