@@ -111,6 +111,11 @@ def demonstrate(view: RolloutView, demonstration: Content | None, feedback: str 
     return [Context(parts(answer=view.answer))] if view.answer is not None and view.fallback == "answer" else []
 
 
+def nothing(view: RolloutView) -> list[Context]:
+    """The ``contexts`` of a method whose rollouts have no divergence: its teacher reads extra rows alone."""
+    return []
+
+
 def other_successes(view: RolloutView) -> Sequence[int]:
     """Indices of the group's successes but the rollout itself."""
     return view.group.success_peers(view.i)

@@ -11,10 +11,8 @@ the initial policy is the student at the first step, the loss begins near 0 here
 of a group, once) or "all".
 """
 
-from hsd.hindsight.context import Context
-from hsd.hindsight.teacher_prompts import RolloutView
 from hsd.methods.draw import Ask, Drawn, GroupView, Row, Talk
-from hsd.methods.method import Method
+from hsd.methods.method import Method, nothing
 from hsd.methods.term import Term
 
 ASK = "\n\nA solution:\n{attempt}\n\nWrite the same solution with as few words as possible."
@@ -29,13 +27,9 @@ def draw(view: GroupView) -> Talk:
     return Drawn(rows={i: [Row(r.token_ids)] for i, r in zip(some, replies, strict=True) if r.text.strip()})
 
 
-def contexts(view: RolloutView) -> list[Context]:
-    return []
-
-
 METHOD = Method(
     "mixed_policy",
-    contexts,
+    nothing,
     terms=(Term("divergence", rows=True),),
     draw=draw,
     max_rows=1,

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from hsd.hindsight.context import Context
-from hsd.hindsight.teacher_prompts import RolloutView, parts
+from hsd.hindsight.teacher_prompts import parts
 from hsd.methods.draw import Ask, Drawn, GroupView, Row, Talk
-from hsd.methods.method import REQUIRED, Method
+from hsd.methods.method import REQUIRED, Method, nothing
 from hsd.methods.term import Stats, Term
 
 
@@ -26,10 +26,6 @@ def draw(view: GroupView) -> Talk:
     pairs = zip(view.group.rollouts, replies, strict=True)
     both = [[Row(r.token_ids, shown), Row(o.token_ids, shown)] if r.text.strip() else [] for o, r in pairs]
     return Drawn(rows=dict(enumerate(both)))
-
-
-def contexts(view: RolloutView) -> list[Context]:
-    return []
 
 
 def loss(logps: Tensor, s: Stats) -> Tensor:
@@ -43,7 +39,7 @@ def loss(logps: Tensor, s: Stats) -> Tensor:
 
 METHOD = Method(
     "pbsd",
-    contexts,
+    nothing,
     terms=(Term("sampled", loss, rows=True),),
     draw=draw,
     max_rows=2,

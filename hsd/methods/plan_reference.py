@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hsd.hindsight.context import Context
-from hsd.hindsight.teacher_prompts import RolloutView, parts
+from hsd.hindsight.teacher_prompts import parts
 from hsd.methods.draw import Ask, Drawn, GroupView, Row, Talk
-from hsd.methods.method import Method
+from hsd.methods.method import Method, nothing
 from hsd.methods.term import Stats, Term
 
 ASK = "\n\nA reference solution:\n{solution}\n\nWrite a short plan that leads to it, without numbers or results."
@@ -30,10 +30,6 @@ def draw(view: GroupView) -> Talk:
     return Drawn(rows={0: [Row(solution, plan)]})
 
 
-def contexts(view: RolloutView) -> list[Context]:
-    return []
-
-
 def loss(logps: Tensor, s: Stats) -> Tensor:
     w = (0.5 * (s.student_logps + s.teacher_logps)).exp() * s["mask"]
     w = w / (w.sum(-1, keepdim=True) / s["length"]).clamp_min(torch.finfo(w.dtype).tiny)
@@ -42,7 +38,7 @@ def loss(logps: Tensor, s: Stats) -> Tensor:
 
 METHOD = Method(
     "plan_reference",
-    contexts,
+    nothing,
     terms=(Term("advantage"), Term("sampled", loss, rows=True)),
     draw=draw,
     max_rows=1,
