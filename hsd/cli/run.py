@@ -35,9 +35,9 @@ from hsd.tasks.task import Policy, Question, Task, load_policy
 from hsd.train.builds import check_builds
 from hsd.train.callbacks import HELD_OUT, StepLine, StopOnSignal, last_checkpoint, load_metrics
 from hsd.train.config import HSDConfig, unused
-from hsd.train.limits import check_engine, check_no_tensor_parallelism, launched
+from hsd.train.limits import check_columns, check_engine, check_no_tensor_parallelism, launched
 from hsd.train.teachers import INITIAL, frozen_file
-from hsd.train.trainer import HSDTrainer, check_columns
+from hsd.train.trainer import HSDTrainer
 
 # What may differ between the parts of one run: none of these changes a step.
 FREE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to")
