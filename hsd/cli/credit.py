@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError where a model or questions are missing."""
     import torch
 
-    from hsd.cli.run import find_run, run_and_model
+    from hsd.cli.folder import find_run, run_and_model
     from hsd.files import check_folder
     from hsd.tasks.task import load_policy
     from hsd.train.callbacks import HELD_OUT, load_metrics

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hsd.progress import counter, say
 
 if TYPE_CHECKING:
-    from hsd.cli.run import Run
+    from hsd.cli.prepare import Run
     from hsd.tasks.task import Evaluation, Policy, Task
     from hsd.viewer.report import End
 
@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or the exit code of a training that a signal stopped."""
-    from hsd.cli.run import FREE, claim, train
+    from hsd.cli.folder import FREE, claim
+    from hsd.cli.run import train
     from hsd.viewer import report
 
     job, others = runs(args)
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 def runs(args: argparse.Namespace) -> tuple[Run, list[Run]]:
     """The run, and those of the other methods, in folders of it."""
-    from hsd.cli.run import prepare
+    from hsd.cli.prepare import prepare
     from hsd.cli.settings import parse
 
     settings = parse({"task": TASKS[args.name], "train": {"seed": 0}}, args.overrides)
@@ -96,7 +97,7 @@ class Demo:
 
     def initial(self) -> tuple[Evaluation, dict[str, Any]]:
         """The initial policy on the task's questions, and its credit by name."""
-        from hsd.cli.run import BEFORE
+        from hsd.cli.folder import BEFORE
 
         policy = self.job.initial_policy(self.task)
         before = self.evaluation(policy, self.job.folder / BEFORE)
@@ -105,7 +106,7 @@ class Demo:
 
     def end(self, trained: Run, before: Evaluation, credits: dict[str, Any]) -> End:
         """What ``trained`` made of the initial policy. The run's own credit is added to ``credits``."""
-        from hsd.cli.run import newest_model, steps_of
+        from hsd.cli.folder import newest_model, steps_of
         from hsd.tasks.task import load_policy
         from hsd.train.callbacks import load_metrics
         from hsd.train.card import write_success

@@ -129,7 +129,7 @@ def of_benchmarks(args: argparse.Namespace) -> Asked:
 
 def of_run(args: argparse.Namespace) -> Asked:
     """What the run says about everything that was not given."""
-    from hsd.cli.run import find_run, run_and_model, steps_of
+    from hsd.cli.folder import find_run, run_and_model, steps_of
     from hsd.data.sources import Loaded
     from hsd.tasks.task import success_of
     from hsd.viewer import held_out

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         words += [f"--{name}", value] if value is not None else []
     args.overrides = words  # by which hsd.cli.__main__ names the key of an error
 
-    from hsd.cli.run import check, prepare
+    from hsd.cli.prepare import check, prepare
     from hsd.cli.settings import parse
 
     settings = parse({}, words)

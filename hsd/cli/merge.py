@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from peft import PeftConfig, PeftModel
 
-    from hsd.cli.run import run_and_model
+    from hsd.cli.folder import run_and_model
     from hsd.files import check_folder, replacing
     from hsd.policy.pretrained import load, load_config, load_tokenizer
 

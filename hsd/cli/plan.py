@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0, or 1 where it does not fit."""
-    from hsd.cli.run import prepare
+    from hsd.cli.prepare import prepare
     from hsd.cli.settings import load
     from hsd.policy.pretrained import load_config
     from hsd.train.limits import check_engine, launched

@@ -69,7 +69,7 @@ class Asking:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for what is no model and for a bad prompt, before any weights are loaded."""
-    from hsd.cli.run import run_and_model
+    from hsd.cli.folder import run_and_model
     from hsd.evaluate import Sampling
     from hsd.policy.pretrained import check
 
@@ -119,7 +119,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def how_to_ask(found: Sequence[tuple[Path | None, Any]], *, as_is: bool) -> tuple[Asking, Sampling] | None:
     """How the first run among ``found`` (run, model) asks, and its sampling; None where there is no run."""
-    from hsd.cli.run import CONFIG, find_run, prepare
+    from hsd.cli.folder import CONFIG, find_run
+    from hsd.cli.prepare import prepare
     from hsd.cli.settings import load
     from hsd.evaluate import Sampling
 

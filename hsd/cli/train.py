@@ -1,6 +1,6 @@
 """`hsd train CONFIG.yaml [--key value ...]`: train; the same command goes on with a run that was stopped.
 
-The run's folder is ``train.output_dir``, else runs/NAME-OF-THE-CONFIG; `hsd.cli.run` says what is in it.
+The run's folder is ``train.output_dir``, else runs/NAME-OF-THE-CONFIG; `hsd.cli.folder` says what is in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.cli.run import as_yaml, check, left_out, prepare, train
+    from hsd.cli.folder import as_yaml
+    from hsd.cli.prepare import check, left_out, prepare
+    from hsd.cli.run import train
     from hsd.cli.settings import load
 
     job = prepare(load(args.config, args.overrides), args.config.stem, source=str(args.config), check=args.check)

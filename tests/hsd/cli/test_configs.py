@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hsd.cli.run import as_yaml, prepare
+from hsd.cli.folder import as_yaml
+from hsd.cli.prepare import prepare
 from hsd.cli.settings import load
 
 ROOT = Path(__file__).parents[3]

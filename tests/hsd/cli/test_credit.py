@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hsd.cli import credit
-from hsd.cli.run import find_run, newest_model
+from hsd.cli.folder import find_run, newest_model
 from hsd.hindsight.context import DEFAULT_TEXT_TEMPLATE
 from hsd.tasks import small_world
 from hsd.tasks.task import Policy

@@ -13,7 +13,8 @@ import yaml
 from tiny_runs import SMALLER, TOKENIZER, qwen3
 
 from hsd.cli.__main__ import main
-from hsd.cli.run import BEFORE, claim, prepare
+from hsd.cli.folder import BEFORE, claim
+from hsd.cli.prepare import prepare
 from hsd.cli.settings import load
 from hsd.tasks import small_world
 from hsd.train.callbacks import load_metrics

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from hsd.cli.run import peft_config, prepare
+from hsd.cli.prepare import prepare
+from hsd.cli.run import peft_config
 from hsd.cli.settings import parse
 from hsd.tasks import registered, small_world
 from hsd.tasks.files import load_rewards, load_rows
