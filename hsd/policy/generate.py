@@ -30,18 +30,19 @@ def generate(
     """``model.generate(input_ids, attention_mask=attention_mask, ...)``, faster for groups of rollouts on a CPU.
 
     Where no row ends before the last `SEGMENT` and no prompt is shared, the samples of a seed are those of plain
-    ``generate``. A model with other layers than full attention gets plain ``generate``.
+    ``generate``. A model with other layers than full attention gets plain ``generate``, and so do settings that
+    segments would change (`growing_cache`).
 
     Args:
         input_ids: (N, L), padded on the left.
         attention_mask: (N, L).
         end_ids: The tokens that end a row; what follows is ``pad_id``.
-        **settings: As for ``model.generate``, but none that counts new tokens, as ``min_new_tokens`` does.
+        **settings: As for ``model.generate``.
 
     Returns:
         (N, L + T), T the number of new tokens of the longest row.
     """
-    cache = growing_cache(model)
+    cache = growing_cache(model, **settings)
     ending = {"pad_token_id": pad_id, "eos_token_id": list(end_ids) or None}
     if cache is None:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -49,7 +50,8 @@ def generate(
     prompts = _shared(input_ids, attention_mask)
     if prompts is not None and attention_mask.all() and input_ids.device.type == "cpu":
         # Without a masked column SDPA gets no mask, and its CPU kernel for grouped queries takes six times as long.
-        column = input_ids.new_full((len(input_ids), 1), pad_id)
+        # A token of the prompt: a repetition penalty would count another one.
+        column = input_ids[:, :1]
         ids, mask = torch.cat([column, input_ids], -1), torch.cat([column * 0, attention_mask], -1)
         return generate(model, ids, mask, max_new_tokens=max_new_tokens, pad_id=pad_id, end_ids=end_ids, **settings)[
             :, 1:

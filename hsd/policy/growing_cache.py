@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from hsd.policy.frozen import is_peft
 
 BLOCK = 64  # tokens
 
 
-def growing_cache(model: Any) -> DynamicCache | None:
-    """An empty cache of ``model``.
+# These count from where a generation begins, and would count anew in each segment, or return no row for each prompt.
+OF_A_WHOLE_GENERATION = ("min_length", "min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty")
+OF_A_WHOLE_GENERATION += ("begin_suppress_tokens", "encoder_repetition_penalty", "guidance_scale", "max_time")
+OF_A_WHOLE_GENERATION += ("num_return_sequences", "return_dict_in_generate")
 
-    None where a layer keeps something else than the keys and values of all tokens, another cache is asked for, or ranks
-    hold parts of the weights: these must call the model equally often.
+
+def growing_cache(model: Any, **settings: Any) -> DynamicCache | None:
+    """An empty cache of ``model``, to generate in segments with ``settings`` and those that it declares.
+
+    None where a layer keeps something else than the keys and values of all tokens, a setting asks for another cache,
+    for beams or for something of `OF_A_WHOLE_GENERATION`, or ranks hold parts of the weights: these must call the model
+    equally often.
     """
-    asked = model.generation_config
+    asked = copy.deepcopy(model.generation_config)
+    asked.update(**settings)
     if model.config.is_encoder_decoder or asked.cache_implementation is not None or asked.use_cache is False:
         return None
+    if asked.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return None
+    if any(getattr(asked, name) for name in OF_A_WHOLE_GENERATION):
+        return None
     if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
+        return None
+    base = model.get_base_model() if is_peft(model) else model
+    if "past_key_values" not in inspect.signature(base.forward).parameters:  # RWKV, XLNet, the first GPT
         return None
     cache = DynamicCache(config=model.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):

@@ -17,6 +17,7 @@ from hsd.train.trainer import HSDTrainer
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+RWKV = {"attention_hidden_size": 32, "num_hidden_layers": 2}
 PAD = 0
 ENDS = (5, 7)
 PROMPTS = [[3, 9, 4], [8, 2, 6, 11, 12, 13], [4, 0, 9]]  # the padding token may stand in a prompt
@@ -34,6 +35,8 @@ def family(name: str) -> nn.Module:
         "bloom": lambda: transformers.BloomForCausalLM(transformers.BloomConfig(**bloom)),
         "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**gemma3)),
         "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**TINY)),
+        "gpt1": lambda: transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**gpt2)),
+        "rwkv": lambda: transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=61, hidden_size=32, **RWKV)),
         "lora": lambda: with_lora(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, **HEADS))),
     }
     model = models[name]().eval()
@@ -56,7 +59,7 @@ def both(model, prompts, new=20, do_sample=False, **settings):
     return plain, ours
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma3", "mamba", "lora"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma3", "mamba", "rwkv", "gpt1", "lora"])
 @pytest.mark.parametrize("prompts", [PROMPTS, EQUAL], ids=["padded", "equal"])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("segment", [1, 4, 64])
@@ -126,7 +129,34 @@ def test_the_batch_is_as_wide_as_its_longest_row(monkeypatch):
     assert generate(model, ids, mask, max_new_tokens=20, pad_id=PAD, end_ids=ENDS, do_sample=False).shape == (3, 26)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mamba"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"cache_implementation": "static"},
+        {"num_beams": 2},
+        {"min_length": 15},
+        {"min_new_tokens": 10},
+        {"forced_eos_token_id": 5},
+        {"exponential_decay_length_penalty": (3, 1.5)},
+        {"encoder_repetition_penalty": 1.5},
+        {"guidance_scale": 1.5},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+@pytest.mark.parametrize("declared", [True, False])
+def test_settings_mean_what_they_mean_to_plain_generate(setting, declared, monkeypatch):
+    monkeypatch.setattr(module, "WORTH_SHARING", 1)
+    monkeypatch.setattr(module, "SEGMENT", 4)
+    model = family("llama")
+    if declared:
+        model.generation_config.update(**setting)
+    plain, ours = both(model, [p for p in EQUAL for _ in range(3)], **({} if declared else setting))
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mamba", "rwkv", "gpt1"])
 def test_other_layers_than_full_attention_have_no_growing_cache(name):
     assert growing_cache(family(name)) is None
 
