@@ -51,6 +51,6 @@ def _check(name: str, path: Path, kind: str, new: bool) -> None:
     places = [path.absolute()] * (kind == "folder") + [*path.absolute().parents]
     above = next(p for p in places if p.exists() or p.is_symlink())
     if not above.is_dir():
-        raise ValueError(f"{expected} in a folder, got {path}, where {above} is none")
+        raise ValueError(f"{expected} in a folder, got {path}, where {above} is no folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"{expected} that can be written, got {path}, where {above} is read-only")

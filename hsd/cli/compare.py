@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Collection, Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hsd.viewer.plots import CURVES, SUCCESS
 FORMATS = (".png", ".pdf", ".svg")
 NOT_USED = "—"
 HELP = "compare runs: a table, their settings' differences, learning curves"
-COLUMNS = {"KL": "hsd/kl", "entropy": "hsd/student_entropy", "length": "completions/mean_length", "s/step": "step_time"}
+COLUMNS = {"KL": "hsd/kl", "entropy": "hsd/student_entropy", "length": "completions/mean_length"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 def table(runs: Sequence[Run], window: int) -> list[str]:
     """Markdown, one line a run. "-" is a value that the run did not log."""
-    head = ["run", "steps", "success, last", "success, best", "held out [95 %]", *COLUMNS, "alarms"]
+    head = ["run", "steps", "success, last", "success, best", "held out [95 %]", *COLUMNS, "s/step", "alarms"]
     lines = [head, ["---"] * len(head)]
     for r in runs:
         means = moving_mean(r.rows, SUCCESS, window)
@@ -115,6 +116,7 @@ def table(runs: Sequence[Run], window: int) -> list[str]:
                 "-" if best is None else f"{number(best[0])} at {best[1]}",
                 r.held_out or "-",
                 *(number(moving_mean(r.rows, key, window)[-1]) for key in COLUMNS.values()),
+                number(median_step(r.rows)),
                 alarms or "none",
             ]
         )
@@ -139,6 +141,12 @@ def learning_curves(runs: Sequence[Run], key: str, window: int) -> dict[str, tup
     if not any(row.get(key) is not None for r in runs for row in r.rows):
         return {}
     return {r.name: ([row["step"] for row in r.rows], moving_mean(r.rows, key, window)) for r in runs}
+
+
+def median_step(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds; not the mean, which a stall of the machine decides."""
+    seconds = [row["step_time"] for row in rows if row.get("step_time") is not None]
+    return statistics.median(seconds) if seconds else math.nan
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -132,11 +132,11 @@ class Demo:
         from hsd.tasks.task import Evaluation, evaluate
 
         beside = path.with_suffix(".jsonl")
-        if not path.exists():
+        if not (path.exists() and beside.exists()):
             measured = evaluate(self.task, policy.on_accelerator(), self.job.config.seed, counter("sampled"))
             write_jsonl(beside, measured.replies)
             write_json(path, asdict(measured.success))
-        return Evaluation(Success(**read_json(path)), list(read_jsonl(beside)) if beside.exists() else [])
+        return Evaluation(Success(**read_json(path)), list(read_jsonl(beside)))
 
     def credit(self, policy: Policy, name: str, numbers: str, shown: int | list[int] = 6) -> dict[str, Any]:
         """The numbers of the file ``numbers``. Their tokens join the page's under ``name``."""

@@ -1,4 +1,5 @@
-"""Sampling from a transformers model, as in training: the settings that a model declares do not count."""
+"""Sampling from a transformers model, as in training: its own temperature, top_p, top_k and repetition penalty do not
+count, its other generation settings do."""
 
 from __future__ import annotations
 

@@ -38,11 +38,18 @@ def _measured(folder: Path) -> Iterator[tuple[int, str]]:
     for path in folder.glob(f"eval-*/{QUESTIONS.replace(' ', '-')}/result.json"):
         found, steps = read_json(path), path.parts[-3].removeprefix("eval-")
         if steps.isdecimal() and found.get("interval") and found.get("rows") == found.get("rows_of_the_subset"):
-            low, high = found["interval"]
-            yield int(steps), f"{found['pass@1']:.3f} [{low:.3f}, {high:.3f}]"
+            yield int(steps), _rate(path, found)
     rows = [row for row in load_metrics(folder / HELD_OUT) if row.get(f"eval_{SUCCESS}") is not None]
     if rows:
         yield rows[-1]["step"], f"{rows[-1][f'eval_{SUCCESS}']:.3f}"
+
+
+def _rate(path: Path, found: dict[str, Any]) -> str:
+    try:
+        low, high = found["interval"]
+        return f"{found['pass@1']:.3f} [{low:.3f}, {high:.3f}]"
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: expected pass@1 with its interval, got {found!r:.200}") from None
 
 
 def _told(path: Path, found: Any, key: str = "") -> str:

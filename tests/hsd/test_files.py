@@ -45,7 +45,7 @@ def test_a_folder_appears_whole_and_replaces_no_other(tmp_path):
         ("link", "a file, got link, which is a folder", ""),
         (
             "file/x/y",
-            "a file in a folder, got file/x/y, where {here}/file is none",
+            "a file in a folder, got file/x/y, where {here}/file is no folder",
             "a folder in a folder, got file/x/y",
         ),
         ("lost", "a file, got lost, which is a link to nowhere", "a folder, got lost, which is a link to nowhere"),

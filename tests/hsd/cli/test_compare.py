@@ -38,7 +38,7 @@ def test_a_line_a_run(runs, tmp_path, capsys):
     two = {"model": {"path": "m"}, "train": {"learning_rate": 1e-5, "teacher": "fixed", "output_dir": "y"}}
     sizes = {"questions": 4, "samples": 1, "truncated": 0.0, "mean_length": 9.0}
     after = {"after": {"mean": 0.5, "low": 0.4, "high": 0.625} | sizes, "settings": {"steps": 5}}
-    a = runs("a", [0.9, 0.1, 0.2, 0.4, 0.6], one, after, step_time=[9.0, 1.0, 1.0, 2.0, 2.0])
+    a = runs("a", [0.9, 0.1, 0.2, 0.4, 0.6], one, after, step_time=[1.0, 2.0, 2.0, 2.0, 99.0])  # the machine stalls
     b = runs("b", [0.0, 0.5, 0.5, 0.1], two, alarms=[{}, {}, {"success": "fell"}, {}])
     png = tmp_path / "deep" / "curves.png"
     assert main(["compare", a, b, "--window", "2", "--png", str(png)]) == 0
@@ -146,6 +146,11 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
         ("config.yaml", "[1]", "expected sections task, model, data, reward, train, got [1]"),
         ("report.json", "{", "expected a JSON object"),
         ("after-7.json", '{"mean": 0.5}', "expected a success with its interval, got {'mean': 0.5}"),
+        (
+            "eval-3/held-out-questions/result.json",
+            '{"interval": [0.1, 0.2], "rows": 4, "rows_of_the_subset": 4}',
+            "expected pass@1 with its interval",
+        ),
         ("report.json", '{"after": [1]}', "after: expected a success with its interval, got [1]"),
         ("report.json", '{"after": {"mean": "x", "low": 0, "high": 1}}', "after: expected a success with its interval"),
         ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "line 2: expected a JSON object with a step"),
@@ -155,6 +160,7 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
 )
 def test_a_broken_file_of_a_run_is_named(runs, tmp_path, capsys, file, text, said):
     folder = runs("a", [0.5])
+    (tmp_path / "a" / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "a" / file).write_text(text)
     assert main(["compare", folder, "--png", str(tmp_path / "x.png")]) == 2
     error = capsys.readouterr().err
