@@ -234,11 +234,12 @@ class HSDTrainer(GRPOTrainer):
         return found
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args):
-        given: dict[str, Any] = dict(self.generation_kwargs)
-        new, pad_id, ends = (given.pop(key) for key in ("max_new_tokens", "pad_token_id", "eos_token_id"))
-        asked = self.args.generation_kwargs or self.pad_to_multiple_of or multimodal_fields or not new
-        if asked or self.use_vllm or self.use_transformers_continuous_batching or self._sharded:
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self._sharded
+        asked = self.args.generation_kwargs or self.pad_to_multiple_of or multimodal_fields
+        if elsewhere or asked or not self.max_completion_length:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args)
+        given: dict[str, Any] = dict(self.generation_kwargs)  # which vLLM's trainer has not
+        new, pad_id, ends = (given.pop(key) for key in ("max_new_tokens", "pad_token_id", "eos_token_id"))
         ids, mask = padded(prompt_ids, pad_id, "left")
         ids, mask = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
         wrapped: Any = self.model_wrapped

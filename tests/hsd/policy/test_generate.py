@@ -7,6 +7,7 @@ from datasets import Dataset
 from tiny_runs import QUESTIONS, STEP, TEMPLATE, TOKENIZER, half, qwen3, with_lora
 from torch import nn
 from transformers.cache_utils import DynamicLayer
+from trl import GRPOTrainer
 
 from hsd.padding import padded
 from hsd.policy import generate as module
@@ -239,3 +240,11 @@ def test_what_the_trainer_leaves_to_trl(options, by_groups, tmp_path, monkeypatc
     said, _ = trainer(tmp_path, **options)._generate_single_turn([[3, 4], [5]], None, {}, 1)
     assert len(said) == 2
     assert bool(called) == by_groups
+
+
+def test_rollouts_of_vllm_are_trls(tmp_path, monkeypatch):
+    ours = trainer(tmp_path)
+    ours.use_vllm = True
+    del ours.generation_kwargs  # TRL sets it for transformers alone
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda *args: ("TRL's", args[1:]))
+    assert ours._generate_single_turn([[3]], None, {}, 1) == ("TRL's", ([[3]], None, {}, 1))
