@@ -85,7 +85,9 @@ def write(folder: Path, task: str = "additions") -> str:
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     if trained:
         plot(folder / "curves.png", runs, plan)
-        plot(folder / "beside.png", runs, [row for row in plan if row.name in BESIDE])
+    beside = [row for row in plan if row.name in BESIDE and row.name in runs]
+    if len(beside) > 1:
+        plot(folder / "beside.png", runs, beside)
     return f"{folder / 'report.md'}: {sum(map(len, runs.values()))} runs"
 
 
