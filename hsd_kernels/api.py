@@ -125,6 +125,8 @@ def fused_hsd_kl(
     teacher_head = None if teacher_head is None else as_head("teacher_head", teacher_head, head)
     reference_head = None if reference_head is None else as_head("reference_head", reference_head, head)
     divergence = _divergence(divergence)
+    if process_group is not None and divergence.top_k is not None:
+        raise ValueError(f"divergence: expected no top_k with a sharded vocabulary, got {divergence}")
     tensors = Tensors(
         *autocast_to(
             *Tensors(

@@ -58,8 +58,6 @@ class Shards:
     ) -> RowStats:
         """Statistics of whole rows from those of this rank's part of them."""
         table = gather(stats.stack(), self.group).transpose(0, 1)  # (columns, ranks, C)
-        if spec.divergence.top_k is not None:
-            raise ValueError(f"divergence: expected no top_k with a sharded vocabulary, got {spec.divergence}")
         whole = merge_parts(RowStats.unstack(table, stats.rows, stats.student_logps is not None), spec)
         if spec.divergence.sums_summands:
             from hsd_kernels.rows.eager import summand_sums
