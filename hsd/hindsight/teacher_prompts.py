@@ -29,7 +29,7 @@ class RolloutView:
     peer: int | None  # index in the group; None where there is none, or the method draws none
     feedback: str | None  # of the environment on this very rollout
     show_answer: bool  # beside a demonstration, if it is not blank (LiveCodeBench has no answers)
-    fallback: str  # without a demonstration or feedback: "answer", or nothing ("mask")
+    fallback: str  # without a demonstration or feedback: "answer", "solution", or nothing ("mask")
     groups: Sequence[Sequence[Rollout]] = ()  # of the whole step, over all ranks, by `Member.number`
     rng: random.Random = field(default_factory=random.Random)  # this rollout's own
     settings: Mapping[str, Any] = field(default_factory=dict)  # method_args

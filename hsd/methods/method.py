@@ -100,7 +100,7 @@ class Method:
 
 
 def demonstrate(view: RolloutView, demonstration: Content | None, feedback: str | None = None) -> list[Context]:
-    """The demonstration, else the feedback alone, else the answer alone; the answer where the options show it.
+    """The demonstration, else the feedback alone, else the ``fallback``; the answer where the options show it.
 
     The feedback stays beside the demonstration: it is shown where that one says nothing or does not fit.
     """
@@ -108,6 +108,8 @@ def demonstrate(view: RolloutView, demonstration: Content | None, feedback: str 
         return [Context(parts(answer=view.answer, demonstration=demonstration, feedback=feedback))]
     if feedback:
         return [Context(parts(feedback=feedback))]
+    if view.fallback == "solution":
+        return [Context(parts(answer=view.answer, demonstration=view.row["solution"]))]
     return [Context(parts(answer=view.answer))] if view.answer is not None and view.fallback == "answer" else []
 
 

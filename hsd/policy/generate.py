@@ -49,13 +49,12 @@ def generate(
         return model.generate(**given, **ending, **settings, max_new_tokens=max_new_tokens)
     prompts = _shared(input_ids, attention_mask)
     if prompts is not None and attention_mask.all() and input_ids.device.type == "cpu":
-        # Without a masked column SDPA gets no mask, and its CPU kernel for grouped queries takes six times as long.
+        # Without a masked column SDPA gets no mask, and its CPU kernel for grouped queries is the slow one.
         # A token of the prompt: a repetition penalty would count another one.
         column = input_ids[:, :1]
         ids, mask = torch.cat([column, input_ids], -1), torch.cat([column * 0, attention_mask], -1)
-        return generate(model, ids, mask, max_new_tokens=max_new_tokens, pad_id=pad_id, end_ids=end_ids, **settings)[
-            :, 1:
-        ]
+        settings |= {"max_new_tokens": max_new_tokens, "pad_id": pad_id, "end_ids": end_ids}
+        return generate(model, ids, mask, **settings)[:, 1:]
     if prompts is not None:
         ids, mask, row = prompts
         given = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "past_key_values": cache}

@@ -16,8 +16,6 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from hsd.policy.frozen import is_peft
 
 BLOCK = 64  # tokens
-
-
 # These count from where a generation begins, and would count anew in each segment, or return no row for each prompt.
 OF_A_WHOLE_GENERATION = ("min_length", "min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty")
 OF_A_WHOLE_GENERATION += ("begin_suppress_tokens", "encoder_repetition_penalty", "guidance_scale", "max_time")

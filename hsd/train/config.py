@@ -91,8 +91,10 @@ class HSDConfig(GRPOConfig):
     # group, and else "uniform".
     peer_rule: str = option(None, "how a peer is drawn from the group's successes", choices=("auto", *PEER_RULES))
     show_answer: bool = option(None, "whether an answer that is not blank stands beside a demonstration")
-    fallback: Literal["answer", "mask"] = option(
-        None, "what a rollout without a demonstration is shown: the answer, or nothing, and it is left out (mask)"
+    fallback: Literal["answer", "solution", "mask"] = option(
+        None,
+        "what a rollout without a demonstration is shown: the answer, the column `solution` as a demonstration, or "
+        "nothing, and it is left out (mask)",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = option(
         None, "KL(teacher || student), KL(student || teacher), or a mixture's (jsd)"

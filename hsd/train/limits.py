@@ -67,8 +67,11 @@ def _offloads(policy: Any) -> bool:
 def check_columns(name: str, columns: Collection[str], args: HSDConfig) -> None:
     """Raise ValueError where the method needs a column that is not among ``columns``; none at all are not known."""
     needed = {"prompt", "answer", *args.method_spec.needs}
+    wanted = f"method={args.method!r}"
+    if args.has_teacher and args.fallback == "solution":
+        needed, wanted = needed | {"solution"}, f"{wanted} and fallback='solution'"
     if columns and not needed <= set(columns):
-        wanted = f"columns {sorted(needed)} for method={args.method!r}"
+        wanted = f"columns {sorted(needed)} for {wanted}"
         raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
 
 

@@ -10,6 +10,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from hsd.hindsight.context import ContextTemplate
 from hsd.tasks import small_world
 from hsd.train.config import HSDConfig
+from hsd.train.limits import check_columns
 from hsd.train.trainer import HSDTrainer
 
 TEMPLATE = ContextTemplate("[{answer}|{demonstration}]", "[{answer}]", "[|{demonstration}]", "[{feedback}]")
@@ -154,6 +155,35 @@ def test_no_fallback_leaves_rollouts_without_a_peer_out(tmp_path):
     trainer = trainer_of(tmp_path, reward=first_of_eight, fallback="mask", reference_coef=0.0)
     check(trainer, lambda p, q, b, m, *_: over_none(forward_kl(p, q), m, b["has_context"]))
     assert trainer.batch["has_context"].tolist() == [False, True, True, True, False, False, False, False]
+
+
+def test_the_solution_stands_in_for_a_peer(tmp_path):
+    """A rollout with a peer is shown it as before; the others are shown the data's solution as its demonstration."""
+
+    def the_first_that_says_something(completions, **kwargs):
+        first = next(i for i, text in enumerate(completions) if text.strip())
+        return [float(i == first) for i in range(len(completions))]
+
+    trainer = trainer_of(tmp_path, reward=the_first_that_says_something, fallback="solution", reference_coef=0.0)
+    trainer.train()
+    batch = trainer.batch
+    texts = TOKENIZER.batch_decode(batch["teacher_prompt_ids"], skip_special_tokens=True)
+    questions = TOKENIZER.batch_decode(batch["prompt_ids"], skip_special_tokens=True)
+    replies = TOKENIZER.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    rows = {q["prompt"]: q for q in QUESTIONS}
+    expected = [rows[q]["solution"] for q in questions]
+    (success,) = [i for i, found in enumerate(batch["success"].tolist()) if found]
+    for i in range(success - success % 4, success - success % 4 + 4):
+        expected[i] = expected[i] if i == success else replies[success]
+    assert texts == [f"{q}[{rows[q]['answer']}|{shown}]" for q, shown in zip(questions, expected, strict=True)]
+
+
+def test_a_solution_is_asked_of_the_data(tmp_path):
+    args = trainer_of(tmp_path, fallback="solution").args
+    check_columns("data", ("prompt", "answer", "solution"), args)
+    with pytest.raises(ValueError, match=r"'solution'.*fallback='solution'"):
+        check_columns("data", ("prompt", "answer"), args)
+    check_columns("data", ("prompt", "answer"), trainer_of(tmp_path).args)
 
 
 def over_none(x, mask, shown):
