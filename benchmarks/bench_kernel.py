@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import workloads
 from contenders import CONTENDERS, bare_gemms, contenders, step
-from timing import environment, header, in_processes, peak_bytes, run_jobs, save, time_it
+from timing import environment, header, in_processes, peak_bytes, reset_peak, run_jobs, save, time_it
 
 GATE_SHAPE = (96, 64, 1000)
 GATE = {"float32": 1e-4, "bfloat16": 0.2}  # is it the same function at all? The error columns say how well.
@@ -37,9 +37,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         if not max(errors) < GATE[job["dtype"]]:
             return row | {"failed": f"gate: relative error {max(errors):.2g} against fp64"}
     tensors = load(job["workload"], shape, dtype, device)
-    if device == "cuda":  # not the temporaries of making the inputs
-        torch.cuda.reset_peak_memory_stats()
-    base = peak_bytes(device)
+    base = reset_peak(device)  # not the temporaries of making the inputs
     if name == FLOOR:
         runs = {rows: bare_gemms(*tensors, rows) for rows in FLOOR_ROWS[device] if rows <= max(shape[0], 128)}
         timed = {rows: time_it(run, job["repeats"], device) for rows, run in runs.items()}

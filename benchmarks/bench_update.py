@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, header, peak_bytes, save
+from timing import environment, header, peak_bytes, reset_peak, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -201,8 +201,7 @@ def one_update(
         model.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        base, start = peak_bytes(device), time.perf_counter()
+        base, start = reset_peak(device), time.perf_counter()
         update(contender, model, group)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -219,7 +218,7 @@ def memory(model_name: str, shape: tuple[int, ...], contender: str, device: str)
     """Peak memory of one update beyond the model, in a process of its own."""
     model = build(model_name, device, torch.bfloat16 if device == "cuda" else torch.float32)
     group = make_group(shape, MODELS[model_name][-1])
-    base = peak_bytes(device)
+    base = reset_peak(device)
     update(contender, model, group)
     return {"peak_bytes": peak_bytes(device) - base}
 

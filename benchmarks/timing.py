@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def reset_peak(device: str) -> int:
+    """Forget the peak so far; the bytes in use now. Making bf16 inputs takes more memory than the loss of them may."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # of Linux alone
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes(device)
+
+
 def in_own_process(script: str, jobs: list[dict[str, Any]], timeout: float = 1800.0) -> list[dict[str, Any]]:
     """Each job plus what ``script --child JOBS`` prints for it, one JSON line a job, or plus "failed" and why."""
     command = [sys.executable, script, "--child", json.dumps(jobs)]
@@ -55,7 +66,6 @@ def run_jobs(jobs: list[dict[str, Any]], run: Callable[[dict[str, Any]], dict[st
     for job in jobs:
         if job["device"] == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         try:
             row = run(job)
         except Exception as error:
