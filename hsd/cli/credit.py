@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     for name, least in LEAST.items():
         if (value := vars(args)[name]) is not None and value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     if args.model is None and args.run is None:
         raise ValueError("run: expected a run folder, or --model with --data, got neither")
     folder, newest = run_and_model(args.run) if args.run else (None, None)

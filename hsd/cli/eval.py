@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     from hsd.progress import counter
     from hsd.train.card import write_success
 
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit: expected a positive number of questions, got {args.limit}")
     choose(args.engine)  # whatever is wrong with the request is said before a model is loaded
     asked = of_run(args) if args.run else of_benchmarks(args)
     check_folder("--out", asked.out)

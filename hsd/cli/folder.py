@@ -23,15 +23,20 @@ from hsd import files
 from hsd.cli.prepare import Run, prepare
 from hsd.cli.settings import load, parse
 from hsd.data.rows import read_json
+from hsd.methods.state import GATE, STATE
 from hsd.tasks.files import title
 from hsd.tasks.settings import Data
 from hsd.tasks.task import Question, Task
 from hsd.train.callbacks import last_checkpoint
-from hsd.train.teachers import INITIAL, frozen_file
+from hsd.train.teachers import IN_CHECKPOINTS, INITIAL, frozen_file
 
 # What may differ between the parts of one run: none of these changes a step.
 FREE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "report_to")
 FREE += ("record_groups", "run_name", "disable_tqdm", "log_completions", "num_completions_to_print", "use_cpu")
+# In a checkpoint beside the model.
+OF_THE_NEXT_STEP = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "pytorch_model_fsdp*", STATE, GATE)
+OF_THE_NEXT_STEP += ("global_step*", "latest", "zero_to_fp32.py")  # DeepSpeed's
+OF_THE_NEXT_STEP += tuple(frozen_file(Path(), name).name for name in IN_CHECKPOINTS)
 CONFIG = "config.yaml"
 IDENTITY = "run.json"
 BEFORE = "before.json"  # success of the initial policy, where it was measured
@@ -92,6 +97,13 @@ def steps_of(folder: Path) -> int:
     return read_json(path).get("global_step", 0) if path.exists() else 0
 
 
+def save_model_of(checkpoint: Path, model: Path) -> None:
+    """The model of a checkpoint, without what only the next step needs, in place of an earlier one."""
+    shutil.rmtree(model, ignore_errors=True)
+    with files.replacing(model) as part:
+        shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(*OF_THE_NEXT_STEP))
+
+
 def remove_checkpoints(run: Path) -> None:
     """Remove what only the next step of a run needs: three to four times the model's size."""
     for checkpoint in run.glob("checkpoint-*"):
@@ -149,8 +161,8 @@ def check_same(run: Run, began: Mapping[str, Any], asked: Mapping[str, Any]) -> 
             "belong to their ranks: resume on as many, or choose another --output_dir"
         )
     free = {f"train.{key}" for key in FREE}
-    if run.config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
-        free.discard("train.max_steps")  # the schedule ends with it
+    if run.config.lr_scheduler_type not in ("constant", "constant_with_warmup") or 0 < run.config.warmup_steps < 1:
+        free.discard("train.max_steps")  # the schedule ends with it, or warms up for a share of it
     for key in sorted((began.keys() & asked.keys()) - free):
         if began[key] != asked[key]:
             raise ValueError(

@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     from hsd.train.plan import GB, engine_named, plan, shape_of
 
     if args.gpus < 1 or args.memory <= 0 or args.prompt_tokens < 1:
-        raise ValueError("gpus, memory, prompt-tokens: expected numbers above 0")
+        given = f"{args.gpus}, {args.memory:g} and {args.prompt_tokens}"
+        raise ValueError(f"--gpus, --memory, --prompt-tokens: expected numbers above 0, got {given}")
     job = prepare(load(args.config, args.overrides), args.config.stem, source=str(args.config), check=True)
     model, config = job.settings.model, job.config
     if model.path is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,7 +62,8 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
         left_out = {name: given.pop(name) for name in unused(given)}
         return Run(settings, HSDConfig(**given), base, left_out)
     except ValueError as error:
-        raise ValueError(f"{source}: train.{error}") from error
+        names_a_key = re.match(r"\w+[:,]", str(error))  # transformers' own do not
+        raise ValueError(f"{source}: train{'.' if names_a_key else ': '}{error}") from error
 
 
 def check(run: Run) -> str:

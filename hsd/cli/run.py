@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers.trainer_callback import ProgressCallback
 
-from hsd.cli.folder import check_folder, claim, remove_checkpoints, steps_done, steps_of
+from hsd.cli.folder import check_folder, claim, remove_checkpoints, save_model_of, steps_done, steps_of
 from hsd.cli.prepare import Run, check_questions, evaluates, left_out
 from hsd.progress import say
 from hsd.tasks.settings import Lora
@@ -34,7 +34,7 @@ def train(run: Run) -> int:
         task.model()
     # On all ranks at once: under ZeRO-3 they share the weights out as they read them.
     model, tokenizer = run.initial_policy(task)
-    with config.main_process_first(desc="the run's folder"):
+    if config.process_index == 0:
         claim(run, task)
     stop = StopOnSignal()
     trainer = HSDTrainer(
@@ -54,7 +54,10 @@ def train(run: Run) -> int:
     checkpoint, done = last_checkpoint(out), steps_done(out)
     if 0 < config.max_steps <= done or (config.max_steps <= 0 and 0 < done == steps_of(out / "model")):
         # Trainer would take one step more on a run that has them all.
-        say(f"{out}: this run already has {done} steps" + ("; --max_steps asks for more" if checkpoint else ""))
+        if checkpoint and steps_of(out / "model") < done and trainer.is_world_process_zero():
+            save_model_of(checkpoint, out / "model")  # the run ended between its last checkpoint and its model
+            end(run, trainer)
+        say(f"{out}: this run already has {done} steps" + ("; --max_steps asks for more" * bool(last_checkpoint(out))))
         return 0
     # An accelerate launch with --cpu starts one process, whatever number it is given.
     say(f"{out}: {config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}, {engine}")
@@ -77,11 +80,16 @@ def train(run: Run) -> int:
     trainer.save_model(str(out / "model"))
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(out / "model" / "trainer_state.json"))
-        if not run.keeps_checkpoints:
-            remove_checkpoints(out)
-    draw(trainer)
+        end(run, trainer)
     say(f"{out}: {trainer.state.global_step} steps; the model is in {out / 'model'}")
     return 0
+
+
+def end(run: Run, trainer: HSDTrainer) -> None:
+    """What is left to do in the folder of a run that has its model."""
+    if not run.keeps_checkpoints:
+        remove_checkpoints(run.folder)
+    draw(trainer)
 
 
 def draw(trainer: HSDTrainer) -> None:

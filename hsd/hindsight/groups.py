@@ -12,6 +12,12 @@ Prompt = str | list[dict[str, Any]]
 ROUNDING = 1e-6  # relative
 
 
+def least_success(success_reward: float) -> float:
+    """The reward from which on a rollout succeeds: ``success_reward``, but for fp32's rounding."""
+    # TRL's rewards are fp32: its 0.9 is 0.89999998, and weights 0.01 + 0.78 + 0.21 sum to 0.99999994.
+    return success_reward - ROUNDING * max(1.0, abs(success_reward))
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One sampled answer ``o_i`` and its score.
@@ -92,9 +98,8 @@ class Group:
         return [i for i, rollout in enumerate(self.rollouts) if not self.accepts(rollout.reward)]
 
     def accepts(self, reward: float) -> bool:
-        """Whether a rollout with this reward succeeds, but for fp32's rounding."""
-        # TRL's rewards are fp32: its 0.9 is 0.89999998, and weights 0.01 + 0.78 + 0.21 sum to 0.99999994.
-        return reward >= self.success_reward - ROUNDING * max(1.0, abs(self.success_reward))
+        """Whether a rollout with this reward succeeds."""
+        return reward >= least_success(self.success_reward)
 
     @property
     def is_mixed(self) -> bool:

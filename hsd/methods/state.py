@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hsd.files import replacing
 
+STATE, GATE = "method_state.json", "teacher_gate.json"  # in a checkpoint: the method's, and a `RefreshGate`
+
 
 class Saved:
     """A dataclass of plain numbers and lists as a `hsd.methods.method.State`."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hsd.evaluate import RewardFn, Sampling, Success, end_token_ids, sample, score, success
 from hsd.hindsight.context import ContextTemplate
-from hsd.hindsight.groups import last_user_text
+from hsd.hindsight.groups import last_user_text, least_success
 from hsd.policy.pretrained import load
 from hsd.progress import Progress
 
@@ -90,7 +90,7 @@ def success_of(rewards: Sequence[RewardFn], weights: Sequence[float] | None = No
     without any verdict."""
 
     def successes(**columns: Any) -> list[float | None]:
-        return [None if r is None else float(r >= least) for r in _weighted(rewards, weights, columns)]
+        return [None if r is None else float(r >= least_success(least)) for r in _weighted(rewards, weights, columns)]
 
     successes.__name__ = " + ".join(getattr(reward, "__name__", "?") for reward in rewards)
     return successes

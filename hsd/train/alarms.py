@@ -73,8 +73,8 @@ def alarms(history: Sequence[Mapping[str, float]], questions: float | None = Non
     alike = _since_mixed(history)
     if alike >= 2 * WINDOW and success is not None and success < 1.0:
         found["alike"] = (
-            f"no group has both a success and a failure since {alike} steps: no rollout has a peer or an advantage, "
-            "nothing is learned from them"
+            f"no group has both a success and a failure since {alike} steps: no failing rollout has a peer, and "
+            "none an advantage"
         )
     empty, leaks = _last(history, "hsd/drawn_empty"), _last(history, "hsd/drawn_leaks")
     if empty is not None and empty > 0.5:

@@ -61,7 +61,7 @@ def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
             "|---|---|",
             *(f"| {key} | {value} |" for key, value in settings.items()),
             "",
-            f"With {versions}. `config.yaml` in the run's folder has all settings.",
+            f"With {versions}. `hsd train` writes all settings to `config.yaml` in the run's folder.",
             "",
             "## Citation",
             "",

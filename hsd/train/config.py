@@ -1,16 +1,15 @@
 """`HSDConfig`: GRPO's configuration plus what the self-distillation family adds.
 
-A field's choices and interval are declared with it: `_check_fields` enforces them, and `options` lists them for the
-command line and the documentation.
+A field's choices and interval are declared with it (`hsd.train.options`); `options` lists them for the command line and
+the documentation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from itertools import pairwise
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -22,6 +21,7 @@ from hsd.methods import METHODS, Method
 from hsd.methods.method import REQUIRED
 from hsd.methods.term import Schedule, scheduled
 from hsd.train.callbacks import steps_of_a_generation
+from hsd.train.options import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, Option, check, declared, option
 from hsd.train.update import Objective
 from hsd_kernels import Divergence
 from hsd_kernels.rows import IMPLS
@@ -53,12 +53,6 @@ GRPO_OPTIONS = ("loss_type", "scale_rewards", "importance_sampling_level", "epsi
 WITHOUT_TEACHER = {"divergence_coef": 0.0, "policy_coef": 1.0, "reference_coef": 0.0}
 
 BY_METHOD: Any = None  # until `_take_defaults`
-SHARE, AT_LEAST_0, ABOVE_0, AT_LEAST_1, FINITE = "(0, 1]", "[0, inf)", "(0, inf)", "[1, inf)", "(-inf, inf)"
-
-
-def option(default: Any, help: str, interval: str | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field whose number, where it is not None, is in ``interval``; a `Literal` type declares its own choices."""
-    return field(default=default, metadata={"help": help, "interval": interval, "choices": choices})
 
 
 @dataclass
@@ -178,7 +172,7 @@ class HSDConfig(GRPOConfig):
     vllm_importance_sampling_correction: bool = False
 
     def __post_init__(self):
-        _check_field(_option("method"), self.method)
+        check(next(o for o in options() if o.name == "method"), self.method)
         self._take_defaults()
         given = self.generation_batch_size
         try:
@@ -192,8 +186,8 @@ class HSDConfig(GRPOConfig):
                 f"(per_device_train_batch_size {self.per_device_train_batch_size} x processes {self.world_size} x "
                 f"steps_per_generation, else gradient_accumulation_steps, {self.steps_per_generation}), got {size}"
             ) from error
-        for declared in options():
-            _check_field(declared, getattr(self, declared.name))
+        for of in options():
+            check(of, getattr(self, of.name))
         self._check_together()
         if self.deepspeed and self.use_cpu and self.world_size > 1:
             import deepspeed
@@ -273,14 +267,24 @@ class HSDConfig(GRPOConfig):
                 which = f"teacher={self.teacher!r}, whose logits are of two models"
             raise ValueError(f"teacher_success_every: expected None with {which}, got {self.teacher_success_every}")
         if self.draw_cap is not None and not self.draws:
-            raise ValueError(f"draw_cap: expected None with method={self.method!r}, which draws nothing")
+            raise ValueError(
+                f"draw_cap: expected None with method={self.method!r}, which draws nothing, got {self.draw_cap}"
+            )
+        if self.tree_token_budget is not None and self.prefix_sharing == "none":
+            raise ValueError(
+                "tree_token_budget: expected None with prefix_sharing='none', which makes no tree, got "
+                f"{self.tree_token_budget}"
+            )
         if self.tree_token_budget is not None and self.method_spec.max_rows > 1:
             raise ValueError(
                 f"tree_token_budget: expected None with method={self.method!r}, whose losses compare two sequences, "
                 f"got {self.tree_token_budget}"
             )
         if self.reference_refresh_steps is not None and not self.reference_coef:
-            raise ValueError("reference_refresh_steps: expected None without reference_coef, which is 0")
+            raise ValueError(
+                "reference_refresh_steps: expected None without a reference (reference_coef is 0), got "
+                f"{self.reference_refresh_steps}"
+            )
         period = steps_of_a_generation(self)
         if self.save_strategy == "steps" and period > 1 and self.save_steps % period:
             raise ValueError(
@@ -288,7 +292,10 @@ class HSDConfig(GRPOConfig):
                 f"not in a checkpoint, so that a run could not go on exactly from between them), got {self.save_steps}"
             )
         if (self.with_peer_template is None) != (self.answer_only_template is None):
-            raise ValueError("with_peer_template, answer_only_template: expected both or neither")
+            raise ValueError(
+                "with_peer_template, answer_only_template: expected both or neither, got "
+                f"{self.with_peer_template!r} and {self.answer_only_template!r}"
+            )
         self.context_template(DEFAULT_CHAT_TEMPLATE)
 
     def context_template(self, default: ContextTemplate) -> ContextTemplate:
@@ -451,71 +458,10 @@ def ignored(given: Mapping[str, Any]) -> dict[str, Any]:
     return neutral
 
 
-@dataclass(frozen=True)
-class Option:
-    """A field of `HSDConfig` as declared. ``default`` None: the method's, where ``by_method``, else none."""
-
-    name: str
-    type: Any
-    default: Any
-    choices: tuple[str, ...]
-    interval: str | None  # of a number, or of each number of a schedule, as in "(0, 1]"
-    by_method: bool
-    help: str
-
-
 @cache
 def options() -> tuple[Option, ...]:
     """All fields that HSD adds to `GRPOConfig`, or whose values it restricts, in order."""
-    hints, found = get_type_hints(HSDConfig), []
-    for f in fields(HSDConfig):
-        if "interval" in f.metadata:
-            hint = hints[f.name]
-            choices = get_args(hint) if get_origin(hint) is Literal else f.metadata["choices"]
-            by_method = f.name in METHODS["hsd"].defaults
-            found.append(
-                Option(f.name, hint, f.default, choices, f.metadata["interval"], by_method, f.metadata["help"])
-            )
-    return tuple(found)
-
-
-def _option(name: str) -> Option:
-    return next(o for o in options() if o.name == name)
-
-
-def _check_field(declared: Option, value: Any) -> None:
-    name, interval = declared.name, declared.interval
-    if declared.choices and value not in declared.choices:
-        raise ValueError(f"{name}: expected one of {declared.choices}, got {value!r}")
-    if interval is None or value is None:
-        return
-    if declared.type == Schedule:
-        if not _is_schedule(value, interval):
-            raise ValueError(
-                f"{name}: expected a number in {interval} or [start, end, steps] or knots [[step, value], ...], steps "
-                f"ascending, got {value!r}"
-            )
-    elif not _inside(value, interval):
-        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
-
-
-def _is_schedule(value: Any, interval: str) -> bool:
-    if not isinstance(value, list | tuple):
-        return _inside(value, interval)
-    if value and all(isinstance(knot, list | tuple) and len(knot) == 2 for knot in value):
-        steps = [step for step, _ in value]
-        ascending = all(a < b for a, b in pairwise(steps))
-        return all(_inside(x, AT_LEAST_0) for x in steps) and ascending and all(_inside(y, interval) for _, y in value)
-    return len(value) == 3 and all(_inside(x, interval) for x in value) and value[2] >= 1
-
-
-def _inside(value: Any, interval: str) -> bool:
-    """Whether ``value`` is a number in an interval that is written as "(0, 1]"."""
-    if not isinstance(value, int | float):
-        return False
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
+    return declared(HSDConfig, by_method=METHODS["hsd"].defaults)
 
 
 def _grpo_defaults() -> dict[str, Any]:

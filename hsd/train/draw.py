@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd.data.rows import append_jsonl
+from hsd.data.rows import append_jsonl, completions_of
 from hsd.hindsight.context import Context
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
 from hsd.hindsight.peers import peer_rng
@@ -36,7 +36,7 @@ class Writer:
         sample: (prompts, who, seed) -> tokens of each reply.
         judge: (rows, texts, tokens) of this rank -> (raw, weighted) rewards of all ranks, in order.
         gather: A list of this rank's -> the list of all ranks'.
-        write: ``writer_fn`` of the trainer.
+        write: ``writer_fn`` of the trainer, which may say something else on each rank.
     """
 
     tokenizer: Any
@@ -60,9 +60,11 @@ class Writer:
             others = [i for i in wanted if self.write is not None and not asks[i].scored]
             if others:
                 assert self.write is not None
-                texts = self.write([asks[i].prompt for i in others])
-                if len(texts) != len(others):
-                    raise ValueError(f"writer_fn: expected {len(others)} texts, one a prompt, got {len(texts)}")
+                share = self._share(others)
+                texts = self.write([asks[i].prompt for i in share])
+                if len(texts) != len(share):
+                    raise ValueError(f"writer_fn: expected {len(share)} texts, one a prompt, got {len(texts)}")
+                texts = self.gather(list(texts))[: len(others)]
                 tokens |= {i: (self.encoded(text), None) for i, text in zip(others, texts, strict=True)}
             if mine := [i for i in wanted if i not in tokens]:
                 sampled = self.gather(self._sampled([asks[i] for i in self._share(mine)], who, seed + self.rank))
@@ -187,16 +189,25 @@ def with_replies(rewards: Tensor, outcome: Outcome, size: int) -> Tensor:
 
 
 def take_replies(
-    outcome: Outcome, inputs: list[dict[str, Any]], scored: Scored, *, first: int, size: int
+    outcome: Outcome,
+    inputs: list[dict[str, Any]],
+    prompts: list[Prompt],
+    completions: list[Any],
+    scored: Scored,
+    *,
+    first: int,
+    size: int,
 ) -> tuple[list[list[int]], list[str | None]]:
-    """This rank's rollouts and their feedback, with replies in the place of some; the questions that these answer go
-    into ``inputs``, TRL's list."""
+    """This rank's rollouts and their feedback, with replies in the place of some. The questions that these answer go
+    into ``inputs`` and ``prompts``, their texts into ``completions``: TRL's lists."""
     completion_ids, feedback = list(scored.completion_ids), list(scored.feedback)
     for k, row in enumerate(inputs):
         n, i = divmod(first + k, size)
         if reply := outcome.drawn[n].rollouts.get(i):
             completion_ids[k], feedback[k] = list(reply.token_ids), None
             inputs[k] = {**row, **(outcome.drawn[n].row or {})}
+            prompts[k] = inputs[k]["prompt"]
+            completions[k] = completions_of([inputs[k]], [reply.text])[0]
     return completion_ids, feedback
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hsd.hindsight.credit import credit, credit_at_divergence, credit_mass
+from hsd.hindsight.groups import least_success
 from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.train.batch import RolloutBatch
 from hsd.train.diagnostics import of_stats
@@ -18,15 +19,21 @@ def group_metrics(success: Tensor, has_peer: Tensor, unscored: Tensor, size: int
     """Shares of the rollouts of all ranks, from (N,) flags, groups of ``size`` one after the other. A rollout without a
     verdict has neither succeeded nor failed."""
     failing = ~success & ~unscored
-    solved = success.reshape(-1, size).float().mean(-1)
+    solved, failed = (flags.reshape(-1, size).any(-1) for flags in (success, failing))
     return {
         "success_rate": success.sum() / (~unscored).sum(),
         # f(p, G) of hsd.hindsight.credit.coverage is the expectation of this share of all rollouts.
         "coverage": (failing & has_peer).sum() / (~unscored).sum(),
         "failing_with_peer": (failing & has_peer).sum() / failing.sum(),
-        "mixed_groups": ((solved > 0) & (solved < 1)).float().mean(),
+        "mixed_groups": (solved & failed).float().mean(),
         "unscored": unscored.float().mean(),
     }
+
+
+def teacher_success(rewards: Sequence[float], counts: Tensor, success_reward: float) -> Tensor:
+    """Share of successes among the replies to teachers' prompts that count (N,): with a context and a verdict."""
+    successes = torch.tensor(rewards, device=counts.device) >= least_success(success_reward)
+    return (successes & counts).sum() / counts.sum()
 
 
 def context_metrics(prompts: Sequence[Sequence[TeacherPrompt]]) -> dict[str, float]:
@@ -48,17 +55,19 @@ def loss_metrics(out: LossOutput, batch: RolloutBatch, *, diagnostics: bool = Fa
     a = credit(stats.teacher_logps, stats.student_logps)
     failing = torch.where(batch.teacher.success, -1, batch.teacher.divergence_position)
     diverged = failing[failing >= 0].float()
-    tokens = mask.sum()
+    tokens, nan = mask.sum(), stats.kl.new_tensor(torch.nan)
     found = {
         "kl": (stats.kl * mask).sum() / tokens,
         "student_entropy": (stats.student_entropy * mask).sum() / tokens,
         "teacher_entropy": (stats.teacher_entropy * mask).sum() / tokens,
-        "tau": diverged.median() if diverged.numel() else diverged.new_tensor(float("nan")),
+        "tau": diverged.median() if diverged.numel() else nan,
         "credit_at_tau": credit_at_divergence(a, mask, failing),
         "credit_mass_8": credit_mass(a, mask, failing, windows=(8,))[0],  # micro-batches count alike
     }
     if diagnostics:
-        found |= of_stats(stats, mask) | dict(out.overlap)
+        # Every rank logs the same names: one without a token, or with a batch in chunks, has no overlap.
+        unknown = {"top_overlap": nan, "overlap_advantage": nan}
+        found |= of_stats(stats, mask) | unknown | dict(out.overlap)
     if out.reference is not None:
         found["reference_kl"] = (out.reference.kl * mask).sum() / tokens
     return found

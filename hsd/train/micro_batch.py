@@ -113,7 +113,7 @@ class MicroBatchLoss:
     def stats(self, policy: Any, batch: RolloutBatch, objective: Objective) -> RowStats:
         """Of student and teacher, per token (B, T), nothing minimised: what a batch is scored by."""
         measured = replace(objective, terms=(), reference_coef=0.0, importance_cap=None)  # no term, no extra row
-        stats = replace(self, token_budget=None)(policy, batch, measured).stats
+        stats = replace(self, token_budget=None, diagnostics=False)(policy, batch, measured).stats
         assert stats is not None
         return stats
 

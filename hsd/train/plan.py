@@ -12,6 +12,7 @@ from hsd.train.config import HSDConfig
 from hsd.train.limits import Engine
 from hsd.train.teachers import AVERAGE, EMA, copies
 from hsd_kernels.memory import MEMORY_BYTES
+from hsd_kernels.token_loss import CHUNK_BYTES
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 GB = 10**9
@@ -136,10 +137,8 @@ def plan(
         memory.append(Item(f"frozen policy: {name}", size * (4 if peft else w) / split[0]))
         if name in (EMA, AVERAGE) and narrow:
             memory.append(Item(f"fp32 average of {name}", size * 4 / split[0]))
-    head, tokens = (
-        shape.vocabulary * shape.hidden,
-        args.per_device_train_batch_size * (prompt + (args.max_completion_length or 0)),
-    )
+    head = shape.vocabulary * shape.hidden
+    tokens = args.per_device_train_batch_size * (prompt + (args.max_completion_length or 0))
     if not whole and split[0] > 1:
         memory.append(Item("gathered layers, this one and the next", 2 * shape.layer * c, "update"))
         memory.append(Item("gathered head of the student", head * c, "update"))
@@ -148,8 +147,9 @@ def plan(
     twins = [name for name in frozen if not peft]
     if twins and split[0] > 1:
         memory.append(Item("gathered head of a frozen policy", head * c * len({*twins} - {AVERAGE}), "update"))
-    if args.has_teacher:
-        memory.append(Item("fused loss: chunks", args.memory_bytes or MEMORY_BYTES["cuda"], "update"))
+    if args.own_loss:
+        chunks = MEMORY_BYTES["cuda"] if args.has_teacher else CHUNK_BYTES
+        memory.append(Item("fused loss: chunks", args.memory_bytes or chunks, "update"))
         if not peft:
             memory.append(Item("fused loss: dW in fp32", head * 4, "update"))
     inputs, insides = shape.layers * shape.hidden, shape.per_token
@@ -171,7 +171,7 @@ def _traffic(
         return []
     share, micro = (gpus - 1) / gpus, args.gradient_accumulation_steps
     once, p, t = share * shape.parameters * c, shape.parameters, shape.trained
-    if engine.name == "ddp" or engine.stage in (1, 2):
+    if not gathers:
         found = [Item("gradients, all-reduced", 2 * share * t * g)]
         if engine.stage:
             found = [Item("gradients, reduced to their owners", share * t * g * (micro if engine.stage == 2 else 1))]
@@ -179,7 +179,6 @@ def _traffic(
             if p == t and {EMA, AVERAGE}.intersection(twins) and c == 2:
                 found.append(Item("fp32 masters for averages, all-reduced", 2 * share * p * 4))
         return found
-    assert gathers
     found = [
         Item(f"weights for the student's forward and backward, {micro} times", 2 * once * micro),
         Item(f"gradients, reduce-scattered, {micro} times", share * t * c * micro),

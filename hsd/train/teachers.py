@@ -40,6 +40,7 @@ from hsd_kernels import Head
 
 INITIAL, EMA, REFERENCE, AVERAGE = "initial_policy", "ema_teacher", "reference", "reference_average"
 COPY = "copied_teacher"
+IN_CHECKPOINTS = (EMA, REFERENCE, AVERAGE, COPY)
 
 # (body and head, which prompts the rollouts follow: "student", "teacher" or both) -> states (B, T, D) of each
 Forward = Callable[[BodyAndHead, Sequence[str]], Sequence[Tensor]]

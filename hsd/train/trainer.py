@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -47,7 +48,7 @@ from hsd.hindsight.context import ContextTemplate, known_words, tokenize_prompt
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
 from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.methods.method import State
-from hsd.methods.state import RefreshGate, load_states, save_states
+from hsd.methods.state import GATE, STATE, RefreshGate, load_states, save_states
 from hsd.padding import padded
 from hsd.policy.body_and_head import body_and_head
 from hsd.policy.forward import RolloutInputs
@@ -62,7 +63,7 @@ from hsd.progress import say
 from hsd.train import draw
 from hsd.train.alarms import repeated_tail
 from hsd.train.batch import facts_of, has_contexts, own_columns, rows_of, shuffle_groups, student_inputs, unpack
-from hsd.train.callbacks import ROLLOUTS, TEXTS, RunFiles, warn_of_lost_rollouts
+from hsd.train.callbacks import ROLLOUTS, TEXTS, RunFiles, serves_a_multiple, warn_of_lost_rollouts
 from hsd.train.card import write_card
 from hsd.train.config import HSDConfig
 from hsd.train.diagnostics import of_texts
@@ -74,7 +75,7 @@ from hsd.train.limits import (
     engine_of,
     makes_loss,
 )
-from hsd.train.metrics import context_metrics, group_metrics, loss_metrics
+from hsd.train.metrics import context_metrics, group_metrics, loss_metrics, teacher_success
 from hsd.train.micro_batch import MicroBatchLoss, joined
 from hsd.train.ranks import mean_over_ranks, means, of_all_ranks
 from hsd.train.rollouts import append_rollouts, rollout_rows
@@ -82,7 +83,6 @@ from hsd.train.step_time import StepTime
 from hsd.train.teachers import FrozenPolicies
 from hsd_kernels import RowStats, fused_token_logps
 
-STATE, GATE = "method_state.json", "teacher_gate.json"
 # What the environment says about each completion: called with prompts=, completions= and the data-set columns.
 FeedbackFn = Callable[..., Sequence[str | None]]
 WriterFn = Callable[[list[Prompt]], Sequence[str]]
@@ -153,7 +153,7 @@ class HSDTrainer(GRPOTrainer):
             self.prefix_sharing,
             args.loss_mean,
             args.mean_of_policy,
-            always=args.prefix_sharing != "auto",
+            always=args.prefix_sharing != "auto" or args.tree_token_budget is not None,
             token_budget=args.tree_token_budget,
             diagnostics=args.diagnostics,
         )
@@ -175,7 +175,7 @@ class HSDTrainer(GRPOTrainer):
         self.method_state = None if make_state is None else make_state()
         gate = args.teacher_gate
         self.gate = None if gate is None else RefreshGate(int(gate[0]), gate[1], gate[2])
-        self.refresh = False  # set by a generation, taken by the step after it
+        self.refresh = False  # set by a generation, taken at the end of its first step
         # Set by _calculate_rewards, taken and cleared by _generate_and_score_completions, which calls it.
         self._scored: draw.Scored | None = None
         self.add_callback(_AfterStep(self))
@@ -258,7 +258,7 @@ class HSDTrainer(GRPOTrainer):
             if len(feedback) != len(inputs):
                 raise ValueError(f"feedback_fn: expected {len(inputs)} texts, one a completion, got {len(feedback)}")
         self._scored = draw.Scored(*self._weighted(rewards), [list(ids) for ids in completion_ids_list], feedback)
-        return self._draw(inputs, rewards, self._scored) if self.args.draws else rewards
+        return self._draw(inputs, prompts, completions, rewards, self._scored) if self.args.draws else rewards
 
     def _weighted(self, rewards: Tensor) -> tuple[list[float], Tensor]:
         return draw.weighted(rewards, self.reward_weights, self.args.success_reward)
@@ -305,7 +305,7 @@ class HSDTrainer(GRPOTrainer):
         tails = sum(map(repeated_tail, scored.completion_ids)) / len(scored.completion_ids)
         self._record(mode, (context_metrics(prompts) if prompts else {}) | {"repeated_tail": tails})
         every = args.teacher_success_every
-        if prompts and every and mode == "train" and self.state.global_step % every == 0:
+        if prompts and every and mode == "train" and serves_a_multiple(self.state.global_step, every, args):
             with self.step_time.part("teacher_success"):
                 self._record(mode, {"teacher_success": self._teacher_success(inputs, prompts, first)})
         if not self.own_loss:
@@ -337,23 +337,20 @@ class HSDTrainer(GRPOTrainer):
         self._record(self._mode, metrics)
         if self.gate is not None and self._mode == "train":
             truncated = self._metrics["train"]["completions/clipped_ratio"][-1]  # of all ranks, as the success rate
-            self.refresh = self.gate.step(metrics["success_rate"].item(), truncated)
+            self.refresh |= self.gate.step(metrics["success_rate"].item(), truncated)
 
     def _teacher_success(
         self, inputs: list[dict[str, Any]], prompts: Sequence[Sequence[TeacherPrompt]], first: int
-    ) -> float:
+    ) -> Tensor:
         """Share of successes among replies sampled from the teacher, one from the first context of each rollout."""
-        shown = [row[0].context.prompt_ids for row in prompts]
+        asked = [row[0].context.prompt_ids for row in prompts]
         seed = hash((self.args.seed, self.state.global_step, first)) % 2**31
         with self.frozen.sampler(self._policy) as model, in_eval_mode(model), self.accelerator.autocast():
-            rollouts = sample_from_ids(model, self._tokenizer, shown, self._sampling(len(inputs)), seed=seed)
+            rollouts = sample_from_ids(model, self._tokenizer, asked, self._sampling(len(inputs)), seed=seed)
         texts = self._tokenizer.batch_decode(rollouts, skip_special_tokens=True)
-        rewards = self._rewards_of(inputs, texts, rollouts)[first : first + len(inputs)]
-        self._pending_extra_logs.clear()
-        self._pending_metrics.clear()
-        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
-        counts = has_contexts(prompts)[:, 0].to(rewards.device) & ~rewards.isnan().all(-1)
-        return ((weighted >= self.args.success_reward) & counts).sum().item() / max(int(counts.sum()), 1)
+        sums, unscored = self._weighted(self._rewards_of(inputs, texts, rollouts))  # of all ranks, as what follows
+        shown: Any = self.accelerator.gather(has_contexts(prompts)[:, 0].to(unscored.device))
+        return teacher_success(sums, shown & ~unscored, self.args.success_reward)
 
     def _sampling(self, batch_size: int) -> Sampling:
         """As the rollouts are sampled."""
@@ -363,9 +360,14 @@ class HSDTrainer(GRPOTrainer):
     def _rewards_of(
         self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], ids: Sequence[Sequence[int]]
     ) -> Tensor:
-        """(N, functions) of all ranks, for replies to these rows of this rank."""
+        """(N, functions) of all ranks, for replies to these rows of this rank; what is logged of them is left out."""
         asked, prompts = [dict(row) for row in rows], [row["prompt"] for row in rows]
-        return super()._calculate_rewards(asked, prompts, completions_of(asked, texts), [list(i) for i in ids])
+        pending = self._pending_extra_logs, self._pending_metrics  # of the rollouts, a value each
+        self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
+        try:
+            return super()._calculate_rewards(asked, prompts, completions_of(asked, texts), [list(i) for i in ids])
+        finally:
+            self._pending_extra_logs, self._pending_metrics = pending
 
     # -- a method's draw ------------------------------------------------------------------------------------------
 
@@ -379,8 +381,11 @@ class HSDTrainer(GRPOTrainer):
         size: Any = self.num_generations if self._mode == "train" else self.num_generations_eval
         return size
 
-    def _draw(self, inputs: list[dict[str, Any]], rewards: Tensor, scored: draw.Scored) -> Tensor:
-        """The rewards (N, functions) of all ranks, with those of the replies that take a rollout's place."""
+    def _draw(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, rewards: Tensor, scored: draw.Scored
+    ) -> Tensor:
+        """The rewards (N, functions) of all ranks, with those of the replies that take a rollout's place, also in TRL's
+        three lists."""
         size, training, step = self._group_size, self._mode == "train", self.state.global_step
         state, spare = self._state_of_the_method, self.train_dataset
         outcome, before = draw.run(
@@ -398,7 +403,7 @@ class HSDTrainer(GRPOTrainer):
         elif self.is_world_process_zero():
             draw.record(Path(str(self.args.output_dir)) / TEXTS, step + 1, outcome)
         first = self.accelerator.process_index * len(inputs)
-        own, feedback = draw.take_replies(outcome, inputs, scored, first=first, size=size)
+        own, feedback = draw.take_replies(outcome, inputs, prompts, completions, scored, first=first, size=size)
         rewards = draw.with_replies(rewards, outcome, size)
         self._scored = draw.Scored(*self._weighted(rewards), own, feedback, outcome, before)
         return rewards
@@ -574,7 +579,7 @@ class _AfterStep(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """The optimizer's clock, and the initial gap: the final gain was linear in it (arXiv 2605.30070)."""
         self.began = time.perf_counter()
-        gaps = self.trainer._metrics["train"].get("hsd/kl", [])
+        gaps = [gap for gap in self.trainer._metrics["train"].get("hsd/kl", []) if not math.isnan(gap)]
         if state.global_step == 0 and gaps and state.is_world_process_zero:
             gap = sum(gaps) / len(gaps)
             say(f"before step 1 student and teacher are {gap:.3g} nats a token apart ({self.trainer.args.divergence})")

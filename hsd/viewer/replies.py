@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hsd.hindsight.groups import shown_answer
+from hsd.hindsight.groups import least_success, shown_answer
 
 KINDS = {  # (right before, right after)
     (False, True): "wrong before and right after",
@@ -24,11 +24,12 @@ def table(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]
     Args:
         before: a row for each question: question, answer, reply, reward.
         after: the same questions in the same order.
-        least: the reward of a right reply.
+        least: the reward from which on a reply is right, as `hsd.HSDConfig.success_reward`.
     """
     kinds: dict[tuple[bool, bool], list[list[str]]] = {kind: [] for kind in KINDS}
+    enough = least_success(least)
     for first, second in zip(before, after, strict=True):
-        (was, old), (now, new) = ((row["reward"] >= least, code(row["reply"])) for row in (first, second))
+        (was, old), (now, new) = ((row["reward"] >= enough, code(row["reply"])) for row in (first, second))
         asked = [code(first["question"]), code(shown_answer(first["answer"]))]
         kinds[was, now].append([*asked, old, "right" if was else "wrong", new, "right" if now else "wrong"])
     counts = ", ".join(f"{len(kinds[kind])} {name}" for kind, name in KINDS.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,14 @@ class End:
         return self.measured.success
 
     @property
+    def steps(self) -> int:
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
     def seconds(self) -> float:
-        return sum(row.get("step_time") or 0.0 for row in self.rows)
+        """A row has the mean over the steps since the row before."""
+        steps = pairwise([0, *(row["step"] for row in self.rows)])
+        return sum((b - a) * (row.get("step_time") or 0.0) for (a, b), row in zip(steps, self.rows, strict=True))
 
     @property
     def alarms(self) -> dict[str, str]:
@@ -56,7 +63,7 @@ def write(
         credits: `hsd.viewer.summary.summarise` by name, before training and after.
     """
     own = next(iter(ends.values()))
-    settings = settings | {"steps": len(own.rows)}
+    settings = settings | {"steps": own.steps}
     pictures = summary.draw(folder, credits) + training_picture(folder, own.rows, load_metrics(folder / HELD_OUT))
     methods = _methods_section(folder, before.success, ends) if len(ends) > 1 else []
     text = "\n".join(
@@ -126,7 +133,7 @@ def _methods_section(folder: Path, before: Success, ends: Mapping[str, End]) -> 
         "| method | steps | learning rate | success [95 % interval] | seconds in steps | alarms |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {f'**{name}**' if name == own else name} | {len(e.rows)} | {e.rows[0].get('learning_rate', '-')} "
+            f"| {f'**{name}**' if name == own else name} | {e.steps} | {e.rows[0].get('learning_rate', '-')} "
             f"| {e.success} | {e.seconds:.0f} | {', '.join(e.alarms.values()) or 'none'} |"
             for name, e in ends.items()
         ),

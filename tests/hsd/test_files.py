@@ -29,10 +29,13 @@ def test_a_folder_appears_whole_and_replaces_no_other(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         save("half")
     assert not any(path.parent.iterdir())
+    (part := path.with_name("model.part")).mkdir()  # of a process that was killed
+    (part / "more weights").touch()
     save("first")
     with pytest.raises(OSError):
         save("second")
-    assert [p.name for p in path.parent.iterdir()] == ["model"] and (path / "weights").read_text() == "first"
+    assert [p.name for p in path.parent.iterdir()] == ["model"]
+    assert [p.name for p in path.iterdir()] == ["weights"] and (path / "weights").read_text() == "first"
 
 
 @pytest.mark.parametrize(

@@ -79,3 +79,5 @@ def test_what_the_config_refuses_is_named_with_its_file():
         run_of(path, "--kl_temperature", "0")
     with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train\.beta: expected 0"):
         run_of(path, "--beta", "0.1")
+    with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train: .*sometimes"):  # transformers names no key
+        run_of(path, "--save_strategy", "sometimes")

@@ -157,9 +157,9 @@ def test_the_newest_model_of_a_run(tmp_path):
     [
         ((), r"^run: expected a run folder, or --model with --data, got neither"),
         (("nowhere",), r"^run: expected a folder, got nowhere"),
-        (("--model", "m", "--questions", "0"), r"^questions: expected at least 1, got 0"),
-        (("--model", "m", "--rollouts", "1"), r"^rollouts: expected at least 2, got 1"),
-        (("--model", "m", "--max-new-tokens", "0"), r"^max_new_tokens: expected at least 1, got 0"),
+        (("--model", "m", "--questions", "0"), r"^--questions: expected at least 1, got 0"),
+        (("--model", "m", "--rollouts", "1"), r"^--rollouts: expected at least 2, got 1"),
+        (("--model", "m", "--max-new-tokens", "0"), r"^--max-new-tokens: expected at least 1, got 0"),
         (("--model", "m"), r"^data: expected a file of questions"),
     ],
 )

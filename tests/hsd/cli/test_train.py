@@ -122,10 +122,20 @@ def test_other_questions_are_another_run(here):
         claim(*asked(rows=[{"prompt": "r"}]))
 
 
-def test_more_steps_are_another_run_where_the_schedule_ends_with_them(here):
-    begin(["--lr_scheduler_type", "linear"])
+@pytest.mark.parametrize(
+    "words",
+    [["--lr_scheduler_type", "linear"], ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "0.5"]],
+)
+def test_more_steps_are_another_run_where_the_schedule_depends_on_them(here, words):
+    begin(words)
     with pytest.raises(ValueError, match="max_steps"):
-        claim(*asked("--lr_scheduler_type", "linear", "--max_steps", "9"))
+        claim(*asked(*words, "--max_steps", "9"))
+
+
+def test_a_warmup_of_so_many_steps_does_not(here):
+    words = ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "2"]
+    begin(words)
+    claim(*asked(*words, "--max_steps", "9"))
 
 
 def test_a_finished_run_keeps_what_more_steps_need_only_where_it_is_asked_to(model, here, capsys):
@@ -140,6 +150,31 @@ def test_a_finished_run_keeps_what_more_steps_need_only_where_it_is_asked_to(mod
     assert main(kept) == 0 and main([*kept, "--max_steps", "2"]) == 0
     assert [row["step"] for row in load_metrics(here / "kept" / "metrics.jsonl")] == [1, 2]
     assert [p.name for p in (here / "kept").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_run_that_ended_before_its_model_was_saved_gets_it(model, here, capsys):
+    words = ["train", "run.yaml", "--output_dir", "out"]
+    assert main([*words, "--save_total_limit", "1"]) == 0
+    whole = {p.name for p in (here / "out" / "model").iterdir()}
+    written = (here / "out" / "model" / "model.safetensors").read_bytes()
+    assert main([*words, "--save_total_limit", "1"]) == 0  # a model that is there stays
+    (here / "out" / "model" / "trainer_state.json").unlink()
+    (here / "out" / "model" / "model.safetensors").write_bytes(b"half")
+    assert main(words) == 0
+    assert {p.name for p in (here / "out" / "model").iterdir()} == whole
+    assert (here / "out" / "model" / "model.safetensors").read_bytes() == written
+    assert not list((here / "out").glob("checkpoint-*"))
+    assert capsys.readouterr().out.endswith("already has 1 steps\n")
+
+
+@pytest.mark.parametrize(("rank", "writes"), [(0, True), (1, False)])
+def test_one_rank_writes_the_folder(model, here, rank, writes, monkeypatch):
+    """Two that replace one file at a time take each other's away."""
+    monkeypatch.setattr(HSDConfig, "process_index", property(lambda self: rank))
+    monkeypatch.setattr("hsd.cli.run.HSDTrainer.train", lambda self, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "run.yaml", "--output_dir", "out"])
+    assert (here / "out" / "run.json").exists() == (here / "out" / "config.yaml").exists() == writes
 
 
 @pytest.mark.parametrize("where", ["model", "checkpoint-5"])

@@ -273,6 +273,7 @@ def test_hsd_eval_says_what_is_wrong_before_it_loads_a_model(tmp_path, monkeypat
     good = ["--model", "m", "--data", str(tmp_path / "a" / "x.jsonl"), "--out", str(tmp_path / "out")]
     for words, said in (
         (["--samples", "0"], "samples: expected a positive number"),
+        (["--limit", "0"], "^--limit: expected a positive number of questions, got 0"),
         (["--seed", str(2**60)], "seed: expected"),
         (["--max-new-tokens", "0"], "max_new_tokens: expected"),
         (

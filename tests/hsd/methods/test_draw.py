@@ -1,6 +1,8 @@
 """A method's draw: texts, other rollouts and extra rows, through the trainer, and its pure half alone."""
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hsd.methods.draw import Ask, Drawn, GroupView, Reply, converse, gives_away
 from hsd.methods.trace import step_of_tokens
 from hsd.train.alarms import alarms
 from hsd.train.callbacks import load_metrics
+from hsd.train.draw import Writer
 
 SHORT = dict.fromkeys(PARTS, "|{text}")
 TEMPLATE = ContextTemplate("[{answer}|{demonstration}]", "[{answer}]", "[|{demonstration}]", "[{feedback}]", SHORT, "]")
@@ -121,6 +124,7 @@ def never(completion_ids, **kwargs):
 def behind_a_plan(completion_ids, completions, **kwargs):
     """0 for the first eight, which are the plain rollouts; the asks come in later calls."""
     behind_a_plan.calls += 1
+    kwargs["log_extra"]("call", [behind_a_plan.calls] * len(completion_ids))
     return [0.0 if behind_a_plan.calls == 1 else 1.0] * len(completion_ids)
 
 
@@ -136,6 +140,8 @@ def test_a_group_without_a_reward_is_drawn_again_under_a_plan(tmp_path):
     seen = [TOKENIZER.decode(x, skip_special_tokens=True) for x in ids_of(batch)]
     assert sorted(seen) == sorted([*redrawn[0], *redrawn[1]]) and len(seen) == 8
     assert batch["success"].all()
+    # TRL's table: the replies that took the rollouts' place, and what was logged of the rollouts alone.
+    assert sorted(trainer._logs["completion"]) == sorted(seen) and list(trainer._logs["extra"]["call"]) == [1] * 8
     (log,) = (row for row in trainer.state.log_history if "loss" in row)
     assert log["hsd/success_before_draw"] == 0.0 and log["hsd/success_rate"] == log["hsd/drawn_replaced"] == 1.0
     # The old policy is the one behind the plan.
@@ -227,6 +233,26 @@ def test_a_writer_is_refused_where_nothing_is_drawn_and_must_answer_each(tmp_pat
 
 
 # -- the pure half -----------------------------------------------------------------------------------------------------
+
+
+def test_ranks_hear_the_same_of_a_writer_that_says_something_else_on_each():
+    barrier, parts = threading.Barrier(2), [[], []]
+
+    def replies(rank):
+        def gather(mine):
+            parts[rank] = mine
+            barrier.wait(60)
+            return parts[0] + parts[1]
+
+        def write(prompts):
+            return [f"{rank}{i}" for i in range(len(prompts))]
+
+        writer = Writer(TOKENIZER, tuple, None, None, None, gather, rank, 2, write)
+        return writer([(0, Ask("q"))] * 3, [], 0)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(replies, (0, 1))
+    assert first == second and [reply.text for reply in first] == ["00", "01", "10"]
 
 
 def talk(rounds, size=1):

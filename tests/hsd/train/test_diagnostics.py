@@ -2,13 +2,16 @@
 
 import math
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_runs import half, make, qwen3
 
 from hsd.policy.forward import FrozenStates
+from hsd.train.batch import unpack
 from hsd.train.diagnostics import of_stats, of_texts, overlap
+from hsd.train.metrics import loss_metrics
 from hsd_kernels import Head, fused_hsd_kl
 
 
@@ -61,3 +64,17 @@ def test_a_run_logs_them_on_demand_alone_and_says_the_first_gap(tmp_path, capsys
         assert {name.removeprefix("hsd/") for name in log} & names == (names if asked else set())
         said = [line for line in capsys.readouterr().out.splitlines() if "before step 1" in line]
         assert len(said) == 1 and f"{log['hsd/kl']:.3g} nats" in said[0]
+
+
+def test_a_batch_without_a_token_has_the_names_of_one_that_has(tmp_path):
+    """Ranks gather them by their place."""
+    trainer = make(qwen3(), tmp_path, diagnostics=True, learning_rate=0.0)
+    trainer.train()
+    batch = unpack(trainer.batches[0])
+    policy, objective = trainer.accelerator.unwrap_model(trainer.model), trainer.args.objective(0)
+    found = []
+    for one in (batch, replace(batch, loss_mask=batch.loss_mask * 0)):
+        out = trainer.micro_batch_loss(policy, one, objective)
+        found.append(loss_metrics(out, one, diagnostics=True))
+    assert found[0].keys() == found[1].keys() and math.isfinite(found[0]["top_overlap"])
+    assert found[1]["top_overlap"].isnan() and found[1]["kl"].isnan()

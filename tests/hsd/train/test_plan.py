@@ -7,6 +7,7 @@ from tiny_runs import LORA, STEP, TOKENIZER, qwen3, with_lora
 
 from hsd.cli.__main__ import main
 from hsd.train.config import HSDConfig
+from hsd.train.limits import Engine
 from hsd.train.plan import GB, Shape, engine_named, plan, shape_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -55,6 +56,11 @@ def test_lora_keeps_adapters_for_an_average_and_nothing_for_the_initial_policy()
     assert not any("frozen" in what for what in items("fsdp2", shape=lora, teacher="fixed")[0])
 
 
+def test_a_policy_gradient_has_a_fused_loss_too_unless_it_is_trls():
+    of_loss = [{w for w in items("ddp", method="grpo", policy_loss=p)[0] if "fused" in w} for p in ("auto", "trl")]
+    assert of_loss == [{"fused loss: chunks", "fused loss: dW in fp32"}, set()]
+
+
 def test_traffic_grows_with_the_forward_passes():
     """Of 1,000 fp32 weights on 8 GPUs an all-gather sends 7/8."""
     once = 1000 * 4 * 7 / 8
@@ -63,6 +69,15 @@ def test_traffic_grows_with_the_forward_passes():
     _, fixed, _ = items("zero3", teacher="fixed", reference_coef=0.1)
     assert sum(fixed.values()) == once * (2 + 1 + 1)  # teacher and reference are one policy
     assert items("zero3", gpus=1)[1] == {}
+
+
+def test_deepspeed_without_zero_sends_what_ddp_does():
+    args = HSDConfig("out", **STEP | {"teacher": "live", "reference_coef": 0.0})
+    found = [
+        plan(args, SHAPE, engine, 8, room=1000.0, weight_bytes=4, prompt=6).traffic
+        for engine in (Engine(), Engine("deepspeed", zero={"stage": 0}))
+    ]
+    assert found[0] == found[1] and len(found[0]) == 1
 
 
 def test_the_first_that_does_not_fit_is_named():

@@ -146,6 +146,8 @@ def test_auto_shares_where_it_pays_and_draws_paired_peers(tmp_path):
     assert not pays(tree_of(alone, "prompt"), dataclasses.replace(alone, prompts=bare), live_teacher=True)
     assert make(tmp_path, prefix_sharing="none").peer_rule == "uniform"
     assert make(tmp_path, peer_rule="uniform").peer_rule == "uniform"
+    # A budget asks for the tree also where it saves less.
+    assert make(tmp_path, tree_token_budget=30).micro_batch_loss.always and not trainer.micro_batch_loss.always
 
 
 def test_auto_falls_back_once_and_loudly_and_an_explicit_choice_raises(tmp_path):

@@ -47,6 +47,12 @@ def test_it_is_measured_every_so_many_steps_from_the_first_on(tmp_path, every, s
     assert [i for i, r in enumerate(rows, 1) if "hsd/teacher_success" in r] == measured
 
 
+def test_without_a_context_nothing_is_measured(tmp_path):
+    failing = lambda completion_ids, **_: [0.0] * len(completion_ids)  # noqa: E731
+    trainer = make(qwen3(), tmp_path, reward=failing, teacher_success_every=1, fallback="mask")
+    assert "hsd/teacher_success" not in row(trainer)
+
+
 def test_it_changes_nothing_else_about_a_run(tmp_path):
     with_it, without = (logged(tmp_path / str(e), teacher_success_every=e, max_steps=2) for e in (1, None))
     same = lambda r: {k: v for k, v in r.items() if "time" not in k and k != "hsd/teacher_success"}  # noqa: E731

@@ -262,6 +262,7 @@ def test_ema_teacher_moves_and_fixed_does_not(tmp_path):
         ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 0.5}, "save_steps: expected a multiple of 2"),
         ({"fp16": True, "policy_coef": 1.0}, "^fp16"),
         ({"fp16": True, "tree_token_budget": 64}, "^fp16"),
+        ({"prefix_sharing": "none", "tree_token_budget": 64}, "^tree_token_budget: .*which makes no tree, got 64"),
         ({"jsd_beta": 2.0}, "^jsd_beta"),
         ({"kl_temperature": 0.0}, "^kl_temperature"),
         ({"top_p": 2.0}, "^top_p"),
@@ -406,3 +407,21 @@ def test_a_tied_head_is_not_missing_in_a_checkpoint_and_another_weight_is(tmp_pa
         trainer._issue_warnings_after_load(IncompatibleKeys(missing, []))
     (said,) = set(caplog.messages)
     assert "missing keys" in said and "['model.norm.weight']" in said
+
+
+@pytest.mark.parametrize(("gain", "opens"), [(0.0, True), (0.9, False)])
+def test_a_gate_that_opened_stays_open_until_the_step_is_done(gain, opens, tmp_path):
+    """Of the two generations of the step the first has the success."""
+
+    def falling(completion_ids, **kwargs):
+        falling.calls += 1
+        return [float(falling.calls == 1 and i % 2 == 0) for i in range(len(completion_ids))]
+
+    falling.calls = 0
+    twice = {"gradient_accumulation_steps": 2, "steps_per_generation": 1}
+    trainer = make(qwen3(), tmp_path, reward=falling, teacher="gated", teacher_gate=[1, gain, 1.0], **twice)
+    trainer.train()
+    assert falling.calls == 2 and not trainer.refresh
+    teacher = trainer.frozen.models["copied_teacher"]
+    same = [torch.equal(p, q) for p, q in zip(teacher.parameters(), trainer.model.parameters(), strict=True)]
+    assert all(same) if opens else not any(same)

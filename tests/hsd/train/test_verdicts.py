@@ -6,6 +6,7 @@ from tiny_runs import QUESTIONS, TOKENIZER, Recorder, make, qwen3
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hsd.hindsight.groups import Group, Rollout, members
+from hsd.tasks.task import success_of
 from hsd.train.callbacks import load_metrics
 
 
@@ -28,6 +29,11 @@ def test_fp32_rewards_reach_their_own_threshold(threshold, tmp_path):
 def test_rounding_is_all_that_is_forgiven():
     group = Group("q", "a", tuple(Rollout((1,), r) for r in (0.99999994, 0.9999, 1.0, 0.0)))
     assert group.successes == [0, 2] and group.failures == [1, 3]
+
+
+def test_an_evaluation_forgives_as_much():
+    unsure = success_of([lambda **columns: [0.99999994, 0.9999]])
+    assert unsure() == [1.0, 0.0]
 
 
 def test_a_rollout_without_a_verdict_is_no_success_at_any_threshold(tmp_path):

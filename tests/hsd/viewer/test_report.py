@@ -162,13 +162,19 @@ def test_other_methods_stand_beside_the_run(tmp_path):
     assert facts["methods"]["grpo"] == {"after": asdict(BEFORE), "seconds": 4.0}
 
 
+def test_a_row_of_several_steps_counts_as_many():
+    rows = [{"step": 2, "step_time": 3.0}, {"step": 4, "step_time": None}, {"step": 5, "step_time": 1.5}]
+    end = report.End(rows, Evaluation(AFTER, []))
+    assert (end.steps, end.seconds) == (5, 7.5)
+
+
 def test_replies_before_and_after_stand_side_by_side(tmp_path, no_pictures):
     def rows(*pairs):
         return [
             {"question": f"{n}+1=", "answer": str(n + 1), "reply": t, "reward": r} for n, (t, r) in enumerate(pairs)
         ]
 
-    before = rows(("#1$", 1.0), ("#3", 0.0), ("", 0.0), ("#0|`", 0.0))
+    before = rows(("#1$", 0.7 + 0.2 + 0.1), ("#3", 0.0), ("", 0.0), ("#0|`", 0.0))
     after = rows(("#1", 1.0), ("#2", 1.0), ("x\ny", 0.5), ("w" * 300, 0.0))
     save(tmp_path / "credit.json", [], [FAILED])
     metrics(tmp_path)
