@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hsd.cli.side_by_side import Reply, shown
 
 if TYPE_CHECKING:
-    from hsd.evaluate import Sampling
+    from hsd.evaluate.sampling import Sampling
     from hsd.hindsight.groups import Prompt
 
 HELP = "the replies of models or runs to prompts, side by side"
@@ -70,7 +70,7 @@ class Asking:
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for what is no model and for a bad prompt, before any weights are loaded."""
     from hsd.cli.folder import run_and_model
-    from hsd.evaluate import Sampling
+    from hsd.evaluate.sampling import Sampling
     from hsd.policy.pretrained import check
 
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
@@ -122,7 +122,7 @@ def how_to_ask(found: Sequence[tuple[Path | None, Any]], *, as_is: bool) -> tupl
     from hsd.cli.folder import CONFIG, find_run
     from hsd.cli.prepare import prepare
     from hsd.cli.settings import load
-    from hsd.evaluate import Sampling
+    from hsd.evaluate.sampling import Sampling, choice_of
 
     runs = [(folder, model) for folder, model in found if folder is not None and (folder / CONFIG).exists()]
     if not runs:
@@ -136,7 +136,7 @@ def how_to_ask(found: Sequence[tuple[Path | None, Any]], *, as_is: bool) -> tupl
             raise ValueError(f"{error} (--as-is asks without the run's questions)") from error
         around = habits(task.evaluated, job.settings.data.instruction)
     template: Any = config.chat_template_kwargs
-    sampling = Sampling(config.max_completion_length or 512, config.temperature, config.top_p)
+    sampling = Sampling(config.max_completion_length or 512, **choice_of(config))
     return Asking(template=template or {}, **around), sampling
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hsd.evaluate.sampling import Sampling, all_end_ids, end_token_ids, sample_from_ids
+from hsd.evaluate.sampling import Sampling, all_end_ids, choice_of, end_token_ids, sample_from_ids
 from hsd.policy.pretrained import load, load_tokenizer
 from hsd.policy.vocabulary import check_vocabulary
 
@@ -77,8 +77,7 @@ def vllm_engine(path: str, dtype: str) -> Engine:
     def generate(prompt_ids: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[int]]:
         settings = [
             vllm.SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
+                **choice_of(sampling) | {"min_p": sampling.min_p or 0.0},
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=end_ids,
                 seed=seed + i,  # a request's own: it does not depend on what else is in the batch

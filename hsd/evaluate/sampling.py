@@ -1,5 +1,5 @@
-"""Sampling from a transformers model, as in training: its own temperature, top_p, top_k and repetition penalty do not
-count, its other generation settings do."""
+"""Sampling from a transformers model, as in training: what `Sampling` says counts in place of the model's own settings,
+whose others count."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ class Sampling:
     temperature: float = 1.0  # 0 takes the most probable token
     top_p: float = 1.0
     batch_size: int = 128
+    top_k: int = 0  # 0 keeps all tokens
+    min_p: float | None = None  # of the most probable token's probability
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -32,6 +35,20 @@ class Sampling:
             raise ValueError(f"temperature: expected a finite number of at least 0, got {self.temperature!r}")
         if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise ValueError(f"top_k: expected a whole number of at least 0, got {self.top_k!r}")
+        if self.min_p is not None and not (isinstance(self.min_p, int | float) and 0 <= self.min_p <= 1):
+            raise ValueError(f"min_p: expected None or a number in [0, 1], got {self.min_p!r}")
+        if not isinstance(self.repetition_penalty, int | float) or not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty: expected a number above 0, got {self.repetition_penalty!r}")
+
+
+CHOICE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # how a token is chosen
+
+
+def choice_of(config: Any) -> dict[str, Any]:
+    """The fields of `Sampling` that a `GRPOConfig` decides."""
+    return {name: getattr(config, name) for name in CHOICE}
 
 
 @torch.no_grad()
@@ -81,9 +98,9 @@ def _sample_batch(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], samp
     end_ids = end_token_ids(model, tokenizer)
     pad_id = next(i for i in (tokenizer.pad_token_id, *end_ids, 0) if i is not None)  # masked: any token will do
     input_ids, mask = padded(ids, pad_id, "left")
-    choice: dict[str, Any] = {"do_sample": False}
+    choice: dict[str, Any] = {"do_sample": False, "repetition_penalty": sampling.repetition_penalty}
     if sampling.temperature > 0:
-        choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        choice = {"do_sample": True} | choice_of(sampling)
     out = generate(
         model,
         input_ids.to(model.device),
@@ -91,7 +108,6 @@ def _sample_batch(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], samp
         max_new_tokens=sampling.max_new_tokens,
         pad_id=pad_id,
         end_ids=end_ids,
-        repetition_penalty=1.0,  # as in training: a model may declare another one
         **choice,
     )
     return [until_end(row, end_ids) for row in out[:, input_ids.shape[1] :].tolist()]

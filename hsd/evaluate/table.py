@@ -28,11 +28,13 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(str(c) for c in cells) + " |")
     first = results[0]
     sampling = first["sampling"]
-    how = (
-        "greedy"
-        if sampling["temperature"] == 0
-        else f"temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}"
-    )
+    how = "greedy"
+    if sampling["temperature"]:
+        how = f"temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}"
+        how += f", top-k {sampling['top_k']}" * bool(sampling["top_k"])
+        how += f", min-p {sampling['min_p']}" * bool(sampling["min_p"])
+    if sampling["repetition_penalty"] != 1:
+        how += f", repetition penalty {sampling['repetition_penalty']:g}"
     verifiers = sorted({name for r in results for name in r["verifiers"].values()})
     note = (
         f"`{first['model']}`, {first['engine']}; {how}, at most {sampling['max_new_tokens']} new tokens, seed "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsd.data.generators import PREFIX
-from hsd.evaluate import Sampling
+from hsd.evaluate.sampling import Sampling, choice_of
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
 from hsd.policy.pretrained import load_tokenizer
 from hsd.tasks import TASKS
@@ -61,8 +61,7 @@ def complete(settings: Settings, base: Task | None, config: HSDConfig) -> Task:
     sampling = replace(
         task.sampling,
         max_new_tokens=config.max_completion_length or task.sampling.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
+        **choice_of(config),
     )
     return replace(
         task,

@@ -43,7 +43,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from hsd.data.rows import completions_of
-from hsd.evaluate.sampling import Sampling, sample_from_ids, until_end
+from hsd.evaluate.sampling import Sampling, choice_of, sample_from_ids, until_end
 from hsd.hindsight.context import ContextTemplate, known_words, tokenize_prompt
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
 from hsd.hindsight.teacher_prompts import TeacherPrompt
@@ -355,7 +355,7 @@ class HSDTrainer(GRPOTrainer):
     def _sampling(self, batch_size: int) -> Sampling:
         """As the rollouts are sampled."""
         longest: Any = self.max_completion_length
-        return Sampling(longest, self.args.temperature, self.args.top_p, batch_size)
+        return Sampling(longest, batch_size=batch_size, **choice_of(self.args))
 
     def _rewards_of(
         self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], ids: Sequence[Sequence[int]]

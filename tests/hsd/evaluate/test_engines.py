@@ -96,6 +96,6 @@ def test_what_vllm_is_given(folder, monkeypatch):
     assert given["llm"] == {"model": folder, "dtype": "bfloat16", "generation_config": "vllm"}
     assert given["prompts"] == [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [3]}]
     common = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 9, "stop_token_ids": [5, EOS], "detokenize": False}
-    common["stop_token_ids"] = sorted([5, EOS])
+    common |= {"stop_token_ids": sorted([5, EOS]), "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     assert given["settings"] == [common | {"seed": 100}, common | {"seed": 101}]
     assert engine.end_ids == sorted([EOS, 5])

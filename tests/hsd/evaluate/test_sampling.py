@@ -10,8 +10,9 @@ from transformers import Qwen3ForCausalLM
 
 from hsd.evaluate import Sampling, end_token_ids, sample, score, success
 from hsd.evaluate.interval import interval
-from hsd.evaluate.sampling import is_truncated
+from hsd.evaluate.sampling import choice_of, is_truncated
 from hsd.tasks import small_world
+from hsd.train.config import HSDConfig
 
 PAD, EOS = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id
 PROMPTS = [q["prompt"] for q in small_world.make_questions(3, seed=0)] + ["1+2=", "7="]
@@ -55,6 +56,12 @@ def test_a_rollout_ends_with_its_first_end_token(model):
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", float("nan")),
+        ("top_k", -1),
+        ("top_k", 1.0),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("nan")),
     ],
 )
 def test_what_cannot_be_sampled_with(name, value):
@@ -125,6 +132,35 @@ def test_top_p_and_temperature_reach_the_sampler(model):
     greedy = sample(model, TOKENIZER, PROMPTS, Sampling(8, temperature=1e-4), seed=0)
     assert sample(model, TOKENIZER, PROMPTS, Sampling(8, top_p=1e-6), seed=5) == greedy
     assert sample(model, TOKENIZER, PROMPTS, Sampling(8), seed=5) != greedy
+
+
+@pytest.mark.parametrize("choice", [{"top_k": 1}, {"min_p": 1.0}])
+def test_one_token_alone_is_the_greedy_one(model, choice):
+    greedy = sample(model, TOKENIZER, PROMPTS, Sampling(8, temperature=0), seed=0)
+    assert sample(model, TOKENIZER, PROMPTS, Sampling(8, **choice), seed=5) == greedy
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_repetition_penalty_reaches_the_sampler(model, temperature):
+    plain, penalised = (
+        sample(model, TOKENIZER, PROMPTS, Sampling(24, temperature, repetition_penalty=penalty), seed=5)
+        for penalty in (1.0, 1e6)
+    )
+
+    def repeated(rollouts):
+        return sum(len(row) - len(set(row)) for row in rollouts) / sum(map(len, rollouts))
+
+    assert repeated(penalised) < repeated(plain)
+
+
+def test_a_run_decides_how_tokens_are_chosen(tmp_path):
+    config = HSDConfig(
+        str(tmp_path), use_cpu=True, bf16=False, temperature=0.5, top_p=0.8, top_k=7, min_p=0.1, repetition_penalty=1.3
+    )
+    assert vars(Sampling(3, **choice_of(config))) == {
+        "max_new_tokens": 3, "temperature": 0.5, "top_p": 0.8, "batch_size": 128, "top_k": 7, "min_p": 0.1,
+        "repetition_penalty": 1.3,
+    }  # fmt: skip
 
 
 def test_sampling_settings_a_model_declares_do_not_count(model):
