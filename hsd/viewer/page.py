@@ -40,9 +40,12 @@ def write_page(path: Path, measurements: Mapping[str, Mapping[str, Any]], *, tit
 
 
 def read_page(path: Path) -> dict[str, dict[str, Any]]:
-    """The measurements of a page that `write_page` wrote."""
-    _, _, rest = path.read_text(encoding="utf-8").partition(DATA)
-    return json.loads(rest.partition("</script>")[0])
+    """The measurements of a page that `write_page` wrote; ValueError for another file, with its name."""
+    try:
+        _, _, rest = path.read_text(encoding="utf-8").partition(DATA)
+        return json.loads(rest.partition("</script>")[0])
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a page of hsd credit, got no data that can be read ({error})") from error
 
 
 def page(measurements: Mapping[str, Mapping[str, Any]], *, title: str, note: str) -> str:

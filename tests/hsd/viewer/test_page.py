@@ -92,6 +92,16 @@ def test_nothing_in_the_data_ends_its_element_and_nothing_is_fetched(tmp_path, t
     assert "default-src 'none'" in text
 
 
+@pytest.mark.parametrize(
+    "damage", [b"", b"<html></html>", b'<script type="application/json" id="data">{"a', b"\xff\xfe"]
+)
+def test_a_damaged_page_is_named(tmp_path, damage):
+    path = tmp_path / "credit.html"
+    path.write_bytes(damage)
+    with pytest.raises(ValueError, match=r"credit\.html: expected a page of hsd credit"):
+        read_page(path)
+
+
 def browse(tmp_path, text: str, probe: str, fragment: str = "") -> dict:
     """What ``probe``, the body of an async function run in the loaded page, returns."""
     if CHROMIUM is None:
