@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hsd.evaluate import RewardFn, Sampling, Success, end_token_ids, sample, score, success
 from hsd.hindsight.context import ContextTemplate
-from hsd.hindsight.groups import last_user_text
+from hsd.hindsight.groups import last_user_text, least_reward
 from hsd.policy.pretrained import load
 from hsd.progress import Progress
 
@@ -86,11 +86,12 @@ class Task:
 
 
 def success_of(rewards: Sequence[RewardFn], weights: Sequence[float] | None = None, least: float = 1.0) -> RewardFn:
-    """A reward function with the name of ``rewards``: 1.0 where their weighted sum reaches ``least``, else 0.0; None
-    without any verdict."""
+    """A reward function with the name of ``rewards``: 1.0 where their weighted sum reaches ``least``, but for fp32's
+    rounding as in training, else 0.0; None without any verdict."""
 
     def successes(**columns: Any) -> list[float | None]:
-        return [None if r is None else float(r >= least) for r in _weighted(rewards, weights, columns)]
+        sums = _weighted(rewards, weights, columns)
+        return [None if r is None else float(r >= least_reward(least)) for r in sums]
 
     successes.__name__ = " + ".join(getattr(reward, "__name__", "?") for reward in rewards)
     return successes

@@ -44,7 +44,7 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 from hsd.data.rows import completions_of
 from hsd.evaluate.sampling import Sampling, sample_from_ids, until_end
 from hsd.hindsight.context import ContextTemplate, known_words, tokenize_prompt
-from hsd.hindsight.groups import Member, Prompt, Rollout, members
+from hsd.hindsight.groups import Member, Prompt, Rollout, least_reward, members
 from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.methods.method import State
 from hsd.methods.state import RefreshGate, load_states, save_states
@@ -351,9 +351,10 @@ class HSDTrainer(GRPOTrainer):
         rewards = self._rewards_of(inputs, texts, rollouts)[first : first + len(inputs)]
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
-        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
-        counts = has_contexts(prompts)[:, 0].to(rewards.device) & ~rewards.isnan().all(-1)
-        return ((weighted >= self.args.success_reward) & counts).sum().item() / max(int(counts.sum()), 1)
+        weighted, unscored = self._weighted(rewards)
+        counts = has_contexts(prompts)[:, 0].to(rewards.device) & ~unscored
+        reached = torch.tensor(weighted, device=rewards.device) >= least_reward(self.args.success_reward)
+        return (reached & counts).sum().item() / max(int(counts.sum()), 1)
 
     def _sampling(self, batch_size: int) -> Sampling:
         """As the rollouts are sampled."""
@@ -436,7 +437,8 @@ class HSDTrainer(GRPOTrainer):
             inputs, mask = student_inputs(batch | {"completion_mask": kept.long()})
             logps = gather_object((self._logps(inputs, mask).sum(-1) / mask.sum(-1).clamp_min(1)).tolist())
         ids = gather_object(scored.completion_ids)
-        return [Rollout(tuple(i), reward=r, mean_logp=p) for i, r, p in zip(ids, scored.rewards, logps, strict=True)]
+        found = zip(ids, scored.rewards, logps, scored.unscored.tolist(), strict=True)
+        return [Rollout(tuple(i), reward=r, mean_logp=p, scored=not unscored) for i, r, p, unscored in found]
 
     def _score(self, batch: Mapping[str, Any]) -> RowStats | None:
         """Student and teacher (B, T) over the generation, a micro-batch at a time, without gradient."""
