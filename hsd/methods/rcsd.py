@@ -21,9 +21,10 @@ ASK = (
 
 
 def draw(view: GroupView) -> Talk:
-    if not view.settings["reason_first"]:
+    rubric = view.row["rubric"] or ""
+    if not view.settings["reason_first"] or not rubric.strip():
         return None
-    words = view.ask("ask", answer=view.group.answer, rubric=view.row["rubric"])
+    words = view.ask("ask", answer=view.group.answer, rubric=rubric)
     (reply,) = yield [Ask(words, who="teacher")]
     return Drawn(notes=dict.fromkeys(range(len(view.texts)), reply.text))
 

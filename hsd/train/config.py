@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate
+from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE, ContextTemplate, fields_of
 from hsd.hindsight.groups import Prompt
 from hsd.hindsight.peers import PEER_RULES
 from hsd.hindsight.teacher_prompts import TeacherPrompts
@@ -360,12 +360,13 @@ class HSDConfig(GRPOConfig):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The method's own settings, and two that the rollouts have. Raises ValueError for an unknown one, and for one
-        that is required."""
+        """The method's own settings, and two that the rollouts have. Raises ValueError for an unknown one, for one of
+        another kind than its default, and for one that is required."""
         own, given = self.method_spec.settings, self.method_args or {}
         for name in given:
             if name not in own:
                 raise ValueError(f"method_args: expected names among {sorted(own)}, got {name!r}")
+            _check_setting(f"method_args.{name}", own[name], given[name])
         missing = [name for name, value in own.items() if value is REQUIRED and name not in given]
         if missing:
             raise ValueError(
@@ -497,6 +498,18 @@ def _check_field(declared: Option, value: Any) -> None:
             )
     elif not _inside(value, interval):
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+
+
+def _check_setting(name: str, default: Any, value: Any) -> None:
+    """Raise ValueError unless ``value`` is of the kind of ``default``: a bool, a text, or a number (`REQUIRED` too). A
+    template has no other fields than the default's."""
+    expected = "True or False" if isinstance(default, bool) else "a text" if isinstance(default, str) else "a number"
+    kind = {"True or False": bool, "a text": str, "a number": int | float}[expected]
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    if isinstance(default, str) and (known := fields_of(name, default)):
+        if unknown := fields_of(name, value) - known:
+            raise ValueError(f"{name}: expected fields among {sorted(known)}, got {sorted(unknown)}")
 
 
 def _is_schedule(value: Any, interval: str) -> bool:
