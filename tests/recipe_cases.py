@@ -29,7 +29,7 @@ def draw(seed, *shape, scale=1.0):
 class Case:
     """A batch with everything that a method may read, and its full logits."""
 
-    def __init__(self, method, *, step=1, contexts=1, advantages=ADVANTAGES, state=None, **options):
+    def __init__(self, method, *, step=1, contexts=1, advantages=ADVANTAGES, state=None, scored=None, **options):
         self.method = METHODS[method]
         options = {"bf16": False, "use_cpu": True, "per_device_train_batch_size": B, **NUMBERS} | options
         self.config = HSDConfig("unused", method=method, **options)
@@ -47,7 +47,7 @@ class Case:
         count = torch.tensor(float(MASK.sum()))
         facts = TeacherBatch(
             SUCCESS, SHOWN, torch.full((B,), -1), (MASK * SHOWN[:, None]).sum().float(), None, None, several, count,
-            SUCCESS.float(), rates,
+            SUCCESS.float(), rates, torch.ones_like(SUCCESS) if scored is None else scored,
         )  # fmt: skip
         inputs = RolloutInputs({}, self.ids, MASK)
         batch = RolloutBatch(inputs, MASK, facts, advantages, None, {}, self.config.skip_tokens)

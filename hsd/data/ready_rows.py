@@ -17,8 +17,7 @@ def ready(raw: dict[str, Any]) -> Row:
     row |= {c: str(row[c]) for c in TEXTS if type(row.get(c)) in (int, float)}
     if isinstance(row.get("tests"), Mapping):
         row["tests"] = json.dumps(row["tests"])
-    if row["kind"] != "code" or row.get("answer"):
-        row["answer"] = accepted(row.get("answer"))
+    row["answer"] = "" if row["kind"] == "code" and not row.get("answer") else accepted(row.get("answer"))
     if isinstance(row.get("prompt"), str) and not row["prompt"].strip():
         raise Unusable("no question")
     return check_row(row)

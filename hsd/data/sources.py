@@ -134,6 +134,8 @@ def load_source(name: str, split: str | None = None, limit: int | None = None) -
     if source is None:
         known = f"one of {', '.join(SOURCES)} (or its hub name) or {PREFIX}NAME"
         raise ValueError(f"data: expected a file, {known}, got {name!r}")
+    if split and named and split != named:
+        raise ValueError(f"split: expected {named!r}, as in {name!r}, or None, got {split!r}")
     split = split or named or source.splits[0]
     if split not in source.splits:
         raise ValueError(f"data: expected a split of {key} among {', '.join(source.splits)}, got {split!r}")

@@ -157,6 +157,9 @@ def judge(
             **({} if ids is None else {"completion_ids": [list(ids[n]) for n in mine]}),
             log_extra=log_extra,
         )
+        for what, values in (("scores", scores), ("statuses", statuses)):
+            if len(values) != len(mine):
+                raise ValueError(f"rewards[{kind!r}]: expected {len(mine)} {what}, got {len(values)}")
         for n, score, status in zip(mine, scores, statuses, strict=True):
             verdicts[n] = (None if score is None or score != score else float(score), status)
     return verdicts

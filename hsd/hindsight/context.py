@@ -19,17 +19,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def _check_fields(name: str, template: str, required: set[str]) -> None:
+def fields_of(name: str, template: str) -> set[str]:
+    """The fields of a ``str.format`` template. Raises ValueError, which begins with ``name``, for a broken one."""
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"{name}: expected a str.format template, got {template!r} ({error})") from error
     # "{answer!r:>8}" is written back in full, so that it counts as another field than "{answer}".
-    fields = {
+    return {
         field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
         for _, field, spec, conversion in parsed
         if field is not None
     }
+
+
+def _check_fields(name: str, template: str, required: set[str]) -> None:
+    fields = fields_of(name, template)
     if fields - {"question"} != required:
         raise ValueError(
             f"{name}: expected exactly the fields {sorted(required)}, and question if wanted, got {sorted(fields)}"
@@ -71,7 +76,8 @@ class ContextTemplate:
         demonstration_only: Must use ``{demonstration}`` only: methods that do not show the answer.
         feedback_only: Must use ``{feedback}`` only: what the environment said about this rollout.
         parts: By kind, the wording of its ``{text}``, for contexts of other kinds than answer, demonstration and
-            feedback: one follows the other in the context's order, and `closing` ends them.
+            feedback: one follows the other in the context's order.
+        closing: Ends these parts.
 
     Raises:
         ValueError: A template lacks a field it must use, uses another one, or is not a valid format string.
@@ -97,6 +103,7 @@ class ContextTemplate:
         for kind, wording in self.parts.items():
             _check_fields(f"parts[{kind!r}]", wording, {"text"})
         _check_fields("with_peer", self.with_peer, {"answer", "demonstration"})
+        _check_fields("closing", self.closing, set())
         for kind in ("answer", "demonstration", "feedback"):
             _check_fields(f"{kind}_only", getattr(self, f"{kind}_only"), {kind})
 
@@ -154,7 +161,7 @@ class PrivilegedContext:
         prompt_ids: The token ids of the whole teacher prompt.
         kind: ``"peer"`` when a demonstration is in it, ``"answer_only"``, ``"feedback"``, ``"other"``, or
             ``"nothing"``: the student's question alone.
-        truncated: Whether the demonstration was cut, or left out altogether, to fit ``max_length``.
+        truncated: Whether a part was cut, or left out altogether, to fit ``max_length``.
     """
 
     prompt_ids: tuple[int, ...]
@@ -181,7 +188,7 @@ def build_context(
     Args:
         tokenizer: Must have a chat template when ``prompt`` is a list of messages.
         prompt: The question ``q``.
-        answer: The ground-truth answer ``a*``; braces in it are plain characters. None is not shown.
+        answer: The ground-truth answer ``a*``; braces in it are plain characters. None or a blank one is not shown.
         demonstration: Token ids of the peer ``o_i+``, or a text. None, or ids that decode to nothing but white
             space and special tokens, leave the answer, else the feedback, else nothing.
         template: The wording.
@@ -198,11 +205,10 @@ def build_context(
     """
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected a positive number of tokens or None, got {max_length}")
-    cut = {"demonstration": demonstration, "feedback": feedback}
-    shown = {kind: content for kind, content in cut.items() if content and _says_something(tokenizer, content)}
-    if answer is not None:
-        shown["answer"] = answer
-    return _fitted(tokenizer, prompt, shown, template, tuple(cut), max_length, chat_template_kwargs)
+    given = {"answer": answer, "demonstration": demonstration, "feedback": feedback}
+    context = Context(tuple((kind, content) for kind, content in given.items() if content is not None))
+    more: Any = {"max_length": max_length, "chat_template_kwargs": chat_template_kwargs}
+    return render_context(tokenizer, prompt, context, template, **more)
 
 
 def render_context(
@@ -214,18 +220,21 @@ def render_context(
     max_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PrivilegedContext:
-    """The teacher's prompt of a `Context`: `build_context` for the three kinds that it knows, else part by part.
+    """The teacher's prompt of a `Context`: in the template's own words for an answer, a demonstration and a feedback
+    alone, else part by part.
 
     Raises ValueError as `build_context` does, and for a kind that ``template.parts`` has no wording for.
     """
     question = prompt if context.question is None else context.question
-    shown = {kind: content for kind, content in context.parts if _says_something(tokenizer, content)}
-    if shown.keys() <= OWN_WORDS:
-        order: tuple[str, ...] = ("demonstration", "feedback")
-    else:
-        if unknown := sorted(shown.keys() - template.parts.keys()):
-            raise ValueError(f"parts: expected kinds among {sorted(template.parts)}, got {unknown}")
-        order = context.cut if context.cut is not None else tuple(k for k in reversed(shown) if k != "answer")
+    shown = {kind: content for kind, content in context.parts if says_something(tokenizer, content)}
+    has_own_words = shown.keys() <= OWN_WORDS
+    if not has_own_words and (unknown := sorted(shown.keys() - template.parts.keys())):
+        raise ValueError(f"parts: expected kinds among {sorted(template.parts)}, got {unknown}")
+    order = context.cut
+    if order is None and has_own_words:  # the feedback is said where the demonstration does not fit
+        order = ("demonstration", "feedback")
+    elif order is None:
+        order = tuple(kind for kind in reversed(shown) if kind != "answer")
     made = _fitted(tokenizer, question, shown, template, order, max_length, chat_template_kwargs)
     return replace(made, kind="other") if context.question is not None and made.kind == "nothing" else made
 
@@ -287,10 +296,10 @@ def _own_words(template: ContextTemplate, texts: Mapping[str, str], question: st
 
 def _words_of_parts(template: ContextTemplate, texts: Mapping[str, str], question: str) -> str:
     said = "".join(template.parts[kind].format(text=text, question=question) for kind, text in texts.items())
-    return said + template.closing if said else ""
+    return said + template.closing.format(question=question) if said else ""
 
 
-def _says_something(tokenizer: Any, content: Content) -> bool:
+def says_something(tokenizer: Any, content: Content) -> bool:
     return bool((content if isinstance(content, str) else _decode(tokenizer, content)).strip())
 
 

@@ -27,6 +27,7 @@ class Rollout:
         reward: The verifier's score ``R_i``.
         mean_logp: Mean log-probability (nats) of its tokens under the policy that sampled it. Only the
             perplexity rules of :func:`hsd.hindsight.peers.choose_peers` need it.
+        scored: Whether a verifier gave a verdict. Without one the rollout is neither a success nor a failure.
 
     Raises:
         TypeError: ``token_ids`` is not a tuple of ints, or ``reward`` or ``mean_logp`` is not a number.
@@ -36,6 +37,7 @@ class Rollout:
     token_ids: tuple[int, ...]
     reward: float
     mean_logp: float | None = None
+    scored: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.token_ids, tuple):
@@ -90,12 +92,12 @@ class Group:
     @property
     def successes(self) -> list[int]:
         """Indices of the rollouts that succeed, ascending."""
-        return [i for i, rollout in enumerate(self.rollouts) if self.accepts(rollout.reward)]
+        return [i for i, r in enumerate(self.rollouts) if r.scored and self.accepts(r.reward)]
 
     @property
     def failures(self) -> list[int]:
         """Indices of the rollouts that fail, ascending."""
-        return [i for i, rollout in enumerate(self.rollouts) if not self.accepts(rollout.reward)]
+        return [i for i, r in enumerate(self.rollouts) if r.scored and not self.accepts(r.reward)]
 
     def accepts(self, reward: float) -> bool:
         """Whether a rollout with this reward succeeds."""
@@ -104,7 +106,12 @@ class Group:
     @property
     def is_mixed(self) -> bool:
         """Whether the group holds at least one success and at least one failure."""
-        return 0 < len(self.successes) < len(self.rollouts)
+        return bool(self.successes and self.failures)
+
+    @property
+    def success_rate(self) -> float:
+        """Of the rollouts that have a verdict; 0 where none has."""
+        return len(self.successes) / max(1, len(self.successes) + len(self.failures))
 
     def success_peers(self, i: int) -> list[int]:
         """``S_i = {j != i : R_j = 1}``, ascending. Raises ValueError unless ``0 <= i < G``."""
@@ -166,7 +173,7 @@ def last_user_text(prompt: Prompt) -> str:
 
 def shown_answer(answer: Any) -> str:
     """What a teacher reads of a data set's ``answer``: the text, the first of several accepted ones, "" for None."""
-    first = answer[0] if isinstance(answer, list) else answer
+    first = next(iter(answer), None) if isinstance(answer, list) else answer
     return "" if first is None else str(first)
 
 

@@ -13,6 +13,7 @@ from hsd.hindsight.context import (
     ContextTemplate,
     PrivilegedContext,
     render_context,
+    says_something,
     without_thinking,
 )
 from hsd.hindsight.credit import divergence_position
@@ -26,14 +27,15 @@ class RolloutView:
 
     member: Member
     row: Mapping[str, Any]  # of the data set
-    peer: int | None  # index in the group; None where there is none, or the method draws none
+    peer: int | None  # index in the group; None where there is none to show, or the method draws none
     feedback: str | None  # of the environment on this very rollout
     show_answer: bool  # beside a demonstration, if it is not blank (LiveCodeBench has no answers)
     fallback: str  # without a demonstration or feedback: "answer", "solution", or nothing ("mask")
     groups: Sequence[Sequence[Rollout]] = ()  # of the whole step, over all ranks, by `Member.number`
     rng: random.Random = field(default_factory=random.Random)  # this rollout's own
     settings: Mapping[str, Any] = field(default_factory=dict)  # method_args
-    shown: Callable[[Sequence[int]], Sequence[int]] = lambda ids: ids  # of a rollout's tokens: without its thinking
+    # What a teacher is shown of a rollout's tokens: without its thinking under `strip_thinking`; none of blank ones.
+    shown: Callable[[Sequence[int]], Sequence[int]] = lambda ids: ids
     note: Any = None  # what the method's draw left for this rollout
     state: Any = None  # the method's
 
@@ -122,10 +124,13 @@ class TeacherPrompts:
         for m, row, text in zip(members, rows, feedback, strict=True):
             if self.peer_rule is not None and m.number not in drawn:
                 drawn[m.number] = choose_peers(m.group, self.peer_rule, rng=peer_rng(self.seed, step, m.number))
+            peer = drawn[m.number][m.index] if drawn else None
+            if peer is not None and not self._shown(m.group.rollouts[peer].token_ids):
+                peer = None
             view = RolloutView(
                 m,
                 row,
-                peer=drawn[m.number][m.index] if drawn else None,
+                peer=peer,
                 feedback=text,
                 show_answer=self.show_answer,
                 fallback=self.fallback,
@@ -155,7 +160,8 @@ class TeacherPrompts:
         )
 
     def _shown(self, ids: Sequence[int]) -> Sequence[int]:
-        return without_thinking(self.tokenizer, ids) if self.strip_thinking else ids
+        shown = without_thinking(self.tokenizer, ids) if self.strip_thinking else ids
+        return shown if says_something(self.tokenizer, shown) else ()
 
     def _prompt(self, view: RolloutView, context: Context) -> TeacherPrompt:
         made = self.render(view.group.prompt, context)

@@ -21,7 +21,7 @@ PROBES, BISECTIONS = 2, 5
 
 def draw(view: GroupView) -> Talk:
     rollouts = view.group.rollouts
-    steps = [line for line in view.row["solution"].splitlines() if line.strip()]
+    steps = [line for line in (view.row["solution"] or "").splitlines() if line.strip()]
     if max(r.reward for r in rollouts) > 0.0 or not steps:
         return None
 

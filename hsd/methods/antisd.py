@@ -27,9 +27,11 @@ from hsd.methods.term import Stats, Term
 
 def contexts(view: RolloutView) -> list[Context]:
     peers = other_successes(view)
-    shown = view.rollout(view.rng.choice(peers)) if peers else view.row.get("solution")
-    verdict = ("correct" if view.member.success else "incorrect") if view.settings["verdict"] else None
-    answer = view.answer if view.show_answer or not shown else None
+    shown = (view.rollout(view.rng.choice(peers)) if peers else ()) or (view.row.get("solution") or "").strip()
+    answer = view.answer if shown else view.group.answer.strip()
+    verdict = None
+    if view.settings["verdict"] and view.member.rollout.scored:
+        verdict = "correct" if view.member.success else "incorrect"
     return [Context(parts(answer=answer, demonstration=shown, verdict=verdict))] if answer or shown else []
 
 
@@ -51,5 +53,11 @@ METHOD = Method(
     scores=True,
     state=Hysteresis,
     settings={"strength": 0.5, "verdict": True},
-    defaults={"divergence_coef": 0.0, "policy_coef": 1.0, "policy_mean": "token", "reference_coef": 0.0},
+    defaults={
+        "show_answer": False,
+        "divergence_coef": 0.0,
+        "policy_coef": 1.0,
+        "policy_mean": "token",
+        "reference_coef": 0.0,
+    },
 )

@@ -16,7 +16,7 @@ from hsd.methods.method import Method
 
 
 def head(view: RolloutView, share: float) -> list[Context]:
-    segments = [line for line in view.row["solution"].splitlines() if line.strip()]
+    segments = [line for line in (view.row["solution"] or "").splitlines() if line.strip()]
     shown = parts(answer=view.answer, head="\n".join(segments[: math.floor(share * len(segments))]))
     return [Context(shown)] if shown else []
 

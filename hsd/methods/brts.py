@@ -12,11 +12,14 @@ this is the paper's form. The source's teacher is another model. Not here: the c
 its fallback to the most similar wrong text, for which a draw would have to read logits.
 """
 
+import torch
+from torch import Tensor
+
 from hsd.hindsight.context import Context
 from hsd.hindsight.teacher_prompts import RolloutView, parts
 from hsd.methods.draw import Ask, Drawn, GroupView, Reply, Row, Talk
 from hsd.methods.method import Method
-from hsd.methods.term import Term
+from hsd.methods.term import Stats, Term
 
 
 def draw(view: GroupView) -> Talk:
@@ -35,14 +38,16 @@ def contexts(view: RolloutView) -> list[Context]:
     return [Context(parts(answer=view.answer))] if view.answer else []
 
 
+def trajectory(s: Stats) -> Tensor:
+    return torch.full_like(s.kl, s.settings["trajectory_coef"])
+
+
 METHOD = Method(
     "brts",
     contexts,
     terms=(
         Term("divergence"),
-        Term(
-            "divergence", lambda s: s.settings["trajectory_coef"] + 0.0 * s.kl, 1.0, {"kind": "forward_kl"}, rows=True
-        ),
+        Term("divergence", trajectory, divergence={"kind": "forward_kl"}, rows=True),
     ),
     draw=draw,
     max_rows=1,

@@ -4,17 +4,20 @@
 
 h, the student's ``prompt``, is a conversation in which the task comes in shards; c, the column ``full_prompt`` (text or
 messages), asks it in one turn and replaces h for the teacher. Initial weights teach. The rollout is the final answer.
+Where c is blank the rollout is left out.
 
 Confidence: medium to high (second-hand). Prefixes are shared as far as the two prompts agree.
 """
 
 from hsd.hindsight.context import Context
+from hsd.hindsight.groups import last_user_text
 from hsd.hindsight.teacher_prompts import RolloutView
 from hsd.methods.method import Method
 
 
 def contexts(view: RolloutView) -> list[Context]:
-    return [Context(question=view.row["full_prompt"])]
+    full = view.row["full_prompt"]
+    return [Context(question=full)] if last_user_text(full or "").strip() else []
 
 
 METHOD = Method(

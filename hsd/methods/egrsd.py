@@ -9,7 +9,8 @@ H_t is the teacher's entropy, Hmax its maximum over the tokens of the whole gene
 reference solution (OPSD's prompt), initial weights. g is 0.3 for the paper's 4B and 1.0 for its 8B model.
 
 Confidence: high (paper; no code). Left open by it and chosen here: the running moments count every rollout since the
-start, this generation's before they are used; means over rollouts. Unmixed groups keep an advantage.
+start, this generation's before they are used; means over rollouts. Unmixed groups keep an advantage. A rollout without
+a verdict has none and does not count.
 """
 
 import torch
@@ -27,8 +28,9 @@ def on_batch(batch: Generation, moments: RunningMoments) -> dict[str, Tensor]:
     s = batch.stats
     brevity = 1.0 - s["length"] / s.settings["max_completion_length"]
     reward = s["success"] * (1.0 + s.settings["length_bonus"] * brevity)
-    moments.update(batch.rollouts(reward))
-    advantages = (reward - moments.mean) / max(moments.std, 1e-6)
+    scored = s["scored"].to(reward.dtype)
+    moments.update(batch.rollouts(reward)[batch.rollouts(scored) > 0])
+    advantages = scored * (reward - moments.mean) / max(moments.std, 1e-6)
     entropies = batch.tokens(s.table.teacher_entropy)
     most = entropies.max() if len(entropies) else torch.tensor(1.0)
     return {"advantages": advantages.squeeze(-1), "most_entropy": most.clamp_min(1.0).to(reward.device)}

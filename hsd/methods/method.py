@@ -102,9 +102,10 @@ class Method:
 def demonstrate(view: RolloutView, demonstration: Content | None, feedback: str | None = None) -> list[Context]:
     """The demonstration, else the feedback alone, else the ``fallback``; the answer where the options show it.
 
-    The feedback stays beside the demonstration: it is shown where that one says nothing or does not fit.
+    A blank text is no demonstration. The feedback stays beside the demonstration: it is shown where that one does not
+    fit.
     """
-    if demonstration is not None:
+    if demonstration.strip() if isinstance(demonstration, str) else demonstration:
         return [Context(parts(answer=view.answer, demonstration=demonstration, feedback=feedback))]
     if feedback:
         return [Context(parts(feedback=feedback))]

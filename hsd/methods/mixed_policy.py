@@ -19,8 +19,10 @@ ASK = "\n\nA solution:\n{attempt}\n\nWrite the same solution with as few words a
 
 
 def draw(view: GroupView) -> Talk:
-    best = view.shortest_success
-    some = range(len(view.texts)) if view.settings["which"] == "all" else [] if best is None else [best]
+    best, which = view.shortest_success, view.settings["which"]
+    if which not in ("success", "all"):
+        raise ValueError(f"method_args.which: expected 'success' or 'all', got {which!r}")
+    some = range(len(view.texts)) if which == "all" else [] if best is None else [best]
     if not some:
         return None
     replies = yield [Ask(view.ask("ask", attempt=view.texts[i]), who="teacher") for i in some]
@@ -34,5 +36,5 @@ METHOD = Method(
     draw=draw,
     max_rows=1,
     settings={"which": "success", "ask": ASK},
-    defaults={"teacher": "fixed", "divergence": "reverse_kl", "loss_mean": "token", "reference_coef": 0.0},
+    defaults={"teacher": "fixed", "divergence": "reverse_kl", "reference_coef": 0.0},
 )

@@ -17,7 +17,9 @@ from hsd.methods.method import Method, other_successes
 
 
 def contexts(view: RolloutView) -> list[Context]:
-    right = [view.rollout(j) for j in other_successes(view)[:2]]
+    if view.settings["failure"] not in ("always", "fallback"):
+        raise ValueError(f"method_args.failure: expected 'always' or 'fallback', got {view.settings['failure']!r}")
+    right = [shown for j in other_successes(view)[:2] if (shown := view.rollout(j))]
     wrong = [j for j in view.group.failures if j != view.i]
     shows_failure = wrong and (not right or view.settings["failure"] == "always")
     shown = parts(

@@ -17,7 +17,7 @@ from hsd.methods.method import REQUIRED, Method
 
 def draw(view: GroupView) -> Talk:
     group, text = view.group, view.row["trajectory"] or ""
-    if len(group.successes) / len(group.rollouts) > view.settings["gate"] or not text.strip():
+    if group.success_rate > view.settings["gate"] or not text.strip():
         return None
     (reply,) = yield [Ask(group.prompt, given=text, scored=True)]
     return Drawn(rollouts={len(group.rollouts) - 1: reply} if group.accepts(reply.reward) else {})

@@ -8,8 +8,7 @@ trainer does. Critiques must not give the answer away: one that does is not show
 alone are criticised. A rollout with neither is left out.
 
 Confidence: medium (paper; no public code). Full vocabulary for its top 100 and tail (``kl_top_k=100``). Not here: the
-tutor's silence while its validation gap exceeds 0.2, and its concept tags. The earliest success of a question is kept
-as a text.
+tutor's silence while its validation gap exceeds 0.2, and its concept tags.
 """
 
 from dataclasses import dataclass, field
@@ -28,9 +27,9 @@ ASK = (
 
 @dataclass
 class Successes(Saved):
-    """The first successful rollout of each question, as a text."""
+    """The tokens of the first successful rollout of each question."""
 
-    by_question: dict[str, str] = field(default_factory=dict)
+    by_question: dict[str, list[int]] = field(default_factory=dict)
 
 
 def draw(view: GroupView) -> Talk:
@@ -38,16 +37,17 @@ def draw(view: GroupView) -> Talk:
     replies = []
     if wrong:
         replies = yield [Ask(view.ask("ask", attempt=view.texts[i]), who="teacher", secret=True) for i in wrong]
-    if view.group.successes:
-        view.state.by_question.setdefault(str(view.group.prompt), view.texts[view.group.successes[0]])
-    earliest = view.state.by_question.get(str(view.group.prompt))
+    question, right = str(view.group.prompt), view.group.successes
+    if right:
+        view.state.by_question.setdefault(question, list(view.group.rollouts[right[0]].token_ids))
+    earliest = view.state.by_question.get(question)
     said = {i: r.text for i, r in zip(wrong, replies, strict=True) if not r.leaks}
     return Drawn(notes={i: (earliest, said.get(i)) for i in range(len(view.texts))})
 
 
 def contexts(view: RolloutView) -> list[Context]:
     earliest, critique = view.note or (None, None)
-    shown = parts(demonstration=earliest, critique=(critique or "").strip())
+    shown = parts(demonstration=earliest and view.shown(earliest), critique=(critique or "").strip())
     return [Context(shown, cut=("critique", "demonstration"))] if shown else []
 
 

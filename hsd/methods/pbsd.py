@@ -32,7 +32,7 @@ def loss(logps: Tensor, s: Stats) -> Tensor:
     gap = ((logps - s.teacher_logps) * s["mask"]).sum(-1, keepdim=True)
     better = s["slot"] == 0
     value = -logsigmoid(s.settings["beta"] * (gap[better] - gap[~better]))
-    # Half of it on each of the two rows of a pair, each a mean over its own tokens, and twice over all rows.
+    # The pair's loss on every token of both its rows: the mean over a row's tokens and then over rows is that of pairs.
     both = logps.new_zeros(better.shape).masked_scatter(better, value)
     return both.masked_scatter(~better, value).expand(logps.shape)
 

@@ -3,7 +3,8 @@
     L = GRPO + mean over the groups without a success of -1/|y*| sum_t w_t log p(y*_t | x)
     w_t = sqrt(p(y*_t | x) p(y*_t | x, plan)) / its mean over y*        # no gradient
 
-y* is the column ``solution``, and the plan is what the policy writes from it. In groups with a success this is GRPO.
+y* is the column ``solution``, and the plan is what the policy writes from it. In groups with a success, and where the
+solution is blank, this is GRPO.
 
 Confidence: low to medium (second-hand): exponent and normalisation of the weight are not published, so it bears its own
 name; the geometric mean and the division by the mean are ours.
@@ -22,9 +23,9 @@ ASK = "\n\nA reference solution:\n{solution}\n\nWrite a short plan that leads to
 
 
 def draw(view: GroupView) -> Talk:
-    if view.group.successes:
+    solution = view.row["solution"] or ""
+    if view.group.successes or not solution.strip():
         return None
-    solution = view.row["solution"]
     (reply,) = yield [Ask(view.ask("ask", solution=solution), secret=True)]
     plan = (Context(parts(plan=reply.text)),) if reply.text.strip() else ()
     return Drawn(rows={0: [Row(solution, plan)]})

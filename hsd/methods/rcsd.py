@@ -5,8 +5,8 @@
 T is 1.2 on both sides; q reads question, answer, the column ``rubric`` and the analysis that the initial policy writes
 of it, once a question. G is 1 in the source, 4,096 tokens, lr 5e-6. Initial weights teach.
 
-Confidence: high (code). ``reason_first`` is on in its script. Its option that masks the thinking tokens is
-``skip_tokens`` or a mask of the user's here.
+Confidence: high (code). ``reason_first`` is on in its script. Not here: its option that masks the thinking tokens.
+Where the rubric is blank the teacher reads the answer alone.
 """
 
 from hsd.hindsight.context import Context
@@ -21,9 +21,10 @@ ASK = (
 
 
 def draw(view: GroupView) -> Talk:
-    if not view.settings["reason_first"]:
+    rubric = view.row["rubric"] or ""
+    if not view.settings["reason_first"] or not rubric.strip():
         return None
-    words = view.ask("ask", answer=view.group.answer, rubric=view.row["rubric"])
+    words = view.ask("ask", answer=view.group.answer, rubric=rubric)
     (reply,) = yield [Ask(words, who="teacher")]
     return Drawn(notes=dict.fromkeys(range(len(view.texts)), reply.text))
 

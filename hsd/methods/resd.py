@@ -5,7 +5,7 @@
 
 The student's top 100 and a tail are the buckets. q reads playbook, the rollout as an attempt, feedback, the reflection
 that the policy writes on it, and the question's last success. G is 1 in the source, EMA 1e-4, lr 1e-6, 4 updates a
-batch. The playbook has 120 lines at most and is condensed every 4 steps, here by keeping those that were helpful last.
+batch. Of more than 120 lines the playbook loses the oldest; the source condenses it. Without a verdict w is 0.
 
 Confidence: high (code). Conflict: the weights are on in two of its runs and off in the others (``weighted``); reverse
 KL on its harder tasks. Ours: the wordings, and that a reflection's last line enters the playbook, once, after a success
@@ -31,29 +31,29 @@ def draw(view: GroupView) -> Talk:
     replies = yield [Ask(view.ask("ask", attempt=text, feedback=said or ""), secret=True) for text, said in words]
     told = [reply.text.strip() if not reply.leaks else "" for reply in replies]
     book = "\n".join(memory.lines)
-    notes = {i: (book, view.texts[i], told[i], memory.successes.get(question)) for i in range(len(told))}
+    notes = {i: (book, told[i], memory.successes.get(question)) for i in range(len(told))}
     if group.successes:
         memory.prove(question, int(view.settings["playbook"]))
-        memory.successes[question] = view.texts[group.successes[0]]
+        memory.successes[question] = list(group.rollouts[group.successes[0]].token_ids)
     elif lessons := [text.splitlines()[-1] for text in told if text]:
         memory.lessons[question] = lessons[0]
     return Drawn(notes=notes)
 
 
 def contexts(view: RolloutView) -> list[Context]:
-    book, attempt, reflection, success = view.note or ("", "", "", None)
-    said = parts(feedback=view.feedback, reflection=reflection, demonstration=success)
-    shown = (*parts(playbook=book, attempt=attempt), *said)
+    book, reflection, success = view.note or ("", "", None)
+    said = parts(feedback=view.feedback, reflection=reflection, demonstration=success and view.shown(success))
+    shown = (*parts(playbook=book, attempt=view.rollout(view.i)), *said)
     return [Context(shown, cut=("attempt", "playbook", "demonstration", "feedback"))] if said or book else []
 
 
 def on_batch(batch: Generation, memory: Playbook) -> dict[str, Tensor]:
-    success = batch.stats["success"].float()
-    everywhere = batch.rollouts(success)
-    s = everywhere.mean().clamp(1.0 / len(everywhere), 1.0 - 1.0 / len(everywhere))
+    success, scored = (batch.stats[name].float() for name in ("success", "scored"))
+    judged = batch.rollouts(success)[batch.rollouts(scored) > 0]
+    s = judged.mean().clamp(edge := 1.0 / max(2, len(judged)), 1.0 - edge)
     weigh = lambda x: torch.where(x > 0, 1.0 - s, s)  # noqa: E731
-    weight = weigh(success) / weigh(everywhere).mean() if batch.stats.settings["weighted"] else torch.ones_like(success)
-    return {"weight": weight.squeeze(-1)}
+    weight = torch.where(scored > 0, weigh(success) / weigh(judged).mean(), 0.0)
+    return {"weight": (weight if batch.stats.settings["weighted"] else torch.ones_like(success)).squeeze(-1)}
 
 
 METHOD = Method(

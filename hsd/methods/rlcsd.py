@@ -5,7 +5,8 @@
     L   = the clipped surrogate with A_t
 
 Confidence: low. Our sources are second-hand: they say that the gap of a wrong context is subtracted, not which text it
-has. A failed peer in the words of a success is our choice. A rollout without both kinds of peers keeps A.
+has. A failed peer in the words of a success is our choice. A rollout keeps A without both kinds of
+peers, and where one of the two drawn is blank.
 """
 
 import torch
@@ -21,9 +22,8 @@ from hsd.methods.term import Stats, Term, d_of
 def contexts(view: RolloutView) -> list[Context]:
     right = other_successes(view)
     wrong = [j for j in view.group.failures if j != view.i]
-    if not right or not wrong:
-        return []
-    return [Context(parts(demonstration=view.rollout(view.rng.choice(some)))) for some in (right, wrong)]
+    shown = [view.rollout(view.rng.choice(some)) for some in (right, wrong) if some]
+    return [Context(parts(demonstration=one)) for one in shown] if len(shown) == 2 and all(shown) else []
 
 
 def advantages(s: Stats) -> Tensor:

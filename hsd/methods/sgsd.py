@@ -28,7 +28,10 @@ HINTS, CLIP, SILENT = 8, 3.0, 0.05
 
 
 def contexts(view: RolloutView) -> list[Context]:
-    return [Context(parts(hint=text)) for text in view.row["hints"][:HINTS] if text.strip()]
+    hints = view.row["hints"] or []
+    if not isinstance(hints, list) or not all(isinstance(text, str) for text in hints):
+        raise TypeError(f"hints: expected a list of texts, got {hints!r:.200}")
+    return [Context(parts(hint=text)) for text in hints[:HINTS] if text.strip()]
 
 
 def loss(logps: Tensor, s: Stats) -> Tensor:
@@ -36,7 +39,7 @@ def loss(logps: Tensor, s: Stats) -> Tensor:
     for k, rows in enumerate(s.contexts):
         there = s[f"has_context_{k}"].to(logps.dtype)  # a rollout may have fewer hints
         score = (d_of(rows).clamp(-CLIP, CLIP) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1.0)
-        sign = score.sign() * (score.abs() > SILENT) * torch.where(s["reward"] > 0, 1.0, -1.0) * there
+        sign = score.sign() * (score.abs() > SILENT) * torch.where(s["reward"] > 0, 1.0, -1.0) * s["scored"] * there
         assert rows.teacher_logps is not None
         d = rows.teacher_logps - logps
         total = total + sign * (math.log(2.0) - softplus(-0.5 * d.square()))

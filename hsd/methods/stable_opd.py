@@ -3,8 +3,8 @@
     A_t = D_t,  S: the clipped surrogate with A_t, mean over tokens
     L   = S + lambda x mean over questions of -1/|y*| sum_t log p(y*_t | x)  +  beta KL(p || initial) on the rollouts
 
-y* is the column ``solution``, one extra row a question. lambda is ``method_args.gold`` and beta ``reference_coef``,
-which the source does not publish; 64 questions x 4 rollouts, T 1, lr 1e-6.
+y* is the column ``solution``, one extra row a question that has it. lambda is ``method_args.gold`` and beta
+``reference_coef``, which the source does not publish; 64 questions x 4 rollouts, T 1, lr 1e-6.
 
 Confidence: medium (second-hand, detailed). The source's teacher is another model; here it is OPSD's, initial weights
 and the solution in the prompt. Its alarms: ``completions/clipped_ratio``, and ``hsd/compression`` of ``diagnostics``.
@@ -19,8 +19,9 @@ from hsd.methods.term import Stats, Term
 
 
 def draw(view: GroupView) -> Talk:
-    return Drawn(rows={0: [Row(view.row["solution"])]})
-    yield []
+    yield from ()
+    solution = view.row["solution"] or ""
+    return Drawn(rows={0: [Row(solution)]} if solution.strip() else {})
 
 
 def gold(logps: Tensor, s: Stats) -> Tensor:

@@ -52,7 +52,9 @@ class RunningMoments(Saved):
     squares: float = 0.0  # sum of squared distances from the mean
 
     def update(self, values: Tensor) -> None:
-        """``values`` (N,): Chan's update by a batch."""
+        """``values`` (N,): Chan's update by a batch; none change nothing."""
+        if not len(values):
+            return
         n, mean = float(len(values)), values.double().mean().item()
         total, gap = self.count + n, mean - self.mean
         self.squares += (values.double() - mean).square().sum().item() + gap * gap * self.count * n / total
@@ -94,12 +96,13 @@ class Playbook(Saved):
 
     lines: list[str] = field(default_factory=list)
     lessons: dict[str, str] = field(default_factory=dict)  # by question, not yet proven
-    successes: dict[str, str] = field(default_factory=dict)  # the last one's text, by question
+    successes: dict[str, list[int]] = field(default_factory=dict)  # the last one's tokens, by question
 
     def prove(self, question: str, most: int) -> None:
         lesson = self.lessons.pop(question, "")
         if lesson:
-            self.lines = [*(line for line in self.lines if line != lesson), lesson][-most:]
+            lines = [*(line for line in self.lines if line != lesson), lesson]
+            self.lines = lines[max(0, len(lines) - most) :]
 
 
 @dataclass

@@ -4,7 +4,7 @@ others.
     L = 1/|tokens| sum_{i,t} KL(q || p),  q shown a critique of rollout i, written from it and the reference solution
 
 The writer copies right steps verbatim and rewrites the wrong and the missing ones only. G is 1 in the source, the
-weights initial, T 1.1 on both sides. A rollout whose critique is empty is left out.
+weights initial, T 1.1 on both sides. A rollout whose critique or solution is blank is left out.
 
 Confidence: medium to high (second-hand, a structured summary). Conflict: D(p || q) is printed and the prose says
 forward KL; ``divergence="reverse_kl"`` is the other. The source's critic is another model (32 B, greedy): ``writer_fn``
@@ -23,8 +23,10 @@ ASK = (
 
 
 def draw(view: GroupView) -> Talk:
-    asks = [Ask(view.ask("ask", solution=view.row["solution"], attempt=text), who="teacher") for text in view.texts]
-    replies = yield asks
+    solution = view.row["solution"] or ""
+    if not solution.strip():
+        return None
+    replies = yield [Ask(view.ask("ask", solution=solution, attempt=text), who="teacher") for text in view.texts]
     return Drawn(notes={i: reply.text for i, reply in enumerate(replies)})
 
 

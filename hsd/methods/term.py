@@ -39,9 +39,9 @@ class Stats:
     divergence's weight is asked chunk by chunk, and there every tensor but a number is (C,), a token each.
     Of tokens without a teacher (masked, or no context) the teacher's columns are 0, and so is D.
 
-    ``stats[name]`` is a column: "advantages", "reward", "success", "has_context" (and "has_context_0", ... where there
-    are several), "length", "group_success" (the group's success rate), "tau" (-1 for none), "position", "mask", and
-    what `Method.on_batch` returned.
+    ``stats[name]`` is a column: "advantages", "reward", "scored" (whether the rollout has a verdict), "success",
+    "has_context" (and "has_context_0", ... where there are several), "length", "group_success" (the group's success
+    rate), "tau" (-1 for none), "position", "mask", and what `Method.on_batch` returned.
     """
 
     rows: RowStats | None  # student and the teacher of the first context, at kl_temperature
@@ -66,7 +66,7 @@ class Stats:
 
     @property
     def kl(self) -> Tensor:
-        """The divergence of the configuration."""
+        """The divergence of the configuration, or, in a divergence's weight, of that term."""
         return self.table.kl
 
     @property

@@ -13,6 +13,8 @@ which is ``writer_fn``). Conflict: which side's top 100; the full vocabulary her
 """
 
 import re
+from collections import Counter
+from itertools import accumulate
 
 from hsd.hindsight.context import Context
 from hsd.hindsight.teacher_prompts import RolloutView, parts
@@ -29,28 +31,27 @@ ASK = (
 
 
 def draw(view: GroupView) -> Talk:
-    settings, answer = view.settings, view.group.answer
-    kinds = ["key" if i in view.group.successes else "error" for i in range(len(view.texts))]
-    steps, asks = [step_of_tokens(view.pieces(i), settings["separator"]) for i in range(len(kinds))], []
-    for kind, text in zip(kinds, view.texts, strict=True):
-        said = enumerate(text.split(settings["separator"]))
-        numbered = "".join(settings["step"].format(n=n, step=step) for n, step in said)
-        asks.append(Ask(view.ask("ask", answer=answer, attempt=numbered, kind=kind)))
-    replies = yield asks
+    settings, group, asks, end = view.settings, view.group, [], view.settings["separator"]
+    kinds = {i: "key" if i in group.successes else "error" for i, r in enumerate(group.rollouts) if r.scored}
+    for i, kind in kinds.items():
+        numbered = "".join(settings["step"].format(n=n, step=step) for n, step in enumerate(view.texts[i].split(end)))
+        asks.append(Ask(view.ask("ask", answer=group.answer, attempt=numbered, kind=kind)))
+    replies = (yield asks) if asks else []
     marks: dict[str, dict[int, list[float]]] = {"key": {}, "error": {}}
-    for i, (reply, of_tokens) in enumerate(zip(replies, steps, strict=True)):
-        span, most = set(), settings["most"] * len(of_tokens)
-        for n in map(int, re.findall(r"\d+", reply.text)):
-            if sum(step in {*span, n} for step in of_tokens) <= most:
+    for (i, kind), reply in zip(kinds.items(), replies, strict=True):
+        of_tokens = step_of_tokens(view.pieces(i), end)
+        size, span = Counter(of_tokens), set()
+        for n in map(int, re.findall(r"(?<!\d)\d{1,9}(?!\d)", reply.text)):  # int refuses 4,300 digits
+            if n in size and sum(size[step] for step in {*span, n}) <= settings["most"] * len(of_tokens):
                 span.add(n)
-        if any(step in span for step in of_tokens):
-            marks[kinds[i]][i] = [float(step in span) for step in of_tokens]
+        if span:
+            marks[kind][i] = [float(step in span) for step in of_tokens]
     return Drawn(notes={i: kinds[i] for found in marks.values() for i in found}, marks=marks)
 
 
 def step_of_tokens(pieces: list[str], separator: str) -> list[int]:
     """The number of the step that each token belongs to; a separator ends its own step."""
-    return [sum(piece.count(separator) for piece in pieces[:t]) for t in range(len(pieces))]
+    return [0, *accumulate(piece.count(separator) for piece in pieces)][: len(pieces)]
 
 
 def contexts(view: RolloutView) -> list[Context]:

@@ -121,7 +121,7 @@ def load_rewards(names: str | list[str] | None) -> list[Callable[..., Any]]:
 
 def _reward(name: str) -> Callable[..., Any]:
     module, colon, function = name.partition(":")
-    if colon:
+    if module and colon:
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         try:

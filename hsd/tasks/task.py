@@ -45,8 +45,7 @@ class Task:
         credit_questions: number of held-out questions whose credit is measured.
         reward_weights: one for each reward function; None is 1 each.
         success_reward: a rollout whose weighted reward reaches this is a success.
-        threads: of torch, where OMP_NUM_THREADS says nothing. On a model this small two wait for each other: beside
-            other work 100 steps of the small demo took 235 CPU seconds with two and 33 with one.
+        threads: of torch, where OMP_NUM_THREADS says nothing. Those of a small model wait for each other.
     """
 
     title: str
@@ -86,8 +85,8 @@ class Task:
 
 
 def success_of(rewards: Sequence[RewardFn], weights: Sequence[float] | None = None, least: float = 1.0) -> RewardFn:
-    """A reward function with the name of ``rewards``: 1.0 where their weighted sum reaches ``least``, else 0.0; None
-    without any verdict."""
+    """A reward function with the name of ``rewards``: 1.0 where their weighted sum reaches ``least``, but for fp32's
+    rounding as in training, else 0.0; None without any verdict."""
 
     def successes(**columns: Any) -> list[float | None]:
         return [None if r is None else float(r >= least_success(least)) for r in _weighted(rewards, weights, columns)]
@@ -119,7 +118,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(task: Task, policy: Policy, seed: int, progress: Progress | None = None) -> Evaluation:
-    """``policy`` on the questions of `Task.evaluated`, ``eval_samples`` rollouts each."""
+    """``policy`` on the questions of `Task.evaluated`, ``eval_samples`` rollouts each.
+
+    A rollout without any verdict is no success.
+    """
     asked = [q for q in task.evaluated for _ in range(task.eval_samples)]
     rollouts = sample(*policy, [q["prompt"] for q in asked], task.sampling, seed=seed, progress=progress)
     rewards = score(policy.tokenizer, asked, rollouts, task.reward)
@@ -128,4 +130,5 @@ def evaluate(task: Task, policy: Policy, seed: int, progress: Progress | None = 
         {"question": last_user_text(q["prompt"]), "answer": q["answer"], "reply": text, "reward": reward}
         for q, text, reward in zip(asked, texts, rewards, strict=True)
     ]
-    return Evaluation(success(rewards, rollouts, task.eval_samples, end_token_ids(*policy)), replies)
+    reached = [float(reward is not None and reward >= least_success(task.success_reward)) for reward in rewards]
+    return Evaluation(success(reached, rollouts, task.eval_samples, end_token_ids(*policy)), replies)

@@ -38,6 +38,7 @@ class TeacherBatch:
     policy_tokens_per_micro_batch: Tensor | None = None  # (), also of rollouts without a context
     reward: Tensor | None = None  # (B,)
     group_success: Tensor | None = None  # (B,), the success rate of its group
+    scored: Tensor | None = None  # (B,) bool, whether it has a verdict
 
     def pack(self) -> dict[str, Tensor]:
         """The entries of TRL's dictionary, which `unpack` finds again."""
@@ -136,7 +137,7 @@ class RolloutBatch:
         t = self.teacher
         found = {"advantages": self.advantages.float(), "success": t.success, "length": self.loss_mask.sum(-1)}
         given = {"has_context": t.has_context, "tau": t.divergence_position, "reward": t.reward}
-        given["group_success"] = t.group_success
+        given |= {"group_success": t.group_success, "scored": t.scored}
         found |= {name: value for name, value in given.items() if value is not None} | dict(self.own)
         if t.context_weights is not None:
             found |= {f"has_context_{k}": column for k, column in enumerate(t.context_weights.unbind(1))}
@@ -206,7 +207,8 @@ def facts_of(
         success,
         policy_tokens_per_micro_batch=scored.clamp_min(1.0) / steps,
         reward=torch.tensor([m.rollout.reward for m in mine], device=mask.device),
-        group_success=torch.tensor([len(m.group.successes) / len(m.group.rollouts) for m in mine], device=mask.device),
+        group_success=torch.tensor([m.group.success_rate for m in mine], device=mask.device),
+        scored=torch.tensor([m.rollout.scored for m in mine], device=mask.device),
     )
     if prompts is None:
         return facts

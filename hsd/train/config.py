@@ -21,7 +21,18 @@ from hsd.methods import METHODS, Method
 from hsd.methods.method import REQUIRED
 from hsd.methods.term import Schedule, scheduled
 from hsd.train.callbacks import steps_of_a_generation
-from hsd.train.options import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, Option, check, declared, option
+from hsd.train.options import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FINITE,
+    SHARE,
+    Option,
+    check,
+    check_setting,
+    declared,
+    option,
+)
 from hsd.train.update import Objective
 from hsd_kernels import Divergence
 from hsd_kernels.rows import IMPLS
@@ -367,12 +378,13 @@ class HSDConfig(GRPOConfig):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The method's own settings, and two that the rollouts have. Raises ValueError for an unknown one, and for one
-        that is required."""
+        """The method's own settings, and two that the rollouts have. Raises ValueError for an unknown one, for one of
+        another kind than its default, and for one that is required."""
         own, given = self.method_spec.settings, self.method_args or {}
         for name in given:
             if name not in own:
                 raise ValueError(f"method_args: expected names among {sorted(own)}, got {name!r}")
+            check_setting(f"method_args.{name}", own[name], given[name])
         missing = [name for name, value in own.items() if value is REQUIRED and name not in given]
         if missing:
             raise ValueError(

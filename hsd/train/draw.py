@@ -156,7 +156,8 @@ def run(
     assert draw is not None
     rows = writer.gather([{k: v for k, v in row.items() if k != "completion"} for row in rows])
     ids, feedback = writer.gather(scored.completion_ids), writer.gather(scored.feedback)
-    rollouts = [Rollout(tuple(i), reward=r) for i, r in zip(ids, scored.rewards, strict=True)]
+    found = zip(ids, scored.rewards, scored.unscored.tolist(), strict=True)
+    rollouts = [Rollout(tuple(i), reward=r, scored=not unscored) for i, r, unscored in found]
     everyone = members(rows, rollouts, first=0, group_size=size, success_reward=args.success_reward)
     texts = writer.tokenizer.batch_decode(ids, skip_special_tokens=True)
     views = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from hsd.hindsight.context import fields_of
 from hsd.methods.term import Schedule
 
 SHARE, AT_LEAST_0, ABOVE_0, AT_LEAST_1, FINITE = "(0, 1]", "[0, inf)", "(0, inf)", "[1, inf)", "(-inf, inf)"
@@ -55,6 +56,18 @@ def check(of: Option, value: Any) -> None:
             )
     elif not _inside(value, of.interval):
         raise ValueError(f"{of.name}: expected a number in {of.interval}, got {value!r}")
+
+
+def check_setting(name: str, default: Any, value: Any) -> None:
+    """Raise ValueError unless ``value`` is of the kind of ``default``: a bool, a text, or a number (`REQUIRED` too). A
+    template has no other fields than the default's."""
+    expected = "True or False" if isinstance(default, bool) else "a text" if isinstance(default, str) else "a number"
+    kind = {"True or False": bool, "a text": str, "a number": int | float}[expected]
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    if isinstance(default, str) and (known := fields_of(name, default)):
+        if unknown := fields_of(name, value) - known:
+            raise ValueError(f"{name}: expected fields among {sorted(known)}, got {sorted(unknown)}")
 
 
 def _is_schedule(value: Any, interval: str) -> bool:

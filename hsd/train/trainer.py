@@ -441,7 +441,8 @@ class HSDTrainer(GRPOTrainer):
             inputs, mask = student_inputs(batch | {"completion_mask": kept.long()})
             logps = gather_object((self._logps(inputs, mask).sum(-1) / mask.sum(-1).clamp_min(1)).tolist())
         ids = gather_object(scored.completion_ids)
-        return [Rollout(tuple(i), reward=r, mean_logp=p) for i, r, p in zip(ids, scored.rewards, logps, strict=True)]
+        found = zip(ids, scored.rewards, logps, scored.unscored.tolist(), strict=True)
+        return [Rollout(tuple(i), reward=r, mean_logp=p, scored=not unscored) for i, r, p, unscored in found]
 
     def _score(self, batch: Mapping[str, Any]) -> RowStats | None:
         """Student and teacher (B, T) over the generation, a micro-batch at a time, without gradient."""

@@ -251,10 +251,13 @@ def test_a_question_has_the_instruction_once():
 def test_ready_rows_and_their_checks():
     row = converted({"prompt": "1+1=", "answer": "2", "mine": 3})
     assert row == {"prompt": "1+1=", "answer": "2", "mine": 3, "kind": "math"}
-    assert converted({"prompt": "f", "answer": "", "tests": "{}"})["kind"] == "code"
+    for answer, expected in (("", ""), (None, ""), ([], ""), ("x", "x")):  # a program's may be missing
+        row = converted({"prompt": "f", "answer": answer, "tests": "{}"})
+        assert (row["kind"], row["answer"]) == ("code", expected)
     for change, error, message in (
         ({"answer": {"a": 2}}, TypeError, "answer: expected a string"),
         ({"answer": "", "kind": "math"}, Unusable, "no answer"),
+        ({"answer": None}, Unusable, "no answer"),
         ({"prompt": " "}, Unusable, "no question"),
         ({"tests": ["x"]}, TypeError, "tests: expected a string"),
         ({"prompt": [{"role": "assistant", "content": "x"}]}, TypeError, "prompt: expected"),
@@ -359,6 +362,8 @@ def test_files_and_errors(tmp_path):
             load(name)
     with pytest.raises(ValueError, match="split: expected None for a file"):
         load(str(path), "train")
+    with pytest.raises(ValueError, match=r"^split: expected 'train', as in 'gsm8k:train', or None, got 'test'"):
+        load("gsm8k:train", "test")
     with pytest.raises(ValueError, match="limit"):
         load(str(path), limit=0)
 
@@ -398,6 +403,7 @@ def test_hub_names(monkeypatch, tmp_path):
     assert load_source("GSM8K").name == "openai/gsm8k main test"
     assert load_source("openai/gsm8k:train").name == load_source("gsm8k", "train").name == "openai/gsm8k main train"
     assert asked == [("openai/gsm8k", "main", "test")] + 2 * [("openai/gsm8k", "main", "train")]
+    assert load_source("gsm8k:train", "train").name == "openai/gsm8k main train"
     asked.clear()
     assert len(load("math")) == 7  # subjects
     assert asked[0] == ("EleutherAI/hendrycks_math", "algebra", "test")

@@ -17,7 +17,7 @@ from hsd.cli.__main__ import main
 from hsd.data import load
 from hsd.data.rows import read_jsonl, write_jsonl
 from hsd.data.sources import Loaded
-from hsd.evaluate.benchmark import Request, evaluate
+from hsd.evaluate.benchmark import Request, evaluate, judge
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.sampling import Sampling
 from hsd.evaluate.table import markdown
@@ -207,6 +207,13 @@ def test_each_kind_has_its_verifier(tmp_path):
     assert result["pass@1"] == pytest.approx(1 / 3) and result["statuses"] == {}
     with pytest.raises(ValueError, match=r"expected a function for the kinds \['code'\]"):
         run(tmp_path / "b", data=data)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_reward_function_scores_each_sample(tmp_path, count):
+    with pytest.raises(ValueError, match=rf"^rewards\['math'\]: expected 2 scores, got {count}$"):
+        judge(ROWS[:2], ["1", "2"], {"math": lambda **columns: [1.0] * count})
+    assert judge(ROWS[:2], ["1", "2"], {"math": lambda **columns: [1.0] * 2}) == [(1.0, None)] * 2
 
 
 def test_greedy_has_one_sample(tmp_path):

@@ -312,6 +312,23 @@ def test_what_must_not_be_cut_is_named(tokenizer):
         ContextTemplate(" [{answer}|{demonstration}]", " [{answer}]", parts={"a": "{answer}"})
 
 
+@pytest.mark.parametrize("parts", [(("demonstration", "abcdef"),), (("demonstration", "abcdef"), ("verdict", "ok"))])
+def test_what_must_not_be_cut_is_the_contexts_to_say_in_any_words(parts, tokenizer):
+    """Also where the template has words of its own for all that is shown."""
+    limit = len(rendered(tokenizer, Context(parts)).prompt_ids) - 1
+    assert rendered(tokenizer, Context(parts, cut=("demonstration",)), max_length=limit).truncated
+    with pytest.raises(ValueError, match=r"^max_length: expected at least"):
+        rendered(tokenizer, Context(parts, cut=()), max_length=limit)
+
+
+def test_a_blank_answer_is_not_shown(tokenizer):
+    for answer in (None, "", " "):
+        assert build_context(tokenizer, TEXT, answer, None, SHORT).kind == "nothing"
+        assert build_context(tokenizer, TEXT, answer, "d", SHORT).prompt_ids == tokenize_prompt(
+            tokenizer, TEXT + SHORT.demonstration_only.format(demonstration="d")
+        )
+
+
 def test_another_question_replaces_the_students(tokenizer):
     made = rendered(tokenizer, Context(question="3 plus 4?"))
     assert (text_of(tokenizer, made.prompt_ids), made.kind) == ("<s>3 plus 4?", "other")
@@ -342,7 +359,7 @@ def test_a_rollout_without_its_thinking(text, left, tokenizer):
 def test_a_template_may_ask_the_question_again(tokenizer):
     again = "{answer} {demonstration} {question}"
     template = ContextTemplate(again, "{answer} {question}", "{demonstration} {question}", "{feedback} {question}")
-    template = replace(template, parts={"hint": "{text} {question}"}, closing="")
+    template = replace(template, parts={"hint": "{text} {question}"}, closing=" {question}!")
     for prompt in ("a b", [{"role": "system", "content": "x"}, {"role": "user", "content": "a b"}]):
 
         def said(*shown, prompt=prompt, **more):
@@ -354,4 +371,6 @@ def test_a_template_may_ask_the_question_again(tokenizer):
         assert "d a b" in said(None, "d")
         assert "f a b" in said(None, None, feedback="f")
         shown = render_context(tokenizer, prompt, Context((("hint", "h"),)), template)
-        assert "h a b" in tokenizer.decode(shown.prompt_ids, skip_special_tokens=True)
+        assert "h a b a b!" in tokenizer.decode(shown.prompt_ids, skip_special_tokens=True)
+    with pytest.raises(ValueError, match=r"^closing: expected exactly the fields \[\], and question if wanted"):
+        replace(template, closing="{answer}")

@@ -89,7 +89,8 @@ def test_group_errors(fields: dict[str, Any], error: type[Exception], message: s
 
 
 @pytest.mark.parametrize(
-    ("answer", "shown"), [("7", "7"), (None, ""), (7, "7"), (["7", "seven"], "7"), ([""], ""), ("[7, 8]", "[7, 8]")]
+    ("answer", "shown"),
+    [("7", "7"), (None, ""), (7, "7"), (["7", "seven"], "7"), ([""], ""), ([], ""), ("[7, 8]", "[7, 8]")],
 )
 def test_a_teacher_reads_the_first_of_several_accepted_answers(answer, shown):
     rollouts = [Rollout((1,), 0.0), Rollout((2,), 1.0)]

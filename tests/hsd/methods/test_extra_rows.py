@@ -23,6 +23,10 @@ from recipe_cases import (
 )
 from torch.nn.functional import logsigmoid
 
+from hsd.methods import METHODS
+from hsd.methods.method import Generation
+from hsd.methods.state import Playbook
+from hsd.methods.term import Stats
 from hsd.policy.forward import FrozenStates, Prompts, RolloutInputs
 from hsd.train.batch import PackedRows, RolloutBatch, unpack
 from hsd.train.micro_batch import MicroBatchLoss, States
@@ -209,22 +213,32 @@ def test_resd():
 
 @pytest.mark.parametrize("success", [0.0, 1.0])
 def test_resds_weights_are_1_on_average_and_in_unmixed_batches(success):
-    from hsd.methods import METHODS
-    from hsd.methods.method import Generation
-    from hsd.methods.term import Stats
-
     for flags, mixed in ((torch.full((4, 1), success), False), (torch.tensor([[1.0], [1.0], [1.0], [0.0]]), True)):
-        stats = Stats(None, {"success": flags}, {"weighted": True})
+        stats = Stats(None, {"success": flags, "scored": torch.ones(4, 1)}, {"weighted": True})
         weight = METHODS["resd"].on_batch(Generation(stats, lambda x: x), None)["weight"]
         assert weight.mean().item() == pytest.approx(1.0)
         assert mixed or weight.tolist() == pytest.approx([1.0] * 4)
 
 
-def test_a_lesson_is_proven_once_and_the_book_is_short():
-    from hsd.methods.state import Playbook
+@pytest.mark.parametrize(
+    ("success", "scored", "expected"),
+    [
+        ([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]),  # s = 1/2 of the two that have a verdict
+        ([1, 0, 0, 0], [1, 1, 1, 0], [1.5, 0.75, 0.75, 0]),
+        ([0, 0], [1, 0], [1, 0]),  # one alone
+        ([0, 0], [0, 0], [0, 0]),
+    ],
+)
+def test_resd_leaves_rollouts_without_a_verdict_out(success, scored, expected):
+    columns = {"success": torch.tensor(success)[:, None] > 0, "scored": torch.tensor(scored)[:, None] > 0}
+    generation = Generation(Stats(None, columns, {"weighted": True}), lambda x: x)
+    assert METHODS["resd"].on_batch(generation, None)["weight"].tolist() == pytest.approx(expected)
 
-    book = Playbook()
+
+def test_a_lesson_is_proven_once_and_the_book_is_short():
+    book, none = Playbook(), Playbook()
     for n in range(4):
-        book.lessons["q"] = f"lesson {n}"
-        book.prove("q", 3), book.prove("q", 3)
-    assert book.lines == ["lesson 1", "lesson 2", "lesson 3"] and not book.lessons
+        for a, most in ((book, 3), (none, 0)):
+            a.lessons["q"] = f"lesson {n}"
+            a.prove("q", most), a.prove("q", most)
+    assert book.lines == ["lesson 1", "lesson 2", "lesson 3"] and not book.lessons and not none.lines

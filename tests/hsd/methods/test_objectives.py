@@ -31,11 +31,6 @@ class Recorder(HSDTrainer):
         return self.batch
 
 
-def first_of_eight(completion_ids, **kwargs):
-    """One success: it has no peer, nor has anybody in the other group."""
-    return [float(i == 0) for i in range(len(completion_ids))]
-
-
 def trainer_of(tmp_path, reward=half, **options):
     feedback = options.pop("feedback_fn", None)
     return Recorder(
@@ -151,19 +146,21 @@ def test_hsd_beside_the_grpo_advantage(options, tmp_path):
     )
 
 
+def the_first_that_says_something(completions, **kwargs):
+    """One success: it has no peer, nor has anybody in the other group."""
+    first = next(i for i, text in enumerate(completions) if text.strip())
+    return [float(i == first) for i in range(len(completions))]
+
+
 def test_no_fallback_leaves_rollouts_without_a_peer_out(tmp_path):
-    trainer = trainer_of(tmp_path, reward=first_of_eight, fallback="mask", reference_coef=0.0)
+    trainer = trainer_of(tmp_path, reward=the_first_that_says_something, fallback="mask", reference_coef=0.0)
     check(trainer, lambda p, q, b, m, *_: over_none(forward_kl(p, q), m, b["has_context"]))
-    assert trainer.batch["has_context"].tolist() == [False, True, True, True, False, False, False, False]
+    (success,) = [i for i, found in enumerate(trainer.batch["success"].tolist()) if found]
+    assert trainer.batch["has_context"].tolist() == [i // 4 == success // 4 and i != success for i in range(8)]
 
 
 def test_the_solution_stands_in_for_a_peer(tmp_path):
     """A rollout with a peer is shown it as before; the others are shown the data's solution as its demonstration."""
-
-    def the_first_that_says_something(completions, **kwargs):
-        first = next(i for i, text in enumerate(completions) if text.strip())
-        return [float(i == first) for i in range(len(completions))]
-
     trainer = trainer_of(tmp_path, reward=the_first_that_says_something, fallback="solution", reference_coef=0.0)
     trainer.train()
     batch = trainer.batch

@@ -140,6 +140,9 @@ def test_reward_functions_by_name_and_by_path(tmp_path, monkeypatch):
         load_rewards("nubmer")
     with pytest.raises(ValueError, match=r"reward: expected a module .*, got 'no_such_module:f' \(No module named"):
         load_rewards("no_such_module:f")
+    for name in (":f", ":"):
+        with pytest.raises(ValueError, match=f"reward: expected one of .*, got '{name}'"):
+            load_rewards(name)
     with pytest.raises(ValueError, match=r"reward: expected at least one function, got \[\]"):
         load_rewards([])
 

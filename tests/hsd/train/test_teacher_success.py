@@ -53,6 +53,16 @@ def test_without_a_context_nothing_is_measured(tmp_path):
     assert "hsd/teacher_success" not in row(trainer)
 
 
+@pytest.mark.parametrize(("reward", "share"), [(0.99999994, 1.0), (0.9999, 0.0)])
+def test_a_success_is_what_the_rollouts_one_is(reward, share, tmp_path):
+    """But for fp32's rounding, as in `Group.accepts`."""
+    constant = lambda completion_ids, **kwargs: [reward] * len(completion_ids)  # noqa: E731
+    trainer = make(qwen3(), tmp_path, reward=constant, teacher_success_every=1)
+    trainer.train()
+    (logs,) = (row for row in trainer.state.log_history if "loss" in row)
+    assert logs["hsd/teacher_success"] == logs["hsd/success_rate"] == share
+
+
 def test_it_changes_nothing_else_about_a_run(tmp_path):
     with_it, without = (logged(tmp_path / str(e), teacher_success_every=e, max_steps=2) for e in (1, None))
     same = lambda r: {k: v for k, v in r.items() if "time" not in k and k != "hsd/teacher_success"}  # noqa: E731

@@ -43,6 +43,16 @@ def test_a_rollout_without_a_verdict_is_no_success_at_any_threshold(tmp_path):
     assert trainer.state.log_history[0]["hsd/failing_with_peer"] == 0.0
 
 
+@pytest.mark.parametrize("unsure", [None, 0.0])
+def test_only_a_verdict_gives_an_advantage_of_the_methods_own(unsure, tmp_path):
+    """EGRSD's advantages are not GRPO's, in which the trainer leaves such a rollout out."""
+    reward = lambda completion_ids, **_: [unsure if i == 1 else float(i % 2) for i in range(len(completion_ids))]  # noqa: E731
+    (batch,) = run(tmp_path, reward, method="egrsd", prefix_sharing="none").batches
+    assert batch["scored"].tolist() == [i != 1 or unsure is not None for i in range(8)]
+    assert ((batch["advantages"] != 0) == batch["scored"]).all()
+    assert batch["group_success"][0].item() == pytest.approx(1 / 3 if unsure is None else 1 / 4)
+
+
 @pytest.mark.parametrize("verdict", [None, 0.0])
 def test_what_was_not_measured_is_in_no_log_and_no_file(verdict, tmp_path):
     trainer = run(tmp_path, every_other(verdict, verdict))
