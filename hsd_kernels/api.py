@@ -9,18 +9,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hsd_kernels.checks import check_head_shape, check_hidden_shape, check_no_tangent, check_operand, check_per_token
-from hsd_kernels.divergence import DIVERGENCES, Divergence
+from hsd_kernels.checks import (
+    REDUCTIONS,
+    check_head_shape,
+    check_hidden_shape,
+    check_not_transformed,
+    check_operand,
+    check_per_token,
+    check_range,
+    check_reference,
+)
+from hsd_kernels.divergence import DIVERGENCES, Divergence, RowSpec
 from hsd_kernels.driver import TokenWeightFn
 from hsd_kernels.head import Head, as_head
-from hsd_kernels.op_support import autocast_to
+from hsd_kernels.op_support import autocast_to, wants, wide_dtype
 from hsd_kernels.ops import Options, Tensors, call, lend_hook
 from hsd_kernels.row_stats import RowStats
 from hsd_kernels.rows import IMPLS
-from hsd_kernels.values import check_choice, check_not_negative, check_positive
+from hsd_kernels.values import check_choice, check_positive
 from hsd_kernels.vocab_filter import FILTER_AUTO
-
-REDUCTIONS = ("none", "sum", "mean")
 
 
 class HSDKLOutput(NamedTuple):
@@ -125,6 +132,9 @@ def fused_hsd_kl(
     teacher_head = None if teacher_head is None else as_head("teacher_head", teacher_head, head)
     reference_head = None if reference_head is None else as_head("reference_head", reference_head, head)
     divergence = _divergence(divergence)
+    if process_group is not None and not hasattr(process_group, "group_name"):
+        got = f"{process_group!r} ({type(process_group).__name__})"
+        raise TypeError(f"process_group: expected a ProcessGroup of which this rank is a member or None, got {got}")
     if process_group is not None and divergence.top_k is not None:
         raise ValueError(f"divergence: expected no top_k with a sharded vocabulary, got {divergence}")
     tensors = Tensors(
@@ -149,27 +159,21 @@ def fused_hsd_kl(
     check_choice("impl", impl, IMPLS)
     check_positive("num_items", num_items, optional=True)
     check_positive("memory_bytes", memory_bytes, optional=True, integer=True)
-    check_not_negative("reference_coef", reference_coef)
-    if reference_coef > 0.0 if reference_hidden is None else reference_coef == 0.0:
-        expected = "a tensor with reference_coef > 0, None without"
-        got = "None" if reference_hidden is None else "a tensor"
-        raise ValueError(f"reference_hidden: expected {expected}, got {got} and reference_coef={reference_coef}")
+    check_reference("reference_hidden", reference_hidden, reference_coef)
     _check_logits_dtype(logits_dtype, tensors)
     if token_weight_fn is not None and not callable(token_weight_fn):
         raise TypeError(f"token_weight_fn: expected a callable or None, got {type(token_weight_fn).__name__}")
     student = tensors.student_hidden
     check_per_token("target_ids", target_ids, student, "student_hidden", integers=True)
     check_per_token("token_weights", token_weights, student, "student_hidden")
-    check_no_tangent("fused_hsd_kl", *tensors, token_weights)
+    check_not_transformed("fused_hsd_kl", *tensors, token_weights)
+    check_range("divergence.temperature", RowSpec(divergence, head.logit_scale, head.softcap), student)
 
     shape = student.shape[:-1]
     tokens = math.prod(shape)  # not numel(): it would make a dynamic number of tokens a constant for torch.export
 
     def flat(hidden: Tensor) -> Tensor:
         return hidden if hidden.dim() == 2 else hidden.reshape(tokens, hidden.shape[-1])
-
-    def wanted(t: Tensor | None) -> bool:
-        return torch.is_grad_enabled() and t is not None and t.requires_grad
 
     tensors = tensors._replace(
         student_hidden=flat(student),
@@ -191,9 +195,9 @@ def fused_hsd_kl(
             reduction=reduction,
             num_items=num_items,
             hook=hook,
-            train_hidden=wanted(tensors.student_hidden),
-            train_weight=wanted(tensors.weight),
-            train_bias=wanted(tensors.bias),
+            train_hidden=wants(tensors.student_hidden),
+            train_weight=wants(tensors.weight),
+            train_bias=wants(tensors.bias),
         )
         out = call(tensors, divergence, options)
     loss = out.loss.reshape(shape) if reduction == "none" else out.loss
@@ -221,12 +225,11 @@ def _divergence(given: Any) -> Divergence:
 
 
 def _filter_eps(given: Any) -> float | None:
-    if given is None or given == "auto":
+    if given is None or (isinstance(given, str) and given == "auto"):
         return None if given is None else FILTER_AUTO
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise TypeError(f"filter_eps: expected None, 'auto' or a number, got {given!r}")
-    if not (0.0 < float(given) < math.inf):
-        raise ValueError(f"filter_eps: expected a finite number > 0, got {given}")
+    check_positive("filter_eps", given)
     return float(given)
 
 
@@ -247,17 +250,15 @@ def _check_tensors(t: Tensors, sharded: bool) -> None:
     for name, operand in given.items():
         if operand is not None or name == "teacher_hidden":
             check_operand(name, operand, student, "student_hidden", trained=name.startswith("head"))
-    check_head_shape("head", t.weight, t.bias)
+    check_head_shape("head", t.weight, t.bias, is_part=sharded)
     vocab, dim = t.weight.shape
-    if vocab == 0 and not sharded:
-        raise ValueError(f"head.weight: expected shape (V, D) with V > 0, got {tuple(t.weight.shape)}")
     check_hidden_shape("student_hidden", student, dim)
     for side, hidden, weight, bias in (
         ("teacher", t.teacher_hidden, t.teacher_weight, t.teacher_bias),
         ("reference", t.reference_hidden, t.reference_weight, t.reference_bias),
     ):
         if weight is not None:
-            check_head_shape(f"{side}_head", weight, bias, vocab)
+            check_head_shape(f"{side}_head", weight, bias, vocab, sharded)
         if hidden is not None:
             check_hidden_shape(f"{side}_hidden", hidden, dim if weight is None else weight.shape[1], student.shape[:-1])
         elif weight is not None:
@@ -266,10 +267,11 @@ def _check_tensors(t: Tensors, sharded: bool) -> None:
 
 def _check_logits_dtype(logits_dtype: Any, t: Tensors) -> None:
     student = t.student_hidden
-    if logits_dtype is None or logits_dtype == (torch.float64 if student.dtype == torch.float64 else torch.float32):
+    wide = wide_dtype(student)
+    if logits_dtype in (None, wide):
         return
     if logits_dtype != torch.bfloat16:
-        raise ValueError(f"logits_dtype: expected None, torch.float32 or torch.bfloat16, got {logits_dtype}")
+        raise ValueError(f"logits_dtype: expected None, {wide} or torch.bfloat16, got {logits_dtype}")
     if student.dtype != torch.bfloat16:
         raise ValueError(f"logits_dtype: expected torch.bfloat16 for bf16 inputs only, got it for {student.dtype}")
     for name, other in (("teacher_head", t.teacher_weight), ("reference_hidden", t.reference_hidden)):

@@ -116,23 +116,18 @@ def _compile(variant: Variant, arch: int) -> Line:
     parts, slots = one_read.slices(VOCABULARY, config.block_v)
     constants: dict[str, Any] = {
         "DIVERGENCE": rows.DIVERGENCES.index(variant.divergence),
-        "HAS_BIAS": variant.bias,
-        "HAS_TEACHER_BIAS": variant.bias,
-        "HAS_TARGET": True,
         "HAS_SOFTCAP": variant.softcap,
-        "HAS_CLIP": variant.clip,
-        "HAS_FLOOR": variant.floor,
         "LINEAR": variant.logits == "bf16",
         "NONNEGATIVE": variant.clip and variant.bias,  # in one variant of each kernel that clips
-        "HAS_SCALE": variant.softcap,
         "WAITS": True,
         "PARTS": parts,
         "SLOTS": slots,
         "LANES": config.lanes(2 if variant.logits == "bf16" else 4),
         "BLOCK_V": config.block_v,
     }
-    if not variant.bias:
-        constants |= {"bias_ptr": None, "teacher_bias_ptr": None}
+    given = {"bias_ptr": variant.bias, "teacher_bias_ptr": variant.bias, "in_scale": variant.softcap}
+    given |= {"clip": variant.clip, "log_floor": variant.floor}
+    constants |= {name: None for name, is_given in given.items() if not is_given}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: _argument_type(name, variant) for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")

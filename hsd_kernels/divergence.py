@@ -91,6 +91,8 @@ class Divergence:
         check_choice("divergence.top_of", self.top_of, SIDES)
         check_choice("divergence.rest", self.rest, RESTS)
         check_positive("divergence.floor", self.floor, optional=True)
+        if self.floor is not None and self.floor > 1e38:  # fp32 has no larger probabilities
+            raise ValueError(f"divergence.floor: expected at most 1e38, got {self.floor}")
 
     @property
     def is_nonnegative(self) -> bool:
@@ -103,8 +105,8 @@ class Divergence:
         return self.kind == "jsd" or self.clip is not None or self.floor is not None
 
     @property
-    def log_floor(self) -> float:
-        return 0.0 if self.floor is None else math.log(self.floor)
+    def log_floor(self) -> float | None:
+        return None if self.floor is None else math.log(self.floor)
 
     def resolved(self) -> Divergence:
         """beta = 0 is the forward KL and beta = 1 the reverse KL, as in GKD: the raw formula would vanish there."""

@@ -46,11 +46,15 @@ class Problem:
     teacher: Side
     rows_impl: ModuleType
     reference: Side | None = None
-    reference_coef: float = 0.0
+    reference_coef: float | Tensor = 0.0  # or (T,)
     target_ids: Tensor | None = None
     filter_eps: float | None = None
     memory_bytes: int | None = None
     shards: Shards | None = None  # of the vocabulary, over a process group
+
+    @property
+    def tokens(self) -> int:
+        return self.student_hidden.shape[0]
 
     @property
     def wide(self) -> torch.dtype:
@@ -66,7 +70,6 @@ class Result:
     """Sums over rows of weight * (factor * divergence + coef * reference KL) and its gradients; gradients not wanted
     are None. ``filtered`` (2,) is the L1 mass of dz that the filter left out, and all of it."""
 
-    tokens: int
     factor: Tensor | None  # (T,) what the hook returned, None without one
     grad_weight: Tensor | None
     grad_bias: Tensor | None
@@ -78,22 +81,6 @@ class Result:
     @property
     def gradients(self) -> Gradients:
         return Gradients(self.grad_hidden, self.grad_weight, self.grad_bias)
-
-    def put(self, name: str, at: slice | Tensor, value: Tensor) -> None:
-        """``value`` for the token positions ``at`` of ``stats`` or ``reference_stats`` (..., T), or of ``grad_hidden``
-        (T, D): the tensor itself where it is for all of them."""
-        axis = 0 if name == "grad_hidden" else 1
-        if value.shape[axis] == self.tokens:
-            setattr(self, name, value)
-            return
-        if getattr(self, name) is None:
-            shape = (self.tokens, *value.shape[1:]) if axis == 0 else (*value.shape[:-1], self.tokens)
-            setattr(self, name, value.new_zeros(shape))
-        held = getattr(self, name)
-        if axis == 0:
-            held[at] = value
-        else:
-            held[:, at] = value
 
 
 def run(
@@ -175,7 +162,7 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
 
 
 def _buffer(p: Problem, sides: list[Side], rows: Tensor, weights: Tensor, here: slice) -> _Buffer:
-    at = here if rows.numel() == p.student_hidden.shape[0] else rows[here]  # all tokens: views instead of copies
+    at = here if rows.numel() == p.tokens else rows[here]  # all tokens: views instead of copies
     hidden = [side.hidden[at] if isinstance(at, Tensor) else rows_of(side.hidden, at) for side in sides]
     silent = [_silent(p, side, hidden[0], h) for side, h in zip(sides[1:], hidden[1:], strict=True)]
     target_ids = strange = None
@@ -210,9 +197,11 @@ def _chunk(
     if callable(factor):
         assert out.factor is not None
         stats = _statistics(p, p.teacher, b, here, x[0], x[1], silent, None, None)
-        out.factor[at] = _hook_weights(factor, stats)
+        table = stats.stack()  # before the hook, which may write on what it is shown
+        out.factor[at] = _hook_weights(factor, stats._replace(rows=stats.rows.clone()))
         ready = (weights * out.factor[at]).masked_fill(silent, 0.0)
         if dz is not None:
+            stats = RowStats.unstack(table, stats.rows, with_targets=b.target_ids is not None)
             given = (x[0], x[1], p.teacher.spec, p.head.bias, p.teacher.head.bias, stats, ready, dz)
             row_backends.passes(p.rows_impl, x[0].shape[1], p.teacher.spec).gradient_(*given)
     else:
@@ -221,15 +210,16 @@ def _chunk(
             out.factor[at] = factor[at]
             weights = weights * factor[at]
         ready = weights.masked_fill(silent, 0.0)
-        stats = _statistics(p, p.teacher, b, here, x[0], x[1], silent, ready, dz)
-    out.put("stats", at, stats.stack())
+        table = _statistics(p, p.teacher, b, here, x[0], x[1], silent, ready, dz).stack()
+    out.stats = _placed(out.stats, at, table, p.tokens, 1)
     largest = ready if p.filter_eps is None and factor is None else ready.abs()
     if p.reference is not None:
         silent = rows_of(b.silent[1], here)
-        ready = (rows_of(b.weights, here) * p.reference_coef).masked_fill(silent, 0.0)
+        coef = p.reference_coef[at] if isinstance(p.reference_coef, Tensor) else p.reference_coef
+        ready = (rows_of(b.weights, here) * coef).masked_fill(silent, 0.0)
         part = None if space.reference_dz is None else rows_of(space.reference_dz, slice(0, n))
         stats = _statistics(p, p.reference, b, here, x[0], x[2], silent, ready, part)
-        out.put("reference_stats", at, stats.stack())
+        out.reference_stats = _placed(out.reference_stats, at, stats.stack(), p.tokens, 1)
         largest = torch.maximum(largest, ready.abs())
         if dz is not None and part is not None:
             dz += part
@@ -330,22 +320,33 @@ def _backward_gemms(
         active = active_columns(dz, p.filter_eps, largest.amax(), p.student_hidden.dtype)
         out.filtered += torch.stack([active.dropped, active.total]).to(out.filtered)
         columns = active.columns
-    if columns is None:
-        if wanted.hidden:
-            out.put("grad_hidden", at, gemm.backproject(dz, weight, _hidden_dtype(p)))
-        if out.grad_weight is not None:
-            gemm.accumulate_(out.grad_weight, dz, h_s, first)
-        return
-    dz, shape = take_columns_(dz, columns), (columns.numel(), weight.shape[1])
+    shape = weight.shape
+    if columns is not None:
+        dz, shape = take_columns_(dz, columns), (columns.numel(), weight.shape[1])
     if wanted.hidden:
-        weight = torch.index_select(weight, 0, columns, out=_within(spare, shape, weight.dtype))
-        out.put("grad_hidden", at, gemm.backproject(dz, weight, _hidden_dtype(p)))
-    if out.grad_weight is not None:
-        part = _within(spare, shape, out.grad_weight.dtype)
-        gemm.accumulate_(part, dz, h_s, first=True)
-        if first:
-            out.grad_weight.zero_()
-        out.grad_weight.index_add_(0, columns, part)
+        if columns is not None:
+            weight = torch.index_select(weight, 0, columns, out=_within(spare, shape, weight.dtype))
+        out.grad_hidden = _placed(out.grad_hidden, at, gemm.backproject(dz, weight, _hidden_dtype(p)), p.tokens, 0)
+    if out.grad_weight is None:
+        return
+    if columns is None:
+        gemm.accumulate_(out.grad_weight, dz, h_s, first)
+        return
+    part = _within(spare, shape, out.grad_weight.dtype)
+    gemm.accumulate_(part, dz, h_s, first=True)
+    if first:
+        out.grad_weight.zero_()
+    out.grad_weight.index_add_(0, columns, part)
+
+
+def _placed(held: Tensor | None, at: slice | Tensor, value: Tensor, tokens: int, axis: int) -> Tensor:
+    """``held`` with ``value`` at the token positions ``at`` of ``axis``; ``value`` itself where that is all of them."""
+    if value.shape[axis] == tokens:
+        return value
+    if held is None:
+        held = value.new_zeros([tokens if i == axis else n for i, n in enumerate(value.shape)])
+    held[(slice(None),) * axis + (at,)] = value
+    return held
 
 
 def _within(spare: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -359,11 +360,10 @@ def _within(spare: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 
 
 def _empty_result(p: Problem, wanted: Wanted, has_factor: bool, rows: int, size: memory.Sizes) -> Result:
-    tokens, weight, like = p.student_hidden.shape[0], p.head.weight, p.student_hidden
+    weight, like = p.head.weight, p.student_hidden
     head = like.dtype if size.buffer >= rows and gemm.sums_narrow(weight) else p.wide
     return Result(
-        tokens=tokens,
-        factor=like.new_ones(tokens, dtype=p.wide) if has_factor else None,
+        factor=like.new_ones(p.tokens, dtype=p.wide) if has_factor else None,
         grad_weight=like.new_empty(weight.shape, dtype=head) if wanted.weight else None,
         grad_bias=like.new_zeros(weight.shape[0], dtype=p.wide) if wanted.bias else None,
         filtered=like.new_zeros(2, dtype=p.wide),
@@ -378,7 +378,7 @@ def _hidden_dtype(p: Problem) -> torch.dtype:
 
 
 def _filled_with_zeros(p: Problem, out: Result, wanted: Wanted) -> Result:
-    out.stats = p.student_hidden.new_zeros(len(COLUMNS), out.tokens, dtype=p.wide)
+    out.stats = p.student_hidden.new_zeros(len(COLUMNS), p.tokens, dtype=p.wide)
     out.reference_stats = None if p.reference is None else out.stats.clone()
     if wanted.hidden:
         out.grad_hidden = p.student_hidden.new_zeros(p.student_hidden.shape, dtype=_hidden_dtype(p))
@@ -407,7 +407,7 @@ def _sizes(p: Problem, sides: int, rows: int, wanted: Wanted) -> memory.Sizes:
 
 def _hook_weights(token_weight_fn: TokenWeightFn, stats: RowStats) -> Tensor:
     w = token_weight_fn(stats)
-    if not isinstance(w, Tensor) or w.shape != stats.kl.shape:
-        got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
-        raise ValueError(f"token_weight_fn: expected a tensor of shape {tuple(stats.kl.shape)}, got {got}")
+    if not isinstance(w, Tensor) or w.shape != stats.kl.shape or w.is_complex():
+        got = f"{w.dtype} of shape {tuple(w.shape)}" if isinstance(w, Tensor) else type(w).__name__
+        raise ValueError(f"token_weight_fn: expected real numbers of shape {tuple(stats.kl.shape)}, got {got}")
     return w.detach().to(stats.kl)

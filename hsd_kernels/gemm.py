@@ -197,6 +197,8 @@ def _mkl_routine() -> Callable[..., None] | None:
     matrix = [pointer, integer]
     routine.argtypes = [integer] * 6 + [real, *matrix, *matrix, real, *matrix]
     routine.restype = None
-    a, b, out = torch.tensor([[2.0, 3.0]]).bfloat16(), torch.tensor([[5.0], [7.0]]).bfloat16(), torch.ones(1, 1)
+    # Whatever torch's default dtype and device are: the routine gets addresses.
+    a, b = (torch.tensor(x, dtype=torch.bfloat16, device="cpu") for x in ([[2.0, 3.0]], [[5.0], [7.0]]))
+    out = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     routine(_ROW_MAJOR, _NO_TRANS, _NO_TRANS, 1, 1, 2, 1.0, a.data_ptr(), 2, b.data_ptr(), 1, 1.0, out.data_ptr(), 1)
     return routine if out.item() == 32.0 else None

@@ -101,11 +101,11 @@ def borrowed(
     except IndexError:
         memory = None
     if memory is None or memory.numel() < size:
-        memory = torch.empty(size, dtype=torch.uint8)
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def over(start: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         place = (start // dtype.itemsize, (rows, columns), (stride, 1))
-        return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), *place)  # pyright: ignore
+        return torch.empty(0, dtype=dtype, device="cpu").set_(memory.untyped_storage(), *place)  # pyright: ignore
 
     found: list[Tensor | None] = []
     start = 0

@@ -37,7 +37,7 @@ SCHEMAS = (
     "facts() -> (int, int, bool, bool)",
     # out: the COLUMNS of hsd_kernels/row_stats.py. The log-probs of a target outside the vocabulary are NaN.
     f"statistics(Tensor(a!) out, {_ROWS}, Tensor? target_ids, *, {_FORM}, {_RUN}) -> ()",
-    # out may lie over x_student or x_teacher: element 0 of a row on element 0, and no wider.
+    # out lies apart from the logits.
     f"gradient(Tensor(a!) out, {_ROWS}, Tensor student_top, Tensor teacher_top, "
     "Tensor student_log_sum, Tensor teacher_log_sum, Tensor grad_sum, Tensor weights, *, "
     f"{_FORM}, float chain, {_RUN}) -> ()",

@@ -1,15 +1,12 @@
-"""What the operators share: live rows, stored gradients and their upstream, and what their backward refuses."""
+"""What the operators and their loops share: gradients, live rows, dtypes."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Gradients(NamedTuple):
@@ -61,13 +58,9 @@ def stored_fake(tensors: Gradients, wanted: Wanted) -> tuple[Tensor, Tensor, Ten
     return like(tensors.hidden, wanted.hidden), like(tensors.weight, wanted.weight), like(tensors.bias, wanted.bias)
 
 
-def finished(made: Gradients, wanted: Wanted, finish: Callable[[Tensor], Tensor]) -> Gradients:
-    """``finish`` of the gradients that are wanted, None for the others."""
-
-    def of(g: Tensor | None, asked: bool) -> Tensor | None:
-        return finish(g) if asked and g is not None else None
-
-    return Gradients(of(made.hidden, wanted.hidden), of(made.weight, wanted.weight), of(made.bias, wanted.bias))
+def wants(t: Tensor | None) -> bool:
+    """Whether ``t`` gets a gradient."""
+    return torch.is_grad_enabled() and t is not None and t.requires_grad
 
 
 def live_rows(token_weights: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,11 +88,6 @@ def checked_targets(ids: Tensor, rows: Tensor, vocab: int | None) -> Tensor:
     return ids
 
 
-def savable(t: Tensor | None) -> Tensor | None:
-    """A teacher that was made under `torch.inference_mode` cannot be saved for a backward: its copy can."""
-    return t.clone() if t is not None and t.is_inference() else t
-
-
 def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t.to(dtype)``, without a call where it is: a small problem is bound by its calls."""
     return t if t.dtype == dtype else t.to(dtype)
@@ -125,56 +113,6 @@ def autocast_to(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(kind)
     low = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in (first, *others))
-
-
-def register_autograd(
-    library: torch.library.Library,
-    name: str,
-    setup_context: Callable[..., None],
-    backward: Callable[..., tuple[Any, ...]],
-) -> None:
-    """`torch.library.register_autograd` of an operator of this package, with the same functions: its own looks each
-    argument up in the schema, 0.7 ms a call of thirty arguments (tests count the calls of a small problem)."""
-    op = getattr(torch.ops.hsd_kernels, name)
-
-    def below(given: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():  # pyright: ignore
-            return op(*tensors, **given)
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, given: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore
-            out = below(given, *tensors)
-            setup_context(ctx, tensors, given, out)
-            return out
-
-        @staticmethod
-        def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore
-            return (None, *backward(ctx, *upstream))
-
-    def differentiable(*tensors: Tensor | None, **given: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return Function.apply(given, *tensors)  # pyright: ignore
-        return below(given, *tensors)
-
-    library.impl(name, differentiable, "Autograd")
-
-
-def first_order_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A backward that refuses ``create_graph=True`` by name: what it returned would be taken for a constant."""
-
-    def wrap(backward: Callable[..., Any]) -> Callable[..., Any]:
-        once = once_differentiable(backward)
-
-        @functools.wraps(backward)
-        def checked(ctx: Any, *upstream: Any) -> Any:
-            if torch.is_grad_enabled():
-                raise RuntimeError(f"{name}: expected create_graph=False, got True; it has no second derivative")
-            return once(ctx, *upstream)
-
-        return checked
-
-    return wrap
 
 
 def rows_of(x: Tensor, here: slice) -> Tensor:

@@ -1,46 +1,25 @@
-"""The two custom operators behind `fused_hsd_kl`: schema, fake, autograd. The gradient is made in the forward.
-
-``fused_hsd_kl`` returns the loss, the statistics and, as outputs of their own, the gradients that are wanted, scaled
-and in their storage dtype: the backward multiplies them by the upstream gradient. A per-token loss has an upstream
-gradient per row. That can rescale finished rows of dH, but not dW, which is a sum over rows: when the head is trained
-the backward runs the chunks again with the upstream gradient as weights, ``fused_hsd_kl_backward`` (6U instead of 4U).
-"""
+"""The operators behind `fused_hsd_kl` and what they compute. A per-token loss of a trained head is 6U instead of 4U,
+U = 2 N D V: its backward runs the chunks again (`hsd_kernels.registration`)."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from hsd_kernels import rows as row_backends
 from hsd_kernels.divergence import Divergence, RowSpec
 from hsd_kernels.driver import Problem, Side, TokenWeightFn, run
 from hsd_kernels.head import Head
-from hsd_kernels.op_support import (
-    NOTHING,
-    Gradients,
-    Wanted,
-    checked_targets,
-    finished,
-    first_order_only,
-    live_rows,
-    register_autograd,
-    savable,
-    stored,
-    stored_fake,
-    times,
-    wide_dtype,
-)
+from hsd_kernels.op_support import checked_targets, live_rows, stored, times
+from hsd_kernels.registration import Trained, register
 from hsd_kernels.row_stats import COLUMNS
-from hsd_kernels.schema import Packer, option_arguments, tensor_arguments
-from hsd_kernels.upstream import times_upstream
+from hsd_kernels.schema import Packer
 from hsd_kernels.vocab_parallel import Shards
 
 
@@ -61,7 +40,7 @@ class Tensors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Trained):
     """Beside the fields of `Divergence`, the operators' keyword-only arguments."""
 
     logit_scale: float
@@ -79,20 +58,6 @@ class Options:
     train_weight: bool
     train_bias: bool
 
-    @property
-    def wanted(self) -> Wanted:
-        return Wanted(self.train_hidden, self.train_weight, self.train_bias)
-
-    @property
-    def reruns(self) -> bool:
-        """Whether the backward makes the gradients, by running the chunks again."""
-        return self.reduction == "none" and (self.train_weight or self.train_bias)
-
-    @property
-    def made(self) -> Wanted:
-        """What the forward makes."""
-        return NOTHING if self.reruns else self.wanted
-
 
 class Outputs(NamedTuple):
     loss: Tensor  # () or (T,)
@@ -106,10 +71,6 @@ class Outputs(NamedTuple):
 
 
 _DIVERGENCE, _OPTIONS = Packer(Divergence), Packer(Options)
-_arguments = f"{tensor_arguments(Tensors)}, *, {option_arguments(Divergence, Options)}"
-_library = torch.library.Library("hsd_kernels", "DEF")
-_library.define(f"fused_hsd_kl({_arguments}) -> ({tensor_arguments(Outputs)})")
-_library.define(f"fused_hsd_kl_backward({_arguments}) -> ({tensor_arguments(Gradients).replace('?', '')})")
 
 # fp16 holds 6e-5 to 65,504 with all its bits, and most of dz is smaller than 6e-5: a power of two moves it up before
 # the products and leaves room for token weights, and 1 / temperature, that multiply to 1,000.
@@ -148,9 +109,7 @@ def _forward(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
     if t.target_ids is not None:
         target_ids = checked_targets(t.target_ids, rows, t.weight.shape[0] if o.group_name is None else None)
     problem = _problem(t, _DIVERGENCE.unpack(given), o, target_ids, rows.numel())
-    scale = 1.0
-    if o.reduction == "mean":
-        scale = 1.0 / (max(rows.numel(), 1) if o.num_items is None else o.num_items)
+    scale = o.scale(rows.numel())
     # Scaled before the GEMMs rather than in a pass over dW after them.
     before = _FP16_ROOM if t.student_hidden.dtype == torch.float16 else scale
     ones = t.token_weights is None and not o.hook
@@ -184,21 +143,16 @@ def _backward(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
     rows = (t.token_weights != 0).any(0).nonzero().squeeze(-1)
     of_teacher, of_reference = t.token_weights.unbind(0)
     weights, factor = of_teacher[rows], None
-    if o.reference_coef:
-        weights = of_reference[rows] / o.reference_coef
-        factor = torch.where(of_reference == 0, 0.0, of_teacher / of_reference * o.reference_coef)
     problem = _problem(t, _DIVERGENCE.unpack(given), o, None, rows.numel())
+    if o.reference_coef:
+        weights, factor = torch.ones_like(weights), of_teacher
+        problem = replace(problem, reference_coef=of_reference)
     room = _FP16_ROOM if t.student_hidden.dtype == torch.float16 else 1.0
     return stored(run(problem, rows, weights * room, factor, o.wanted).gradients, t.student_hidden, 1.0 / room)
 
 
-def _forward_fake(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
-    t, o = Tensors(*tensors), _OPTIONS.unpack(given)
+def _fake(t: Tensors, o: Options, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     tokens = t.student_hidden.shape[0]
-
-    def empty(*shape: Any) -> Tensor:
-        return t.student_hidden.new_empty(shape, dtype=wide_dtype(t.student_hidden))
-
     table = (len(COLUMNS), tokens)
     return (
         empty(tokens) if o.reduction == "none" else empty(),
@@ -206,78 +160,20 @@ def _forward_fake(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
         empty(0) if t.reference_hidden is None else empty(*table),
         empty(2, tokens) if o.reduction == "none" else empty(0),
         empty(2),
-        *stored_fake(Gradients(t.student_hidden, t.weight, t.bias), o.made),
     )
 
 
-def _backward_fake(*tensors: Tensor, **given: Any) -> tuple[Tensor, ...]:
-    t = Tensors(*tensors)
-    return stored_fake(Gradients(t.student_hidden, t.weight, t.bias), _OPTIONS.unpack(given).wanted)
-
-
-_library.impl("fused_hsd_kl", _forward, "CompositeExplicitAutograd")
-_library.impl("fused_hsd_kl_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("hsd_kernels::fused_hsd_kl", _forward_fake, lib=_library)
-torch.library.register_fake("hsd_kernels::fused_hsd_kl_backward", _backward_fake, lib=_library)
-
-
-@register_flop_formula(torch.ops.hsd_kernels.fused_hsd_kl)  # pyright: ignore
-def _flops(*shapes: Any, **given: Any) -> int:
-    """Of the products: 2U for both sides, U for a reference and for each of dH and dW, U = 2 N D V. A counter of FLOPs
-    does not see inside an operator."""
-    o = _OPTIONS.unpack({name: given[name] for name in _OPTIONS.convert})
-    return _products(shapes, o.made)
-
-
-@register_flop_formula(torch.ops.hsd_kernels.fused_hsd_kl_backward)  # pyright: ignore
-def _backward_flops(*shapes: Any, **given: Any) -> int:
-    return _products(shapes, _OPTIONS.unpack({name: given[name] for name in _OPTIONS.convert}).wanted)
-
-
-def _products(shapes: Any, made: Wanted) -> int:
-    t = Tensors(*shapes[: len(Tensors._fields)])
-    unit: Any = 2 * math.prod(t.student_hidden) * t.weight[0]
-    return int(unit * (2 + (t.reference_hidden is not None) + made.hidden + made.weight))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], given: dict[str, Any], output: tuple[Tensor, ...]) -> None:
-    t, out, o = Tensors(*inputs), Outputs(*output), _OPTIONS.unpack(given)
-    ctx.mark_non_differentiable(*out._replace(loss=out.stats))
-    ctx.set_materialize_grads(False)
-    ctx.given, ctx.options, ctx.dtype = given, o, t.student_hidden.dtype
-    # Through autograd, so that an in-place change before the backward is an error, not a wrong gradient.
-    if o.reruns:
-        ctx.save_for_backward(*map(savable, t._replace(target_ids=None, token_weights=out.effective)))
-    else:
-        effective = out.effective if o.reduction == "none" else None
-        ctx.save_for_backward(out.grad_hidden, out.grad_weight, out.grad_bias, effective)
-
-
-@first_order_only("fused_hsd_kl")
-def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    found = Gradients(None, None, None)
-    if upstream is not None and ctx.options.reruns:
-        t = Tensors(*ctx.saved_tensors)
-        assert t.token_weights is not None
-        weights = t.token_weights * _of_counted(upstream, t.token_weights)
-        op = torch.ops.hsd_kernels.fused_hsd_kl_backward
-        made = Gradients(*op(*t._replace(token_weights=weights), **ctx.given))
-        found = finished(made, ctx.options.wanted, lambda g: g.to(ctx.dtype))
-    elif upstream is not None:
-        *made, effective = ctx.saved_tensors
-        upstream = upstream if effective is None else _of_counted(upstream, effective)
-        found = finished(Gradients(*made), ctx.options.wanted, lambda g: times_upstream(g, upstream, ctx.dtype))
-    grads: dict[str, Any] = dict.fromkeys(Tensors._fields)
-    grads |= {"student_hidden": found.hidden, "weight": found.weight, "bias": found.bias}
-    return tuple(grads.values())
-
-
-register_autograd(_library, "fused_hsd_kl", _setup_context, _autograd)
-
-
-def _of_counted(upstream: Tensor, weights: Tensor) -> Tensor:
-    """A NaN upstream of a dropped row, also one that the hook dropped, reaches nothing."""
-    return upstream.masked_fill((weights == 0).all(0), 0.0)
+register(
+    "fused_hsd_kl",
+    Tensors,
+    (Divergence, Options),
+    Outputs,
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    again=lambda t, out: t._replace(target_ids=None, token_weights=out.effective),
+    sides=lambda t: 2 + (t.reference_hidden is not None),
+)
 
 
 def _problem(t: Tensors, divergence: Divergence, o: Options, target_ids: Tensor | None, live: int) -> Problem:

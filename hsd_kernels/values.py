@@ -8,17 +8,19 @@ from typing import Any
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
 
 
 def check_number(name: str, value: Any, *, optional: bool = False, integer: bool = False) -> None:
-    """A real number, not a bool; None where ``optional``. Its size is not looked at."""
+    """A real number, not a bool; None where ``optional``."""
     kind = numbers.Integral if integer else numbers.Real
     if isinstance(value, bool) or not (isinstance(value, kind) or (value is None and optional)):
         expected = "an integer" if integer else "a number"
         or_none = " or None" if optional else ""
         raise TypeError(f"{name}: expected {expected}{or_none}, got {value!r} ({type(value).__name__})")
+    if isinstance(value, int) and not abs(int(value)) < 2**63:  # no operator takes it
+        raise ValueError(f"{name}: expected a number below 2^63, got {value}")
 
 
 def check_positive(name: str, value: Any, *, optional: bool = False, integer: bool = False) -> None:

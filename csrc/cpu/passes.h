@@ -60,8 +60,7 @@ struct Statistics {
     float* grad_sum;
 };
 
-// What the gradient reads per row, (rows,) each, and where it goes: (rows, vocab), possibly over the logits of
-// either side, element 0 of a row on element 0, if no wider than they are.
+// What the gradient reads per row, (rows,) each, and where it goes: (rows, vocab), apart from the logits.
 struct Gradient {
     const float* student_top;
     const float* teacher_top;

@@ -365,7 +365,6 @@ static void gradient_row_as(const Rows& p, const Gradient& g, int64_t row) {
             dz = dz * scale;
             return SOFTCAP ? dz * (all(1.0f) - y_s * y_s) : dz;
         };
-        // Over the logits: an element is stored at or before its own place, after it and all before it were read.
         int64_t i = 0;
         for (; i + LANES <= b.n; i += LANES) store(out + b.start + i, gradient(i));
         if (i < b.n) store_some(out + b.start + i, gradient(i), b.n - i);

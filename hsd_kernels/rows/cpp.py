@@ -23,7 +23,7 @@ def statistics(
     target_ids: Tensor | None,
     rows: Tensor,
 ) -> RowStats:
-    table = torch.empty(len(COLUMNS), x_student.shape[0], dtype=torch.float32)
+    table = x_student.new_empty(len(COLUMNS), x_student.shape[0], dtype=torch.float32)
     targets = None if target_ids is None else target_ids.long().contiguous()
     biases = (_contiguous(bias), _contiguous(teacher_bias))
     torch.ops.hsd_cpu.statistics(table, x_student, x_teacher, *biases, targets, **_form(spec), **native.run())
@@ -40,9 +40,6 @@ def gradient_(
     weights: Tensor,
     out: Tensor,
 ) -> None:
-    for name, x in (("x_student", x_student), ("x_teacher", x_teacher)):
-        if not _may_be_written(out, x):
-            raise ValueError(f"out: expected memory of its own or the rows of {name} from their start, got an overlap")
     biases = {"bias": _contiguous(bias), "teacher_bias": _contiguous(teacher_bias)}
     per_row = {
         "student_top": stats.student_top,
@@ -64,7 +61,7 @@ def _form(spec: RowSpec) -> dict[str, Any]:
         "beta": d.beta,
         "clip": d.clip,
         "is_nonnegative": d.clip_form == "nonnegative",
-        "log_floor": None if d.floor is None else d.log_floor,
+        "log_floor": d.log_floor,
         "is_linear": spec.linear,
         "has_softcap": spec.softcap is not None,
         "in_scale": in_scale,
@@ -74,20 +71,3 @@ def _form(spec: RowSpec) -> dict[str, Any]:
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
-
-
-def _may_be_written(out: Tensor, x: Tensor) -> bool:
-    """No memory in common, or each row of ``out`` at the head of that row of ``x`` and no wider. The library reads and
-    writes a row in ascending order, so nothing is overwritten before it was read."""
-    n, vocab = x.shape
-    row_bytes, out_row_bytes = (vocab * t.element_size() for t in (x, out))
-    step, out_step = (t.stride(0) * t.element_size() if n > 1 else 0 for t in (x, out))
-    ahead = out.data_ptr() - x.data_ptr()
-    if ahead >= (n - 1) * step + row_bytes or -ahead >= (n - 1) * out_step + out_row_bytes:
-        return True
-    if step != out_step:
-        return False
-    if ahead == 0:
-        return out_row_bytes <= row_bytes
-    # Rows of equal step side by side, as halves of wider rows are.
-    return step > 0 and row_bytes <= ahead % step <= step - out_row_bytes

@@ -123,8 +123,8 @@ def _normalizers(stats: RowStats, at: slice) -> tuple[Normalizer, Normalizer]:
 
 def summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor, Tensor]:
     """(f, g) of the table in `divergence`."""
-    if spec.divergence.floor is not None:
-        lt = torch.maximum(lt, ls + spec.divergence.log_floor)
+    if (log_floor := spec.divergence.log_floor) is not None:
+        lt = torch.maximum(lt, ls + log_floor)
         pt = lt.exp()
     if spec.divergence.kind == "forward_kl":
         f, g, clipped_g = times(pt, lt - ls), ps - pt, ps

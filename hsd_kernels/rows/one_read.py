@@ -34,24 +34,7 @@ from hsd_kernels import configs
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.row_stats import COLUMNS, RowStats
 from hsd_kernels.rows import triton_rows
-from hsd_kernels.rows.triton_rows import (
-    GRAD_SUM,
-    KL,
-    REVERSE_KL,
-    STUDENT_ENTROPY,
-    STUDENT_LOG_SUM,
-    STUDENT_LOGPS,
-    STUDENT_LSE,
-    STUDENT_TOP,
-    TEACHER_ENTROPY,
-    TEACHER_LOG_SUM,
-    TEACHER_LOGPS,
-    TEACHER_LSE,
-    TEACHER_TOP,
-    _log1p,
-    _tanh,
-    _times,
-)
+from hsd_kernels.rows.triton_rows import REVERSE_KL, STUDENT_LOGPS, TEACHER_LOGPS, _log1p, _times, pair, store_row
 
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
@@ -92,9 +75,6 @@ def statistics_and_gradient_(
     config = row_config(spec, triton_rows.capability(x_student.device))
     parts, slots = slices(vocab, config.block_v)
     partial = torch.empty(n, SUMS.value, slots, dtype=torch.float32, device=x_student.device)
-    in_scale, kappa = spec.scales
-    flags = triton_rows.flags(spec, bias, teacher_bias)
-    del flags["HAS_CLIP"], flags["HAS_FLOOR"], flags["NONNEGATIVE"]
     # An interpreter runs programs one after the other: there nothing may wait, and the second of two launches reads
     # what the first has published.
     waits = x_student.is_cuda
@@ -118,12 +98,10 @@ def statistics_and_gradient_(
                 triton_rows.row_stride(x_teacher),
                 triton_rows.row_stride(out),
                 table.stride(0),
-                float(in_scale),
-                kappa / math.log(2.0),
+                triton_rows.scales(spec)[0],
+                spec.scales[1] / math.log(2.0),
                 spec.chain,
-                **flags,
-                HAS_TARGET=target_ids is not None,
-                HAS_SCALE=in_scale != 1.0,
+                **triton_rows.flags(spec),
                 WAITS=waits,
                 PARTS=parts,
                 SLOTS=slots,
@@ -169,11 +147,7 @@ def one_read_kernel(
     k,
     chain,
     DIVERGENCE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
     LINEAR: tl.constexpr,
     WAITS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -194,37 +168,11 @@ def one_read_kernel(
     sync_ptr += 1 + row
     cols = part * BLOCK_V + tl.arange(0, BLOCK_V)
     if part * BLOCK_V + BLOCK_V <= V:
-        y_s, y_t = _pair(
-            xs_ptr,
-            xt_ptr,
-            bias_ptr,
-            teacher_bias_ptr,
-            cols,
-            V,
-            in_scale,
-            HAS_BIAS,
-            HAS_TEACHER_BIAS,
-            HAS_SOFTCAP,
-            HAS_SCALE,
-            LINEAR,
-            True,
+        y_s, y_t = pair(
+            xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_SOFTCAP, LINEAR, LOWEST, True
         )
     else:
-        y_s, y_t = _pair(
-            xs_ptr,
-            xt_ptr,
-            bias_ptr,
-            teacher_bias_ptr,
-            cols,
-            V,
-            in_scale,
-            HAS_BIAS,
-            HAS_TEACHER_BIAS,
-            HAS_SOFTCAP,
-            HAS_SCALE,
-            LINEAR,
-            False,
-        )
+        y_s, y_t = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_SOFTCAP, LINEAR, LOWEST)
 
     top_s = tl.maximum(tl.max(y_s, 0), LOWEST)
     top_t = tl.maximum(tl.max(y_t, 0), LOWEST)
@@ -254,20 +202,9 @@ def one_read_kernel(
         a_t = 0.0
         d = 0.0
         for start in range(0, BLOCK_V, FEW):
-            few_s, few_t = _pair(
-                xs_ptr,
-                xt_ptr,
-                bias_ptr,
-                teacher_bias_ptr,
-                part * BLOCK_V + start + tl.arange(0, FEW),
-                V,
-                in_scale,
-                HAS_BIAS,
-                HAS_TEACHER_BIAS,
-                HAS_SOFTCAP,
-                HAS_SCALE,
-                LINEAR,
-                False,
+            few = part * BLOCK_V + start + tl.arange(0, FEW)
+            few_s, few_t = pair(
+                xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, few, V, in_scale, HAS_SOFTCAP, LINEAR, LOWEST
             )
             few_s = (few_s - top_s) * k
             few_t = (few_t - top_t) * k
@@ -332,92 +269,16 @@ def one_read_kernel(
             kl = d / l_s * LN2 - _log1p((more_s - more_t) / l_t)
         else:
             kl = d / l_t * LN2 - _log1p((more_t - more_s) / l_s)
-        tl.store(table_ptr + KL * stride_table, kl)
-        tl.store(table_ptr + STUDENT_ENTROPY * stride_table, entropy_s)
-        tl.store(table_ptr + TEACHER_ENTROPY * stride_table, entropy_t)
-        tl.store(table_ptr + STUDENT_LSE * stride_table, tl.fma(row_top_s, k * LN2, log_s))
-        tl.store(table_ptr + TEACHER_LSE * stride_table, tl.fma(row_top_t, k * LN2, log_t))
-        tl.store(table_ptr + STUDENT_TOP * stride_table, row_top_s)
-        tl.store(table_ptr + TEACHER_TOP * stride_table, row_top_t)
-        tl.store(table_ptr + STUDENT_LOG_SUM * stride_table, log_s)
-        tl.store(table_ptr + TEACHER_LOG_SUM * stride_table, log_t)
-        tl.store(table_ptr + GRAD_SUM * stride_table, grad_sum)
-        if HAS_TARGET:
+        store_row(
+            table_ptr, stride_table, kl, entropy_s, entropy_t, row_top_s, row_top_t, log_s, log_t, grad_sum, k * LN2
+        )
+        if target_ptr is not None:
             target = tl.load(target_ptr + row).to(tl.int64)
-            y_s2, y_t2 = _pair(
-                xs_ptr,
-                xt_ptr,
-                bias_ptr,
-                teacher_bias_ptr,
-                target,
-                V,
-                in_scale,
-                HAS_BIAS,
-                HAS_TEACHER_BIAS,
-                HAS_SOFTCAP,
-                HAS_SCALE,
-                LINEAR,
-                True,
+            y_s2, y_t2 = pair(
+                xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, target, V, in_scale, HAS_SOFTCAP, LINEAR, LOWEST, True
             )
             tl.store(table_ptr + STUDENT_LOGPS * stride_table, (y_s2 - row_top_s) * k * LN2 - log_s)
             tl.store(table_ptr + TEACHER_LOGPS * stride_table, (y_t2 - row_top_t) * k * LN2 - log_t)
-
-
-@triton.jit
-def _pair(
-    xs_ptr,
-    xt_ptr,
-    bias_ptr,
-    teacher_bias_ptr,
-    cols,
-    V,
-    in_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    LINEAR: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    x_t = _load(xt_ptr, cols, V, FULL)
-    x_s = _load(xs_ptr, cols, V, FULL)
-    if LINEAR:
-        x_s += x_t
-    y_s = _formed(x_s, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP, HAS_SCALE, FULL)
-    y_t = _formed(x_t, teacher_bias_ptr, cols, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP, HAS_SCALE, FULL)
-    return y_s, y_t
-
-
-@triton.jit
-def _load(x_ptr, cols, V, FULL: tl.constexpr):
-    if FULL:
-        x = tl.load(x_ptr + cols)
-    else:
-        x = tl.load(x_ptr + cols, mask=cols < V, other=0.0)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _formed(
-    x,
-    bias_ptr,
-    cols,
-    V,
-    in_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    if HAS_BIAS:
-        x += _load(bias_ptr, cols, V, FULL)
-    if HAS_SCALE:
-        x *= in_scale
-    if HAS_SOFTCAP:
-        x = _tanh(x)
-    if not FULL:
-        x = tl.where(cols < V, x, LOWEST)
-    return x
 
 
 @triton.jit

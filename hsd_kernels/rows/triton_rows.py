@@ -9,7 +9,9 @@ maximum is exact for large probabilities, and the temperature multiplies that di
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import math
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ TEACHER_LOG_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_log_sum"))
 GRAD_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("grad_sum"))
 # Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+MINUS_INF: tl.constexpr = tl.constexpr(-math.inf)
 
 
 def statistics(
@@ -49,35 +52,11 @@ def statistics(
     target_ids: Tensor | None,
     rows: Tensor,
 ) -> RowStats:
-    n, vocab = x_student.shape
-    table = torch.empty(len(COLUMNS), n, dtype=torch.float32, device=x_student.device)
-    if n > 0:
-        config = configs.row_config("statistics", capability(x_student.device))
-        in_scale, kappa = _scales(spec)
-        with torch.cuda.device_of(x_student):
-            launch: Any = statistics_kernel[(n,)]
-            launch(
-                x_student,
-                x_teacher,
-                contiguous(bias),
-                contiguous(teacher_bias),
-                contiguous(target_ids),
-                table,
-                vocab,
-                row_stride(x_student),
-                row_stride(x_teacher),
-                table.stride(0),
-                in_scale,
-                kappa,
-                float(spec.divergence.beta),
-                float(spec.divergence.clip or 0.0),
-                spec.divergence.log_floor,
-                **flags(spec, bias, teacher_bias),
-                HAS_TARGET=target_ids is not None,
-                LANES=config.lanes(x_student.element_size()),
-                BLOCK_V=config.block_v,
-                **config.options,
-            )
+    table = torch.empty(len(COLUMNS), x_student.shape[0], dtype=torch.float32, device=x_student.device)
+    config = configs.row_config("statistics", capability(x_student.device))
+    more = {"LANES": config.lanes(x_student.element_size())}
+    sides = (x_student, x_teacher, spec, bias, teacher_bias)
+    _launch(statistics_kernel, config, *sides, (target_ids,), table, scales(spec), more)
     return RowStats.unstack(table, rows, with_targets=target_ids is not None)
 
 
@@ -91,57 +70,63 @@ def gradient_(
     weights: Tensor,
     out: Tensor,
 ) -> None:
+    per_row = (stats.student_top, stats.teacher_top, stats.student_log_sum, stats.teacher_log_sum, stats.grad_sum)
+    config = configs.row_config("gradient", capability(x_student.device))
+    sides = (x_student, x_teacher, spec, bias, teacher_bias)
+    _launch(gradient_kernel, config, *sides, (*per_row, weights), out, (*scales(spec), spec.chain), {})
+
+
+def _launch(
+    kernel: Any,
+    config: configs.RowConfig,
+    x_student: Tensor,
+    x_teacher: Tensor,
+    spec: RowSpec,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    per_row: tuple[Tensor | None, ...],
+    out: Tensor,
+    factors: tuple[float | None, ...],
+    more: dict[str, Any],
+) -> None:
+    """One program a row. The two kernels' arguments in their order."""
     n, vocab = x_student.shape
     if n == 0:
         return
-    config = configs.row_config("gradient", capability(x_student.device))
-    in_scale, kappa = _scales(spec)
     with torch.cuda.device_of(x_student):
-        launch: Any = gradient_kernel[(n,)]
-        launch(
+        kernel[(n,)](
             x_student,
             x_teacher,
-            contiguous(bias),
-            contiguous(teacher_bias),
-            contiguous(stats.student_top),
-            contiguous(stats.teacher_top),
-            contiguous(stats.student_log_sum),
-            contiguous(stats.teacher_log_sum),
-            contiguous(stats.grad_sum),
-            contiguous(weights),
+            *map(contiguous, (bias, teacher_bias, *per_row)),
             out,
             vocab,
             row_stride(x_student),
             row_stride(x_teacher),
             row_stride(out),
-            in_scale,
-            kappa,
-            spec.chain,
+            *factors,
             float(spec.divergence.beta),
-            float(spec.divergence.clip or 0.0),
+            spec.divergence.clip,
             spec.divergence.log_floor,
-            **flags(spec, bias, teacher_bias),
+            **flags(spec),
+            NONNEGATIVE=spec.divergence.clip is not None and spec.divergence.clip_form == "nonnegative",
+            **more,
             BLOCK_V=config.block_v,
             **config.options,
         )
 
 
-def _scales(spec: RowSpec) -> tuple[float, float]:
+def scales(spec: RowSpec) -> tuple[float | None, float]:
+    """(in_scale, kappa), None for a scale of 1. What is None is compiled away."""
     in_scale, kappa = spec.scales
     # Rounded here because a kernel takes it in fp32: its fp64 lines must use the same value.
-    return float(in_scale), torch.tensor(kappa, dtype=torch.float32).item()
+    return None if in_scale == 1.0 else float(in_scale), ctypes.c_float(kappa).value
 
 
-def flags(spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> dict[str, int | bool]:
+def flags(spec: RowSpec) -> dict[str, int | bool]:
     return {
         "DIVERGENCE": DIVERGENCES.index(spec.divergence.kind),
-        "HAS_BIAS": bias is not None,
-        "HAS_TEACHER_BIAS": teacher_bias is not None,
         "HAS_SOFTCAP": spec.softcap is not None,
-        "HAS_CLIP": spec.divergence.clip is not None,
-        "HAS_FLOOR": spec.divergence.floor is not None,
         "LINEAR": spec.linear,
-        "NONNEGATIVE": spec.divergence.clip is not None and spec.divergence.clip_form == "nonnegative",
     }
 
 
@@ -185,12 +170,7 @@ def statistics_kernel(
     clip,
     log_floor,
     DIVERGENCE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_CLIP: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
     LANES: tl.constexpr,
@@ -198,7 +178,7 @@ def statistics_kernel(
 ):
     # A KL needs only E[z_p - z_q] and both log-sums: one read. The JSD, a clip and a floor need both for each summand.
     IS_KL: tl.constexpr = DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL  # pyright: ignore
-    ONE_PASS: tl.constexpr = IS_KL and not (HAS_CLIP or HAS_FLOOR)  # pyright: ignore
+    ONE_PASS: tl.constexpr = IS_KL and clip is None and log_floor is None  # pyright: ignore
     K: tl.constexpr = BLOCK_V // LANES
     # int64 before the multiply: row * stride passes 2^31 at row 14,135 for V = 151,936.
     row = tl.program_id(0).to(tl.int64)
@@ -215,8 +195,7 @@ def statistics_kernel(
     a_t = tl.zeros([LANES], tl.float32)
     d = tl.zeros([LANES], tl.float32)  # sum of e_p ((y_p - m_p) - (y_q - m_q)) for KL(p || q)
     for start in range(0, V, BLOCK_V):
-        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
-        y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+        y_s, y_t = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_SOFTCAP, LINEAR)
         top_s = tl.maximum(m_s, tl.max(y_s, 0))
         top_t = tl.maximum(m_t, tl.max(y_t, 0))
         rise_s = top_s - m_s
@@ -274,12 +253,11 @@ def statistics_kernel(
         g_sum = tl.zeros([LANES], tl.float32)
         p_sum = tl.zeros([LANES], tl.float32)
         for start in range(0, V, BLOCK_V):
-            y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, start + block, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
-            y_t = _read(xt_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+            y_s, y_t = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_SOFTCAP, LINEAR)
             ls = tl.fma(y_s - top_s, kappa, -log_s)
             lt = tl.fma(y_t - top_t, kappa, -log_t)
             ps = tl.exp(ls)
-            f, g = _summands(ls, lt, ps, beta, clip, log_floor, DIVERGENCE, HAS_CLIP, HAS_FLOOR, NONNEGATIVE)
+            f, g = _summands(ls, lt, ps, beta, clip, log_floor, DIVERGENCE, NONNEGATIVE)
             f_sum += tl.sum(f, 0)
             g_sum += tl.sum(g, 0)
             p_sum += tl.sum(ps, 0)
@@ -287,22 +265,29 @@ def statistics_kernel(
         grad_sum = tl.sum(g_sum, 0) / tl.sum(p_sum, 0)  # p_sum is 1 but for the rounding of the log-sum
 
     out_ptr += row
-    tl.store(out_ptr + KL * stride_out, kl)
-    if HAS_TARGET:
+    entropy_s = log_s - kappa * tl.sum(a_s, 0) / l_s
+    entropy_t = log_t - kappa * tl.sum(a_t, 0) / l_t
+    store_row(out_ptr, stride_out, kl, entropy_s, entropy_t, top_s, top_t, log_s, log_t, grad_sum, kappa)
+    if target_ptr is not None:
         target = tl.load(target_ptr + row).to(tl.int64)
-        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, target, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
-        y_t = _read(xt_ptr, teacher_bias_ptr, target, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+        y_s, y_t = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, target, V, in_scale, HAS_SOFTCAP, LINEAR)
         tl.store(out_ptr + STUDENT_LOGPS * stride_out, kappa * (y_s - top_s) - log_s)
         tl.store(out_ptr + TEACHER_LOGPS * stride_out, kappa * (y_t - top_t) - log_t)
-    tl.store(out_ptr + STUDENT_ENTROPY * stride_out, log_s - kappa * tl.sum(a_s, 0) / l_s)
-    tl.store(out_ptr + TEACHER_ENTROPY * stride_out, log_t - kappa * tl.sum(a_t, 0) / l_t)
-    tl.store(out_ptr + STUDENT_LSE * stride_out, tl.fma(top_s, kappa, log_s))
-    tl.store(out_ptr + TEACHER_LSE * stride_out, tl.fma(top_t, kappa, log_t))
-    tl.store(out_ptr + STUDENT_TOP * stride_out, top_s)
-    tl.store(out_ptr + TEACHER_TOP * stride_out, top_t)
-    tl.store(out_ptr + STUDENT_LOG_SUM * stride_out, log_s)
-    tl.store(out_ptr + TEACHER_LOG_SUM * stride_out, log_t)
-    tl.store(out_ptr + GRAD_SUM * stride_out, grad_sum)
+
+
+@triton.jit
+def store_row(out_ptr, stride, kl, entropy_s, entropy_t, top_s, top_t, log_s, log_t, grad_sum, kappa):
+    """A row of the table, but for the log-probs of its target."""
+    tl.store(out_ptr + KL * stride, kl)
+    tl.store(out_ptr + STUDENT_ENTROPY * stride, entropy_s)
+    tl.store(out_ptr + TEACHER_ENTROPY * stride, entropy_t)
+    tl.store(out_ptr + STUDENT_LSE * stride, tl.fma(top_s, kappa, log_s))
+    tl.store(out_ptr + TEACHER_LSE * stride, tl.fma(top_t, kappa, log_t))
+    tl.store(out_ptr + STUDENT_TOP * stride, top_s)
+    tl.store(out_ptr + TEACHER_TOP * stride, top_t)
+    tl.store(out_ptr + STUDENT_LOG_SUM * stride, log_s)
+    tl.store(out_ptr + TEACHER_LOG_SUM * stride, log_t)
+    tl.store(out_ptr + GRAD_SUM * stride, grad_sum)
 
 
 @triton.jit
@@ -329,11 +314,7 @@ def gradient_kernel(
     clip,
     log_floor,
     DIVERGENCE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_CLIP: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -349,13 +330,12 @@ def gradient_kernel(
     weight = tl.load(weights_ptr + row).to(tl.float32)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        y_s = _read_student(xs_ptr, xt_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP, LINEAR)
-        y_t = _read(xt_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_TEACHER_BIAS, HAS_SOFTCAP)
+        y_s, y_t = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_SOFTCAP, LINEAR)
         ls = tl.fma(y_s - top_s, kappa, -log_s)
         lt = tl.fma(y_t - top_t, kappa, -log_t)
         ps = tl.exp(ls)
-        _, dz = _summands(ls, lt, ps, beta, clip, log_floor, DIVERGENCE, HAS_CLIP, HAS_FLOOR, NONNEGATIVE)
-        if HAS_CLIP or HAS_FLOOR or DIVERGENCE != FORWARD_KL:
+        _, dz = _summands(ls, lt, ps, beta, clip, log_floor, DIVERGENCE, NONNEGATIVE)
+        if clip is not None or log_floor is not None or DIVERGENCE != FORWARD_KL:
             dz -= ps * tl.load(grad_sum_ptr + row)
         dz *= weight * chain
         if HAS_SOFTCAP:
@@ -365,43 +345,50 @@ def gradient_kernel(
 
 
 @triton.jit
-def _read(x_ptr, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """y of the columns, -inf beyond V: a probability of zero on both sides, which no sum sees."""
-    return _formed(_load(x_ptr, cols, V), bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
-
-
-@triton.jit
-def _read_student(
+def pair(
     xs_ptr,
     xt_ptr,
     bias_ptr,
+    teacher_bias_ptr,
     cols,
     V,
     in_scale,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     LINEAR: tl.constexpr,
+    BEYOND: tl.constexpr = MINUS_INF,
+    FULL: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):
-    """As `_read`, also where the student's block holds the difference to the teacher's."""
-    x = _load(xs_ptr, cols, V)
+    """y of both sides at ``cols``. Beyond V it is BEYOND: -inf is a probability of zero on both sides, which no sum
+    sees. FULL: no column is. LINEAR: the student's block holds the difference to the teacher's."""
+    x_s = _load(xs_ptr, cols, V, FULL)
+    x_t = _load(xt_ptr, cols, V, FULL)
     if LINEAR:
-        x += _load(xt_ptr, cols, V)
-    return _formed(x, bias_ptr, cols, V, in_scale, HAS_BIAS, HAS_SOFTCAP)
+        x_s += x_t
+    y_s = _formed(x_s, bias_ptr, cols, V, in_scale, HAS_SOFTCAP, BEYOND, FULL)
+    y_t = _formed(x_t, teacher_bias_ptr, cols, V, in_scale, HAS_SOFTCAP, BEYOND, FULL)
+    return y_s, y_t
 
 
 @triton.jit
-def _load(x_ptr, cols, V):
-    return tl.load(x_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+def _load(x_ptr, cols, V, FULL: tl.constexpr):
+    if FULL:
+        x = tl.load(x_ptr + cols)
+    else:
+        x = tl.load(x_ptr + cols, mask=cols < V, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
-def _formed(x, bias_ptr, cols, V, in_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    if HAS_BIAS:
-        x += _load(bias_ptr, cols, V)
-    y = x * in_scale
+def _formed(x, bias_ptr, cols, V, in_scale, HAS_SOFTCAP: tl.constexpr, BEYOND: tl.constexpr, FULL: tl.constexpr):
+    if bias_ptr is not None:
+        x += _load(bias_ptr, cols, V, FULL)
+    if in_scale is not None:
+        x *= in_scale
     if HAS_SOFTCAP:
-        y = _tanh(y)
-    return tl.where(cols < V, y, -float("inf"))
+        x = _tanh(x)
+    if not FULL:
+        x = tl.where(cols < V, x, BEYOND)
+    return x
 
 
 @triton.jit
@@ -447,12 +434,10 @@ def _summands(
     clip,
     log_floor,
     DIVERGENCE: tl.constexpr,
-    HAS_CLIP: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
 ):
     """(f, g) of the table in `divergence`."""
-    if HAS_FLOOR:
+    if log_floor is not None:
         lt = tl.maximum(lt, ls + log_floor, propagate_nan=tl.PropagateNan.ALL)
     pt = tl.exp(lt)
     if DIVERGENCE == FORWARD_KL:
@@ -475,7 +460,7 @@ def _summands(
             f += ps - pt
         elif DIVERGENCE == REVERSE_KL:
             f += pt - ps
-    if HAS_CLIP:
+    if clip is not None:
         clipped = f > clip
         f = tl.where(clipped, clip, f)
         g = tl.where(clipped, clipped_g, g)

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 
 import hsd_kernels
-from hsd_kernels import Divergence, Head, HSDKLOutput, fused_hsd_kl, rows
+from hsd_kernels import Divergence, Head, HSDKLOutput, fused_hsd_kl, reference, rows
 from hsd_kernels.row_stats import COLUMNS
 from hsd_kernels.rows import eager as torch_rows
 
 T, D, V = 4, 8, 11
 W = torch.ones(V, D)
 NAN, INF = float("nan"), float("inf")
+NESTED = torch.nested.nested_tensor([torch.ones(2, D), torch.ones(2, D)])
 
 
 def good(**changes):
@@ -113,6 +114,16 @@ VALUE_ERRORS = {
     "num_items nan": ({"num_items": NAN}, "num_items", "> 0", "nan"),
     "memory_bytes zero": ({"memory_bytes": 0}, "memory_bytes", "> 0", "0"),
     "memory_bytes negative": ({"memory_bytes": -1}, "memory_bytes", "> 0", "-1"),
+    "memory_bytes huge": ({"memory_bytes": 2**63}, "memory_bytes", "below 2^63", str(2**63)),
+    "top_k huge": ({"divergence": Made(Divergence, top_k=2**63)}, "divergence.top_k", "below 2^63", str(2**63)),
+    "num_items huge": ({"num_items": 10**400}, "num_items", "below 2^63", "1000"),
+    "too cold": ({"divergence": Divergence(temperature=1e-39)}, "divergence.temperature", "float32's range", "1e-39"),
+    "too hot": ({"divergence": Divergence(temperature=1e39)}, "divergence.temperature", "float32's range", "1e+39"),
+    "scale too large": ({"head": Head(W, logit_scale=1e39)}, "divergence.temperature", "float32's range", "1e+39"),
+    "cap too small": ({"head": Head(W, softcap=1e-39)}, "divergence.temperature", "float32's range", "1e-39"),
+    "floor": ({"divergence": Made(Divergence, floor=1e39)}, "divergence.floor", "at most 1e38", "1e+39"),
+    "filter_eps huge": ({"filter_eps": 10**400}, "filter_eps", "below 2^63", "1000"),
+    "reduction list": ({"reduction": ["mean"]}, "reduction", "mean", "['mean']"),
     "weights shape": ({"token_weights": torch.ones(T, 1)}, "token_weights", "(4,)", "(4, 1)"),
     "weights nan": ({"token_weights": weights(NAN)}, "token_weights", "finite", "1 that are NaN"),
     "weights inf": ({"token_weights": weights(INF)}, "token_weights", "finite", "1 that are NaN or infinite"),
@@ -122,6 +133,7 @@ VALUE_ERRORS = {
     "targets low": ({"target_ids": torch.tensor([0, 1, -100, 2])}, "target_ids", "[0, 11)", "-100 to 2"),
     "hook shape": ({"token_weight_fn": lambda s: s.kl[:-1]}, "token_weight_fn", "(4,)", "(3,)"),
     "hook 2-d": ({"token_weight_fn": lambda s: s.kl[:, None]}, "token_weight_fn", "(4,)", "(4, 1)"),
+    "hook complex": ({"token_weight_fn": lambda s: s.kl + 0j}, "token_weight_fn", "real numbers", "complex64"),
     "hook number": ({"token_weight_fn": lambda s: 1.0}, "token_weight_fn", "(4,)", "float"),
 }
 TYPE_ERRORS = {
@@ -135,6 +147,12 @@ TYPE_ERRORS = {
     "divergence None": ({"divergence": None}, "divergence", "a Divergence or one of ('forward_kl'", "NoneType"),
     "student ints": ({"student_hidden": torch.ones(T, D).long()}, "student_hidden", "float32", "int64"),
     "student complex": ({"student_hidden": torch.ones(T, D) + 0j}, "student_hidden", "float32", "complex64"),
+    "student sparse": ({"student_hidden": torch.ones(T, D).to_sparse()}, "student_hidden", "dense", "sparse_coo"),
+    "teacher nested": ({"teacher_hidden": NESTED}, "teacher_hidden", "dense", "nested"),
+    "weights sparse": ({"token_weights": torch.ones(T).to_sparse()}, "token_weights", "dense", "sparse_coo"),
+    "no process group": ({"process_group": "world"}, "process_group", "a ProcessGroup", "world"),
+    "not in the process group": ({"process_group": -100}, "process_group", "a member", "-100 (int)"),
+    "filter_eps array": ({"filter_eps": torch.ones(2)}, "filter_eps", "a number", "tensor"),
     "weight dtype": ({"head": torch.randn(V, D).bfloat16()}, "head.weight", "float32", "bfloat16"),
     "teacher dtype": ({"teacher_hidden": torch.randn(T, D).half()}, "teacher_hidden", "float32", "float16"),
     "bias dtype": ({"head": Head(W, torch.randn(V).double())}, "head.bias", "float32", "float64"),
@@ -160,9 +178,13 @@ for name in (*FIELDS, "num_items", "memory_bytes", "reference_coef"):
         TYPE_ERRORS[f"{name} {kind}"] = (changes, argument, "expected a", f"{value!r} ({type(value).__name__})")
 
 
+def is_dense(t):
+    return t.layout == torch.strided and not t.is_nested
+
+
 def check_refused(kind, changes, argument, expected, got):
     kwargs = good(**changes)
-    tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and not v.is_meta}
+    tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and not v.is_meta and is_dense(v)}
     before = {k: (v.detach().clone(), v._version) for k, v in tensors.items()}
     with pytest.raises(kind) as error:
         fused_hsd_kl(**{k: v.make() if isinstance(v, Made) else v for k, v in kwargs.items()})
@@ -339,3 +361,35 @@ print("alone")
 def test_import_and_loss_with_torch_alone():
     ran = subprocess.run([sys.executable, "-c", IMPORT_ALONE], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0 and ran.stdout == "alone\n", ran.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "form", [{"temperature": 1e-37}, {"temperature": 1e37}, {"softcap": 1e37}, {"logit_scale": 1e-37}]
+)
+def test_factors_of_logits_up_to_the_range_of_fp32(form, dtype):
+    tensors = {name: 1e-2 * t for name, t in good().items()}
+    head_form = {name: form[name] for name in ("softcap", "logit_scale") if name in form}
+    divergence = Divergence(temperature=form.get("temperature", 1.0))
+
+    def loss(function, dtype):
+        head = Head(tensors["head"].to(dtype), **head_form)
+        hidden = (tensors[name].to(dtype) for name in ("student_hidden", "teacher_hidden"))
+        return function(*hidden, head, divergence=divergence).double()
+
+    exact = loss(reference.hsd_kl, torch.float64)
+    torch.testing.assert_close(loss(fused_hsd_kl, dtype), exact, rtol=0.1, atol=1e-7)
+
+
+@pytest.mark.parametrize("numbers", [{"memory_bytes": 2**63 - 1}, {"memory_bytes": 1}, {"top_k": 2**63 - 1}], ids=str)
+def test_extreme_integers(numbers):
+    divergence = Divergence(top_k=numbers.get("top_k"))
+    memory = {name: value for name, value in numbers.items() if name != "top_k"}
+    torch.testing.assert_close(fused_hsd_kl(**good(divergence=divergence), **memory), fused_hsd_kl(**good()))
+
+
+@pytest.mark.parametrize("floor", [1e-38, 1.0, 1e30])
+def test_extreme_floors(floor):
+    options = {"divergence": Divergence("reverse_kl", floor=floor)}
+    exact = reference.hsd_kl(**{name: t.double() for name, t in good().items()}, **options)
+    torch.testing.assert_close(fused_hsd_kl(**good(), **options).double(), exact, rtol=1e-4, atol=1e-6)

@@ -221,3 +221,21 @@ def test_the_gradient_of_a_bias_is_of_unrounded_dz(with_reference):
     exact = of_bias(reference.hsd_kl, torch.float64)
     # Rounded once, to the bias' own dtype.
     torch.testing.assert_close(of_bias(fused_hsd_kl, torch.bfloat16).double(), exact, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("coef", [1e-46, 1e-40, 0.3, 1e20])
+def test_a_reference_of_any_coefficient_beside_a_per_token_loss(coef):
+    """Also where reference_coef times a weight is 0 in fp32, and the teacher's weight is not."""
+    student, teacher, weight = small_problem()
+    options = {"reference_hidden": teacher.flip(0), "reference_coef": coef}
+    found = grads(fused_hsd_kl, student, teacher, weight, None, torch.ones(10), reduction="none", **options)
+    want = grads(fused_hsd_kl, student, teacher, weight, reduction="sum", **options)
+    for got, expected in zip(found[1:], want[1:], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_a_transform_is_refused(transform):
+    student, teacher, weight = small_problem()
+    with pytest.raises(RuntimeError, match=r"^fused_hsd_kl: expected no torch.func.grad"):
+        transform(lambda h: fused_hsd_kl(h, teacher, weight))(student)

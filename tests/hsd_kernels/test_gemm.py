@@ -90,6 +90,25 @@ def test_the_plan(machine, logits, dh_into_bf16, dh_into_fp32, dw):
         assert gemm.plan("logits", hidden.to(odd), odd, F32, machine) == "torch"
 
 
+@pytest.mark.parametrize("default", [{"dtype": BF16}, {"dtype": F64}, {"device": "meta"}], ids=str)
+def test_torch_defaults_change_nothing(default):
+    """Addresses go to MKL and to the C++ rows: a default device's would be read as this one's."""
+    torch.manual_seed(0)
+    for dtype in (F32, BF16):
+        student, teacher, weight = (torch.randn(*shape).to(dtype) for shape in ((4, 16), (4, 16), (61, 16)))
+        want, routine = fused_hsd_kl(student, teacher, weight, return_stats=True), gemm._mkl_routine.__wrapped__()
+        memory.release_memory()
+        before = torch.get_default_dtype(), torch.get_default_device()
+        torch.set_default_dtype(default.get("dtype", before[0]))
+        torch.set_default_device(default.get("device", before[1]))
+        try:
+            found, again = fused_hsd_kl(student, teacher, weight, return_stats=True), gemm._mkl_routine.__wrapped__()
+        finally:
+            torch.set_default_dtype(before[0])
+            torch.set_default_device(None)
+        assert torch.equal(found.loss, want.loss) and (again is None) == (routine is None)
+
+
 def test_an_mkl_that_computes_something_else_is_not_taken(monkeypatch):
     routine = gemm._mkl_routine.__wrapped__
     monkeypatch.setattr(gemm.ctypes, "CDLL", lambda path: types.SimpleNamespace(cblas_gemm_bf16bf16f32=Idle()))

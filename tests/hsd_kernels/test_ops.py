@@ -232,6 +232,18 @@ def test_a_counter_of_flops_sees_the_products(frozen, reference, reduction, unit
     assert counter.get_total_flops() == units * 2 * T * D * V
 
 
+@pytest.mark.parametrize(
+    ("frozen", "reduction", "units"), [(False, "mean", 3), (True, "mean", 2), (False, "none", 4), (True, "none", 2)]
+)
+def test_a_counter_of_flops_sees_the_products_of_log_probs(frozen, reduction, units):
+    student, _, _, weight, _ = operands()
+    weight = weight.detach() if frozen else weight
+    with FlopCounterMode(display=False) as counter:
+        out = fused_token_loss(student, weight, torch.arange(T), advantages=torch.ones(T), reduction=reduction)
+        out.loss.sum().backward()
+    assert counter.get_total_flops() == units * 2 * T * D * V
+
+
 class Exported(torch.nn.Module):
     def __init__(self, loss):
         super().__init__()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hsd_kernels import Head, fused_hsd_kl, fused_token_logps, fused_token_loss, reference, token_loss
+from hsd_kernels import Head, fused_hsd_kl, fused_token_logps, fused_token_loss, reference, token_ops
 from hsd_kernels.testing import assert_within_budget, draw
 
 T, D, V = 12, 16, 61
@@ -204,7 +204,12 @@ def test_gradcheck(terms, reduction):
 
 @pytest.mark.parametrize(
     ("dtype", "reduction", "wanted"),
-    [(F32, "mean", (True, True, True)), (BF16, "none", (True, True, True)), (F16, "sum", (True, False, False))],
+    [
+        (F32, "mean", (True, True, True)),
+        (BF16, "none", (True, True, True)),
+        (F16, "sum", (True, False, False)),
+        (F32, "none", (True, False, False)),
+    ],
 )
 def test_opcheck(dtype, reduction, wanted):
     hidden, weight, bias = operands(dtype)
@@ -213,8 +218,8 @@ def test_opcheck(dtype, reduction, wanted):
     ids, options = given("both")
     tensors = dict(hidden=hidden, weight=weight, bias=bias, target_ids=ids)
     tensors |= {n: options[n] for n in ("token_weights", "advantages", "old_logps", "reference_logps")}
-    given_options = token_loss.Options(1.0, 3.0, 0.7, *wanted, None, reduction, dual_clip=3.0, reference_coef=0.1)
-    packed = token_loss._OPTIONS.pack(given_options)
+    given_options = token_ops.Options(1.0, 3.0, 0.7, *wanted, None, reduction, dual_clip=3.0, reference_coef=0.1)
+    packed = token_ops._OPTIONS.pack(given_options)
     torch.library.opcheck(torch.ops.hsd_kernels.fused_token_loss.default, tuple(tensors.values()), packed)
     backward = [t.detach() if t is not None else None for t in (hidden, weight, bias, ids, options["token_weights"])]
     op = torch.ops.hsd_kernels.fused_token_loss_backward.default
@@ -283,8 +288,70 @@ def test_fp16_with_a_loss_scale():
         assert ((got.double() - want * 65536.0).abs().sum() <= 2e-3 * (want * 65536.0).abs().sum()).item()
 
 
-def test_dropped_tokens_are_not_read_and_nothing_to_do_is_zero():
-    hidden, weight, bias = operands(F32)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("terms", TERMS)
+def test_a_frozen_head_makes_the_gradient_of_a_per_token_loss_in_the_forward(terms, dtype):
+    ids, options = given(terms, reduction="none")
+    hidden, weight, bias = (t.detach() for t in operands(dtype))
+    upstream = draw(T, seed=8)
+    upstream[options["token_weights"] == 0] = torch.nan
+
+    def gradient(weight):
+        leaf = hidden.clone().requires_grad_()
+        fused_token_loss(leaf, Head(weight, bias), ids, **options).loss.backward(upstream)
+        return leaf.grad
+
+    found, want = gradient(weight), gradient(weight.requires_grad_())
+    rounded = 4 * torch.finfo(dtype).eps * want.abs().max().item()  # once to be kept, and once more
+    torch.testing.assert_close(found, want, rtol=0.0, atol=rounded)
+
+
+@pytest.mark.parametrize("made", ["hidden", "weight", "target_ids", "token_weights"])
+def test_a_tensor_of_inference_mode(made):
+    """Autograd refuses to save one for the backward of a per-token loss. Sampled tokens often are."""
+    hidden, weight, _ = operands(F32)
+    call = {"hidden": hidden, "head": weight, "target_ids": torch.arange(T), "token_weights": torch.ones(T)}
+    name = "head" if made == "weight" else made
+    with torch.inference_mode():
+        of_inference = call[name].detach().clone()
+    plain = call | {name: call[name].detach().clone()}
+    trained = weight if made == "hidden" else hidden
+    found, want = (
+        torch.autograd.grad(fused_token_logps(**given).sum(), trained) for given in (call | {name: of_inference}, plain)
+    )
+    assert torch.equal(found[0], want[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_have_the_layout_that_a_compiler_is_told(reduction):
+    hidden, weight, bias = (t.detach().t().contiguous().t() if t.dim() == 2 else t.detach() for t in operands(F32))
+    ids, options = given("both", reduction=reduction)
+    tensors = [t.requires_grad_() for t in (hidden, weight, bias)]
+    found = []
+    for function in (fused_token_loss, torch.compile(fused_token_loss, fullgraph=True, backend="aot_eager")):
+        torch.compiler.reset()
+        found.append(torch.autograd.grad(function(hidden, Head(weight, bias), ids, **options).loss.sum(), tensors))
+    for eager, traced in zip(*found, strict=True):
+        assert torch.equal(eager, traced) and eager.stride() == traced.stride()
+    packed = token_ops._OPTIONS.pack(token_ops.Options(1.0, None, 1.0, True, True, True, None, reduction))
+    per_token = [options[n] for n in ("token_weights", "advantages", "old_logps", "reference_logps")]
+    torch.library.opcheck(
+        torch.ops.hsd_kernels.fused_token_loss.default, (hidden, weight, bias, ids, *per_token), packed
+    )
+
+
+@pytest.mark.parametrize("mask", [torch.ones(T).bool(), torch.arange(T), -torch.arange(T) / 8.0])
+def test_weights_of_log_probs_are_a_mask(mask):
+    hidden, weight, _ = (t.detach() for t in operands(F32))
+    want = fused_token_logps(hidden, weight, torch.arange(T))
+    assert torch.equal(
+        fused_token_logps(hidden, weight, torch.arange(T), token_weights=mask), want.masked_fill(mask == 0, 0.0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_dropped_tokens_are_not_read_and_nothing_to_do_is_zero(dtype):
+    hidden, weight, bias = operands(dtype)
     poisoned = hidden.detach().clone()
     poisoned[::4] = torch.nan
     ids, options = given("both")
@@ -335,6 +402,9 @@ REFUSED = {
     "no targets": ({"target_ids": None}, TypeError, "target_ids: expected a torch.Tensor, got NoneType"),
     "weight dtype": ({"head": torch.ones(V, D).double()}, TypeError, "head.weight: expected the dtype of hidden"),
     "hidden": ({"hidden": torch.ones(T, D + 1)}, ValueError, r"hidden: expected shape \(..., 16\)"),
+    "vocabulary": ({"head": torch.ones(0, D)}, ValueError, r"head.weight: expected shape \(V, D\) with V > 0"),
+    "cold": ({"temperature": 1e-39}, ValueError, "temperature: expected logit_scale.* and 1e-39"),
+    "sparse": ({"hidden": torch.ones(T, D).to_sparse()}, TypeError, "hidden: expected a dense tensor, got"),
     "epsilon": ({"epsilon_low": -0.1}, ValueError, "epsilon_low: expected a finite number >= 0"),
     "dual clip": ({"dual_clip": 1.0}, ValueError, "dual_clip: expected None or a number > 1"),
     "temperature": ({"temperature": 0.0}, ValueError, "temperature: expected a finite number > 0"),
@@ -349,3 +419,19 @@ def test_errors_name_the_argument(case):
     call = {"hidden": torch.ones(T, D), "head": torch.ones(V, D), "target_ids": torch.arange(T), "advantages": ONES}
     with pytest.raises(kind, match=f"^{message}"):
         fused_token_loss(**call | changes)
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind", "message"),
+    [
+        ([1.0] * T, TypeError, "expected a torch.Tensor or None, got list"),
+        (ONES * torch.nan, ValueError, "expected finite numbers, got 12"),
+        (torch.ones(T, 1), ValueError, r"expected shape \(12,\), got \(12, 1\)"),
+        (torch.ones(T, requires_grad=True), ValueError, "expected a tensor without gradient"),
+    ],
+)
+def test_weights_of_log_probs_are_checked_as_those_of_a_loss(weights, kind, message):
+    call = {"hidden": torch.ones(T, D), "head": torch.ones(V, D), "target_ids": torch.arange(T)}
+    for function, more in ((fused_token_logps, {}), (fused_token_loss, {"advantages": ONES})):
+        with pytest.raises(kind, match=f"^token_weights: {message}"):
+            function(**call, **more, token_weights=weights)

@@ -159,3 +159,24 @@ def test_a_weight_from_the_hook_is_checked_as_a_given_one_is(reduction, bad):
             fused_hsd_kl(student, teacher, weight, reduction=reduction, **options)
     kept = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0])  # a row that does not exist is not shown to the hook
     assert fused_hsd_kl(student, teacher, weight, token_weights=kept, token_weight_fn=one_bad).isfinite()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_hook_may_write_on_what_it_is_shown(reduction, divergence):
+    student, teacher, weight = small_problem()
+    upstream = draw(10) if reduction == "none" else None
+    options = {"divergence": divergence, "reduction": reduction}
+
+    def in_place(stats):
+        for name, column in stats._asdict().items():
+            if name != "kl" and column is not None:
+                column.fill_(7)
+        return stats.kl.clamp_(max=0.5)
+
+    found, want = (
+        backward(student, teacher, weight, upstream, **options, token_weight_fn=fn)
+        for fn in (in_place, lambda stats: stats.kl.clamp(max=0.5))
+    )
+    for got, expected in zip(found, want, strict=True):
+        assert torch.equal(got, expected)
