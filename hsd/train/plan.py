@@ -12,7 +12,7 @@ from hsd.train.config import HSDConfig
 from hsd.train.limits import Engine
 from hsd.train.teachers import AVERAGE, EMA, copies
 from hsd_kernels.memory import MEMORY_BYTES
-from hsd_kernels.token_loss import CHUNK_BYTES
+from hsd_kernels.token_driver import CHUNK_BYTES
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 GB = 10**9
