@@ -6,6 +6,7 @@ Sections and their types are in `hsd.tasks.settings`, the keys of ``train`` are 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -21,6 +22,14 @@ from hsd.tasks.settings import Settings
 SECTIONS = ("model", "data", "train")
 OF_A_PATH = ("model", "data")  # a text in their place is their path
 OF_DATA = {"split": "data.split", "limit": "data.limit"}  # arguments of hsd.data.load
+EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-3 is one, which PyYAML takes for a text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
@@ -31,7 +40,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises ValueError with the file's name where it holds something else."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"{path}: expected a YAML file, got {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -186,7 +195,7 @@ def _value(text: str, hint: Any) -> Any:
     An empty text is itself where there may be a text: `--data.instruction ""` is no instruction, not the default one.
     """
     try:
-        as_yaml = yaml.safe_load(text)
+        as_yaml = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError):
         as_yaml = text
     for value in (*([text] if not text else []), as_yaml, text, *([None] if text.lower() == "none" else [])):

@@ -110,6 +110,7 @@ def test_every_field_of_the_config_is_a_key():
         ("report_to: none", str, "none"),  # text is allowed here, and means none to transformers
         ("report_to: [tensorboard]", list, ["tensorboard"]),
         ("chat_template_kwargs: {enable_thinking: false}", dict, {"enable_thinking": False}),
+        ("method_args: {a: 1e-3, b: [2E+4, 1e], c: 1e-3x}", dict, {"a": 0.001, "b": [2e4, "1e"], "c": "1e-3x"}),
         ("lr_scheduler_kwargs: ~", type(None), None),
         ("save_strategy: steps", str, "steps"),
     ],
