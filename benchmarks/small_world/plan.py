@@ -150,8 +150,15 @@ APART = ("long", "cures")  # 300 steps, an hour and a half on two cores: asked f
 # Six summands instead of four: five steps that each slip in 30 % of the cases, so p is near 0.15 and one reward is
 # spread over more decisions.
 CHAIN_TERMS = 6
-CHAINS = ("hsd", "grpo", "grpo+opsd", "sdpo", "egrsd", "rlsd")
-CHAIN_OPTIONS = MAIN | LEAGUE
+# The variants of HSD take over what SDPO has and HSD has not: a teacher that moves along, a bounded divergence.
+# Expected: with the EMA HSD ends above GRPO, as the ceiling of its fixed teacher goes; JSD alone leaves it where it is.
+MOVING = {"teacher": "ema", "teacher_ema_rate": 0.05}
+CHAINS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{method: (method, (MAIN | LEAGUE)[method]) for method in ("hsd", "grpo", "grpo+opsd", "sdpo", "egrsd", "rlsd")},
+    "hsd, EMA 0.05": ("hsd", {**DIVERGENCE, **MOVING}),
+    "hsd, jsd": ("hsd", {**DIVERGENCE, "divergence": "jsd"}),
+    "hsd, jsd, EMA 0.05": ("hsd", {**DIVERGENCE, **MOVING, "divergence": "jsd"}),
+}
 
 PILOT_RATES = (1e-4, 3e-4, 1e-3)
 PILOT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -229,9 +236,8 @@ def queue(scale: Scale) -> list[Run]:
             asked = {"learning_rate": rate, "teacher": "live", "reference_coef": 0.0}
             runs.append(Run("cures", name, seed, scale.long_steps, warm, "hsd", asked, cure=cure))
     for seed in range(scale.ablation_seeds):
-        for method in CHAINS[some]:
-            options = dict(CHAIN_OPTIONS[method])
-            runs.append(Run("chains", method, seed, steps, warm, method, options, terms=CHAIN_TERMS))
+        for name, (method, options) in [*CHAINS.items()][some]:
+            runs.append(Run("chains", name, seed, steps, warm, method, dict(options), terms=CHAIN_TERMS))
     for seed in range(scale.ablation_seeds):
         for part, rows in ABLATIONS.items():
             for name, (options, size) in [*rows.items()][some]:
