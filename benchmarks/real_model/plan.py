@@ -97,6 +97,18 @@ ROWS = (
         "above fixed + policy: the context's words enter with the first token, which the reward alone chooses here",
     ),
     Row("hsd fixed, default words", "hsd", WORDS, "below fixed: a worse teacher (0.57 for 0.73)"),
+    Row(
+        "hsd gated",
+        "hsd",
+        {"teacher": "gated", "teacher_gate": [4, 0.05, 0.7]},
+        "between fixed and copy 4: a refresh follows the first gain, by step 8",
+    ),
+    Row(
+        "hsd fixed, failing only",
+        "benchmarks.real_model.failing:METHOD",
+        {},
+        "fixed or 0.05 above: successes no longer learn the context's words",
+    ),
 )
 # The path matters here: two steps a line each, p near 0.2. Expected before any of them ran.
 CHAIN_ROWS = (

@@ -15,23 +15,22 @@ HELP = "the self-distillation family: equations, what each needs, its cost and s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="show one method in full")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="show one method in full, also module:METHOD of your own"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.methods import METHODS, MODULES
+    from hsd.methods import MODULES, method, module_of
 
-    modules = {module.METHOD.name: module for module in MODULES}
     if args.name is None:
-        print("\n\n".join(overview(METHODS[name], module) for name, module in modules.items()))
+        print("\n\n".join(overview(module.METHOD, module) for module in MODULES))
         print(
             "\np: student, q: teacher (no gradient), D_t = log q(o_t) - log p(o_t), A: GRPO's advantage, S: the clipped"
         )
         print("surrogate. `hsd methods NAME` says more; docs/methods.md says what is not of this kind.")
         return 0
-    if args.name not in modules:
-        raise ValueError(f"name: expected one of {', '.join(modules)}, got {args.name!r}")
-    print(in_full(METHODS[args.name], modules[args.name]))
+    print(in_full(method(args.name), module_of(args.name)))
     return 0
 
 

@@ -1,8 +1,10 @@
 """The self-distillation family, one file a method: equation, source, the teacher's context, defaults, own code."""
 
 from importlib import import_module
+from types import ModuleType
 
 from hsd.methods.method import Method
+from hsd.named import is_named, named
 
 NAMES = (
     *("hsd", "hsd_unpaired", "opsd", "sdpo", "sdft", "mopd", "atesd", "atesd_learned", "ccopd", "msd"),  # a divergence
@@ -17,11 +19,30 @@ MODULES = tuple(import_module(f"{__name__}.{name}") for name in NAMES)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in MODULES}
 
 
+def method(name: str) -> Method:
+    """A member of the family by its name, or a user's own: ``module:METHOD``, a `Method` in a module of theirs."""
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    if not is_named(name):
+        raise ValueError(f"method: expected one of {', '.join(METHODS)} or module:METHOD, got {name!r}")
+    found = named("method", name)[1]
+    if not isinstance(found, Method):
+        raise ValueError(f"method: expected a hsd.methods.Method, got {name!r}, which is {found!r:.60}")
+    return found
+
+
+def module_of(name: str) -> ModuleType:
+    """Where the method is."""
+    if is_named(name):
+        return named("method", name)[0]
+    return next(module for module in MODULES if module.METHOD.name == name)
+
+
 def title(name: str) -> str:
     """A method's name in words and, as a rule, its source: the first words of its module's docstring."""
-    module = next(module for module in MODULES if module.METHOD.name == name)
+    module = module_of(name)
     words = " ".join((module.__doc__ or name).split("\n\n")[0].split())
     return words.split(": ")[0].rstrip(".:")
 
 
-__all__ = ["METHODS", "MODULES", "Method", "title"]
+__all__ = ["METHODS", "MODULES", "Method", "method", "module_of", "title"]

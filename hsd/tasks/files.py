@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hsd.data.generators import PREFIX
 from hsd.evaluate.sampling import Sampling, choice_of
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
+from hsd.named import is_named, named
 from hsd.policy.pretrained import load_tokenizer
 from hsd.tasks import TASKS
 from hsd.tasks.settings import Data, Settings
@@ -120,14 +120,8 @@ def load_rewards(names: str | list[str] | None) -> list[Callable[..., Any]]:
 
 
 def _reward(name: str) -> Callable[..., Any]:
-    module, colon, function = name.partition(":")
-    if module and colon:
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        try:
-            found = getattr(importlib.import_module(module), function, None)
-        except ImportError as error:
-            raise ValueError(f"reward: expected a module that can be imported, got {name!r} ({error})") from error
+    if is_named(name):
+        found = named("reward", name)[1]
     elif name in VERIFIERS:
         found = getattr(importlib.import_module("hsd.verify"), f"{name}_reward", None)
     else:

@@ -37,7 +37,9 @@ def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
     base = base if hub else folder_name(base)
     data = [yaml.safe_dump({"base_model": base}).strip()] if hub else []
     data += [f"library_name: {'transformers' if lora is None else 'peft'}", "pipeline_tag: text-generation"]
-    tags = dict.fromkeys(["hsd", args.method, "self-distillation" if args.has_teacher else "policy-gradient", "trl"])
+    tags = dict.fromkeys(
+        ["hsd", args.method_spec.name, "self-distillation" if args.has_teacher else "policy-gradient", "trl"]
+    )
     names = [key for key in SETTINGS if args.has_teacher or key not in OF_A_TEACHER]
     settings = {key: getattr(args, key) for key in names}
     settings = {key: getattr(value, "value", value) for key, value in settings.items()}  # transformers has enums

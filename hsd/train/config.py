@@ -18,6 +18,7 @@ from hsd.hindsight.groups import Prompt
 from hsd.hindsight.peers import PEER_RULES
 from hsd.hindsight.teacher_prompts import TeacherPrompts
 from hsd.methods import METHODS, Method
+from hsd.methods import method as find_method
 from hsd.methods.method import REQUIRED
 from hsd.methods.term import Schedule, scheduled
 from hsd.train.callbacks import steps_of_a_generation
@@ -78,7 +79,7 @@ class HSDConfig(GRPOConfig):
     lr_scheduler_type: str = "constant"
     adam_beta2: float = 0.95
     top_p: float = option(0.95, "nucleus of the rollouts' sampling", SHARE)
-    method: str = option("hsd", "member of the family, each a page in docs/methods.md", choices=tuple(METHODS))
+    method: str = option("hsd", "member of the family (docs/methods.md), or module:METHOD, a Method of your own")
     divergence_coef: Schedule = option(None, "weight of the divergence from the teacher", AT_LEAST_0)
     policy_coef: Schedule = option(None, "weight of GRPO's clipped surrogate over the same rollouts", AT_LEAST_0)
     advantage_mix: Schedule = option(
@@ -183,7 +184,6 @@ class HSDConfig(GRPOConfig):
     vllm_importance_sampling_correction: bool = False
 
     def __post_init__(self):
-        check(next(o for o in options() if o.name == "method"), self.method)
         self._take_defaults()
         given = self.generation_batch_size
         try:
@@ -344,7 +344,7 @@ class HSDConfig(GRPOConfig):
 
     @property
     def method_spec(self) -> Method:
-        return METHODS[self.method]
+        return find_method(self.method)
 
     @property
     def has_teacher(self) -> bool:
@@ -446,8 +446,9 @@ def unused(given: Mapping[str, Any]) -> list[str]:
 
 def ignored(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that the method in ``given`` does not use, with the value that each of them then has."""
-    method, hsd = METHODS.get(given.get("method", "hsd")), METHODS["hsd"].defaults
-    if method is None:
+    try:
+        method, hsd = find_method(given.get("method", "hsd")), METHODS["hsd"].defaults
+    except ValueError:  # `HSDConfig` says it; another run's may be a module that is not here
         return {}
     neutral: dict[str, Any] = {} if method.draw else {"draw_cap": None}
     policy_coef = given.get("policy_coef")

@@ -29,11 +29,12 @@ TEMPLATE = ContextTemplate(
 def test_a_recipe_of_the_page_trains(page, tmp_path, monkeypatch):
     (block,) = BLOCKS[page]
     assert len(block.splitlines()) < 30
-    namespace = {}
-    exec(block, namespace)
-    monkeypatch.setitem(METHODS, "rlrt", namespace["METHOD"])  # under the name of another
+    (tmp_path / f"recipe_of_{page}.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
     options = {"feedback_fn": lambda completions, **kw: [None] * len(completions)} if page == "contexts" else {}
-    trainer = make(qwen3(), tmp_path, reward=half, template=TEMPLATE, method="rlrt", max_steps=2, **options)
+    trainer = make(
+        qwen3(), tmp_path, reward=half, template=TEMPLATE, method=f"recipe_of_{page}:METHOD", max_steps=2, **options
+    )
     start = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
@@ -72,4 +73,4 @@ def test_the_command_shows_one(name, capsys):
 
 def test_an_unknown_method_is_one_line(capsys):
     assert main(["methods", "hsdd"]) == 2
-    assert capsys.readouterr().err.startswith("error: name: expected one of hsd, ")
+    assert capsys.readouterr().err.startswith("error: method: expected one of hsd, ")
