@@ -67,8 +67,7 @@ def run(p: Problem, rows: Tensor, slopes_of: Callable[[Tensor, Tensor], Tensor],
                 dz *= 1.0 - y.square()
             if made.bias is not None:
                 made.bias.add_(dz.sum(0))
-            # fp16: a slope may leave its range.
-            unit = dz.abs().amax().clamp_min(torch.finfo(wide).tiny) if is_fp16 else None
+            unit = _unit(dz) if is_fp16 else None  # a slope may leave fp16's range
             dz = (dz if unit is None else dz / unit).to(hidden.dtype)
             if made.hidden is not None:
                 part = gemm.backproject(dz, weight, made.hidden.dtype)
@@ -79,3 +78,10 @@ def run(p: Problem, rows: Tensor, slopes_of: Callable[[Tensor, Tensor], Tensor],
                 if unit is not None:
                     made.weight.add_(into * unit)
     return made
+
+
+def _unit(dz: Tensor) -> Tensor:
+    """The power of two () below the largest magnitude of the rows that are finite: a NaN is its own row's."""
+    largest = dz.abs().amax(-1)
+    largest = largest.masked_fill(~largest.isfinite(), 0.0).amax().clamp_min(torch.finfo(dz.dtype).tiny)
+    return torch.exp2(torch.frexp(largest).exponent.to(dz.dtype) - 1.0)

@@ -435,3 +435,16 @@ def test_weights_of_log_probs_are_checked_as_those_of_a_loss(weights, kind, mess
     for function, more in ((fused_token_logps, {}), (fused_token_loss, {"advantages": ONES})):
         with pytest.raises(kind, match=f"^token_weights: {message}"):
             function(**call, **more, token_weights=weights)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_a_strange_row_takes_no_gradient_from_the_others(dtype, bad):
+    ids, options = given("on policy", reduction="sum")
+    tensors = [t.detach() for t in operands(dtype)]
+    want = run(fused_token_loss, tensors, ids, **options)[1]
+    tensors[0][5] = bad
+    _, found, weight, _ = run(fused_token_loss, tensors, ids, **options)
+    others = torch.arange(T) != 5
+    assert found[5].isnan().any() and weight.isnan().any()
+    torch.testing.assert_close(found[others], want[others])
