@@ -48,6 +48,7 @@ class Case:
         facts = TeacherBatch(
             SUCCESS, SHOWN, torch.full((B,), -1), (MASK * SHOWN[:, None]).sum().float(), None, None, several, count,
             SUCCESS.float(), rates, torch.ones_like(SUCCESS) if scored is None else scored,
+            torch.full((B,), G),
         )  # fmt: skip
         inputs = RolloutInputs({}, self.ids, MASK)
         batch = RolloutBatch(inputs, MASK, facts, advantages, None, {}, self.config.skip_tokens)

@@ -117,9 +117,14 @@ Talk = Generator[list[Ask], list[Reply], Drawn | None]
 Draw = Callable[[GroupView], Talk]
 
 
-def gives_away(text: str, answer: str) -> bool:
-    """Whether the answer stands in the text, as a word or number of its own."""
-    return bool(answer.strip() and re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text))
+# Beside an answer these make another word or number of it: 5 is neither in 2.5 nor in 1,500, 5/6 or x5.
+_BEFORE, _AFTER = r"(?<!\w)(?<!\d[.,/])", r"(?!\w)(?![.,/]\d)"
+
+
+def gives_away(text: str, answers: Any) -> bool:
+    """Whether the answer, or one of a list of accepted ones, stands in the text, as a word or number of its own."""
+    accepted = [str(a).strip() for a in (answers if isinstance(answers, list) else [answers]) if a is not None]
+    return any(re.search(f"{_BEFORE}{re.escape(a)}{_AFTER}", text) is not None for a in accepted if a)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def contexts(view: RolloutView) -> list[Context]:
 def weight(s: Stats) -> Tensor:
     rate, m = s["group_success"], s["length"].clamp_max(s.settings["tokens"])
     # One row a group, not a mean over the group's rollouts.
-    of_group = s.settings["num_generations"] * 4.0 * rate * (1.0 - rate)
+    of_group = s["group_size"] * 4.0 * rate * (1.0 - rate)
     return of_group * (s["position"] < s.settings["tokens"]) * s["length"] / m.clamp_min(1)
 
 

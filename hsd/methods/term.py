@@ -41,7 +41,7 @@ class Stats:
 
     ``stats[name]`` is a column: "advantages", "reward", "scored" (whether the rollout has a verdict), "success",
     "has_context" (and "has_context_0", ... where there are several), "length", "group_success" (the group's success
-    rate), "tau" (-1 for none), "position", "mask", and what `Method.on_batch` returned.
+    rate), "group_size", "tau" (-1 for none), "position", "mask", and what `Method.on_batch` returned.
     """
 
     rows: RowStats | None  # student and the teacher of the first context, at kl_temperature

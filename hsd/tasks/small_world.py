@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,10 @@ def make_questions(
     """
     if n < 0:
         raise ValueError(f"n: expected a number of questions >= 0, got {n}")
+    all_numbers = product(*(range(low, high + 1) for low, high in _bounds(terms, added)))
+    there = sum(1 for _ in islice((x for x in all_numbers if is_held_out(_prompt(x)) == held_out), n))
+    if there < n:
+        raise ValueError(f"n: expected at most {there}, the questions of this side with these summands, got {n}")
     rng, seen, questions = random.Random(f"questions-{seed}"), set(), []
     while len(questions) < n:
         numbers = _draw_numbers(rng, held_out=held_out, terms=terms, added=added)
@@ -352,9 +357,13 @@ def is_held_out(prompt: str) -> bool:
 
 def _draw_numbers(rng: random.Random, *, held_out: bool, terms: int, added: Bounds) -> list[int]:
     while True:
-        numbers = [rng.randint(*bounds) for bounds in (TWO_DIGITS, *[added] * (terms - 1))]
+        numbers = [rng.randint(*bounds) for bounds in _bounds(terms, added)]
         if is_held_out(_prompt(numbers)) == held_out:
             return numbers
+
+
+def _bounds(terms: int, added: Bounds) -> tuple[Bounds, ...]:
+    return TWO_DIGITS, *[added] * (terms - 1)
 
 
 def _prompt(numbers: Sequence[int]) -> str:

@@ -39,6 +39,7 @@ class TeacherBatch:
     reward: Tensor | None = None  # (B,)
     group_success: Tensor | None = None  # (B,), the success rate of its group
     scored: Tensor | None = None  # (B,) bool, whether it has a verdict
+    group_size: Tensor | None = None  # (B,), an evaluation's may be another than the training's
 
     def pack(self) -> dict[str, Tensor]:
         """The entries of TRL's dictionary, which `unpack` finds again."""
@@ -137,7 +138,7 @@ class RolloutBatch:
         t = self.teacher
         found = {"advantages": self.advantages.float(), "success": t.success, "length": self.loss_mask.sum(-1)}
         given = {"has_context": t.has_context, "tau": t.divergence_position, "reward": t.reward}
-        given |= {"group_success": t.group_success, "scored": t.scored}
+        given |= {"group_success": t.group_success, "group_size": t.group_size, "scored": t.scored}
         found |= {name: value for name, value in given.items() if value is not None} | dict(self.own)
         if t.context_weights is not None:
             found |= {f"has_context_{k}": column for k, column in enumerate(t.context_weights.unbind(1))}
@@ -209,6 +210,7 @@ def facts_of(
         reward=torch.tensor([m.rollout.reward for m in mine], device=mask.device),
         group_success=torch.tensor([m.group.success_rate for m in mine], device=mask.device),
         scored=torch.tensor([m.rollout.scored for m in mine], device=mask.device),
+        group_size=torch.tensor([len(m.group.rollouts) for m in mine], device=mask.device),
     )
     if prompts is None:
         return facts

@@ -391,8 +391,7 @@ class HSDConfig(GRPOConfig):
                 f"method_args: expected {missing[0]!r} for method={self.method!r}, whose source does not publish it, "
                 f"got {sorted(given)}"
             )
-        known = {"max_completion_length": self.max_completion_length, "num_generations": self.num_generations}
-        return {**known, **own, **given}
+        return {"max_completion_length": self.max_completion_length, **own, **given}
 
     @property
     def draws(self) -> bool:

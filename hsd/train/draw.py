@@ -73,7 +73,7 @@ class Writer:
         judged = self._judged(asked, groups, texts, tokens)
         replies = []
         for i, (n, ask) in enumerate(asked):
-            leaks = ask.secret and gives_away(texts[i], groups[n].group.answer)
+            leaks = ask.secret and gives_away(texts[i], groups[n].row.get("answer"))
             replies.append(Reply(texts[i], *tokens[i], *judged.get(i, ((), 0.0)), leaks=leaks))
         return replies
 

@@ -292,7 +292,31 @@ def test_a_draw_that_never_ends_does():
 
 @pytest.mark.parametrize(
     ("text", "answer", "told"),
-    [("so 12 it is", "12", True), ("#12", "12", True), ("112", "12", False), ("x", " ", False), ("12.", "12", True)],
+    [
+        ("so 12 it is", "12", True),
+        ("#12", "12", True),
+        ("$12", "12", True),
+        ("12.", "12", True),
+        ("12, then", "12", True),
+        ("Take 12.Then", "12", True),
+        ("so: 2.5", "2.5", True),
+        ("it is 1/5!", "1/5", True),
+        ("so,12", "12", True),
+        ("112", "12", False),
+        ("x12", "12", False),
+        ("2.12", "12", False),
+        ("12.5", "12", False),
+        ("12,000", "12", False),
+        ("1,012", "12", False),
+        ("1/12", "12", False),
+        ("12/5", "12", False),
+        ("x", " ", False),
+        ("x", None, False),
+        ("x", [], False),
+        ("it is 7", ["12", "7"], True),
+        ("it is 7", ["12", "", None], False),
+        ("it is 7", 7, True),
+    ],
 )
 def test_what_gives_an_answer_away(text, answer, told):
     assert gives_away(text, answer) is told

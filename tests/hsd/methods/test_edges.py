@@ -36,7 +36,7 @@ def view_of(group, i, method="hsd", row=BLANK, **changes):
         "feedback": None,
         "show_answer": options["show_answer"],
         "fallback": options["fallback"],
-        "settings": settings | {"max_completion_length": 8, "num_generations": 4},
+        "settings": settings | {"max_completion_length": 8},
         "state": made() if made else None,
     }
     return RolloutView(Member(group, i, 0), row, **given | changes)

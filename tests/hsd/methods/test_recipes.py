@@ -134,8 +134,9 @@ def test_vopd_is_the_dense_reverse_kl_in_expectation():
         torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True)[0], dense)
 
 
-def test_ssopd():
-    c = Case("ssopd", method_args={"tokens": 3})
+@pytest.mark.parametrize("in_training", [G, 2], ids=["training", "an evaluation with groups of another size"])
+def test_ssopd(in_training):
+    c = Case("ssopd", method_args={"tokens": 3}, num_generations=in_training)
     clipped = (c.q[0].exp() * (c.q[0] - c.p)).clamp(max=0.05).sum(-1)
     expected = surrogate(c, c.a)
     for i in range(B):

@@ -73,6 +73,22 @@ def test_questions_are_distinct_right_and_disjoint(added):
         small_world.make_questions(-1, seed=0)
 
 
+def test_all_questions_of_a_side_can_be_asked_for_and_not_one_more():
+    options = {"seed": 0, "terms": 2, "added": (2, 3)}  # 90 x 2
+    sides = [[q for q in range(181) if _can_be_made(q, held_out=side, **options)] for side in (False, True)]
+    most = [side[-1] for side in sides]
+    assert sum(most) == 180 and [side == list(range(n + 1)) for side, n in zip(sides, most, strict=True)] == [True] * 2
+    with pytest.raises(ValueError, match=f"^n: expected at most {most[1]}, .*, got {most[1] + 1}$"):
+        small_world.make_questions(most[1] + 1, held_out=True, **options)
+
+
+def _can_be_made(n, **options):
+    try:
+        return len({q["prompt"] for q in small_world.make_questions(n, **options)}) == n
+    except ValueError:
+        return False
+
+
 def test_warm_start_never_draws_a_held_out_question():
     rng = random.Random(0)
     assert not any(small_world.is_held_out(small_world.draw_example(rng).prompt[:12]) for _ in range(300))
