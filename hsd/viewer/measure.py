@@ -155,22 +155,25 @@ def measure(
     """The rollouts at ``places``, in order, each beside its peer (`draw_peers`); teacher = the same weights.
 
     Three forward passes a rollout: the prompt alone, the context of its peer, the context of the answer alone. Several
-    rollouts share a batch as long as their tokens, padded, stay within `TOKEN_BUDGET`. The `TOP_K` likeliest tokens
-    are kept for the groups in ``shown``; their full logits exist for `TOP_CHUNK` tokens at a time.
+    rollouts share a batch as long as what one forward pass reads, prompts included and padded, stays within
+    `TOKEN_BUDGET`. The `TOP_K` likeliest tokens are kept for the groups in ``shown``; their full logits exist for
+    `TOP_CHUNK` tokens at a time.
     """
     model, tokenizer = policy
     parts = body_and_head(model)
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked
     measured: list[TokenCredit] = []
+    all_rollouts = [groups[g].rollouts[i].token_ids for g, i in places]
+    all_prompts = {
+        "student": [tokenize_prompt(tokenizer, groups[g].prompt) for g, _ in places],
+        "with_peer": [_teacher_prompt(tokenizer, groups[g], peers[g][i], template) for g, i in places],
+        "answer_only": [_teacher_prompt(tokenizer, groups[g], None, template) for g, _ in places],
+    }
+    longest = [max(map(len, three)) for three in zip(*all_prompts.values(), strict=True)]
     with in_eval_mode(model):
-        for start, stop in _within_budget([len(groups[g].rollouts[i].token_ids) for g, i in places]):
-            part = places[start:stop]
-            rollouts = [groups[g].rollouts[i].token_ids for g, i in part]
-            prompts = {
-                "student": [tokenize_prompt(tokenizer, groups[g].prompt) for g, _ in part],
-                "with_peer": [_teacher_prompt(tokenizer, groups[g], peers[g][i], template) for g, i in part],
-                "answer_only": [_teacher_prompt(tokenizer, groups[g], None, template) for g, _ in part],
-            }
+        for start, stop in _within_budget(longest, [len(ids) for ids in all_rollouts]):
+            part, rollouts = places[start:stop], all_rollouts[start:stop]
+            prompts = {who: asked[start:stop] for who, asked in all_prompts.items()}
             inputs = _inputs(prompts, rollouts, pad_id, parts.linear.weight.device)
             student_BTD = inputs.forward(parts, "student")
             teacher_BTD = inputs.forward(parts, "with_peer")
@@ -289,10 +292,12 @@ def _top(parts: BodyAndHead, hidden: Tensor, lse: Tensor) -> Top:
     return Top(torch.cat(ids), torch.cat(probs))
 
 
-def _within_budget(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges whose padded size stays within `TOKEN_BUDGET`; a rollout above it goes alone."""
+def _within_budget(prompts: Sequence[int], rollouts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges, of these lengths, whose padded size stays within `TOKEN_BUDGET`; what is above it goes
+    alone. Prompts and rollouts are padded apart."""
     start = 0
-    for stop in range(1, len(lengths) + 1):
-        if stop == len(lengths) or max(lengths[start : stop + 1]) * (stop + 1 - start) > TOKEN_BUDGET:
+    for stop in range(1, len(rollouts) + 1):
+        some = slice(start, stop + 1)
+        if stop == len(rollouts) or (max(prompts[some]) + max(rollouts[some])) * (stop + 1 - start) > TOKEN_BUDGET:
             yield start, stop
             start = stop

@@ -180,6 +180,22 @@ def test_tokens_equal_full_logits_one_sequence_at_a_time(make, token_budget, mon
             torch.testing.assert_close(top.probs, best.values.float(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_forward_pass_reads_no_more_than_the_budget_prompts_included(over, monkeypatch):
+    """Two rollouts of 2 tokens beside a context of 63: both together where the budget has room for them, else alone."""
+    peer, own = tuple(encode("12")), tuple(encode("34"))
+    answer = "9" * 56
+    groups = [Group("1+1=", answer, (Rollout(peer, 1.0), Rollout(own, 0.0)))]
+    width = len(encode(f"1+1=[{answer}|12]")) + len(own)
+    monkeypatch.setattr("hsd.viewer.measure.TOKEN_BUDGET", 2 * width - over)
+    read = []
+    model = build()
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    measure(Policy(model, TOKENIZER), groups, [[None, 0]], TEMPLATE, every(groups))
+    assert [len(ids) for ids in read] == ([1] * 6 if over else [2] * 3)
+    assert over or max(ids.numel() for ids in read) == 2 * width
+
+
 def test_a_measurement_is_the_same_alone_and_among_others():
     model = build()
     groups = [OTHER, FAILED, MIXED]
