@@ -113,7 +113,7 @@ class CreditTable:
 
 @dataclass(frozen=True)
 class CoverageBin:
-    """Groups whose question has a pass rate in (low, high]: their rollouts' success, and coverage, as shares of all."""
+    """Groups whose question has a pass rate in (low, high]: their rollouts' success, and coverage, as shares."""
 
     low: float
     high: float
@@ -204,12 +204,13 @@ def credit_tables(measured: Sequence[TokenCredit]) -> dict[str, CreditTable]:
 
 
 def coverage_by_difficulty(first: Sequence[Group], second: Sequence[Group]) -> list[CoverageBin]:
-    """Coverage, the share of all rollouts that fail and have a successful peer, in bins of the question's pass rate.
+    """Coverage, the share of rollouts that fail and have a successful peer, in bins of the question's pass rate. Shares
+    are of the rollouts with a verdict.
 
     Each question has two independent groups. One says how hard the question is, the other is measured, and then they
     change places. Were one group used for both, coverage would follow from the pass rate: whenever it is not 0, every
     failure has a peer. Within a bin, coverage lies below ``f(success, G)`` of `hsd.hindsight.credit.coverage` as far as
-    the bin's questions still differ, because f is concave.
+    the bin's questions still differ, because f is concave. A question is left out where a group has no verdict.
 
     Returns:
         One entry for each bin that has a group, from hard to easy.
@@ -220,13 +221,14 @@ def coverage_by_difficulty(first: Sequence[Group], second: Sequence[Group]) -> l
     if [g.prompt for g in first] != [g.prompt for g in second]:
         raise ValueError("second: expected one group for each question of first, in the same order")
     bounds = [-math.inf, *DIFFICULTY, math.inf]
+    both = [pair for pair in zip(first, second, strict=True) if all(g.successes or g.failures for g in pair)]
+    pairs = both + [pair[::-1] for pair in both]
     bins = []
     for low, high in itertools.pairwise(bounds):
-        pairs = [*zip(first, second, strict=True), *zip(second, first, strict=True)]
-        chosen = [measured for grading, measured in pairs if low < _success_rate(grading) <= high]
+        chosen = [measured for grading, measured in pairs if low < grading.success_rate <= high]
         if not chosen:
             continue
-        share = [1 - _success_rate(g) if g.successes else 0.0 for g in chosen]
+        share = [1 - g.success_rate if g.successes else 0.0 for g in chosen]
         mean = sum(share) / len(share)
         spread = math.sqrt(sum((s - mean) ** 2 for s in share) / (len(share) - 1)) if len(share) > 1 else math.nan
         bins.append(
@@ -234,16 +236,12 @@ def coverage_by_difficulty(first: Sequence[Group], second: Sequence[Group]) -> l
                 low=max(low, 0.0),
                 high=min(high, 1.0),
                 groups=len(chosen),
-                success=sum(map(_success_rate, chosen)) / len(chosen),
+                success=sum(g.success_rate for g in chosen) / len(chosen),
                 coverage=mean,
                 error=spread / math.sqrt(len(share)),
             )
         )
     return bins
-
-
-def _success_rate(group: Group) -> float:
-    return len(group.successes) / len(group.rollouts)
 
 
 def _teacher_prompt(tokenizer: Any, group: Group, peer: int | None, template: ContextTemplate) -> Sequence[int]:

@@ -1,5 +1,7 @@
 """Credit of failing rollouts against full logits of the model, one sequence at a time."""
 
+from dataclasses import replace
+
 import pytest
 import tiny_runs
 import torch
@@ -232,6 +234,15 @@ def test_coverage_is_measured_on_the_group_that_did_not_grade(monkeypatch):
     assert middle.error == pytest.approx(torch.tensor([0.0, 0.5, 0.5]).std().item() / 3**0.5)
     with pytest.raises(ValueError, match=r"^second: expected one group for each question"):
         coverage_by_difficulty(first, second[::-1])
+
+
+def test_difficulty_counts_the_rollouts_with_a_verdict():
+    """1 of 2 judged, not 1 of 4; a question is left out where either of its groups has no verdict."""
+    judged = Group("q", "0", tuple(Rollout((1,), r, scored=i < 2) for i, r in enumerate((1.0, 0.0, 0.0, 0.0))))
+    unjudged = replace(judged, rollouts=(Rollout((1,), 0.0, scored=False),) * 4)
+    (middle,) = coverage_by_difficulty([judged, judged], [judged, unjudged])
+    assert (middle.low, middle.groups, middle.success, middle.coverage) == (0.2, 2, 0.5, 0.5)
+    assert coverage_by_difficulty([unjudged], [judged]) == []
 
 
 def test_coverage_of_alike_questions_is_the_formula():
