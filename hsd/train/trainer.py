@@ -75,7 +75,7 @@ from hsd.train.limits import (
     engine_of,
     makes_loss,
 )
-from hsd.train.metrics import context_metrics, group_metrics, loss_metrics, teacher_success
+from hsd.train.metrics import context_metrics, group_metrics, initial_gap, loss_metrics, teacher_success
 from hsd.train.micro_batch import MicroBatchLoss, joined
 from hsd.train.ranks import mean_over_ranks, means, of_all_ranks
 from hsd.train.rollouts import append_rollouts, rollout_rows
@@ -580,10 +580,10 @@ class _AfterStep(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """The optimizer's clock, and the initial gap: the final gain was linear in it (arXiv 2605.30070)."""
         self.began = time.perf_counter()
-        gaps = [gap for gap in self.trainer._metrics["train"].get("hsd/kl", []) if not math.isnan(gap)]
-        if state.global_step == 0 and gaps and state.is_world_process_zero:
-            gap = sum(gaps) / len(gaps)
-            say(f"before step 1 student and teacher are {gap:.3g} nats a token apart ({self.trainer.args.divergence})")
+        if state.global_step == 0 and state.is_world_process_zero:
+            gaps = self.trainer._metrics["train"].get("hsd/kl", [])
+            if (told := initial_gap(gaps, self.trainer.args.divergence)) is not None:
+                say(told)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.step_time.add("optimizer", time.perf_counter() - self.began)
