@@ -14,6 +14,7 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
+from hsd.hub import asking
 from hsd.process import hush, settle
 
 COMMANDS = (
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words or os.environ.get("HSD_TRACEBACK", "0") not in ("", "0")
     try:
-        code = dispatch([word for word in words if word != "--traceback"])
+        with asking():  # the hub once in a command
+            code = dispatch([word for word in words if word != "--traceback"])
         sys.stdout.flush()
         return code
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -19,7 +19,7 @@ from hsd.data.generators import PREFIX, generated
 from hsd.data.local_files import ENDINGS, read_rows
 from hsd.data.ready_rows import ready, verl
 from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable, read_jsonl
-from hsd.hub import no_answer
+from hsd.hub import asking, no_answer
 
 Convert = Callable[[dict[str, Any]], Row]
 # What a converter meets in a row whose values are not those of its form; the last three are a packed test's.
@@ -141,7 +141,8 @@ def load_source(name: str, split: str | None = None, limit: int | None = None) -
         raise ValueError(f"data: expected a split of {key} among {', '.join(source.splits)}, got {split!r}")
     configs = [c for c in source.configs if c]
     exact = " ".join([source.repo, *(configs if len(configs) == 1 else []), split])
-    return _collect(exact, _from_hub(source, split), source.convert, limit)
+    with asking():
+        return _collect(exact, _from_hub(source, split), source.convert, limit)
 
 
 def convert_row(raw: dict[str, Any]) -> Row:
@@ -184,6 +185,8 @@ def _collect(name: str, raws: Iterable[dict[str, Any]], convert: Convert | None,
 
 
 def _from_hub(source: Source, split: str) -> Iterator[dict[str, Any]]:
+    import datasets  # noqa: F401 - before the hub is asked: what it finds in HF_HUB_OFFLINE stays with it
+
     why = no_answer(source.repo, "dataset")
     try:
         yield from _downloaded(source, split)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hsd.data.rows import read_json
-from hsd.hub import no_answer
+from hsd.hub import asking, no_answer
 from hsd.progress import hide_bars
 
 ADAPTERS = "adapter_config.json"
@@ -52,14 +52,15 @@ def check(path: str) -> None:
 def _named(path: str) -> Iterator[None]:
     """An error about the model in the block names it. A hub that does not answer is not waited for."""
     expected, base = "model: expected a folder with a model, or a hub id", _base(path)
-    if missing := _missing(path if base is None else base):
-        got = repr(path) if base is None else f"{base!r}, the base model of {path}"
-        raise ValueError(f"{expected}, got {got}, which is {missing}")
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{expected}, got {path!r}: {reason}") from error
+    with asking():
+        if missing := _missing(path if base is None else base):
+            got = repr(path) if base is None else f"{base!r}, the base model of {path}"
+            raise ValueError(f"{expected}, got {got}, which is {missing}")
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{expected}, got {path!r}: {reason}") from error
 
 
 def _missing(path: str) -> str | None:

@@ -74,14 +74,9 @@ class Task:
         """The held-out questions, or those of training where none are held out."""
         return self.held_out or self.questions
 
-    def reward(self, **columns: Any) -> list[float]:
-        """The weighted sum of the rewards, which training compares with ``success_reward``.
-
-        A rollout without any verdict is no success.
-        """
-        unscored = min(0.0, self.success_reward - 1.0)
-        sums = _weighted(self.rewards, self.reward_weights, columns)
-        return [unscored if r is None else r for r in sums]
+    def reward(self, **columns: Any) -> list[float | None]:
+        """The weighted sum of the rewards, which training compares with ``success_reward``; None without a verdict."""
+        return _weighted(self.rewards, self.reward_weights, columns)
 
 
 def success_of(rewards: Sequence[RewardFn], weights: Sequence[float] | None = None, least: float = 1.0) -> RewardFn:

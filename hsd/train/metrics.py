@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,16 @@ def teacher_success(rewards: Sequence[float], counts: Tensor, success_reward: fl
     """Share of successes among the replies to teachers' prompts that count (N,): with a context and a verdict."""
     successes = torch.tensor(rewards, device=counts.device) >= least_success(success_reward)
     return (successes & counts).sum() / counts.sum()
+
+
+def initial_gap(gaps: Sequence[float], divergence: str) -> str | None:
+    """The sentence about "kl" of the micro-batches of step 1; None where none of them measured it."""
+    measured = [gap for gap in gaps if not math.isnan(gap)]
+    if not measured:
+        return None
+    gap = sum(measured) / len(measured)
+    size = f"{gap:.3g} nats a token" if math.isfinite(gap) else "infinitely far"
+    return f"before step 1 student and teacher are {size} apart ({divergence})"
 
 
 def context_metrics(prompts: Sequence[Sequence[TeacherPrompt]]) -> dict[str, float]:

@@ -16,6 +16,8 @@ from hsd_kernels.token_driver import CHUNK_BYTES
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 GB = 10**9
+TRL_TILE = (4096, 32_768)  # tokens and columns of logits that TRL's own loss holds at a time, whatever the vocabulary
+TRL_REFERENCE = "TRL's reference"
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def plan(
     if whole and gpus > 1:
         memory.append(Item("DDP's buckets, a second gradient", t * g))
     peft = t != p
-    frozen = sorted(copies(args, peft=peft))
+    frozen = sorted(copies(args, peft=peft) | ({TRL_REFERENCE} if args.beta and not peft else set()))
     for name in frozen:
         size = t if peft else p
         memory.append(Item(f"frozen policy: {name}", size * (4 if peft else w) / split[0]))
@@ -147,11 +149,16 @@ def plan(
     twins = [name for name in frozen if not peft]
     if twins and split[0] > 1:
         memory.append(Item("gathered head of a frozen policy", head * c * len({*twins} - {AVERAGE}), "update"))
+    whose = "fused" if args.own_loss else "TRL's"
     if args.own_loss:
         chunks = MEMORY_BYTES["cuda"] if args.has_teacher else CHUNK_BYTES
         memory.append(Item("fused loss: chunks", args.memory_bytes or chunks, "update"))
-        if not peft:
-            memory.append(Item("fused loss: dW in fp32", head * 4, "update"))
+    else:
+        rows = min(args.per_device_train_batch_size * (args.max_completion_length or 0), TRL_TILE[0])
+        wide = 4 if args.cast_lm_head_to_fp32 else c
+        memory.append(Item("TRL's loss: tile of logits", rows * TRL_TILE[1] * wide, "update"))
+    if not peft:
+        memory.append(Item(f"{whose} loss: dW in fp32", head * 4, "update"))
     inputs, insides = shape.layers * shape.hidden, shape.per_token
     kept = inputs + insides if args.gradient_checkpointing else shape.layers * insides
     memory.append(Item(f"activations of {tokens:,} tokens, about", tokens * kept * c, "update"))

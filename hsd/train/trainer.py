@@ -28,7 +28,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ from hsd.train.limits import (
     engine_of,
     makes_loss,
 )
-from hsd.train.metrics import context_metrics, group_metrics, loss_metrics, teacher_success
+from hsd.train.metrics import context_metrics, group_metrics, initial_gap, loss_metrics, teacher_success
 from hsd.train.micro_batch import MicroBatchLoss, joined
 from hsd.train.ranks import mean_over_ranks, means, of_all_ranks
 from hsd.train.rollouts import append_rollouts, rollout_rows
@@ -224,11 +224,13 @@ class HSDTrainer(GRPOTrainer):
         with known_words(prompts):
             return super()._tokenize_prompts(prompts)
 
+    def _autocast_sampling(self) -> AbstractContextManager:
+        """Around a whole generation: autocast casts the weights once, not once a token, and a frozen teacher's forward
+        has no autocast of its own. Where a rank holds a part of the weights, the copies would be of all."""
+        return nullcontext() if self._sharded else self.accelerator.autocast()
+
     def _generate(self, prompts):
-        # Around the whole generation autocast casts the weights once, not once a token. Where a rank holds a part of
-        # them, the copies would be of all.
-        once = nullcontext() if self._sharded else self.accelerator.autocast()
-        with self.step_time.part("sampling"), once:
+        with self.step_time.part("sampling"), self._autocast_sampling():
             found = super()._generate(prompts)
         self.step_time.tokens += sum(map(len, found[1]))
         return found
@@ -345,7 +347,7 @@ class HSDTrainer(GRPOTrainer):
         """Share of successes among replies sampled from the teacher, one from the first context of each rollout."""
         asked = [row[0].context.prompt_ids for row in prompts]
         seed = hash((self.args.seed, self.state.global_step, first)) % 2**31
-        with self.frozen.sampler(self._policy) as model, in_eval_mode(model), self.accelerator.autocast():
+        with self.frozen.sampler(self._policy) as model, in_eval_mode(model), self._autocast_sampling():
             rollouts = sample_from_ids(model, self._tokenizer, asked, self._sampling(len(inputs)), seed=seed)
         texts = self._tokenizer.batch_decode(rollouts, skip_special_tokens=True)
         sums, unscored = self._weighted(self._rewards_of(inputs, texts, rollouts))  # of all ranks, as what follows
@@ -417,10 +419,10 @@ class HSDTrainer(GRPOTrainer):
         ids, args = [list(prompt) for prompt in prompts], self.args
         size = max(1, args.generation_batch_size // args.world_size)  # type: ignore[operator]
         if who == "teacher" and self.frozen.teacher is not None:
-            with self.frozen.sampler(self._policy) as model:
+            with self.frozen.sampler(self._policy) as model, self._autocast_sampling():
                 return sample_from_ids(model, self._tokenizer, ids, self._sampling(size), seed=seed)
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), self._autocast_sampling():
             torch.manual_seed(seed)
             parts = [ids[at : at + size] for at in range(0, len(ids), size)]  # as large as a generation
             return [said for part in parts for said in self._generate_single_turn(part, None, {}, 1)[0]]
@@ -580,10 +582,10 @@ class _AfterStep(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """The optimizer's clock, and the initial gap: the final gain was linear in it (arXiv 2605.30070)."""
         self.began = time.perf_counter()
-        gaps = [gap for gap in self.trainer._metrics["train"].get("hsd/kl", []) if not math.isnan(gap)]
-        if state.global_step == 0 and gaps and state.is_world_process_zero:
-            gap = sum(gaps) / len(gaps)
-            say(f"before step 1 student and teacher are {gap:.3g} nats a token apart ({self.trainer.args.divergence})")
+        if state.global_step == 0 and state.is_world_process_zero:
+            gaps = self.trainer._metrics["train"].get("hsd/kl", [])
+            if (told := initial_gap(gaps, self.trainer.args.divergence)) is not None:
+                say(told)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.step_time.add("optimizer", time.perf_counter() - self.began)

@@ -20,16 +20,18 @@ PAGE = "credit.html"
 
 
 def sample_groups(task: Task, policy: Policy, questions: Sequence[Question], seed: int, size: int = 8) -> list[Group]:
-    """One scored group for each question."""
+    """One group for each question. A rollout without a verdict is neither a success nor a failure."""
     repeated = [q for q in questions for _ in range(size)]
     prompts = [q["prompt"] for q in repeated]
     rollouts = sample(*policy, prompts, task.sampling, seed=seed + 1, progress=counter("sampled"))
     rewards = score(policy.tokenizer, repeated, rollouts, task.reward)
-    least = task.success_reward
-    unjudged = least - 1.0  # a rollout without a verdict is no success
-    scored = [Rollout(tuple(ids), unjudged if r is None else r) for ids, r in zip(rollouts, rewards, strict=True)]
-    groups = [tuple(scored[g * size : (g + 1) * size]) for g in range(len(questions))]
+    judged = [
+        Rollout(tuple(ids), 0.0 if r is None else r, scored=r is not None)
+        for ids, r in zip(rollouts, rewards, strict=True)
+    ]
+    groups = [tuple(judged[g * size : (g + 1) * size]) for g in range(len(questions))]
     answers = [shown_answer(q["answer"]) for q in questions]
+    least = task.success_reward
     return [Group(q["prompt"], a, g, least) for q, a, g in zip(questions, answers, groups, strict=True)]
 
 

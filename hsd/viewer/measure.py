@@ -113,7 +113,7 @@ class CreditTable:
 
 @dataclass(frozen=True)
 class CoverageBin:
-    """Groups whose question has a pass rate in (low, high]: their rollouts' success, and coverage, as shares of all."""
+    """Groups whose question has a pass rate in (low, high]: their rollouts' success, and coverage, as shares."""
 
     low: float
     high: float
@@ -155,22 +155,25 @@ def measure(
     """The rollouts at ``places``, in order, each beside its peer (`draw_peers`); teacher = the same weights.
 
     Three forward passes a rollout: the prompt alone, the context of its peer, the context of the answer alone. Several
-    rollouts share a batch as long as their tokens, padded, stay within `TOKEN_BUDGET`. The `TOP_K` likeliest tokens
-    are kept for the groups in ``shown``; their full logits exist for `TOP_CHUNK` tokens at a time.
+    rollouts share a batch as long as what one forward pass reads, prompts included and padded, stays within
+    `TOKEN_BUDGET`. The `TOP_K` likeliest tokens are kept for the groups in ``shown``; their full logits exist for
+    `TOP_CHUNK` tokens at a time.
     """
     model, tokenizer = policy
     parts = body_and_head(model)
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked
     measured: list[TokenCredit] = []
+    all_rollouts = [groups[g].rollouts[i].token_ids for g, i in places]
+    all_prompts = {
+        "student": [tokenize_prompt(tokenizer, groups[g].prompt) for g, _ in places],
+        "with_peer": [_teacher_prompt(tokenizer, groups[g], peers[g][i], template) for g, i in places],
+        "answer_only": [_teacher_prompt(tokenizer, groups[g], None, template) for g, _ in places],
+    }
+    longest = [max(map(len, three)) for three in zip(*all_prompts.values(), strict=True)]
     with in_eval_mode(model):
-        for start, stop in _within_budget([len(groups[g].rollouts[i].token_ids) for g, i in places]):
-            part = places[start:stop]
-            rollouts = [groups[g].rollouts[i].token_ids for g, i in part]
-            prompts = {
-                "student": [tokenize_prompt(tokenizer, groups[g].prompt) for g, _ in part],
-                "with_peer": [_teacher_prompt(tokenizer, groups[g], peers[g][i], template) for g, i in part],
-                "answer_only": [_teacher_prompt(tokenizer, groups[g], None, template) for g, _ in part],
-            }
+        for start, stop in _within_budget(longest, [len(ids) for ids in all_rollouts]):
+            part, rollouts = places[start:stop], all_rollouts[start:stop]
+            prompts = {who: asked[start:stop] for who, asked in all_prompts.items()}
             inputs = _inputs(prompts, rollouts, pad_id, parts.linear.weight.device)
             student_BTD = inputs.forward(parts, "student")
             teacher_BTD = inputs.forward(parts, "with_peer")
@@ -201,12 +204,13 @@ def credit_tables(measured: Sequence[TokenCredit]) -> dict[str, CreditTable]:
 
 
 def coverage_by_difficulty(first: Sequence[Group], second: Sequence[Group]) -> list[CoverageBin]:
-    """Coverage, the share of all rollouts that fail and have a successful peer, in bins of the question's pass rate.
+    """Coverage, the share of rollouts that fail and have a successful peer, in bins of the question's pass rate. Shares
+    are of the rollouts with a verdict.
 
     Each question has two independent groups. One says how hard the question is, the other is measured, and then they
     change places. Were one group used for both, coverage would follow from the pass rate: whenever it is not 0, every
     failure has a peer. Within a bin, coverage lies below ``f(success, G)`` of `hsd.hindsight.credit.coverage` as far as
-    the bin's questions still differ, because f is concave.
+    the bin's questions still differ, because f is concave. A question is left out where a group has no verdict.
 
     Returns:
         One entry for each bin that has a group, from hard to easy.
@@ -217,13 +221,14 @@ def coverage_by_difficulty(first: Sequence[Group], second: Sequence[Group]) -> l
     if [g.prompt for g in first] != [g.prompt for g in second]:
         raise ValueError("second: expected one group for each question of first, in the same order")
     bounds = [-math.inf, *DIFFICULTY, math.inf]
+    both = [pair for pair in zip(first, second, strict=True) if all(g.successes or g.failures for g in pair)]
+    pairs = both + [pair[::-1] for pair in both]
     bins = []
     for low, high in itertools.pairwise(bounds):
-        pairs = [*zip(first, second, strict=True), *zip(second, first, strict=True)]
-        chosen = [measured for grading, measured in pairs if low < _success_rate(grading) <= high]
+        chosen = [measured for grading, measured in pairs if low < grading.success_rate <= high]
         if not chosen:
             continue
-        share = [1 - _success_rate(g) if g.successes else 0.0 for g in chosen]
+        share = [1 - g.success_rate if g.successes else 0.0 for g in chosen]
         mean = sum(share) / len(share)
         spread = math.sqrt(sum((s - mean) ** 2 for s in share) / (len(share) - 1)) if len(share) > 1 else math.nan
         bins.append(
@@ -231,16 +236,12 @@ def coverage_by_difficulty(first: Sequence[Group], second: Sequence[Group]) -> l
                 low=max(low, 0.0),
                 high=min(high, 1.0),
                 groups=len(chosen),
-                success=sum(map(_success_rate, chosen)) / len(chosen),
+                success=sum(g.success_rate for g in chosen) / len(chosen),
                 coverage=mean,
                 error=spread / math.sqrt(len(share)),
             )
         )
     return bins
-
-
-def _success_rate(group: Group) -> float:
-    return len(group.successes) / len(group.rollouts)
 
 
 def _teacher_prompt(tokenizer: Any, group: Group, peer: int | None, template: ContextTemplate) -> Sequence[int]:
@@ -289,10 +290,12 @@ def _top(parts: BodyAndHead, hidden: Tensor, lse: Tensor) -> Top:
     return Top(torch.cat(ids), torch.cat(probs))
 
 
-def _within_budget(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges whose padded size stays within `TOKEN_BUDGET`; a rollout above it goes alone."""
+def _within_budget(prompts: Sequence[int], rollouts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges, of these lengths, whose padded size stays within `TOKEN_BUDGET`; what is above it goes
+    alone. Prompts and rollouts are padded apart."""
     start = 0
-    for stop in range(1, len(lengths) + 1):
-        if stop == len(lengths) or max(lengths[start : stop + 1]) * (stop + 1 - start) > TOKEN_BUDGET:
+    for stop in range(1, len(rollouts) + 1):
+        some = slice(start, stop + 1)
+        if stop == len(rollouts) or (max(prompts[some]) + max(rollouts[some])) * (stop + 1 - start) > TOKEN_BUDGET:
             yield start, stop
             start = stop

@@ -52,6 +52,9 @@ function element(tag, className, text) {
   return e;
 }
 
+const verdict = (r) =>
+  r.ok === null ? ["?", "has no verdict"] : r.ok ? ["\u2713", "succeeds"] : ["\u2717", "fails"];
+
 // -- the list --------------------------------------------------------------------------------------------------------
 
 function matches(r) {
@@ -77,8 +80,8 @@ function fillList() {
     const button = element("button");
     button.dataset.rollout = i;
     button.append(
-      element("span", "", r.ok ? "\u2713" : "\u2717"),
-      element("span", "what", `${r.index + 1} ${r.ok ? "succeeds" : "fails"}`),
+      element("span", "", verdict(r)[0]),
+      element("span", "what", `${r.index + 1} ${verdict(r)[1]}`),
       element("span", "num", r.tau === null ? "" : `\u03c4 ${r.tau}`),
       element("span", "num", `|A| ${mean(r, 0, 2)}`));
     const item = element("li");
@@ -117,12 +120,13 @@ function open(i, t) {
   hide();
   const peer = r.peer === null ? null : data.rollouts[r.peer];
   const [question, answer] = data.groups[r.group];
-  const group = data.rollouts.filter((other) => other.group === r.group), right = group.filter((other) => other.ok).length;
+  const judged = data.rollouts.filter((other) => other.group === r.group && other.ok !== null);
+  const right = judged.filter((other) => other.ok).length, reward = r.ok === null ? "" : ` (reward ${r.reward})`;
   at("question").replaceChildren(
     element("b", "", "Question "), visible(question), element("b", "", "  Answer "), visible(answer),
-    element("b", "", "  Success "), `${right} of ${group.length}` + (name ? ` ${name}` : ""));
+    element("b", "", "  Success "), `${right} of ${judged.length}` + (name ? ` ${name}` : ""));
   at("facts").replaceChildren(
-    element("b", "", r.ok ? "\u2713 succeeds" : "\u2717 fails"), ` (reward ${r.reward}), ${r.tokens.length} tokens, `,
+    element("b", "", verdict(r).join(" ")), `${reward}, ${r.tokens.length} tokens, `,
     element("b", "", tauWords(r, peer)), `. Mean |A| ${mean(r, 0, 3)} nats; of the answer-only teacher ${mean(r, 1, 3)}.`);
   at("own-head").textContent = `Rollout ${r.index + 1}`;
   at("peer-head").replaceChildren(peer ? `Its peer: rollout ${peer.index + 1}` : "No peer");

@@ -92,8 +92,7 @@ def payload(tokenizer: Any, groups: Sequence[Group], measured: Sequence[TokenCre
             {
                 "group": r.group,
                 "index": r.rollout,
-                "ok": r.rollout in groups[r.group].successes,
-                "reward": groups[r.group].rollouts[r.rollout].reward,
+                **_verdict(groups[r.group], r.rollout),
                 "peer": None if r.peer is None else record_of[r.group, r.peer],
                 "tau": r.tau,
                 "mean": [_mean_abs(r.credit), _mean_abs(r.answer_only)],
@@ -107,6 +106,11 @@ def payload(tokenizer: Any, groups: Sequence[Group], measured: Sequence[TokenCre
             for r, tokens in zip(measured, own, strict=True)
         ],
     }
+
+
+def _verdict(group: Group, i: int) -> dict[str, Any]:
+    rollout = group.rollouts[i]
+    return {"ok": i in group.successes, "reward": rollout.reward} if rollout.scored else {"ok": None, "reward": None}
 
 
 def _tops(r: TokenCredit) -> tuple[Top, Top]:

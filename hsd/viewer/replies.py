@@ -22,14 +22,15 @@ def table(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]
     """How many questions each of `KINDS` has, and the first two of each in a table.
 
     Args:
-        before: a row for each question: question, answer, reply, reward.
+        before: a row for each question: question, answer, reply, reward. A reply without a verdict counts as wrong.
         after: the same questions in the same order.
         least: the reward from which on a reply is right, as `hsd.HSDConfig.success_reward`.
     """
     kinds: dict[tuple[bool, bool], list[list[str]]] = {kind: [] for kind in KINDS}
     enough = least_success(least)
     for first, second in zip(before, after, strict=True):
-        (was, old), (now, new) = ((row["reward"] >= enough, code(row["reply"])) for row in (first, second))
+        was, now = (row["reward"] is not None and row["reward"] >= enough for row in (first, second))
+        old, new = code(first["reply"]), code(second["reply"])
         asked = [code(first["question"]), code(shown_answer(first["answer"]))]
         kinds[was, now].append([*asked, old, "right" if was else "wrong", new, "right" if now else "wrong"])
     counts = ", ".join(f"{len(kinds[kind])} {name}" for kind, name in KINDS.items())

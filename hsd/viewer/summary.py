@@ -24,21 +24,23 @@ FIGURES = ("credit_profile.png", "credit_mass.png", "credit_silence.png", "cover
 def summarise(
     measured: Sequence[TokenCredit], groups: Sequence[Group], again: Sequence[Group], tokenizer: Any
 ) -> dict[str, Any]:
-    """All that the words and the figures need, ready for JSON; NaN is null.
+    """All that the words and the figures need, ready for JSON; NaN is null. Shares are of the rollouts with a verdict.
 
     Args:
         measured: the failing rollouts of ``groups`` that have a peer (`hsd.viewer.measure.failing_with_peer`).
         again: an independent second group for each question (`hsd.viewer.measure.coverage_by_difficulty`).
     """
     size = len(groups[0].rollouts)
-    rates = [len(g.successes) / size for g in groups]
+    right = sum(len(g.successes) for g in groups)
+    judged = right + sum(len(g.failures) for g in groups)
     kept: dict[str, Any] = {
         "questions": len(groups),
         "group_size": size,
-        "success": sum(rates) / len(rates),
-        "coverage": sum(len(g.failures) for g in groups if g.successes) / (size * len(groups)),
+        "success": right / max(1, judged),
+        "coverage": sum(len(g.failures) for g in groups if g.successes) / max(1, judged),
         "mixed_groups": sum(g.is_mixed for g in groups) / len(groups),
         "failing_with_peer": len(measured),
+        "unscored": size * len(groups) - judged,
         "by_difficulty": [asdict(b) for b in coverage_by_difficulty(groups, again)],
     }
     if measured:
@@ -65,6 +67,8 @@ def lines(credit: dict[str, Any]) -> list[str]:
         f"{coverage(credit['success'], credit['group_size']):.3f}), mixed groups {credit['mixed_groups']:.3f}; "
         f"{credit['failing_with_peer']} failing rollouts with a peer."
     ]
+    if unscored := credit.get("unscored"):  # a resumed demo may have older numbers
+        text[0] += f" Without a verdict and in no share: {unscored} of the rollouts."
     if not credit["failing_with_peer"]:
         return [*text, "No failing rollout has a successful peer: there is no credit profile to show."]
     if credit["median_tau"] is None:
@@ -120,10 +124,10 @@ def draw(folder: Path, credits: Mapping[str, dict[str, Any]]) -> list[Path]:
         pictures.append(silence)
         plot_silence(silence, loud, title="How loud the two teachers are")
     first = next(iter(credits.values()))
-    bins = {name: (_bins(c), (c["success"], c["coverage"])) for name, c in credits.items()}
-    pictures.append(covered)
-    title = f"Failing rollouts with a peer ({first['questions']} questions, two groups each)"
-    plot_coverage(covered, bins, first["group_size"], title=title)
+    if bins := {name: (_bins(c), (c["success"], c["coverage"])) for name, c in credits.items() if c["by_difficulty"]}:
+        pictures.append(covered)
+        title = f"Failing rollouts with a peer ({first['questions']} questions, two groups each)"
+        plot_coverage(covered, bins, first["group_size"], title=title)
     return pictures
 
 

@@ -1,8 +1,12 @@
-"""The hub is asked once; without an answer the process is offline, and what is cached is still found."""
+"""The hub is asked once; without an answer what follows is offline, and what is cached is still found."""
 
 import http.server
+import os
 import socket
+import subprocess
+import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -10,8 +14,9 @@ import pytest
 from huggingface_hub import constants
 from tiny_runs import SMALLER, TOKENIZER, qwen3
 
+from hsd.cli.__main__ import main
 from hsd.data import load as load_rows
-from hsd.hub import no_answer
+from hsd.hub import asking, no_answer
 from hsd.policy import pretrained
 
 
@@ -57,6 +62,11 @@ def test_an_answer_is_one_whatever_it_says(monkeypatch):
         server.shutdown()
 
 
+def offline():
+    return constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+
+
+@asking()
 def test_a_silent_hub_is_asked_once_and_the_error_says_what_to_do(silent):
     reason = "which is no folder and not in the hub's cache, and the hub does not answer"
     for call in (pretrained.load, pretrained.load_tokenizer, pretrained.load_config, pretrained.check):
@@ -64,7 +74,50 @@ def test_a_silent_hub_is_asked_once_and_the_error_says_what_to_do(silent):
             call("a/b")
     with pytest.raises(ValueError, match=r"^data: expected .*, got 'openai/gsm8k': not in the hub's cache, .*OFFLINE"):
         load_rows("gsm8k")
-    assert silent == [("a/b", "config.json", "model")] and constants.HF_HUB_OFFLINE
+    assert silent == [("a/b", "config.json", "model")] and offline() == (True, "1")
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_end_of_the_outermost_block_brings_the_hub_back(silent, before, failing, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    if before is not None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", before)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", before == "1")
+    was = offline()
+    with pytest.raises(KeyError) if failing else nullcontext(), asking():
+        with pytest.raises(ZeroDivisionError), asking():
+            assert no_answer("a/b") is not None and offline() == (True, "1")
+            raise ZeroDivisionError
+        assert offline() == (True, "1")
+        if failing:
+            raise KeyError
+    assert offline() == was and len(silent) == (before != "1")
+    with asking():
+        no_answer("a/b")
+    assert len(silent) == 2 * (before != "1")  # the hub may have come back
+
+
+@pytest.mark.parametrize("call", [pretrained.load, load_rows])
+def test_a_load_that_fails_leaves_the_process_online(call, silent):
+    with pytest.raises(ValueError, match="hub"):
+        call("gsm8k")
+    assert offline() == (False, "0") and silent
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_command_asks_once_and_ends_online(fails, silent, monkeypatch):
+    def command(words):
+        for path in ("a/b", "a/c"):
+            with pytest.raises(ValueError, match="hub does not answer"):
+                pretrained.load_config(path)
+        if fails:
+            raise ValueError
+        return 0
+
+    monkeypatch.setattr("hsd.cli.__main__.dispatch", command)
+    assert main(["plan"]) == 2 * fails
+    assert silent == [("a/b", "config.json", "model")] and offline() == (False, "0")
 
 
 def test_what_is_cached_is_loaded_without_the_hub(silent, tmp_path):
@@ -75,6 +128,7 @@ def test_what_is_cached_is_loaded_without_the_hub(silent, tmp_path):
     TOKENIZER.save_pretrained(repo / "snapshots" / "f00")
     model, tokenizer = pretrained.load("a/b")
     assert model.config.hidden_size == SMALLER["hidden_size"] and tokenizer("1+1=")["input_ids"]
+    assert silent and offline() == (False, "0")
 
 
 def test_a_folder_asks_nobody(silent, tmp_path):
@@ -98,3 +152,21 @@ def test_a_missing_base_model_is_named(silent, tmp_path, monkeypatch):
 def test_what_is_no_name_is_not_asked_for():
     with pytest.raises(ValueError, match=r"got 'a/b/c', which is no folder and no hub id: Repo id"):
         pretrained.load_config("a/b/c")
+
+
+def test_a_library_that_reads_the_switch_once_reads_it_as_it_was():
+    """In a process of its own: datasets reads it at its import."""
+    code = """
+import huggingface_hub
+from hsd.data import load
+huggingface_hub.hf_hub_url = lambda *words, **kwargs: "http://127.0.0.1:9/config.json"
+try:
+    load("gsm8k")
+except ValueError as error:
+    assert "hub" in str(error)
+import datasets.config
+print(datasets.config.HF_HUB_OFFLINE)
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False"], done.stderr

@@ -97,6 +97,9 @@ def test_a_run_brings_questions_rewards_and_templates(tmp_path):
     halves = replace(task, rewards=[lambda completions, **_: [0.5, 0.4]], reward_weights=None)
     (group,) = sample_groups(halves, policy, task.evaluated[:1], 0, size=2)
     assert (group.successes, group.failures) == ([0], [1])  # as the run counts them
+    unsure = replace(task, rewards=[lambda completions, **_: [None, 0.0, 1.0]], reward_weights=None)
+    (group,) = sample_groups(unsure, policy, task.evaluated[:1], 0, size=3)
+    assert (group.successes, group.failures) == ([2], [1])
     assert credit.run(arguments(tmp_path, "--questions", 2, "--shown", 1)) == 0
     assert {"training.png", "credit.html"} <= {p.name for p in (tmp_path / "credit").iterdir()}
     assert "Model " + str(tmp_path / "model") in (tmp_path / "credit" / "credit.html").read_text(encoding="utf-8")
@@ -123,6 +126,16 @@ def test_a_lora_run_has_adapters_inside_the_model_that_is_loaded(tmp_path, parit
     )
     assert credit.run(arguments(tmp_path, "--rollouts", 4)) == 0
     assert json.loads((tmp_path / "credit" / "credit.json").read_text())["failing_with_peer"] > 0
+
+
+def test_where_no_rollout_has_a_verdict_nothing_is_claimed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hsd.verify.number_reward", lambda completions, **kw: [None for _ in completions])
+    save_model(tmp_path / "m", bytes_tokenizer())
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    words = ("--model", tmp_path / "m", "--data", tmp_path / "q.jsonl", "--out", tmp_path / "out")
+    assert credit.run(arguments(*words, "--rollouts", 2, "--max-new-tokens", 3)) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"credit.html", "credit.json"}
+    assert "Without a verdict and in no share: 2 of" in capsys.readouterr().out
 
 
 def test_a_run_whose_tokenizer_has_no_pad_token(tmp_path, parity):

@@ -3,10 +3,11 @@
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import ACCUMULATED, QUESTIONS, TOKENIZER, Recorder, make, qwen3
+from tiny_runs import ACCUMULATED, LORA, QUESTIONS, TOKENIZER, Recorder, make, qwen3
 
 from hsd.hindsight.context import PARTS, ContextTemplate, extended
 from hsd.hindsight.groups import Group, Rollout
@@ -195,6 +196,28 @@ def test_a_slot_is_taken_by_a_verified_trajectory_of_a_weak_group(right, gate, t
     given = [i for i, t in enumerate(texts) if len(t) == 2 and t.endswith("#")]
     assert len(given) == (2 if taken else 0)
     assert "old_per_token_logps" not in batch  # a ratio of 1
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("peft_config", [None, LORA])
+@pytest.mark.parametrize(
+    ("method", "teacher"),  # that writes: the teacher in brts, the policy in resd
+    [("brts", "fixed"), ("brts", "ema"), ("brts", "live"), ("resd", "ema")],
+)
+def test_texts_are_sampled_in_the_rollouts_precision(method, teacher, peft_config, bf16, tmp_path):
+    trainer = trainer_of(tmp_path, method, bf16=bf16, peft_config=peft_config, teacher=teacher)
+    logits = []
+
+    def hook(module, _, out):
+        if isinstance(module, torch.nn.Linear) and out.shape[-1] == len(TOKENIZER):
+            logits.append(out.dtype)
+
+    sampled, sample = [], trainer.writer.sample
+    trainer.writer = replace(trainer.writer, sample=lambda *a: (sampled.append(len(logits)), sample(*a))[1])
+    with torch.nn.modules.module.register_module_forward_hook(hook):
+        trainer.train()
+    assert 0 < sampled[0] < len(logits)  # rollouts, then texts
+    assert set(logits) == {torch.bfloat16 if bf16 else torch.float32}
 
 
 def test_texts_reach_the_teacher_and_leaks_do_not(tmp_path):

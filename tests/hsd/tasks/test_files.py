@@ -118,12 +118,11 @@ def test_the_parts_of_a_task_are_all_needed_without_a_registered_one(jsonl):
         task_of(task="small_world", data={"held_out": 3})
 
 
-def test_a_verdict_that_failed_is_left_out_and_no_verdict_is_no_success():
+def test_a_verdict_that_failed_is_left_out_and_no_verdict_is_none():
     functions = [lambda **_: [1.0, None, math.nan], lambda **_: [0.5, 1.0, None]]
     task = replace(small_world.task(0), rewards=functions, reward_weights=[2.0, 1.0])
-    assert task.reward() == [2.5, 1.0, 0.0]
-    assert replace(task, success_reward=0.0).reward() == [2.5, 1.0, -1.0]
-    assert replace(task, rewards=functions[1:], reward_weights=None, success_reward=0.0).reward() == [0.5, 1.0, -1.0]
+    assert task.reward() == [2.5, 1.0, None]
+    assert replace(task, rewards=functions[1:], reward_weights=None).reward() == [0.5, 1.0, None]
 
 
 def test_reward_functions_by_name_and_by_path(tmp_path, monkeypatch):

@@ -66,6 +66,15 @@ def test_a_run_logs_them_on_demand_alone_and_says_the_first_gap(tmp_path, capsys
         assert len(said) == 1 and f"{log['hsd/kl']:.3g} nats" in said[0]
 
 
+@pytest.mark.parametrize(("gap", "said"), [(math.inf, ["infinitely far apart"]), (math.nan, [])])
+def test_a_gap_that_is_no_number_is_no_number_in_a_runs_words(gap, said, tmp_path, capsys, monkeypatch):
+    measured = lambda *args, **kwargs: {"kl": torch.tensor(gap)}  # noqa: E731
+    monkeypatch.setattr("hsd.train.trainer.loss_metrics", measured)
+    make(qwen3(), tmp_path).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "before step 1" in line]
+    assert len(lines) == len(said) and all(words in line for words, line in zip(said, lines, strict=True))
+
+
 def test_a_batch_without_a_token_has_the_names_of_one_that_has(tmp_path):
     """Ranks gather them by their place."""
     trainer = make(qwen3(), tmp_path, diagnostics=True, learning_rate=0.0)

@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import LORA, STEP, TOKENIZER, qwen3, with_lora
+from torch.overrides import TorchFunctionMode
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from hsd.cli.__main__ import main
 from hsd.train.config import HSDConfig
@@ -57,8 +61,46 @@ def test_lora_keeps_adapters_for_an_average_and_nothing_for_the_initial_policy()
 
 
 def test_a_policy_gradient_has_a_fused_loss_too_unless_it_is_trls():
-    of_loss = [{w for w in items("ddp", method="grpo", policy_loss=p)[0] if "fused" in w} for p in ("auto", "trl")]
-    assert of_loss == [{"fused loss: chunks", "fused loss: dW in fp32"}, set()]
+    of_loss = [{w for w in items("ddp", method="grpo", policy_loss=p)[0] if "loss: " in w} for p in ("auto", "trl")]
+    assert of_loss[0] == {"fused loss: chunks", "fused loss: dW in fp32"}
+    assert of_loss[1] == {"TRL's loss: tile of logits", "TRL's loss: dW in fp32"}
+
+
+class Buffers(TorchFunctionMode):
+    """The bytes of each matrix that `torch.empty` makes inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if func is torch.empty and made.dim() == 2:
+            self.bytes.append(made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("batch", [8, 2048])  # of 9 tokens: fewer rows than TRL's tile has, and more
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trls_own_loss_holds_the_tile_that_is_counted(batch, bf16):
+    options = {"method": "grpo", "policy_loss": "trl", "bf16": bf16, "per_device_train_batch_size": batch}
+    counted = items("ddp", **options)[0]
+    assert counted["TRL's loss: dW in fp32"] == HEAD * 4
+    hidden = torch.randn(batch * 9, 10, dtype=torch.bfloat16 if bf16 else torch.float32)
+    weight, targets = torch.randn(20, 10).to(hidden), torch.zeros(batch * 9, dtype=torch.long)
+    with Buffers() as buffers:
+        ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE)
+    assert buffers.bytes == [counted["TRL's loss: tile of logits"]]
+    wide = items("ddp", cast_lm_head_to_fp32=True, **options)[0]
+    assert wide["TRL's loss: tile of logits"] == counted["TRL's loss: tile of logits"] * (2 if bf16 else 1)
+
+
+def test_trls_beta_keeps_a_reference_unless_adapters_off_are_one():
+    lora = Shape(1000, 40, layer=100, hidden=10, vocabulary=20, layers=4, per_token=50)
+    for beta, shape, kept in ((0.1, SHAPE, [500.0]), (0.0, SHAPE, []), (0.1, lora, [])):
+        memory, traffic, _ = items("zero3", method="grpo", policy_loss="trl", beta=beta, shape=shape)
+        assert [size for what, size in memory.items() if what.startswith("frozen policy")] == kept
+        assert sum("TRL's reference" in what for what in traffic) == len(kept)
 
 
 def test_traffic_grows_with_the_forward_passes():

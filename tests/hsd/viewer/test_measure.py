@@ -1,5 +1,7 @@
 """Credit of failing rollouts against full logits of the model, one sequence at a time."""
 
+from dataclasses import replace
+
 import pytest
 import tiny_runs
 import torch
@@ -180,6 +182,22 @@ def test_tokens_equal_full_logits_one_sequence_at_a_time(make, token_budget, mon
             torch.testing.assert_close(top.probs, best.values.float(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_forward_pass_reads_no_more_than_the_budget_prompts_included(over, monkeypatch):
+    """Two rollouts of 2 tokens beside a context of 63: both together where the budget has room for them, else alone."""
+    peer, own = tuple(encode("12")), tuple(encode("34"))
+    answer = "9" * 56
+    groups = [Group("1+1=", answer, (Rollout(peer, 1.0), Rollout(own, 0.0)))]
+    width = len(encode(f"1+1=[{answer}|12]")) + len(own)
+    monkeypatch.setattr("hsd.viewer.measure.TOKEN_BUDGET", 2 * width - over)
+    read = []
+    model = build()
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    measure(Policy(model, TOKENIZER), groups, [[None, 0]], TEMPLATE, every(groups))
+    assert [len(ids) for ids in read] == ([1] * 6 if over else [2] * 3)
+    assert over or max(ids.numel() for ids in read) == 2 * width
+
+
 def test_a_measurement_is_the_same_alone_and_among_others():
     model = build()
     groups = [OTHER, FAILED, MIXED]
@@ -216,6 +234,15 @@ def test_coverage_is_measured_on_the_group_that_did_not_grade(monkeypatch):
     assert middle.error == pytest.approx(torch.tensor([0.0, 0.5, 0.5]).std().item() / 3**0.5)
     with pytest.raises(ValueError, match=r"^second: expected one group for each question"):
         coverage_by_difficulty(first, second[::-1])
+
+
+def test_difficulty_counts_the_rollouts_with_a_verdict():
+    """1 of 2 judged, not 1 of 4; a question is left out where either of its groups has no verdict."""
+    judged = Group("q", "0", tuple(Rollout((1,), r, scored=i < 2) for i, r in enumerate((1.0, 0.0, 0.0, 0.0))))
+    unjudged = replace(judged, rollouts=(Rollout((1,), 0.0, scored=False),) * 4)
+    (middle,) = coverage_by_difficulty([judged, judged], [judged, unjudged])
+    assert (middle.low, middle.groups, middle.success, middle.coverage) == (0.2, 2, 0.5, 0.5)
+    assert coverage_by_difficulty([unjudged], [judged]) == []
 
 
 def test_coverage_of_alike_questions_is_the_formula():

@@ -61,6 +61,13 @@ def test_payload_holds_the_numbers(tokenizer, group, measured):
     ]
 
 
+def test_a_rollout_without_a_verdict_is_no_failure_on_the_page(tokenizer, group, measured):
+    first, *others = group.rollouts
+    unsure = dataclasses.replace(group, rollouts=(dataclasses.replace(first, scored=False), *others))
+    data = payload(tokenizer, [unsure], measured)
+    assert [(r["ok"], r["reward"]) for r in data["rollouts"]] == [(None, None), (True, 1.0), (False, 0.0)]
+
+
 def test_large_and_infinite_credit(tokenizer, group, measured):
     loud = measured[0].credit.clone()
     loud[0], loud[1] = -650.0, torch.nan

@@ -103,6 +103,18 @@ def test_save_credit_keeps_coverage_and_credit(tmp_path):
     }
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_rollout_without_a_verdict_is_in_no_share(scored):
+    """Of MIXED's four rollouts the third is a failure or has no verdict; FAILED has four failures."""
+    rollouts = tuple(replace(r, scored=scored or i != 2) for i, r in enumerate(MIXED.rollouts))
+    groups = [replace(MIXED, rollouts=rollouts), FAILED]
+    kept = summary.summarise([], groups, groups, TOKENIZER)
+    assert kept["success"] == 2 / (8 if scored else 7) and kept["unscored"] == (0 if scored else 1)
+    assert kept["coverage"] == (2 / 8 if scored else 1 / 7)
+    assert [b["success"] for b in kept["by_difficulty"]] == [0.0, 0.5 if scored else 2 / 3]
+    assert ("Without a verdict and in no share: 1 of" in summary.lines(kept)[0]) is not scored
+
+
 def test_chat_questions_are_shown_by_their_last_message(tmp_path):
     chat = Group([{"role": "user", "content": "12+34=\n?"}], "46", MIXED.rollouts)
     save(tmp_path / "credit.json", measured(6, None), [chat])
@@ -174,7 +186,7 @@ def test_replies_before_and_after_stand_side_by_side(tmp_path, no_pictures):
             {"question": f"{n}+1=", "answer": str(n + 1), "reply": t, "reward": r} for n, (t, r) in enumerate(pairs)
         ]
 
-    before = rows(("#1$", 0.7 + 0.2 + 0.1), ("#3", 0.0), ("", 0.0), ("#0|`", 0.0))
+    before = rows(("#1$", 0.7 + 0.2 + 0.1), ("#3", 0.0), ("", None), ("#0|`", 0.0))
     after = rows(("#1", 1.0), ("#2", 1.0), ("x\ny", 0.5), ("w" * 300, 0.0))
     save(tmp_path / "credit.json", [], [FAILED])
     metrics(tmp_path)
