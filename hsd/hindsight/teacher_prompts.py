@@ -70,7 +70,7 @@ Contexts = Callable[[RolloutView], list[Context]]
 @dataclass(frozen=True)
 class TeacherPrompt:
     """``[q ; c_i]`` of one rollout, where the rollout leaves the peer in it (None: there is no peer in it, or it never
-    leaves it), and the peer's index in the group."""
+    leaves it), and the index in the group of the peer that is shown."""
 
     context: PrivilegedContext
     tau: int | None
@@ -169,7 +169,8 @@ class TeacherPrompts:
             return TeacherPrompt(made, None)
         rollouts = view.group.rollouts
         tau = divergence_position(rollouts[view.i].token_ids, rollouts[view.peer].token_ids)
-        return TeacherPrompt(made, tau, view.peer)
+        is_shown = view.peer_ids in [content for _, content in context.parts]  # `hsd_unpaired` shows another's
+        return TeacherPrompt(made, tau, view.peer if is_shown else None)
 
 
 def parts(**contents: Content | None) -> tuple[tuple[str, Content], ...]:

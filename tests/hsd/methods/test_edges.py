@@ -134,6 +134,20 @@ def test_a_blank_peer_is_none(fallback):
     assert made("7") == ("1+6=[7|7]", 1, 0)
 
 
+@pytest.mark.parametrize(("blank", "parts_of_mopd", "count"), [
+    (None, {"demonstration", "failure"}, 2),
+    (1, {"failure"}, 0),
+    (2, {"demonstration"}, 0),
+])  # fmt: skip
+def test_a_blank_peer_is_left_out_where_a_method_draws_its_own(blank, parts_of_mopd, count):
+    """Rollout 1 is the other success, rollout 2 the failure."""
+    group = group_of(1.0, 1.0, 0.0)
+    kept = lambda ids: () if blank is not None and ids == group.rollouts[blank].token_ids else ids  # noqa: E731
+    (mopd,) = METHODS["mopd"].contexts(view_of(group, 0, "mopd", shown=kept, show_answer=False))
+    assert {kind for kind, _ in mopd.parts} == parts_of_mopd
+    assert len(METHODS["rlcsd"].contexts(view_of(group, 0, "rlcsd", shown=kept))) == count
+
+
 def test_antisd_shows_a_peer_else_the_solution_else_the_answer():
     def shown(*rewards, row=BLANK, **changes):
         found = METHODS["antisd"].contexts(view_of(group_of(*rewards, **changes), 0, "antisd", row))

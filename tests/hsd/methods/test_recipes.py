@@ -175,6 +175,17 @@ def test_sgsd():
     torch.testing.assert_close(sgsd_losses(c, SUCCESS.double()), -sgsd_losses(c, 1.0 - SUCCESS.double()))
 
 
+def test_sgsd_neither_follows_nor_flees_without_a_verdict():
+    def of_each(**given):
+        c = Case("sgsd", contexts=8, **given)
+        out = c.loss(c.batch, c.objective)
+        return torch.autograd.grad(out.loss, c.hidden)[0].abs().sum((1, 2))
+
+    whole, some = of_each(), of_each(scored=torch.arange(B) > 0)
+    assert whole[0] > 0 and some[0] == 0
+    torch.testing.assert_close(some[1:], whole[1:])
+
+
 @pytest.mark.parametrize("method", ["mopd", "ccopd", "atesd", "hsd_unpaired"])
 def test_contexts_alone_change_no_loss(method):
     c = Case(method, reference_coef=0.0)

@@ -56,9 +56,9 @@ def place(row):
     return row["step"], row["group"], row["rollout"]
 
 
-@pytest.mark.parametrize("groups", [0, 1, 2])
-def test_a_run_writes_the_first_groups_of_each_step(groups, tmp_path):
-    trainer = make(qwen3(), tmp_path, max_steps=2, record_groups=groups)
+@pytest.mark.parametrize(("method", "groups"), [("hsd", 0), ("hsd", 1), ("hsd", 2), ("hsd_unpaired", 2)])
+def test_a_run_writes_the_first_groups_of_each_step(method, groups, tmp_path):
+    trainer = make(qwen3(), tmp_path, method=method, max_steps=2, record_groups=groups)
     trainer.train()
     found = load_metrics(tmp_path / "rollouts.jsonl")
     assert list(map(place, found)) == [(step, n, i) for step in (1, 2) for n in range(groups) for i in range(4)]
@@ -75,6 +75,8 @@ def test_a_run_writes_the_first_groups_of_each_step(groups, tmp_path):
             assert context == f"{row['question']}[{row['answer']}|{peer['reply']}]"
     if groups == 2:
         assert any(row["tau"] is not None for row in found)
+        shown = [row["peer"] is not None for row in found if row["context"] == "peer"]
+        assert shown and all(shown) is (method == "hsd")  # the control's are of another group
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
