@@ -76,10 +76,8 @@ def _leave(method: str, reason: str) -> None:
     warnings.warn(f"patch_trl: {method} left to TRL, with dense logits: {reason}", stacklevel=4)
 
 
-# -- DistillationTrainer: its loss function has the hidden states and heads already -----------------------------------
-
-
 def _distillation(theirs: Any) -> Any:
+    """DistillationTrainer's loss function is given the hidden states and the heads."""
     signature = inspect.signature(theirs)
 
     def chunked_divergence_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,9 +105,6 @@ def _distillation(theirs: Any) -> Any:
         return out.loss / items, out.stats.student_entropy.sum(), tokens
 
     return chunked_divergence_loss
-
-
-# -- GKDTrainer ------------------------------------------------------------------------------------------------------
 
 
 def _gkd(theirs: Any) -> Any:
@@ -154,9 +149,6 @@ def _gkd(theirs: Any) -> Any:
             return inside_forward(model, student_model, loss)
 
     return compute_loss
-
-
-# -- SDPOTrainer and SDFTTrainer -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
