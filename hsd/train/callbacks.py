@@ -199,7 +199,7 @@ def serves_a_multiple(step: int, every: int, args) -> bool:
 
 
 def warn_of_lost_rollouts(checkpoint: Path, args) -> None:
-    """Where a run that resumes from ``checkpoint`` is not the uninterrupted one."""
+    """Warn where a run that resumes from ``checkpoint`` differs from an uninterrupted one."""
     period = steps_of_a_generation(args)
     step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
     if step % period:

@@ -191,8 +191,6 @@ class HSDTrainer(GRPOTrainer):
         given: Any = self.chat_template_kwargs
         return {**given, "chat_template": self.chat_template, "tools": self.tools or None}
 
-    # -- rollouts -> groups -> teacher prompts --------------------------------------------------------------------
-
     def _get_train_sampler(self, dataset=None):
         s: Any = super()._get_train_sampler(dataset)
         passes = lambda: int((self.state.epoch or 0.0) + 1e-6)  # noqa: E731
@@ -318,7 +316,7 @@ class HSDTrainer(GRPOTrainer):
             batch |= draw.drawn_columns(args.method_spec, outcome, mine, self.writer, mask, mean, steps)
         if args.needs_old_logps and (sampled is not None or "old_per_token_logps" in batch):
             # TRL's left-padded prompts have no position ids: with GPT-2's absolute positions its log-probs are of
-            # another policy than the loss's, 2 to 6 nats away.
+            # another policy than the loss's.
             plain, mask = student_inputs(batch)
             batch["old_per_token_logps"] = self._logps(sampled or plain, mask, temperature=self.temperature)
         if args.method_spec.on_batch is not None:
@@ -368,8 +366,6 @@ class HSDTrainer(GRPOTrainer):
             return super()._calculate_rewards(asked, prompts, completions_of(asked, texts), [list(i) for i in ids])
         finally:
             self._pending_extra_logs, self._pending_metrics = pending
-
-    # -- a method's draw ------------------------------------------------------------------------------------------
 
     @property
     def _state_of_the_method(self) -> Any:
@@ -485,8 +481,6 @@ class HSDTrainer(GRPOTrainer):
 
         return torch.cat(self._measure(logps, len(weights)))
 
-    # -- the loss -------------------------------------------------------------------------------------------------
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("return_outputs: expected False, HSDTrainer computes no model outputs")
@@ -516,8 +510,6 @@ class HSDTrainer(GRPOTrainer):
         for name in [name for name, values in measured.items() if all(map(math.isnan, values))]:
             del measured[name]
         super().log(logs, start_time)
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
         # First, so that a checkpoint with a trainer_state.json, which is written last, is whole.
