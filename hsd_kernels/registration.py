@@ -205,5 +205,5 @@ def _savable(t: Tensor | None) -> Tensor | None:
 
 
 def _of_counted(upstream: Tensor, weights: Tensor) -> Tensor:
-    """A NaN upstream of a dropped row, also one that the hook dropped, reaches nothing. weights: (T,) or (..., T)."""
+    """A NaN upstream of a dropped row, also one that the hook dropped, does not propagate. (T,) or (..., T) weights."""
     return upstream.masked_fill(torch.atleast_2d(weights == 0).all(0), 0.0)

@@ -32,8 +32,8 @@ class Shards:
     largest: int
 
     @staticmethod
-    def meet(group: Any, weight: Tensor, tokens: int) -> Shards:
-        """Agree on the layout. One collective and one host synchronization."""
+    def agreed(group: Any, weight: Tensor, tokens: int) -> Shards:
+        """The layout, the same on every rank. One collective and one host synchronization."""
         mine = torch.tensor([weight.shape[0], weight.shape[1], tokens], device=weight.device)
         sizes, dims, counts = (c.tolist() for c in gather(mine, group).unbind(1))
         for name, values in (("head.weight", dims), ("token_weights", counts)):
