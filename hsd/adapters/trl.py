@@ -11,6 +11,12 @@ Left to TRL, with a warning that names the reason: ``distillation_mode`` other t
 0 < ``distillation_weight`` < 1 (its policy term needs logits), a teacher whose logit scale or softcap differs from the
 student's, and any call that asks for the model's outputs. A model that
 `hsd.policy.body_and_head` refuses is an error.
+
+What is used of TRL 1.16 beyond its documentation:
+
+- replaced: ``_chunked_divergence_loss`` of its ``distillation_trainer``, ``GKDTrainer.compute_loss``, and
+  ``_compute_teacher_student_logits`` and ``_compute_self_distillation_loss`` of `SDPOTrainer` and `SDFTTrainer`
+- called on the last two: ``_get_teacher_context_for_self_distillation``, ``_log_self_distillation_metric``, ``_name``
 """
 
 from __future__ import annotations
