@@ -296,10 +296,10 @@ def shuffle_groups(trl: Mapping[str, Any], size: int) -> dict[str, Any]:
     order = torch.arange(n)
     if n % size == 0:
         order = order.reshape(-1, size)[list(dict.fromkeys((shuffled // size).tolist()))].flatten()
-    return rows_of(trl, order)
+    return some_rows(trl, order)
 
 
-def rows_of(trl: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
+def some_rows(trl: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
     """Some rows of TRL's batch, in the order of ``index``."""
 
     def some(value: Any) -> Any:
