@@ -23,7 +23,7 @@ from hsd_kernels.divergence import DIVERGENCES, Divergence, RowSpec
 from hsd_kernels.driver import TokenWeightFn
 from hsd_kernels.head import Head, as_head
 from hsd_kernels.op_support import autocast_to, wants, wide_dtype
-from hsd_kernels.ops import Options, Tensors, call, lend_hook
+from hsd_kernels.ops import Options, Tensors, call, numbered
 from hsd_kernels.row_stats import RowStats
 from hsd_kernels.rows import IMPLS
 from hsd_kernels.values import check_choice, check_positive
@@ -182,7 +182,7 @@ def fused_hsd_kl(
         target_ids=None if target_ids is None else target_ids.detach().reshape(tokens),
         token_weights=None if token_weights is None else token_weights.detach().reshape(tokens),
     )
-    with lend_hook(token_weight_fn) as hook:
+    with numbered(token_weight_fn) as hook:
         options = Options(
             logit_scale=head.logit_scale,
             softcap=head.softcap,

@@ -93,7 +93,7 @@ def run(
     """Statistics of the token positions ``rows`` (R,) and gradients of the weighted sum over them.
 
     ``weights`` is (R,); ``factor``, a hook or the (T,) values that one returned earlier, multiplies the divergence from
-    the teacher and not the reference term. Rows left out are never read: a NaN there reaches nothing.
+    the teacher and not the reference term. Rows left out are never read: a NaN there does not propagate.
     """
     with without_autocast(problem.student_hidden.device):
         return _run(problem, rows, weights, factor, wanted)
@@ -115,7 +115,7 @@ class _Buffer:
     rows: Tensor  # (B,), the same as numbers
     hidden: list[Tensor]  # (B, D) of each side
     weights: Tensor  # (B,)
-    silent: list[Tensor]  # (B,) bool, of the teacher and of the reference
+    equal: list[Tensor]  # (B,) bool, of the teacher and of the reference: `_equal`
     target_ids: Tensor | None  # (B,), within the vocabulary
     strange: Tensor | None  # (B,) bool, where that is not what was given
 
@@ -164,14 +164,14 @@ def _run(p: Problem, rows: Tensor, weights: Tensor, factor: TokenWeightFn | Tens
 def _buffer(p: Problem, sides: list[Side], rows: Tensor, weights: Tensor, here: slice) -> _Buffer:
     at = here if rows.numel() == p.tokens else rows[here]  # all tokens: views instead of copies
     hidden = [side.hidden[at] if isinstance(at, Tensor) else rows_of(side.hidden, at) for side in sides]
-    silent = [_silent(p, side, hidden[0], h) for side, h in zip(sides[1:], hidden[1:], strict=True)]
+    equal = [_equal(p, side, hidden[0], h) for side, h in zip(sides[1:], hidden[1:], strict=True)]
     target_ids = strange = None
     if p.target_ids is not None:
         given = p.target_ids[at] if p.shards is None else p.target_ids[at] - p.shards.start
         target_ids = given.clamp(0, p.head.weight.shape[0] - 1)
         strange = given != target_ids
     weights = in_dtype(rows_of(weights, here), p.wide)
-    return _Buffer(at, rows_of(rows, here), hidden, weights, silent, target_ids, strange)
+    return _Buffer(at, rows_of(rows, here), hidden, weights, equal, target_ids, strange)
 
 
 def _chunk(
@@ -193,13 +193,13 @@ def _chunk(
     dz = narrow_dz if space.wide_dz is None else rows_of(space.wide_dz, slice(0, n))
     at = slice(b.at.start + here.start, b.at.start + here.start + n) if isinstance(b.at, slice) else b.at[here]
 
-    weights, silent = rows_of(b.weights, here), rows_of(b.silent[0], here)
+    weights, equal = rows_of(b.weights, here), rows_of(b.equal[0], here)
     if callable(factor):
         assert out.factor is not None
-        stats = _statistics(p, p.teacher, b, here, x[0], x[1], silent, None, None)
+        stats = _statistics(p, p.teacher, b, here, x[0], x[1], equal, None, None)
         table = stats.stack()  # before the hook, which may write on what it is shown
         out.factor[at] = _hook_weights(factor, stats._replace(rows=stats.rows.clone()))
-        ready = (weights * out.factor[at]).masked_fill(silent, 0.0)
+        ready = (weights * out.factor[at]).masked_fill(equal, 0.0)
         if dz is not None:
             stats = RowStats.unstack(table, stats.rows, with_targets=b.target_ids is not None)
             given = (x[0], x[1], p.teacher.spec, p.head.bias, p.teacher.head.bias, stats, ready, dz)
@@ -209,16 +209,16 @@ def _chunk(
             assert out.factor is not None
             out.factor[at] = factor[at]
             weights = weights * factor[at]
-        ready = weights.masked_fill(silent, 0.0)
-        table = _statistics(p, p.teacher, b, here, x[0], x[1], silent, ready, dz).stack()
+        ready = weights.masked_fill(equal, 0.0)
+        table = _statistics(p, p.teacher, b, here, x[0], x[1], equal, ready, dz).stack()
     out.stats = _placed(out.stats, at, table, p.tokens, 1)
     largest = ready if p.filter_eps is None and factor is None else ready.abs()
     if p.reference is not None:
-        silent = rows_of(b.silent[1], here)
+        equal = rows_of(b.equal[1], here)
         coef = p.reference_coef[at] if isinstance(p.reference_coef, Tensor) else p.reference_coef
-        ready = (rows_of(b.weights, here) * coef).masked_fill(silent, 0.0)
+        ready = (rows_of(b.weights, here) * coef).masked_fill(equal, 0.0)
         part = None if space.reference_dz is None else rows_of(space.reference_dz, slice(0, n))
-        stats = _statistics(p, p.reference, b, here, x[0], x[2], silent, ready, part)
+        stats = _statistics(p, p.reference, b, here, x[0], x[2], equal, ready, part)
         out.reference_stats = _placed(out.reference_stats, at, stats.stack(), p.tokens, 1)
         largest = torch.maximum(largest, ready.abs())
         if dz is not None and part is not None:
@@ -230,7 +230,7 @@ def _chunk(
     return largest
 
 
-def _silent(p: Problem, side: Side, h_s: Tensor, h_side: Tensor) -> Tensor:
+def _equal(p: Problem, side: Side, h_s: Tensor, h_side: Tensor) -> Tensor:
     """(n,) bool: rows in which both sides read the same through one head. A GEMM may sum the same row in another order
     at another position (MKL: D = 13), leaving 1e-7 of noise where the answer is 0. inf - inf is not 0: such a row keeps
     its NaN."""
@@ -264,7 +264,7 @@ def _statistics(
     here: slice,
     x_s: Tensor,
     x_side: Tensor,
-    silent: Tensor,
+    equal: Tensor,
     weights: Tensor | None,
     dz: Tensor | None,
 ) -> RowStats:
@@ -296,7 +296,7 @@ def _statistics(
         stats = p.shards.merge(stats, side.spec, x_s, x_side, *biases)
     if side.spec.divergence.is_nonnegative:
         stats = stats._replace(kl=stats.kl.clamp_min(0.0))  # rounding; a NaN stays
-    stats = stats._replace(kl=stats.kl.masked_fill(silent, 0.0))
+    stats = stats._replace(kl=stats.kl.masked_fill(equal, 0.0))
     if weights is not None and dz is not None and both is None:
         passes.gradient_(*given, stats, weights, dz)
     return stats

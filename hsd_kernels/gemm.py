@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hsd_kernels import native
-from hsd_kernels.op_support import in_dtype, rows_of
+from hsd_kernels.op_support import in_dtype, rows_of, wide_dtype
 
 HEAD_ROWS = 2048  # of W in one fp32 product of a CPU
 DW_ROWS = 16384  # of dW in one bf16 product of a CPU
@@ -97,7 +97,7 @@ def project_out(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 def backproject(dz: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """dz @ weight: (n, V), (V, D) -> (n, D), rounded once to ``dtype``. Where rows of dz are apart, finite numbers lie
     between them: torch's product on AMX multiplies up to 31 of them by 0."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(weight)
     if weight.dtype == wide:
         return torch.mm(dz, weight)
     if dz.is_cuda:

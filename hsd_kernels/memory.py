@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MEMORY_BYTES = {"cuda": 1640 << 20}  # with the fp32 sum of a head of 152,000 x 4,096, 3.1 GB above inputs and gradients
+# With the fp32 sum of a head of 152,000 x 4,096, 3.1 GB above inputs and gradients (benchmarks/results/gpu_h100.md).
+MEMORY_BYTES = {"cuda": 1640 << 20}
 DEFAULT_MEMORY_BYTES = 704 << 20
 # Token rows of logits at a time. On a GPU more only cost memory. On a CPU products with fewer rows are slow, and in
 # bf16 those with 512 are slower again.

@@ -94,7 +94,7 @@ def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def times(weights: Tensor, values: Tensor) -> Tensor:
-    """0 where the weight is, also where the value is infinite or NaN."""
+    """0 where the weight is 0, also where the value is infinite or NaN (0 log 0 = 0). A NaN weight stays."""
     return torch.where(weights == 0, 0.0, weights * values)
 
 
@@ -107,7 +107,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def autocast_to(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Under autocast a linear layer runs in the autocast dtype; so does the head here."""
-    # The meta device has no autocast. Dynamo of torch 2.8 cannot trace torch.amp.is_autocast_available.
+    # The meta device has no autocast.
     if not isinstance(first, Tensor) or (kind := first.device.type) == "meta" or not torch.is_autocast_enabled(kind):  # pyright: ignore[reportUnnecessaryIsInstance]
         return first, *others
     dtype = torch.get_autocast_dtype(kind)

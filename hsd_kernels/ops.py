@@ -53,7 +53,7 @@ class Options(Trained):
     group_name: str | None
     reduction: str
     num_items: float | None
-    hook: int  # `lend_hook`
+    hook: int  # `numbered`
     train_hidden: bool
     train_weight: bool
     train_bias: bool
@@ -76,7 +76,7 @@ _DIVERGENCE, _OPTIONS = Packer(Divergence), Packer(Options)
 # the products and leaves room for token weights, and 1 / temperature, that multiply to 1,000.
 _FP16_ROOM = 64.0
 
-# A schema has no type for a Python function: a hook is lent under a number for the length of one call.
+# A schema has no type for a Python function: a hook has a number for the length of one call.
 _hooks: dict[int, TokenWeightFn] = {}
 _hook_numbers = itertools.count(1)  # drawn in one step, so that threads never share one
 
@@ -87,7 +87,7 @@ def call(tensors: Tensors, divergence: Divergence, options: Options) -> Outputs:
 
 
 @contextmanager
-def lend_hook(hook: TokenWeightFn | None) -> Iterator[int]:
+def numbered(hook: TokenWeightFn | None) -> Iterator[int]:
     """The number under which the operator finds ``hook``; 0 for none."""
     if hook is None:
         yield 0
@@ -191,7 +191,7 @@ def _problem(t: Tensors, divergence: Divergence, o: Options, target_ids: Tensor 
     shards = None
     if o.group_name is not None:
         group = torch.distributed.distributed_c10d._resolve_process_group(o.group_name)  # pyright: ignore
-        shards = Shards.meet(group, t.weight, live)
+        shards = Shards.agreed(group, t.weight, live)
     return Problem(
         student_hidden=t.student_hidden,
         head=own,

@@ -74,7 +74,8 @@ def register(
         tensors: a NamedTuple of the arguments: hidden states first, ``weight``, ``bias`` and ``token_weights`` among
             them.
         records: dataclasses of the options, a `Trained` last.
-        outputs: a NamedTuple of what ``forward`` returns: the loss first, `Gradients` last.
+        outputs: a NamedTuple of what ``forward`` returns: the loss first, ``grad_hidden``, ``grad_weight`` and
+            ``grad_bias`` last.
         forward, backward: (*tensors, **options) -> outputs, and -> `stored` gradients of the sum of token_weights (T,)
             or (..., T) times whatever they weight.
         fake: (tensors, options, empty) -> the outputs but for the gradients, each an ``empty(*shape)``.
@@ -128,7 +129,8 @@ def register(
         if o.reruns:
             ctx.save_for_backward(*map(_savable, again(t, out)))
         else:
-            ctx.save_for_backward(*out[-3:], again(t, out).token_weights if o.reduction == "none" else None)
+            made = (out.grad_hidden, out.grad_weight, out.grad_bias)
+            ctx.save_for_backward(*made, again(t, out).token_weights if o.reduction == "none" else None)
 
     @_first_order_only(name)
     def gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -154,7 +156,7 @@ def _register_autograd(
     name: str, setup_context: Callable[..., None], gradients: Callable[..., tuple[Any, ...]]
 ) -> None:
     """`torch.library.register_autograd` of an operator of this package, with the same functions: its own looks each
-    argument up in the schema, 0.7 ms a call of thirty arguments (tests count the calls of a small problem)."""
+    argument up in the schema at every call (tests count the calls of a small problem)."""
     op = getattr(torch.ops.hsd_kernels, name)
 
     def below(given: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -203,5 +205,5 @@ def _savable(t: Tensor | None) -> Tensor | None:
 
 
 def _of_counted(upstream: Tensor, weights: Tensor) -> Tensor:
-    """A NaN upstream of a dropped row, also one that the hook dropped, reaches nothing. weights: (T,) or (..., T)."""
+    """A NaN upstream of a dropped row, also one that the hook dropped, does not propagate. (T,) or (..., T) weights."""
     return upstream.masked_fill(torch.atleast_2d(weights == 0).all(0), 0.0)

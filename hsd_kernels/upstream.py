@@ -28,8 +28,7 @@ def times_upstream(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _times_scalar(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """CUDA's torch.mul of a bf16 tensor and an fp32 scalar tensor casts element by element, at a third of the
-    bandwidth of this kernel: 1.2 TB/s of 4.3 on an H200."""
+    """torch.mul of bf16 by an fp32 scalar tensor casts element by element on CUDA, below the memory's speed."""
     from hsd_kernels.rows import triton_scale
 
     return triton_scale.scaled(g, upstream, dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hsd_kernels import native
+from hsd_kernels.op_support import wide_dtype
 
 # The value of ``filter_eps`` that stands for "auto" below the public function: an operator's schema has no union type.
 FILTER_AUTO = 0.0
@@ -53,7 +54,7 @@ def active_columns(dz: Tensor, filter_eps: float, largest_weight: Tensor, dtype:
 def column_norms(dz: Tensor) -> tuple[Tensor, Tensor]:
     """L1 norm, fp64, and largest magnitude, fp32 or fp64, of each column: (n, V) -> (V,), (V,). Speed:
     benchmarks/results/products_cpu.md."""
-    wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dz)
     mass, largest = dz.new_zeros(dz.shape[1], dtype=torch.float64), dz.new_zeros(dz.shape[1], dtype=wide)
     if native.takes(dz):
         torch.ops.hsd_cpu.column_norms(mass, largest, dz, **native.run())

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hsd_kernels.divergence import RowSpec
+from hsd_kernels.op_support import times
 from hsd_kernels.row_stats import RowStats
 
 
@@ -31,8 +32,8 @@ class Shards:
     largest: int
 
     @staticmethod
-    def meet(group: Any, weight: Tensor, tokens: int) -> Shards:
-        """Agree on the layout. One collective and one host synchronization."""
+    def agreed(group: Any, weight: Tensor, tokens: int) -> Shards:
+        """The layout, the same on every rank. One collective and one host synchronization."""
         mine = torch.tensor([weight.shape[0], weight.shape[1], tokens], device=weight.device)
         sizes, dims, counts = (c.tolist() for c in gather(mine, group).unbind(1))
         for name, values in (("head.weight", dims), ("token_weights", counts)):
@@ -86,8 +87,8 @@ def merge_parts(parts: RowStats, spec: RowSpec) -> RowStats:
         kl=kl,
         student_logps=_of_owner(parts.student_logps, student),
         teacher_logps=_of_owner(parts.teacher_logps, teacher),
-        student_entropy=_times(student.pi, parts.student_entropy - student.log_pi).sum(0),
-        teacher_entropy=_times(teacher.pi, parts.teacher_entropy - teacher.log_pi).sum(0),
+        student_entropy=times(student.pi, parts.student_entropy - student.log_pi).sum(0),
+        teacher_entropy=times(teacher.pi, parts.teacher_entropy - teacher.log_pi).sum(0),
         student_lse=student.lse,
         teacher_lse=teacher.lse,
         student_top=student.top,
@@ -129,7 +130,7 @@ def gather(t: Tensor, group: Any) -> Tensor:
 
 def _chain(kl: Tensor, p: _Merged, q: _Merged) -> Tensor:
     """Infinite where q has no mass in a part in which p has some, whatever that part's own KL says."""
-    return _times(p.pi, torch.where(q.log_pi == -torch.inf, torch.inf, kl + p.log_pi - q.log_pi)).sum(0)
+    return times(p.pi, torch.where(q.log_pi == -torch.inf, torch.inf, kl + p.log_pi - q.log_pi)).sum(0)
 
 
 def _of_owner(logps: Tensor | None, side: _Merged) -> Tensor | None:
@@ -139,7 +140,3 @@ def _of_owner(logps: Tensor | None, side: _Merged) -> Tensor | None:
     logps = logps + side.log_pi
     strange = logps.isnan()
     return logps.masked_fill(strange, 0.0).sum(0).masked_fill(strange.all(0), float("nan"))
-
-
-def _times(p: Tensor, log_ratio: Tensor) -> Tensor:
-    return torch.where(p == 0, 0.0, p * log_ratio)

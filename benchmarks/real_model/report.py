@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.real_model.plan import PLANS, Row
 from benchmarks.small_world.results import interval
-from hsd.evaluate.interval import share
+from hsd.evaluate.interval import share, with_interval
 
 FORMS = ("the sum, then its value", "a number alone", "other words")
 SHORT = 10  # tokens; with its end
@@ -101,7 +101,7 @@ def success_table(runs: dict[str, dict[int, dict[str, Any]]], names: Sequence[st
     for name in names:
         by_seed = runs[name]
         seeds = " ".join(
-            f"{s}: {r['held_out']['mean']:.3f} [{r['held_out']['low']:.3f}, {r['held_out']['high']:.3f}]"
+            f"{s}: {with_interval(*(r['held_out'][key] for key in ('mean', 'low', 'high')))}"
             for s, r in sorted(by_seed.items())
         )
         every = [reply for r in by_seed.values() for reply in r["replies"]]
@@ -134,7 +134,7 @@ def pooled(by_seed: dict[int, dict[str, Any]]) -> str:
         rewards, n = [r["reward"] for r in run["replies"]], run["held_out"]["samples"]
         grid += [rewards[at : at + n] for at in range(0, len(rewards), n)]
     found = share(grid)
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return with_interval(found.mean, found.low, found.high)
 
 
 def form_table(runs: dict[str, dict[int, dict[str, Any]]], names: Sequence[str]) -> str:

@@ -30,18 +30,15 @@ def check_version(package: str, first: str, last: str) -> None:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
         return
-    release = _release(found)
-    if not _release(first) <= release or release[: len(_release(last))] > _release(last):
+    from packaging.version import Version
+
+    release, least, most = (Version(version).release for version in (found, first, last))
+    if release < least or release[: len(most)] > most:
         warnings.warn(
             f"{package} {found}: this adapter was tested with {package} {first} to {last}; compare a loss before you "
             "trust it",
             stacklevel=3,
         )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    parts = version.split("+")[0].split(".")
-    return tuple(int(p) for p in parts if p.isdigit())
 
 
 @dataclass(frozen=True)

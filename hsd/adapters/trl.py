@@ -11,6 +11,12 @@ Left to TRL, with a warning that names the reason: ``distillation_mode`` other t
 0 < ``distillation_weight`` < 1 (its policy term needs logits), a teacher whose logit scale or softcap differs from the
 student's, and any call that asks for the model's outputs. A model that
 `hsd.policy.body_and_head` refuses is an error.
+
+What is used of TRL 1.16 beyond its documentation:
+
+- replaced: ``_chunked_divergence_loss`` of its ``distillation_trainer``, ``GKDTrainer.compute_loss``, and
+  ``_compute_teacher_student_logits`` and ``_compute_self_distillation_loss`` of `SDPOTrainer` and `SDFTTrainer`
+- called on the last two: ``_get_teacher_context_for_self_distillation``, ``_log_self_distillation_metric``, ``_name``
 """
 
 from __future__ import annotations
@@ -76,10 +82,8 @@ def _leave(method: str, reason: str) -> None:
     warnings.warn(f"patch_trl: {method} left to TRL, with dense logits: {reason}", stacklevel=4)
 
 
-# -- DistillationTrainer: its loss function has the hidden states and heads already -----------------------------------
-
-
 def _distillation(theirs: Any) -> Any:
+    """DistillationTrainer's loss function is given the hidden states and the heads."""
     signature = inspect.signature(theirs)
 
     def chunked_divergence_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,9 +111,6 @@ def _distillation(theirs: Any) -> Any:
         return out.loss / items, out.stats.student_entropy.sum(), tokens
 
     return chunked_divergence_loss
-
-
-# -- GKDTrainer ------------------------------------------------------------------------------------------------------
 
 
 def _gkd(theirs: Any) -> Any:
@@ -154,9 +155,6 @@ def _gkd(theirs: Any) -> Any:
             return inside_forward(model, student_model, loss)
 
     return compute_loss
-
-
-# -- SDPOTrainer and SDFTTrainer -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@
 
 TRL's own builder shows the first success of the group and masks a rollout that has none out of the loss; it knows no
 answer. Here the peer is drawn by `hsd.hindsight.peers.choose_peers`, every rollout has a context and none is masked.
+
+What is used of TRL 1.16 beyond its documentation: ``_get_completion_ids_list``, ``_tokenizer``.
 """
 
 from __future__ import annotations

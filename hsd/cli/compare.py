@@ -26,7 +26,7 @@ COLUMNS = {"KL": "hsd/kl", "entropy": "hsd/student_entropy", "length": "completi
 
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     name: str
     rows: list[dict[str, Any]]  # metrics.jsonl
     settings: dict[str, Any]  # dotted keys
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str) -> LoggedRun:
     from hsd.cli.settings import load_yaml
     from hsd.train.callbacks import load_metrics
     from hsd.train.config import ignored
@@ -92,13 +92,13 @@ def read_run(folder: Path, name: str) -> Run:
         train = written.get("train")
         unused = {f"train.{key}" for key in (ignored(train) if isinstance(train, dict) else ())}
     if settings.get("data.path") and not settings.get("data.held_out"):
-        return Run(name, rows, settings, unused, "")  # measured on the training questions
+        return LoggedRun(name, rows, settings, unused, "")  # measured on the training questions
     steps, success = latest(folder) or (0, "")
     at = "" if not success or steps == rows[-1]["step"] else f" at {steps}"
-    return Run(name, rows, settings, unused, success + at)
+    return LoggedRun(name, rows, settings, unused, success + at)
 
 
-def table(runs: Sequence[Run], window: int) -> list[str]:
+def table(runs: Sequence[LoggedRun], window: int) -> list[str]:
     """Markdown, one line a run. "-" is a value that the run did not log."""
     head = ["run", "steps", "success, last", "success, best", "held out [95 %]", *COLUMNS, "s/step", "alarms"]
     lines = [head, ["---"] * len(head)]
@@ -124,7 +124,7 @@ def table(runs: Sequence[Run], window: int) -> list[str]:
     return ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
+def differing(runs: Sequence[LoggedRun]) -> list[str]:
     """A line for each setting that is not the same in all runs that have settings."""
     known = [r for r in runs if r.settings]
     lines = []
@@ -136,7 +136,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def learning_curves(runs: Sequence[Run], key: str, window: int) -> dict[str, tuple[list[float], list[float]]]:
+def learning_curves(runs: Sequence[LoggedRun], key: str, window: int) -> dict[str, tuple[list[float], list[float]]]:
     """{run: (steps, means)} of the runs, empty where none has logged ``key``."""
     if not any(row.get(key) is not None for r in runs for row in r.rows):
         return {}

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     numbers = {"seed": args.seed, "size": args.rollouts, "shown": args.shown}
     credit = measure_credit(task, policy, questions, **numbers)
     write_credit(out, task, credit, note=note)
-    pictures = summary.draw(out, {"": credit.summary})
+    pictures = summary.write_figures(out, {"": credit.summary})
     if folder and (rows := load_metrics(folder / "metrics.jsonl")):
         pictures += report.training_picture(out, rows, load_metrics(folder / HELD_OUT))
     print("\n".join(summary.lines(credit.summary)))

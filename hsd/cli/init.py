@@ -87,7 +87,7 @@ def without_gpu() -> dict[str, Any]:
 
 
 def brings_its_reward(data: str) -> bool:
-    from hsd.data.generators import PREFIX
+    from hsd.verify.generators import PREFIX
 
     return data.startswith(PREFIX)
 

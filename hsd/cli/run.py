@@ -74,7 +74,7 @@ def train(run: Run) -> int:
         # Hours into a run, where it happened is worth a traceback.
         raise RuntimeError(f"training stopped at step {trainer.state.global_step}") from error
     if stop.signal is not None:
-        draw(trainer)
+        write_picture(trainer)
         say(f"{out}: stopped at step {trainer.state.global_step}; the same command resumes")
         return 128 + stop.signal
     trainer.save_model(str(out / "model"))
@@ -89,10 +89,10 @@ def end(run: Run, trainer: HSDTrainer) -> None:
     """What is left to do in the folder of a run that has its model."""
     if not run.keeps_checkpoints:
         remove_checkpoints(run.folder)
-    draw(trainer)
+    write_picture(trainer)
 
 
-def draw(trainer: HSDTrainer) -> None:
+def write_picture(trainer: HSDTrainer) -> None:
     """Write training.png of what the run has logged."""
     from hsd.viewer.report import training_picture
 

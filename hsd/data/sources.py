@@ -15,11 +15,11 @@ from typing import Any
 
 from hsd.data import code_sources as code
 from hsd.data import math_sources as math
-from hsd.data.generators import PREFIX, generated
 from hsd.data.local_files import ENDINGS, read_rows
 from hsd.data.ready_rows import ready, verl
 from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable, read_jsonl
 from hsd.hub import asking, no_answer
+from hsd.verify.generators import PREFIX, generator
 
 Convert = Callable[[dict[str, Any]], Row]
 # What a converter meets in a row whose values are not those of its form; the last three are a packed test's.
@@ -108,7 +108,7 @@ def load_source(name: str, split: str | None = None, limit: int | None = None) -
     """The rows of a data set, its exact name and what was left out.
 
     Args:
-        name: A file, a name of `SOURCES` or its hub repository, or ``reasoning_gym:NAME`` (`hsd.data.generators`).
+        name: A file, a name of `SOURCES` or its hub repository, or ``reasoning_gym:NAME`` (`hsd.verify.generators`).
         split: Of a named data set; ``name:split`` says the same. By default the first of its splits.
         limit: Only the first ``limit`` usable rows.
 
@@ -127,7 +127,7 @@ def load_source(name: str, split: str | None = None, limit: int | None = None) -
     if name.startswith(PREFIX):
         if split is not None:
             raise ValueError(f"split: expected None for a generator, got {split!r}")
-        return _collect(name, generated(name, limit), ready, limit)
+        return _collect(name, _generated(name, limit), ready, limit)
     key, _, named = name.partition(":")
     by_repo = {source.repo.lower(): source for source in SOURCES.values()}
     source = SOURCES.get(key.lower()) or by_repo.get(key.lower())
@@ -182,6 +182,15 @@ def _collect(name: str, raws: Iterable[dict[str, Any]], convert: Convert | None,
         for row in rows:
             row["answer"] = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     return Loaded(rows, name, total, dict(reasons), tuple(dropped))
+
+
+def _generated(name: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    """The generator's questions as raw rows. Without ``limit`` its ``size`` says how many."""
+    data = generator(name)
+    for index in range(min(len(data), limit or len(data))):
+        entry = data[index]
+        row = {"prompt": entry["question"], "question": entry["question"], "answer": entry["answer"]}
+        yield row | {"kind": "generated", "generator": name, "id": str(index)}
 
 
 def _from_hub(source: Source, split: str) -> Iterator[dict[str, Any]]:

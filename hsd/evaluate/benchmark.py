@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from hsd.data.sources import Loaded
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.pass_at_k import summarize
 from hsd.evaluate.sampling import Sampling, is_truncated
+from hsd.evaluate.success import RewardFn
 from hsd.hindsight.context import tokenize_prompt
 from hsd.hindsight.groups import last_user_text
+from hsd.progress import Progress
 
-Reward = Callable[..., Sequence[float | None]]
 Record = dict[str, Any]
 
 LARGEST_SEED = 2**43  # a batch's seed, about a million times this, fits into the 64 bits that torch takes
@@ -52,12 +53,12 @@ def evaluate(
     engine: Engine,
     model: str,
     data: Loaded,
-    rewards: Mapping[str, Reward],
+    rewards: Mapping[str, RewardFn],
     folder: Path,
     request: Request,
     *,
     judge_again: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Samples every row as ``request`` says, judges, and returns the result, also in ``folder/result.json``.
 
@@ -137,7 +138,7 @@ def evaluate(
 def judge(
     rows: Sequence[Row],
     texts: Sequence[str],
-    rewards: Mapping[str, Reward],
+    rewards: Mapping[str, RewardFn],
     ids: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[float | None, str | None]]:
     """Reward and status of each completion, by the verifier of its row's kind, called as TRL calls it: with texts where

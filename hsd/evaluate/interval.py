@@ -33,6 +33,10 @@ def interval(shares: Sequence[float], samples: int = 1) -> tuple[float, float]:
     return max(0.0, middle - half) if mean else 0.0, min(1.0, middle + half) if mean < 1 else 1.0
 
 
+def with_interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
 @dataclass(frozen=True)
 class Share:
     """The mean over questions of their share of right samples, and a 95 % interval over questions.

@@ -1,10 +1,10 @@
-"""Sampling from a transformers model, as in training: what `Sampling` says counts in place of the model's own settings,
-whose others count."""
+"""Sampling from a transformers model, as in training. `Sampling` replaces settings that the model declares; the model
+keeps its others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from hsd.hindsight.context import tokenize_prompt
 from hsd.padding import padded
 from hsd.policy.generate import generate
+from hsd.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def sample(
     sampling: Sampling,
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[list[int]]:
     """One rollout per prompt: token ids up to and including the first end token. The caller's RNG is left alone."""
     ids = [tokenize_prompt(tokenizer, p) for p in prompts]
@@ -74,7 +75,7 @@ def sample_from_ids(
     sampling: Sampling,
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[list[int]]:
     """`sample` on prompts that are token ids already."""
     if not -(2**63) <= seed < 2**64:

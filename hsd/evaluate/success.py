@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsd.data.rows import completions_of, reward_columns
-from hsd.evaluate.interval import share
+from hsd.evaluate.interval import share, with_interval
 from hsd.evaluate.sampling import is_truncated
 
 RewardFn = Callable[..., Sequence[float | None]]
@@ -26,7 +26,7 @@ class Success:
     mean_length: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return with_interval(self.mean, self.low, self.high)
 
 
 def score(

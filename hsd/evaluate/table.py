@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hsd.evaluate.interval import with_interval
+
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """One line per benchmark: exact subset, rows, pass@1 with its 95 % interval, and what qualifies the number."""
@@ -44,4 +46,4 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _share(value: float | None, interval: Sequence[float] | None) -> str:
-    return "none judged" if value is None or interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return "none judged" if value is None or interval is None else with_interval(value, *interval)

@@ -41,8 +41,14 @@ class BodyAndHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) in fp32, of a few tokens: the loss never makes them."""
-        z = nn.functional.linear(hidden, self.linear.weight, self.linear.bias).float() * self.logit_scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return logits(self.head, hidden)
+
+
+def logits(head: Head, hidden: Tensor) -> Tensor:
+    """As `BodyAndHead.logits`, of a head that may be in a wider dtype than the states."""
+    bias = None if head.bias is None else head.bias.to(hidden.dtype)
+    z = nn.functional.linear(hidden, head.weight.to(hidden.dtype), bias).float() * head.logit_scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
 def body_and_head(model: Any) -> BodyAndHead:

@@ -13,7 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from hsd.policy.frozen import is_peft
+from hsd.policy.frozen import inner_model
 
 BLOCK = 64  # tokens
 # These count from where a generation begins, and would count anew in each segment, or return no row for each prompt.
@@ -39,8 +39,7 @@ def growing_cache(model: Any, **settings: Any) -> DynamicCache | None:
         return None
     if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
         return None
-    base = model.get_base_model() if is_peft(model) else model
-    if "past_key_values" not in inspect.signature(base.forward).parameters:  # RWKV, XLNet, the first GPT
+    if "past_key_values" not in inspect.signature(inner_model(model).forward).parameters:  # RWKV, XLNet, the first GPT
         return None
     cache = DynamicCache(config=model.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsd.data.generators import PREFIX
 from hsd.evaluate.sampling import Sampling, choice_of
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
 from hsd.named import is_named, named
@@ -16,6 +15,7 @@ from hsd.policy.pretrained import load_tokenizer
 from hsd.tasks import TASKS
 from hsd.tasks.settings import Data, Settings
 from hsd.tasks.task import Question, Task
+from hsd.verify.generators import PREFIX
 
 if TYPE_CHECKING:
     from hsd.train.config import HSDConfig

@@ -58,7 +58,7 @@ TERMS = 4
 Bounds = tuple[int, int]
 TWO_DIGITS, ONE_DIGIT = (10, 99), (2, 9)  # bounds of the summands after the first
 CACHE = Path(".cache")
-# A short warm start for the registered task. After 600 steps without the demonstrations HSD learns nothing.
+# A short warm start for the registered task. Without the demonstrations HSD learns nothing after so short a one.
 RECIPE: dict[str, Any] = {"learning_rate": 6e-3, "added": ONE_DIGIT, "demonstrations": True}
 WARM_STEPS = 800
 SAVE_EVERY = 10  # steps of the warm start, a second

@@ -201,12 +201,12 @@ def facts_of(
     mask = student_inputs(trl)[1]
     if args.mean_of_policy == "max_length":
         assert args.max_completion_length is not None
-        scored = torch.tensor(float(len(mask) * args.max_completion_length), device=mask.device)
+        policy_tokens = torch.tensor(float(len(mask) * args.max_completion_length), device=mask.device)
     else:
-        scored = mean_over_ranks(mask.sum())
+        policy_tokens = mean_over_ranks(mask.sum())
     facts = TeacherBatch(
         success,
-        policy_tokens_per_micro_batch=scored.clamp_min(1.0) / steps,
+        policy_tokens_per_micro_batch=policy_tokens.clamp_min(1.0) / steps,
         reward=torch.tensor([m.rollout.reward for m in mine], device=mask.device),
         group_success=torch.tensor([m.group.success_rate for m in mine], device=mask.device),
         scored=torch.tensor([m.rollout.scored for m in mine], device=mask.device),
@@ -298,10 +298,10 @@ def shuffle_groups(trl: Mapping[str, Any], size: int) -> dict[str, Any]:
     order = torch.arange(n)
     if n % size == 0:
         order = order.reshape(-1, size)[list(dict.fromkeys((shuffled // size).tolist()))].flatten()
-    return rows_of(trl, order)
+    return some_rows(trl, order)
 
 
-def rows_of(trl: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
+def some_rows(trl: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
     """Some rows of TRL's batch, in the order of ``index``."""
 
     def some(value: Any) -> Any:

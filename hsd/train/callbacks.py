@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import warnings
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerState
 
 from hsd.data.rows import append_jsonl, write_jsonl
 from hsd.train.alarms import alarms
+from hsd.train.generations import questions_of, steps_of_a_generation
 
 STEP_COLUMNS = {
     "loss": "loss",
@@ -33,7 +33,7 @@ STEP_COLUMNS = {
 }
 
 
-def split_of(logs: Mapping[str, Any]) -> list[str]:
+def time_cells(logs: Mapping[str, Any]) -> list[str]:
     """The seconds of a step by part, and the sampled tokens a second; none where they were not measured."""
     parts = {
         key.removeprefix("time/").removesuffix("_s").replace("_", " "): seconds
@@ -81,7 +81,7 @@ class StepLine(ProgressCallback):
         if "loss" not in logs:
             return
         cells = [f"{name} {logs[key]:.3g}" for name, key in STEP_COLUMNS.items() if logs.get(key) is not None]
-        cells += split_of(logs)
+        cells += time_cells(logs)
         self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(cells))
 
 
@@ -147,7 +147,7 @@ class StopOnSignal(TrainerCallback):
     """The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second Ctrl-C at once.
 
     A second SIGTERM changes nothing: a scheduler's reaches a rank twice, once by itself and once through the launcher.
-    All ranks stop after the same step, whichever of them the signal reached: a rank that went on alone would wait for
+    All ranks stop after the same step, also where the signal reached one alone: a rank that went on would wait for
     the others for ever. Where a generation serves several steps, the run stops after the last of them: its rollouts are
     not in a checkpoint. ``signal`` is the number that stopped this run, or None.
     """
@@ -176,30 +176,8 @@ class StopOnSignal(TrainerCallback):
             self.signal = number
 
 
-def questions_of(args) -> float | None:
-    """New questions of an optimizer step under these GRPO arguments; None where they say nothing."""
-    rollouts, size = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
-    if not rollouts or not size:
-        return None
-    return rollouts / size * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
-
-
-def steps_of_a_generation(args) -> int:
-    """Optimizer steps after which a run with these GRPO arguments begins with new rollouts."""
-    if args is None:
-        return 1
-    micro = args.steps_per_generation * args.num_iterations
-    return micro // math.gcd(micro, args.gradient_accumulation_steps)
-
-
-def serves_a_multiple(step: int, every: int, args) -> bool:
-    """Whether the rollouts of a generation at ``step`` are those of a step that is a multiple of ``every``."""
-    served = max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
-    return -step % every < served
-
-
 def warn_of_lost_rollouts(checkpoint: Path, args) -> None:
-    """Where a run that resumes from ``checkpoint`` is not the uninterrupted one."""
+    """Warn where a run that resumes from ``checkpoint`` differs from an uninterrupted one."""
     period = steps_of_a_generation(args)
     step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
     if step % period:

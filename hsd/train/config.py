@@ -21,7 +21,7 @@ from hsd.methods import METHODS, Method
 from hsd.methods import method as find_method
 from hsd.methods.method import REQUIRED
 from hsd.methods.term import Schedule, scheduled
-from hsd.train.callbacks import steps_of_a_generation
+from hsd.train.generations import steps_of_a_generation
 from hsd.train.options import (
     ABOVE_0,
     AT_LEAST_0,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hsd.policy.body_and_head import logits
 from hsd.policy.forward import FrozenStates
 from hsd_kernels import Head, RowStats
 
@@ -59,8 +60,11 @@ def overlap(student: Tensor, teacher: FrozenStates, head: Head, mask: Tensor, te
     mine, theirs = student[at], teacher.hidden[at]
     shares, gains = [], []
     for start in range(0, len(mine), CHUNK):
-        log_p = _log_probs(mine[start : start + CHUNK], head, temperature)
-        log_q = _log_probs(theirs[start : start + CHUNK], teacher.head or head, temperature)
+        x_s, x_t = (
+            logits(head, mine[start : start + CHUNK]),
+            logits(teacher.head or head, theirs[start : start + CHUNK]),
+        )
+        log_p, log_q = ((x / temperature).log_softmax(-1) for x in (x_s, x_t))
         k = min(TOP_K, log_p.shape[-1])
         both = _top(log_p, k) & _top(log_q, k)
         shares.append(both.sum(-1) / k)
@@ -74,10 +78,3 @@ def overlap(student: Tensor, teacher: FrozenStates, head: Head, mask: Tensor, te
 
 def _top(x: Tensor, k: int) -> Tensor:
     return torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.topk(k, -1).indices, True)
-
-
-def _log_probs(hidden: Tensor, head: Head, temperature: float) -> Tensor:
-    bias = None if head.bias is None else head.bias.to(hidden.dtype)
-    x = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), bias).float() * head.logit_scale
-    x = x if head.softcap is None else head.softcap * torch.tanh(x / head.softcap)
-    return (x / temperature).log_softmax(-1)

@@ -111,8 +111,8 @@ def check_no_tensor_parallelism(model: Any, args: HSDConfig) -> None:
 def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
     """Raise ValueError for what ``engine`` rules out; ``peft``: whether LoRA is trained."""
     beside = f"with a frozen policy beside the student (teacher={args.teacher!r}, reference_coef={args.reference_coef})"
-    splits = engine.name == "fsdp" or engine.stage == 3
-    if args.draws and splits:
+    partitioned = engine.name == "fsdp" or engine.stage == 3
+    if args.draws and partitioned:
         raise ValueError(f"method: expected one that draws nothing under {engine}, got {args.method!r}")
     if engine.name == "fsdp" and args.has_teacher:
         if engine.fsdp_version != 2:
@@ -121,12 +121,12 @@ def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:
             )
         if engine.fsdp_offload and copies(args, peft=peft):
             raise ValueError(f"fsdp_offload_params: expected False {beside}, got True")
-    if splits and args.teacher_success_every:
+    if partitioned and args.teacher_success_every:
         raise ValueError(
             "teacher_success_every: expected None where a rank holds a part of the weights, which cannot sample, "
             f"got {args.teacher_success_every}"
         )
-    if splits and args.own_loss and args.tree_token_budget is not None:
+    if partitioned and args.own_loss and args.tree_token_budget is not None:
         raise ValueError(
             f"tree_token_budget: expected None under {engine}, where ranks take part in each other's forward passes "
             f"and a tree over the budget takes as many as its rank's rollouts ask for, got {args.tree_token_budget}"

@@ -18,7 +18,7 @@ from hsd.train.update import LossOutput
 
 def group_metrics(success: Tensor, has_peer: Tensor, unscored: Tensor, size: int) -> dict[str, Tensor]:
     """Shares of the rollouts of all ranks, from (N,) flags, groups of ``size`` one after the other. A rollout without a
-    verdict has neither succeeded nor failed."""
+    verdict is neither a success nor a failure."""
     failing = ~success & ~unscored
     solved, failed = (flags.reshape(-1, size).any(-1) for flags in (success, failing))
     return {

@@ -197,5 +197,5 @@ def joined(tables: list[RowStats]) -> RowStats | None:
     """Of consecutive rollouts; None of none."""
     if not tables:
         return None
-    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*tables, strict=True)]
-    return RowStats(*joined)
+    columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*tables, strict=True)]
+    return RowStats(*columns)

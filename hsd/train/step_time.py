@@ -35,5 +35,5 @@ class StepTime:
         found = {f"{name}_s": seconds for name, seconds in self.seconds.items()}
         if self.tokens and self.seconds.get("sampling"):
             found["sampled_tokens_per_s"] = self.tokens / self.seconds["sampling"]
-        self.__init__()
+        self.seconds, self.tokens = {}, 0
         return found

@@ -1,8 +1,8 @@
 """`HSDTrainer`: TRL's GRPO rollouts, rewards, logging and checkpoints; the update is self-distillation's.
 
-All contact with TRL is in this file. After a batch is generated and scored, every rollout gets its teacher's prompt
-(`hsd.hindsight`); in the loss, teacher and student compute the states of the same rollout tokens
-(`hsd.train.micro_batch`), and `hsd.train.update` makes the loss of them. Logits are never made.
+What is private to TRL's `GRPOTrainer` is used in this file alone. After a batch is generated and scored, every rollout
+gets its teacher's prompt (`hsd.hindsight`); in the loss, teacher and student compute the states of the same rollout
+tokens (`hsd.train.micro_batch`), and `hsd.train.update` makes the loss of them. Logits are never made.
 
 What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 
@@ -13,10 +13,11 @@ What is used of TRL 1.16 beyond its documentation, to look at when TRL changes:
 - attributes: ``_buffered_inputs``, ``_step``, ``_metrics``, ``_tokenizer``, ``_is_vlm``, ``_get_output_dir``,
   ``num_generations``, ``num_generations_eval``, ``num_iterations``, ``reward_weights``, ``temperature``,
   ``chat_template``, ``chat_template_kwargs``, ``tools``, ``current_gradient_accumulation_steps``, ``eos_token_ids``,
-  ``_pending_extra_logs``, ``_pending_metrics``, ``generation_kwargs``, ``pad_to_multiple_of``, ``use_vllm``,
-  ``use_transformers_continuous_batching``, ``aux_loss_enabled``
+  ``max_completion_length``, ``_pending_extra_logs``, ``_pending_metrics``, ``generation_kwargs``,
+  ``pad_to_multiple_of``, ``use_vllm``, ``use_transformers_continuous_batching``, ``aux_loss_enabled``
 - keys of its batch: ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, ``tool_mask``,
-  ``advantages``, ``old_per_token_logps`` (`hsd.train.batch` takes them from there)
+  ``advantages``, ``old_per_token_logps``, ``sampling_per_token_logps`` (`hsd.train.batch` and `hsd.train.draw` use
+  them)
 - functions: ``unwrap_model_for_generation``, ``_ForwardRedirection``, ``split_tensor_dict``, ``RepeatSampler`` and its
   arguments
 """
@@ -62,11 +63,12 @@ from hsd.process import settle
 from hsd.progress import say
 from hsd.train import draw
 from hsd.train.alarms import repeated_tail
-from hsd.train.batch import facts_of, has_contexts, own_columns, rows_of, shuffle_groups, student_inputs, unpack
-from hsd.train.callbacks import ROLLOUTS, TEXTS, RunFiles, serves_a_multiple, warn_of_lost_rollouts
+from hsd.train.batch import facts_of, has_contexts, own_columns, shuffle_groups, some_rows, student_inputs, unpack
+from hsd.train.callbacks import ROLLOUTS, TEXTS, RunFiles, warn_of_lost_rollouts
 from hsd.train.card import write_card
 from hsd.train.config import HSDConfig
 from hsd.train.diagnostics import of_texts
+from hsd.train.generations import serves_a_multiple
 from hsd.train.limits import (
     check_columns,
     check_engine,
@@ -190,8 +192,6 @@ class HSDTrainer(GRPOTrainer):
         """As TRL renders the student's prompt."""
         given: Any = self.chat_template_kwargs
         return {**given, "chat_template": self.chat_template, "tools": self.tools or None}
-
-    # -- rollouts -> groups -> teacher prompts --------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset=None):
         s: Any = super()._get_train_sampler(dataset)
@@ -320,7 +320,7 @@ class HSDTrainer(GRPOTrainer):
             batch |= draw.drawn_columns(args.method_spec, outcome, mine, self.writer, mask, mean, steps)
         if args.needs_old_logps and (sampled is not None or "old_per_token_logps" in batch):
             # TRL's left-padded prompts have no position ids: with GPT-2's absolute positions its log-probs are of
-            # another policy than the loss's, 2 to 6 nats away.
+            # another policy than the loss's.
             plain, mask = student_inputs(batch)
             batch["old_per_token_logps"] = self._logps(sampled or plain, mask, temperature=self.temperature)
         if args.method_spec.on_batch is not None:
@@ -370,8 +370,6 @@ class HSDTrainer(GRPOTrainer):
             return super()._calculate_rewards(asked, prompts, completions_of(asked, texts), [list(i) for i in ids])
         finally:
             self._pending_extra_logs, self._pending_metrics = pending
-
-    # -- a method's draw ------------------------------------------------------------------------------------------
 
     @property
     def _state_of_the_method(self) -> Any:
@@ -451,7 +449,7 @@ class HSDTrainer(GRPOTrainer):
         policy, objective = self._policy, self.args.objective(self.state.global_step)
 
         def score(rows: Tensor) -> RowStats:
-            return self.micro_batch_loss.stats(policy, unpack(rows_of(batch, rows), self.args.skip_tokens), objective)
+            return self.micro_batch_loss.stats(policy, unpack(some_rows(batch, rows), self.args.skip_tokens), objective)
 
         return joined(self._measure(score, len(batch["completion_ids"])))
 
@@ -487,8 +485,6 @@ class HSDTrainer(GRPOTrainer):
 
         return torch.cat(self._measure(logps, len(weights)))
 
-    # -- the loss -------------------------------------------------------------------------------------------------
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("return_outputs: expected False, HSDTrainer computes no model outputs")
@@ -518,8 +514,6 @@ class HSDTrainer(GRPOTrainer):
         for name in [name for name, values in measured.items() if all(map(math.isnan, values))]:
             del measured[name]
         super().log(logs, start_time)
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
         # First, so that a checkpoint with a trainer_state.json, which is written last, is whole.

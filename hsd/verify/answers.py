@@ -32,7 +32,7 @@ _SPECIAL = re.compile(r"(?:(?:<\|[a-z_]{1,20}\|>|</s>|<eos>|<end_of_turn>)\s?)++
 _SAYS = re.compile(
     r"(?i:\banswers?\b(?:(?:(?!not\b|n't)[^.\n:=$\\]){0,60}?\b(?:is|are|be|equals|becomes)\b|\W{0,6}?[:=]))[\s:*_]*([^\s:][^\n]*)"
 )
-# What is inside holds no second opener: with one, 10,000 tokens of "\(" were read for 15 s under Python's global lock.
+# What is inside holds no second opener: with one, the time of a run of "\(" is quadratic, under Python's global lock.
 _MATH = re.compile(
     r"(?<!\\)\$\$((?:\\.|[^$\\])++)\$\$|(?<!\\)\$((?:\\.|[^$\\\n])++)\$(?!\d)|\\\(((?:(?!\\[()]).)++)\\\)|\\\[((?:(?!\\[\[\]]).)++)\\\]",
     re.DOTALL,

@@ -1,4 +1,4 @@
-"""Runs a program, and the tests that judge it, in a child process that is shut in and always killed.
+"""Runs a program, and the tests that judge it, in a child process that is isolated and always killed.
 
 `child/harness.py` is the other side, `child/confine.py` what it gives up. Each run is a fresh Python in its own session
 with an empty environment, inside bubblewrap where that starts; all of its processes are killed when it ends or its
@@ -126,7 +126,7 @@ def bubblewrap() -> str | None:
 
 
 def packages() -> list[str]:
-    """Folders from which a program may import, beside the standard library; without ``.pth`` files (17 ms)."""
+    """Folders from which a program may import, beside the standard library; without ``.pth`` files, which are slow."""
     roots = [os.path.realpath(p) for p in (sys.prefix, sys.base_prefix)]
     named = [p for p in (*sys.path, *(sysconfig.get_paths()[k] for k in ("purelib", "platlib"))) if p]
     inside = [p for p in named if any(os.path.realpath(p).startswith(root + os.sep) for root in roots)]

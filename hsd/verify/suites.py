@@ -89,7 +89,7 @@ def same_output(expected: str, got: str) -> bool:
 
 
 def _stripped_lines(text: str) -> Iterator[str]:
-    """The lines one by one: all of 15 MiB of output at once took 460 MiB. A line ends at \\n; U+2028 ends none."""
+    """The lines one by one: a list of all of them is many times the text. A line ends at \\n; U+2028 ends none."""
     start, end = 0, len(text.rstrip())
     start = len(text) - len(text.lstrip()) if end else 0
     while start < end:

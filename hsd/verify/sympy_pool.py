@@ -77,9 +77,12 @@ class _Server:
 
 
 class _Servers:
-    """Idle children of this process, kept because importing SymPy takes a second."""
+    """Idle children of this process."""
 
     def __init__(self) -> None:
+        self._start_over()
+
+    def _start_over(self) -> None:
         self.idle: list[_Server] = []
         self.owner = os.getpid()
         self.lock = threading.Lock()
@@ -87,7 +90,7 @@ class _Servers:
 
     def ask(self, gold: str, answer: str, timeout: float, tolerance: float | None = None) -> dict[str, Any]:
         if self.owner != os.getpid():  # forked: the pipes are the parent's
-            self.__init__()
+            self._start_over()
         with self.starting:
             server = self._take() or _Server()
             reply: dict[str, Any] = {"lost": "interrupted"}

@@ -48,7 +48,7 @@ DENIED = ("fork", "vfork", "kill", "tkill", "tgkill", "execve", "socket", "setsi
 
 @functools.cache
 def filter_program() -> bytes:
-    """The filter as BPF; empty where libseccomp or its binding `pyseccomp` is missing. 2 ms, once a process."""
+    """The filter as BPF; empty where libseccomp or its binding `pyseccomp` is missing. Made once a process."""
     try:
         import pyseccomp as seccomp
     except (ImportError, RuntimeError, OSError):

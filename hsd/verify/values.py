@@ -161,8 +161,6 @@ def _all_words(s: str) -> bool:
     return re.fullmatch(r"[A-Za-z' -]{4,}", s) is not None
 
 
-# -- what SymPy may read ----------------------------------------------------------------------------------------------
-
 _FUNCTIONS = set("sin cos tan cot sec csc log exp sqrt arcsin arccos arctan sinh cosh tanh".split())
 
 

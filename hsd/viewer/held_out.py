@@ -8,6 +8,7 @@ from typing import Any
 
 from hsd.data.rows import read_json
 from hsd.evaluate import Success
+from hsd.evaluate.interval import with_interval
 from hsd.train.callbacks import HELD_OUT, load_metrics
 from hsd.viewer.plots import SUCCESS
 
@@ -47,7 +48,7 @@ def _measured(folder: Path) -> Iterator[tuple[int, str]]:
 def _rate(path: Path, found: dict[str, Any]) -> str:
     try:
         low, high = found["interval"]
-        return f"{found['pass@1']:.3f} [{low:.3f}, {high:.3f}]"
+        return with_interval(found["pass@1"], low, high)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: expected pass@1 with its interval, got {found!r:.200}") from None
 

@@ -64,7 +64,8 @@ def write(
     """
     own = next(iter(ends.values()))
     settings = settings | {"steps": own.steps}
-    pictures = summary.draw(folder, credits) + training_picture(folder, own.rows, load_metrics(folder / HELD_OUT))
+    pictures = summary.write_figures(folder, credits)
+    pictures += training_picture(folder, own.rows, load_metrics(folder / HELD_OUT))
     methods = _methods_section(folder, before.success, ends) if len(ends) > 1 else []
     text = "\n".join(
         [

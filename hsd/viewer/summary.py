@@ -104,7 +104,7 @@ def lines(credit: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw(folder: Path, credits: Mapping[str, dict[str, Any]]) -> list[Path]:
+def write_figures(folder: Path, credits: Mapping[str, dict[str, Any]]) -> list[Path]:
     """Write the figures that the measurements have data for; their paths. Those of an earlier call are removed.
 
     ``credits`` has a name for each measurement of the same questions, such as "before training": a panel each.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hsd_kernels.divergence import Divergence, RowSpec
+from hsd_kernels.op_support import times, wide_dtype
 from hsd_kernels.row_stats import COLUMNS, RowStats
 from hsd_kernels.rows import eager
 
@@ -62,7 +63,7 @@ class Buckets:
     ) -> RowStats:
         k = spec.divergence.top_k
         assert k is not None
-        table = x_student.new_empty(len(COLUMNS), x_student.shape[0], dtype=eager.wide(x_student))
+        table = x_student.new_empty(len(COLUMNS), x_student.shape[0], dtype=wide_dtype(x_student))
         for at in _parts(x_student, spec, bias, teacher_bias):
             x_s, x_t = x_student[at], x_teacher[at]
             y_s, y_t = eager.pair(x_s, x_t, spec, bias, teacher_bias)
@@ -139,7 +140,7 @@ class Buckets:
 
 def _parts(x: Tensor, spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None) -> Iterable[slice]:
     """All rows where y is the logits themselves, else as many at a time as may be copied."""
-    plain = spec.scales[0] == 1.0 and spec.softcap is None and not spec.linear and x.dtype == eager.wide(x)
+    plain = spec.scales[0] == 1.0 and spec.softcap is None and not spec.linear and x.dtype == wide_dtype(x)
     return [slice(None)] if plain and bias is None and teacher_bias is None else eager.blocks(x)
 
 
@@ -170,7 +171,7 @@ def _row(
     among = eager.normalizer(masses, 1.0)
     logps = among.log_probs(masses, 1.0)
     p = logps.exp()
-    entropy = eager.times(p[:, -1], tail_entropy) - eager.times(p, logps).sum(-1)
+    entropy = times(p[:, -1], tail_entropy) - times(p, logps).sum(-1)
     whole = eager.Normalizer(top, among.top + among.log_sum)
     of_targets = None if targets is None else whole.log_probs(y.gather(-1, targets), kappa).squeeze(-1)
     return _Row(of_targets, entropy, kappa * top + whole.log_sum, top, whole.log_sum, logps)

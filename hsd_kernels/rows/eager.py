@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hsd_kernels.divergence import RowSpec
+from hsd_kernels.op_support import times, wide_dtype
 from hsd_kernels.row_stats import COLUMNS, RowStats
 
 # Temporaries of (rows, V) stay in the last-level cache of a CPU at this size; a GPU wants fewer, larger launches.
@@ -27,7 +28,7 @@ def statistics(
     target_ids: Tensor | None,
     rows: Tensor,
 ) -> RowStats:
-    table = x_student.new_empty(len(COLUMNS), x_student.shape[0], dtype=wide(x_student))
+    table = x_student.new_empty(len(COLUMNS), x_student.shape[0], dtype=wide_dtype(x_student))
     out = RowStats.unstack(table, rows, with_targets=target_ids is not None)
     kappa = spec.scales[1]
     for at in blocks(x_student):
@@ -169,20 +170,11 @@ def _no_grad_sum(spec: RowSpec) -> bool:
     return spec.divergence.kind == "forward_kl" and not spec.divergence.sums_summands
 
 
-def times(p: Tensor, log_ratio: Tensor) -> Tensor:
-    """p * log_ratio with 0 log 0 = 0: a probability of exactly zero may meet an undefined ratio. A NaN stays."""
-    return torch.where(p == 0, 0.0, p * log_ratio)
-
-
-def wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def pair(
     x_student: Tensor, x_teacher: Tensor, spec: RowSpec, bias: Tensor | None, teacher_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y of both sides (`RowSpec.scales`)."""
-    x_t = x_teacher.to(wide(x_teacher))
+    x_t = x_teacher.to(wide_dtype(x_teacher))
     x_s = x_student.to(x_t.dtype)
     return formed(x_s + x_t if spec.linear else x_s, bias, spec), formed(x_t, teacher_bias, spec)
 

@@ -228,7 +228,7 @@ def test_weights_scale_the_threshold():
     assert shares[0] > 0.0 and shares == pytest.approx([shares[0]] * 3, rel=1e-4)
 
 
-def test_silent_batch_and_options():
+def test_equal_sides_and_options():
     student, _, weight = peaked()
     out, dh, dw = grads(student, student, weight, filter_eps="auto")
     assert out.filtered_share == 0.0 and (dh == 0).all() and (dw == 0).all()

@@ -55,14 +55,14 @@ def test_some_equal_rows_among_others(divergence):
         assert (kl[::2] == 0).all() and (kl[1::2] > 0.1).all()
 
 
-def test_equal_hidden_states_under_two_heads_are_not_silent():
+def test_equal_hidden_states_under_two_heads_are_compared():
     student, _, weight = small_problem()
     options = {"teacher_head": draw(61, 16, seed=5), "reduction": "sum"}
     loss, *found = grads(fused_hsd_kl, student, student.clone(), weight, **options)
     assert loss > 1.0 and all(t.abs().max() > 0.01 for t in found)
 
 
-def test_infinite_equal_rows_are_not_silent():
+def test_infinite_equal_rows_keep_their_nan():
     student, _, weight = small_problem()
     student[3] = INF
     assert fused_hsd_kl(student, student.clone(), weight, reduction="none")[3].isnan()

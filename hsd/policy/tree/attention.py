@@ -113,9 +113,9 @@ def _attend(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: S
     """(1, H, n, d), (1, H_kv, m, d), (1, H_kv, m, d_value) -> (1, H, n, d_value), as all backends."""
     backend = tree.backend
     if backend == "auto":
-        runs = (_lengths(tree.query_starts), _lengths(tree.key_starts))
+        rows, paths = _lengths(tree.query_starts), _lengths(tree.key_starts)
         some = (scores.softcap, scores.sinks is not None)
-        backend = choose_backend(query.device.type, query.dtype, *runs, len(tree.key_node), *some)
+        backend = choose_backend(query.device.type, query.dtype, rows, paths, len(tree.key_node), *some)
     if backend == "dense":
         at = ("added", scores.window, query.dtype)
         if at not in tree.cache:
@@ -162,8 +162,7 @@ def visible(tree: TreeView, window: int | None) -> Tensor:
 
 def gather_attention(tree: TreeView, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Run by run: the keys on its path, gathered in order of depth, then plain causal attention at the path's end."""
-    rows = _lengths(tree.query_starts)
-    paths = [b - a for a, b in pairwise(tree.key_starts)]
+    rows, paths = _lengths(tree.query_starts), _lengths(tree.key_starts)
     sizes = [min(BLOCK, r - a) for r in rows for a in range(0, r, BLOCK)]
     queries = iter(query.split(sizes, 2))
     keys = key.index_select(2, tree.key_index).split(paths, 2)
@@ -190,7 +189,7 @@ def _band(tree: TreeView, rows: int, before: int, window: int | None, like: Tens
 
 
 def _added(hidden: Tensor, like: Tensor) -> Tensor:
-    """A mask to be added to scores. SDPA would convert a bool one anew in every call, a fifth of its time."""
+    """A mask to be added to scores. SDPA would convert a bool one anew in every call."""
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
 
 

@@ -178,7 +178,7 @@ def choose_sharing(asked: str, model: Any, tried: Any, noise: float | None) -> s
         tried: The model itself, or one that computes as it does.
         noise: NEFTune's alpha.
 
-    Raises ValueError where the model does not pass and ``asked`` insists.
+    Raises ValueError where the model does not pass and ``asked`` is "tree" or "prompt".
     """
     if asked == "none":
         return asked

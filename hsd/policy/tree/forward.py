@@ -203,7 +203,7 @@ def forward_student(
 def forward_live_teacher(
     body: nn.Module, tree: TreeBatch, student_hidden: Tensor, keys: KVCache | None, *, backend: str = "auto"
 ) -> list[Tensor]:
-    """The teacher's states per rollout under the student's own weights: only what the student has not read is read."""
+    """The teacher's states per rollout under the student's own weights: computed where the student's pass has none."""
     mine = tree.teacher_only
     hidden, nodes = student_hidden.detach(), tree.student_nodes
     if len(mine):
@@ -237,7 +237,7 @@ def tree_hidden_states(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Hidden states that predict the rollouts' tokens: the student's with gradient, the teacher's without.
 
-    Equal, up to rounding, to reading each sequence by itself::
+    Equal, up to rounding, to a forward pass of each sequence by itself::
 
         student[i] = body([prompts[i] ; rollouts[i]])[len(prompts[i]) - 1 : -1]              # (len(o_i), D)
         teacher[i] = body([teacher_prompts[i] ; rollouts[i]])[len(teacher_prompts[i]) - 1 : -1].detach()

@@ -109,8 +109,7 @@ def _seccomp(filter: bytes) -> None:
     _checked(_libc.prctl(PR_SET_SECCOMP, 2, ctypes.addressof(program), 0, 0))
 
 
-# -- Landlock (linux/landlock.h) --------------------------------------------------------------------------------------
-
+# linux/landlock.h
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # on every architecture
 _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 1, 1 << 2, 1 << 3
 

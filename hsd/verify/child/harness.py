@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _look_like_python(packages: list[str]) -> None:
-    """What `site` would have done (this runs with -S: it takes 17 ms), without ``.pth`` files."""
+    """What `site` would have done, which is slow (this runs with -S), without ``.pth`` files."""
     import _sitebuiltins
 
     sys.path += packages
@@ -123,9 +123,6 @@ _MODULES = (
 OFFICIAL = "\n".join(
     [*(f"from {m} import *" for m in _MODULES), f"import {', '.join(_MODULES)}", "sys.setrecursionlimit(50_000)"]
 )
-
-
-# -- the program's side -----------------------------------------------------------------------------------------------
 
 
 def _program(job: dict[str, Any], channel: socket.socket, grants: int, separated: list[str]) -> None:
@@ -222,9 +219,6 @@ def _last_lines() -> str:
         return traceback.format_exc(limit=-2)[-1500:]
     except BaseException as error:
         return f"{type(error).__name__} while printing the error"
-
-
-# -- the tests' side --------------------------------------------------------------------------------------------------
 
 
 class Remote:

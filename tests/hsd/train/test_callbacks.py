@@ -20,9 +20,7 @@ from hsd.train.callbacks import (
     last_checkpoint,
     load_metrics,
     meaning_of,
-    questions_of,
-    serves_a_multiple,
-    split_of,
+    time_cells,
 )
 from hsd.train.config import HSDConfig
 from hsd.train.trainer import HSDTrainer
@@ -289,11 +287,11 @@ def test_the_last_whole_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
-def test_the_split_of_a_step_names_its_parts_and_the_speed():
+def test_the_time_of_a_step_names_its_parts_and_the_speed():
     logs = {"time/sampling_s": 2.5, "time/update_s": 1.0, "time/sampled_tokens_per_s": 104.4, "loss": 1.0}
-    assert split_of(logs) == ["(sampling 2.5 + update 1)", "104 tokens/s"]
-    assert split_of({"time/update_s": 1.0}) == ["(update 1)"]
-    assert split_of({"loss": 1.0}) == []
+    assert time_cells(logs) == ["(sampling 2.5 + update 1)", "104 tokens/s"]
+    assert time_cells({"time/update_s": 1.0}) == ["(update 1)"]
+    assert time_cells({"loss": 1.0}) == []
 
 
 @pytest.mark.parametrize(
@@ -324,36 +322,3 @@ def test_the_meaning_is_printed_at_the_first_measured_step_alone(tmp_path, capsy
     log(again, 4, loss=0.5, **{"hsd/success_rate": 0.1, "hsd/teacher_success": 0.4})
     said = [line for line in capsys.readouterr().out.splitlines() if "sampled from the teacher" in line]
     assert len(said) == 1 and said[0].startswith("step 2: success of the student 0.10")
-
-
-def generations(accumulation, generation, iterations=1):
-    """16 questions of 8 rollouts a generation."""
-    of_it = {"generation_batch_size": 128, "num_generations": 8, "num_iterations": iterations}
-    return SimpleNamespace(gradient_accumulation_steps=accumulation, steps_per_generation=generation, **of_it)
-
-
-@pytest.mark.parametrize(
-    ("args", "questions"),
-    [
-        (generations(2, 2), 16),
-        (generations(2, 4), 8),  # a generation serves two steps
-        (generations(2, 2, 2), 8),
-        (generations(4, 2), 32),  # a step takes two
-        (generations(2, 3), 32 / 3),
-        (SimpleNamespace(), None),
-    ],
-)
-def test_the_new_questions_of_a_step(args, questions):
-    assert questions_of(args) == pytest.approx(questions)
-
-
-@pytest.mark.parametrize(
-    ("args", "steps", "served"),
-    [
-        (generations(2, 2), range(12), [0, 5, 10]),
-        (generations(2, 4), range(0, 24, 2), [0, 4, 10, 14, 20]),  # the steps 5 and 15 are the second ones of 4 and 14
-        (generations(4, 2), range(6), [0, 5]),
-    ],
-)
-def test_every_multiple_is_served_by_a_generation(args, steps, served):
-    assert [step for step in steps if serves_a_multiple(step, 5, args)] == served

@@ -70,7 +70,7 @@ def write(folder: Path, task=TASK, *, later: dict | None = None, replies=((), ()
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(summary, "draw", lambda folder, credits: [])
+    monkeypatch.setattr(summary, "write_figures", lambda folder, credits: [])
     monkeypatch.setattr(report, "training_picture", lambda *args: [])
 
 

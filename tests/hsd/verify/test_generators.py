@@ -6,12 +6,11 @@ import re
 import pytest
 
 from hsd.data import load
-from hsd.data.generators import EVALUATES_REPLIES, generator
 from hsd.tasks.files import complete
 from hsd.tasks.settings import Data, Model, Settings
 from hsd.train.config import HSDConfig
 from hsd.verify import reasoning_gym_reward, reasoning_gym_success
-from hsd.verify.generators import final_text
+from hsd.verify.generators import EVALUATES_REPLIES, final_text, generator
 
 GCD = "reasoning_gym:gcd,max_value=20"
 
