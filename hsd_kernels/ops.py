@@ -168,6 +168,7 @@ register(
     Tensors,
     (Divergence, Options),
     Outputs,
+    hidden="student_hidden",
     forward=_forward,
     backward=_backward,
     fake=_fake,

@@ -62,6 +62,7 @@ def register(
     records: tuple[type[Any], ...],
     outputs: type[Any],
     *,
+    hidden: str,
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],
     fake: Callable[..., tuple[Tensor, ...]],
@@ -71,11 +72,11 @@ def register(
     """The operators ``name`` and ``name``_backward.
 
     Args:
-        tensors: a NamedTuple of the arguments: hidden states first, ``weight``, ``bias`` and ``token_weights`` among
-            them.
+        tensors: a NamedTuple of the arguments, ``weight``, ``bias`` and ``token_weights`` among them.
         records: dataclasses of the options, a `Trained` last.
-        outputs: a NamedTuple of what ``forward`` returns: the loss first, ``grad_hidden``, ``grad_weight`` and
-            ``grad_bias`` last.
+        outputs: a NamedTuple of what ``forward`` returns: ``loss``, and last ``grad_hidden``, ``grad_weight`` and
+            ``grad_bias``.
+        hidden: the argument whose gradient ``grad_hidden`` is.
         forward, backward: (*tensors, **options) -> outputs, and -> `stored` gradients of the sum of token_weights (T,)
             or (..., T) times whatever they weight.
         fake: (tensors, options, empty) -> the outputs but for the gradients, each an ``empty(*shape)``.
@@ -86,13 +87,14 @@ def register(
     arguments = f"{tensor_arguments(tensors)}, *, {option_arguments(*records)}"
 
     def trained(t: Any) -> Gradients:
-        return Gradients(t[0], t.weight, t.bias)
+        return Gradients(getattr(t, hidden), t.weight, t.bias)
 
     def forward_fake(*inputs: Tensor, **given: Any) -> tuple[Tensor, ...]:
         t, o = tensors(*inputs), options.unpack(given)
 
         def empty(*shape: Any) -> Tensor:
-            return t[0].new_empty(shape, dtype=wide_dtype(t[0]))
+            like = getattr(t, hidden)
+            return like.new_empty(shape, dtype=wide_dtype(like))
 
         return (*fake(t, o, empty), *stored_fake(trained(t), o.made))
 
@@ -102,7 +104,8 @@ def register(
     def products(inputs: tuple[Any, ...], made: Wanted) -> int:
         """FLOPs: 2 N D V for each side's logits, dH and dW. A counter of FLOPs does not see inside an operator."""
         t = tensors(*inputs)
-        unit: Any = 2 * math.prod(t[0]) * t.weight[0]
+        vocab, _ = t.weight
+        unit: Any = 2 * math.prod(getattr(t, hidden)) * vocab
         return int(unit * (sides(t) + made.hidden + made.weight))
 
     def forward_flops(*shapes: Any, **given: Any) -> int:
@@ -122,9 +125,9 @@ def register(
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], given: dict[str, Any], output: tuple[Tensor, ...]) -> None:
         t, out, o = tensors(*inputs), outputs(*output), options.unpack(given)
-        ctx.mark_non_differentiable(*out[1:])
+        ctx.mark_non_differentiable(*(x for field, x in out._asdict().items() if field != "loss"))
         ctx.set_materialize_grads(False)
-        ctx.given, ctx.options, ctx.dtype = given, o, t[0].dtype
+        ctx.given, ctx.options, ctx.dtype = given, o, getattr(t, hidden).dtype
         # Through autograd, so that an in-place change before the backward is an error, not a wrong gradient.
         if o.reruns:
             ctx.save_for_backward(*map(_savable, again(t, out)))
@@ -144,7 +147,7 @@ def register(
         else:
             *made, effective = ctx.saved_tensors
             upstream = upstream if effective is None else _of_counted(upstream, effective)
-        for field, g, wanted in zip((tensors._fields[0], "weight", "bias"), made, o.wanted, strict=True):
+        for field, g, wanted in zip((hidden, "weight", "bias"), made, o.wanted, strict=True):
             if wanted:
                 found[field] = g.to(ctx.dtype) if o.reruns else times_upstream(g, upstream, ctx.dtype)
         return tuple(found.values())

@@ -114,6 +114,7 @@ register(
     Tensors,
     (Options,),
     Outputs,
+    hidden="hidden",
     forward=_forward,
     backward=_backward,
     fake=_fake,
