@@ -15,9 +15,9 @@ from pathlib import Path
 
 from hsd.data.decontaminate import decontaminate
 from hsd.data.mix import mix, with_difficulty
-from hsd.data.rows import read_jsonl, write_json, write_jsonl
 from hsd.data.sources import load_source
 from hsd.files import check_file
+from hsd.json_files import read_jsonl, write_json, write_jsonl
 
 HELP = "prepare, decontaminate, bin and mix questions"
 

@@ -127,8 +127,8 @@ class Demo:
 
     def evaluation(self, policy: Policy, path: Path) -> Evaluation:
         """The success in the file ``path``, and the replies in the JSONL file beside it."""
-        from hsd.data.rows import read_json, read_jsonl, write_json, write_jsonl
         from hsd.evaluate import Success
+        from hsd.json_files import read_json, read_jsonl, write_json, write_jsonl
         from hsd.tasks.task import Evaluation, evaluate
 
         beside = path.with_suffix(".jsonl")
@@ -140,7 +140,7 @@ class Demo:
 
     def credit(self, policy: Policy, name: str, numbers: str, shown: int | list[int] = 6) -> dict[str, Any]:
         """The numbers of the file ``numbers``. Their tokens join the page's under ``name``."""
-        from hsd.data.rows import read_json
+        from hsd.json_files import read_json
         from hsd.viewer.make import measure_credit, write_credit
 
         out = self.job.folder

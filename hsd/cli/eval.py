@@ -74,11 +74,11 @@ class Asked:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hsd.data.rows import write_json
     from hsd.evaluate.benchmark import evaluate
     from hsd.evaluate.engines import choose, load_engine
     from hsd.evaluate.table import markdown
     from hsd.files import check_folder, replacing
+    from hsd.json_files import write_json
     from hsd.progress import counter
     from hsd.train.card import write_success
 

@@ -22,7 +22,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from hsd import files
 from hsd.cli.prepare import Run, prepare
 from hsd.cli.settings import load, parse
-from hsd.data.rows import read_json
+from hsd.json_files import read_json
 from hsd.methods.state import GATE, STATE
 from hsd.tasks.files import title
 from hsd.tasks.settings import Data

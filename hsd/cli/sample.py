@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The lines of a text file; of a JSONL file each row's question, else its prompt."""
-    from hsd.data.rows import decoded, is_prompt, read_jsonl
+    from hsd.data.rows import is_prompt
+    from hsd.json_files import decoded, read_jsonl
 
     if not path.is_file():
         raise ValueError(f"--prompts: expected a file, got {path}, which is not there")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hsd.data.rows import decoded, read_jsonl
+from hsd.json_files import decoded, read_jsonl
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".jsonl", ".json", *DELIMITERS, ".parquet")

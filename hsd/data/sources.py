@@ -17,8 +17,9 @@ from hsd.data import code_sources as code
 from hsd.data import math_sources as math
 from hsd.data.local_files import ENDINGS, read_rows
 from hsd.data.ready_rows import ready, verl
-from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable, read_jsonl
+from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable
 from hsd.hub import asking, no_answer
+from hsd.json_files import read_jsonl
 from hsd.verify.generators import PREFIX, generator
 
 Convert = Callable[[dict[str, Any]], Row]

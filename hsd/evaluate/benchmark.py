@@ -9,16 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsd.data.rows import (
-    Row,
-    completions_of,
-    fingerprint,
-    read_json,
-    read_jsonl,
-    reward_columns,
-    write_json,
-    write_jsonl,
-)
+from hsd.data.rows import Row, completions_of, fingerprint, reward_columns
 from hsd.data.sources import Loaded
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.pass_at_k import summarize
@@ -26,6 +17,7 @@ from hsd.evaluate.sampling import Sampling, is_truncated
 from hsd.evaluate.success import RewardFn
 from hsd.hindsight.context import tokenize_prompt
 from hsd.hindsight.groups import last_user_text
+from hsd.json_files import read_json, read_jsonl, write_json, write_jsonl
 from hsd.progress import Progress
 
 Record = dict[str, Any]

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hsd.data.rows import read_json
 from hsd.hub import asking, no_answer
+from hsd.json_files import read_json
 from hsd.progress import hide_bars
 
 ADAPTERS = "adapter_config.json"

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 
-from hsd.data.rows import append_jsonl, write_jsonl
+from hsd.json_files import append_jsonl, write_jsonl
 from hsd.train.alarms import alarms
 from hsd.train.generations import questions_of, steps_of_a_generation
 

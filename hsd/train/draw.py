@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd.data.rows import append_jsonl, completions_of
+from hsd.data.rows import completions_of
 from hsd.hindsight.context import Context
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
 from hsd.hindsight.peers import peer_rng
 from hsd.hindsight.teacher_prompts import TeacherPrompts
+from hsd.json_files import append_jsonl
 from hsd.methods.draw import Ask, Drawn, GroupView, Outcome, Reply, Row, converse, gives_away
 from hsd.methods.method import Method
 from hsd.padding import padded

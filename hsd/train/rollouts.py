@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hsd.data.rows import append_jsonl
 from hsd.hindsight.groups import Member, last_user_text
 from hsd.hindsight.teacher_prompts import TeacherPrompt
+from hsd.json_files import append_jsonl
 
 Row = dict[str, Any]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hsd.data.rows import read_json
 from hsd.evaluate import Success
 from hsd.evaluate.interval import with_interval
+from hsd.json_files import read_json
 from hsd.train.callbacks import HELD_OUT, load_metrics
 from hsd.viewer.plots import SUCCESS
 

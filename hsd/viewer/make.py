@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hsd.data.rows import write_json
 from hsd.evaluate import sample, score
 from hsd.hindsight.groups import Group, Rollout, shown_answer
+from hsd.json_files import write_json
 from hsd.progress import counter
 from hsd.tasks.task import Policy, Question, Task
 from hsd.viewer.measure import draw_peers, failing_with_peer, measure

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from hsd.data.rows import write_json
 from hsd.evaluate import Success
 from hsd.files import replacing
+from hsd.json_files import write_json
 from hsd.tasks.task import Evaluation, Task
 from hsd.train.alarms import WINDOW, moving_mean
 from hsd.train.callbacks import HELD_OUT, load_metrics

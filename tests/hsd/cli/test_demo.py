@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from hsd.cli import demo
 from hsd.cli.__main__ import main
-from hsd.data.rows import read_json, read_jsonl
 from hsd.evaluate import Sampling
+from hsd.json_files import read_json, read_jsonl
 from hsd.tasks import small_world
 from hsd.train.callbacks import load_metrics
 from hsd.viewer.page import read_page

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from hsd.data import load
-from hsd.data.rows import read_jsonl, write_jsonl
 from hsd.data.sources import load_source
+from hsd.json_files import read_jsonl, write_jsonl
 
 ROWS = [{"question": 'How\u2028many, "really"?', "answer": "1,234"}, {"question": "And\nhere \u00e9?", "answer": "2"}]
 

@@ -14,9 +14,10 @@ from hsd.data import SOURCES, load, to_dataset
 from hsd.data.code_sources import private_tests
 from hsd.data.math_sources import Unusable, last_boxed
 from hsd.data.prompts import BOXED, bare_question
-from hsd.data.rows import check_row, fingerprint, write_jsonl
+from hsd.data.rows import check_row, fingerprint
 from hsd.data.sources import convert_row, load_source
 from hsd.hindsight.groups import last_user_text
+from hsd.json_files import write_jsonl
 
 SHARED = Path(os.environ.get("HSD_SHARED_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 

@@ -15,12 +15,12 @@ from hsd.cli import data as cli_data
 from hsd.cli import eval as cli_eval
 from hsd.cli.__main__ import main
 from hsd.data import load
-from hsd.data.rows import read_jsonl, write_jsonl
 from hsd.data.sources import Loaded
 from hsd.evaluate.benchmark import Request, evaluate, judge
 from hsd.evaluate.engines import Engine
 from hsd.evaluate.sampling import Sampling
 from hsd.evaluate.table import markdown
+from hsd.json_files import read_jsonl, write_jsonl
 from hsd.tasks import small_world
 
 TOKENIZER = small_world.build_tokenizer()

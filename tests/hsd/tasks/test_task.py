@@ -24,4 +24,6 @@ def test_a_success_reaches_the_tasks_reward(given, least, share):
     task = Task("", str, QUESTIONS[:4], (), [lambda **columns: given], small_world.TEMPLATE, Sampling(4))
     found = evaluate(replace(task, success_reward=least), Policy(qwen3(), TOKENIZER), seed=0)
     assert found.success.mean == pytest.approx(share) and found.success.questions == 4
-    assert [reply["reward"] for reply in found.replies if reply["reward"] is not None] == [r for r in given if r is not None]
+    assert [reply["reward"] for reply in found.replies if reply["reward"] is not None] == [
+        r for r in given if r is not None
+    ]
