@@ -4,6 +4,7 @@
     python -m benchmarks.small_world --quick    # under five minutes: does it all work?
     python -m benchmarks.small_world --report   # of what is finished
     python -m benchmarks.small_world --part league main    # these runs alone, with a report of their own
+    python -m benchmarks.small_world --part main divergence --rows hsd grpo jsd    # of them, these rows
 
 Every run is a process with one thread and leaves one JSON file in ``--out``; the same command goes on after a kill. The
 report, its pictures and all results in one file are written to ``--results``.
@@ -36,8 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     parts = {run.part for run in queue(scale)}
     if not parts >= {*args.part}:
         sys.exit(f"--part: expected some of {', '.join(sorted(parts))}, got {' '.join(args.part)}")
+    if not (names := {run.name for run in queue(scale)}) >= {*args.rows}:
+        sys.exit(f"--rows: expected some of {', '.join(sorted(names))}, got {' '.join(args.rows)}")
     wanted = {*args.part} or (parts if args.quick else parts - {*APART})
-    runs = [run for run in queue(scale) if run.part in wanted]
+    runs = [run for run in queue(scale) if run.part in wanted and (not args.rows or run.name in args.rows)]
     todo = jobs(args.out, scale, runs)
     failed = []
     if not args.report:
@@ -48,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         + " --quick" * args.quick
         + " --part " * bool(args.part)
         + " ".join(args.part)
+        + " --rows " * bool(args.rows)
+        + " ".join(f'"{row}"' if " " in row else row for row in args.rows)
     )
     say(report.write(args.out, args.results, todo, command))
     if failed:
@@ -60,6 +65,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="train nothing: report what is finished")
     told = "only these runs, with a report of their own: long, chains, league main, ..."
     parser.add_argument("--part", nargs="+", default=[], metavar="PART", help=told)
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="ROW", help="only these rows of the parts: hsd, jsd, ..."
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, help="where runs and warm starts go (runs/small_world)")
     parser.add_argument("--results", type=Path, help="where the report goes (benchmarks/small_world/results)")
