@@ -40,7 +40,8 @@ ASKED_AGAIN = {
     "answer_only_template": " {answer}" + TURN + "Answer: {answer}" + TURN_OF_QUESTION,
 }
 PEERS_ONLY = {"fallback": "mask"}
-BEST = {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 8]}  # also the task's own setting
+FADING = {"policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 8]}
+BEST = {**FADING, "divergence": "jsd"}  # also the task's own setting
 GRPO = {"kl_temperature": 1.0, "teacher": None, "policy_loss": "fused"}
 ROWS = (
     Row("grpo", "grpo", GRPO, "0.9: only the reward counts, and nothing holds the student back"),
@@ -86,7 +87,7 @@ ROWS = (
     Row(
         "hsd 1 to 0 + policy",
         "hsd",
-        BEST,
+        FADING,
         "GRPO's end: the teacher shortens replies early, the reward alone decides from step 9 on",
     ),
     Row("hsd 0.1 + policy", "hsd", {"policy_coef": 1.0, "divergence_coef": 0.1}, "GRPO - 0.1 or better"),
@@ -101,7 +102,7 @@ ROWS = (
     Row(
         "hsd JSD 1 to 0 + policy",
         "hsd",
-        {**BEST, "divergence": "jsd"},
+        BEST,
         "GRPO's end, and faster there than with the forward KL: a JSD bounds what the context's words cost",
     ),
     Row(

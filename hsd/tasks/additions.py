@@ -37,6 +37,7 @@ def task(seed: int) -> Task:
             # HSD alone takes over its context's words; the reward must have the last word (docs/real_model.md).
             "policy_coef": 1.0,
             "divergence_coef": [1.0, 0.0, 8],
+            "divergence": "jsd",  # bounds what those words cost
             "teacher_success_every": 5,
         },
         threads=1,
