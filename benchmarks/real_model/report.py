@@ -16,7 +16,7 @@ from hsd.evaluate.interval import share, with_interval
 FORMS = ("the sum, then its value", "a number alone", "other words")
 SHORT = 10  # tokens; with its end
 # What the demo is shown beside: the reward alone, the answer alone, another question's peer, and HSD itself.
-BESIDE = ("hsd 1 to 0 + policy", "grpo", "hsd fixed", "opsd", "hsd unpaired")
+BESIDE = ("hsd JSD 1 to 0 + policy", "hsd 1 to 0 + policy", "grpo", "hsd fixed", "opsd", "hsd unpaired")
 TITLES = {"additions": "additions", "chain_sum": "chains of three numbers"}
 
 
