@@ -81,14 +81,14 @@ def forwards(method: Method) -> str:
     """Passes through the body for each rollout, before any prefix is shared."""
     from hsd.methods import METHODS
 
-    settings = METHODS["hsd"].defaults | method.defaults
+    settings = (METHODS["hsd"].defaults if method.has_teacher else {}) | method.defaults
     contexts = method.max_contexts if method.has_teacher else 0
-    trust_region = 2 if settings["teacher"] == "trust_region" else 1
+    trust_region = 2 if settings.get("teacher") == "trust_region" else 1
     parts = {"student 1 (with gradient)": 1, f"teacher {contexts * trust_region}": contexts}
     parts[f"scoring {1 + contexts * trust_region}"] = method.scores
     parts[f"extra rows {method.max_rows} (student and teacher, at most)"] = method.max_rows
-    parts["what it draws"] = method.draw is not None
-    parts["reference 1"] = method.has_teacher and settings["reference_coef"] != 0.0
+    parts["what it draws"] = method.draw is not None and method.settings.get("rounds") != 0  # `HSDConfig.draws`
+    parts["reference 1"] = settings.get("reference_coef", 0.0) != 0.0
     return " + ".join(name for name, there in parts.items() if there)
 
 

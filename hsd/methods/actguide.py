@@ -7,8 +7,8 @@
 
 Where no group is without a reward this is GRPO. Steps are the non-empty lines of the column ``solution``.
 
-Confidence: high (code). Conflict: a comment in its configuration says no dual clip (``delta=None``). The source's
-agents act in several turns and show the first k reference actions. Not here: its guided second loss, and its other
+Confidence: high (code). Conflict: a comment in its configuration says no dual clip (``delta=1e9``). The source's agents
+act in several turns and show the first k reference actions. Not here: its guided second loss, and its other
 ratio (both off by default). There is no teacher.
 """
 

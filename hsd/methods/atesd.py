@@ -1,6 +1,6 @@
 """ATESD (arXiv 2605.11458) with a fixed share: the teacher sees the head of the reference solution and the answer.
 
-    L = 1/|tokens| sum_{i,t} KL(q || p),  q shown the first floor(a m) of the solution's m segments
+    L = 1/|tokens| sum_{i,t} KL(q || p),  q shown the first floor(a m) of the solution's m segments and the answer
 
 a = 0.5 is the plain baseline. The paper draws a from a Beta that a learned controller moves: `atesd_learned`. Segments
 are the solution's non-empty lines. Initial weights teach.

@@ -46,5 +46,6 @@ METHOD = Method(
         "policy_coef": 0.0,
         "advantage_mix": 0.0,
         "reference_coef": 0.001,
+        "reference_kl": "exact",
     },
 )

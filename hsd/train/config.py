@@ -57,7 +57,7 @@ UNUSED_WITHOUT_POLICY_TERM = ("epsilon", "epsilon_high", "delta")
 # The mean of the policy term that a loss of TRL's takes, where that loss is the clipped surrogate.
 POLICY_MEANS = {"grpo": "rollout", "dapo": "token", "dr_grpo": "max_length"}
 # Fields that a method without a teacher may have.
-OF_THE_POLICY = ("policy_coef", "reference_coef")
+OF_THE_POLICY = ("policy_coef", "reference_coef", "reference_kl")
 # Options of GRPO that its variants decide, None until then; a user may also want TRL's own default.
 GRPO_OPTIONS = ("loss_type", "scale_rewards", "importance_sampling_level", "epsilon", "epsilon_high")
 
@@ -142,7 +142,7 @@ class HSDConfig(GRPOConfig):
     reference_coef: Schedule = option(
         None, "weight of KL(student || reference); GRPO's own beta is for TRL's losses only", AT_LEAST_0
     )
-    reference_kl: Literal["exact", "k3"] = option("exact", "full vocabulary (exact), or at the sampled token (k3)")
+    reference_kl: Literal["exact", "k3"] = option(None, "full vocabulary (exact), or at the sampled token (k3)")
     reference_refresh_steps: int | None = option(
         None, "every so many steps the reference becomes an average of the policy; none: initial policy", AT_LEAST_1
     )
@@ -208,6 +208,12 @@ class HSDConfig(GRPOConfig):
     def _take_defaults(self) -> None:
         """Where the user left the choice to the method."""
         method = self.method_spec
+        open_ = {f.name for f in fields(HSDConfig) if f.default is None}
+        if fixed := sorted(method.defaults.keys() - open_):
+            raise ValueError(
+                f"method: expected defaults of options that are None unless given, got {fixed[0]!r} in those of "
+                f"{self.method!r}"
+            )
         own = METHODS["hsd"].defaults | {name: _grpo_defaults()[name] for name in GRPO_OPTIONS}
         own |= method.defaults if method.has_teacher else WITHOUT_TEACHER | method.defaults
         for name in own:

@@ -8,8 +8,10 @@ import pytest
 from tiny_runs import half, make, qwen3
 
 from hsd.cli.__main__ import main
+from hsd.cli.methods import equation, forwards
 from hsd.hindsight.context import PARTS, ContextTemplate
 from hsd.methods import METHODS, MODULES
+from hsd.train.config import HSDConfig
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
@@ -47,8 +49,6 @@ def test_there_is_a_recipe_for_each_extension_point():
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.METHOD.name)
 def test_every_method_is_a_short_file_with_its_equation(module):
-    from hsd.cli.methods import equation
-
     assert equation(module), "no indented block in the docstring"
     assert len(Path(module.__file__).read_text().splitlines()) < 80
     name = Path(module.__file__).name
@@ -60,6 +60,24 @@ def test_the_command_lists_them(capsys):
     listed = capsys.readouterr().out
     assert all(f"{name}: " in listed for name in METHODS)
     assert "scoring 2" in listed and "method_args.no_confidence" in listed and "teacher 8" in listed
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("grpo", "student 1 (with gradient)"),
+        ("dapo", "student 1 (with gradient)"),  # without rounds
+        ("actguide", "student 1 (with gradient) + what it draws + reference 1"),
+        ("hsd", "student 1 (with gradient) + teacher 1 + reference 1"),
+        ("rlcsd", "student 1 (with gradient) + teacher 2"),
+        ("egrsd", "student 1 (with gradient) + teacher 1 + scoring 2"),
+    ],
+)
+def test_what_a_method_costs(name, passes):
+    assert forwards(METHODS[name]) == passes
+    config = HSDConfig("unused", method=name, bf16=False, use_cpu=True)
+    assert ("what it draws" in passes) is config.draws
+    assert ("reference 1" in passes) is bool(config.reference_coef)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -54,7 +54,20 @@ def test_nothing_is_left_to_the_method_afterwards(method):
     for declared in options():
         if declared.by_method:
             assert getattr(config, declared.name) is not None, declared.name
+    for name, value in METHODS[method].defaults.items():
+        assert getattr(config, name) == unpublished.get(name, value), name
     assert config.has_teacher is (METHODS[method].contexts is not None)
+
+
+@pytest.mark.parametrize("name", ["reference_ema_rate", "num_generations", "teachr"])
+def test_a_method_decides_what_is_open_alone(name, tmp_path, monkeypatch):
+    """Else its default would be ignored without a word."""
+    own = f'replace(METHODS["hsd"], defaults={{"{name}": 0.5}})'
+    own = f"from dataclasses import replace\n\nfrom hsd.methods import METHODS\n\nMETHOD = {own}\n"
+    (tmp_path / f"decides_{name}.py").write_text(own)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=rf"^method: expected defaults of options that are None .* got '{name}' in "):
+        make(method=f"decides_{name}:METHOD")
 
 
 @pytest.mark.parametrize("bad", [[1.0, 0.0], [1.0, -1.0, 5], [1.0, 0.0, 0], "much"])
