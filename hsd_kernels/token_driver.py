@@ -67,21 +67,25 @@ def run(p: Problem, rows: Tensor, slopes_of: Callable[[Tensor, Tensor], Tensor],
                 dz *= 1.0 - y.square()
             if made.bias is not None:
                 made.bias.add_(dz.sum(0))
-            unit = _unit(dz) if is_fp16 else None  # a slope may leave fp16's range
+            # A slope may leave fp16's range, and may be so large that beside it the other tokens' would vanish there.
+            unit = _units(dz) if is_fp16 else None
             dz = (dz if unit is None else dz / unit).to(hidden.dtype)
             if made.hidden is not None:
                 part = gemm.backproject(dz, weight, made.hidden.dtype)
                 made.hidden[at] = part if unit is None else part * unit
-            if made.weight is not None:
-                into = made.weight if unit is None else torch.empty_like(made.weight)
-                gemm.accumulate_(into, dz, h, first=start == 0 or unit is not None)
-                if unit is not None:
-                    made.weight.add_(into * unit)
+            if made.weight is None:
+                continue
+            if unit is None:
+                gemm.accumulate_(made.weight, dz, h, first=start == 0)
+            else:
+                largest, into = unit.amax(), torch.empty_like(made.weight)
+                gemm.accumulate_(into, dz, (h * (unit / largest)).to(h.dtype), first=True)
+                made.weight.add_(into * largest)
     return made
 
 
-def _unit(dz: Tensor) -> Tensor:
-    """The power of two () below the largest magnitude of the rows that are finite: a NaN is its own row's."""
-    largest = dz.abs().amax(-1)
-    largest = largest.masked_fill(~largest.isfinite(), 0.0).amax().clamp_min(torch.finfo(dz.dtype).tiny)
+def _units(dz: Tensor) -> Tensor:
+    """(C, 1), the power of two below the largest magnitude of each row; one row's NaN and size are no other's."""
+    largest = dz.abs().amax(-1, keepdim=True)
+    largest = largest.masked_fill(~largest.isfinite(), 0.0).clamp_min(torch.finfo(dz.dtype).tiny)
     return torch.exp2(torch.frexp(largest).exponent.to(dz.dtype) - 1.0)

@@ -144,7 +144,7 @@ def summands(spec: RowSpec, ls: Tensor, lt: Tensor, ps: Tensor, pt: Tensor) -> t
     if spec.divergence.clip is not None:
         if spec.divergence.clip_form == "nonnegative" and spec.divergence.kind != "jsd":
             f, clipped_g = f + (ps - pt if spec.divergence.kind == "forward_kl" else pt - ps), torch.zeros_like(ps)
-        g = torch.where(f <= spec.divergence.clip, g, clipped_g)
+        g = torch.where(f > spec.divergence.clip, clipped_g, g)  # a NaN is not clipped
         f = f.clamp_max(spec.divergence.clip)
     return f, g
 

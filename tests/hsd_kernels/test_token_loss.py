@@ -437,14 +437,41 @@ def test_weights_of_log_probs_are_checked_as_those_of_a_loss(weights, kind, mess
             function(**call, **more, token_weights=weights)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["hidden", *TERMS["both"]])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_a_strange_row_takes_no_gradient_from_the_others(dtype, bad):
-    ids, options = given("on policy", reduction="sum")
-    tensors = [t.detach() for t in operands(dtype)]
-    want = run(fused_token_loss, tensors, ids, **options)[1]
-    tensors[0][5] = bad
-    _, found, weight, _ = run(fused_token_loss, tensors, ids, **options)
-    others = torch.arange(T) != 5
-    assert found[5].isnan().any() and weight.isnan().any()
-    torch.testing.assert_close(found[others], want[others])
+def test_a_strange_token_takes_no_gradient_from_the_others(dtype, name, bad):
+    ids, options = given("both", reduction="sum", dual_clip=3.0)
+    weights, others = options["token_weights"], torch.arange(T) != 5
+
+    def gradients(poison):
+        tensors = [t.detach() for t in operands(dtype)]
+        held = options | {key: options[key].clone() for key in TERMS["both"]}
+        (held | {"hidden": tensors[0]})[name][5] = poison
+        return run(fused_token_loss, tensors, ids, **held)[1:]
+
+    want, found = gradients(0.1), gradients(bad)
+    torch.testing.assert_close(found[0][others], want[0][others])
+    if bad != bad or name == "hidden":  # an infinite log-prob may be bounded by a clip
+        assert all(g.isnan().all() for g in (found[0][5], *found[1:]))
+    weights[5] = 0.0
+    for got, like in zip(gradients(bad), gradients(0.1), strict=True):
+        assert torch.equal(got, like)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("rise", [-20.0, 5.0, 20.0])
+def test_a_large_slope_takes_no_gradient_from_the_others(rise, dtype):
+    """A token of negative advantage whose ratio is e^rise: nothing clips it."""
+    ids, tensors = torch.arange(T) * 7 % V, [t.detach() for t in operands(dtype)]
+    logps = fused_token_logps(tensors[0], Head(*tensors[1:]), ids)
+    at = torch.arange(T) == 5
+    advantages = torch.where(at, -1e-4, 1.0)
+    _, want, _, _ = run(fused_token_loss, tensors, ids, advantages=advantages, old_logps=logps)
+    options = {"advantages": advantages, "old_logps": logps - rise * at}
+    found = run(fused_token_loss, tensors, ids, **options)
+    torch.testing.assert_close(found[1][~at], want[~at], rtol=0.0, atol=0.0)
+    exact = run(reference.token_loss, [t.double() for t in tensors], ids, **options)
+    for name, got, truth in zip("hwb", found[1:], exact[1:], strict=True):
+        error = ((got.double() - truth).abs().sum() / truth.abs().sum()).item()
+        assert error < {F32: 1e-5, BF16: 1e-2, F16: 1e-3}[dtype], f"{name}: {error:.1e}"

@@ -156,6 +156,37 @@ def test_nan_in_a_live_row_is_not_hidden(loss_fn, divergence):
             assert loss_fn(*inputs, **options).isnan()
 
 
+BACKENDS = [("torch", F32), ("torch", BF16), ("torch", torch.float16), ("cpp", F32), ("cpp", BF16)]
+FORMS = [{}, {"clip": 0.05}, {"floor": 0.5}, {"top_k": 7}, {"filter_eps": "auto"}]
+ROWS = [(*backend, kind, form) for backend in BACKENDS for kind in DIVERGENCES for form in FORMS]
+# The interpreter is slow. test_rows_triton.py has more of its rows.
+ROWS += [("triton", torch.float16, kind, form) for kind in ("forward_kl", "jsd") for form in ({}, {"clip": 0.05})]
+
+
+@pytest.mark.parametrize(("impl", "dtype", "divergence", "options"), ROWS, ids=str)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter
+def test_a_strange_row_takes_no_gradient_from_the_others(impl, dtype, divergence, options):
+    others = torch.arange(10) != 3
+    options = {"divergence": divergence, "impl": impl, "memory_bytes": rows_of_bytes(6, 61), **options}
+
+    def gradients(side=0, bad=None, **more):
+        inputs = small_problem(dtype=dtype)
+        if bad is not None:
+            inputs[side][3] = bad
+        return grads(fused_hsd_kl, *inputs, draw(61, dtype=dtype), **options, **more)[1:]
+
+    want = gradients()
+    # A NaN keeps all columns in the filter.
+    off = {"rtol": 0.0, "atol": 0.02 * want[0].abs().max().item()} if "filter_eps" in options else {}
+    for side, bad in ((0, NAN), (1, NAN)) if impl == "triton" else ((0, NAN), (0, INF), (1, NAN), (1, -INF)):
+        found = gradients(side, bad)
+        torch.testing.assert_close(found[0][others], want[0][others], **off)
+        assert all(g.isnan().all() for g in (found[0][3], *found[1:])), (side, bad)
+    kept = others.float()
+    for got, like in zip(gradients(0, NAN, token_weights=kept), gradients(token_weights=kept), strict=True):
+        assert torch.equal(got, like)
+
+
 def test_targets_of_dropped_tokens_may_be_anything():
     torch.manual_seed(0)
     h_s, h_t, w = torch.randn(3, 8), torch.randn(3, 8), torch.randn(11, 8)
