@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hsd_kernels import Head
+from hsd_kernels import Head, memory
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -152,7 +152,7 @@ def contenders(device: str, dtype: str) -> dict[str, str | None]:
     if device == "cpu":
         reasons |= dict.fromkeys(GPU_ONLY, "needs a GPU")
     else:
-        reasons["hsd_kernels, 2 GiB chunks"] = "for CPUs, where the default is 512 MiB"
+        reasons["hsd_kernels, 2 GiB chunks"] = f"for CPUs, where the default is {memory.DEFAULT_MEMORY_BYTES >> 20} MiB"
     if dtype != "bfloat16":
         reasons["hsd_kernels, linear bf16"] = "for bf16 inputs"
     return reasons

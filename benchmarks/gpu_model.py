@@ -9,7 +9,7 @@ U = 2 N D V FLOPs and N V pairs of logits:
 - logits: 2 U of arithmetic or the bytes they are written in, whichever takes longer;
 - rows: bytes a pair over the bandwidth, or instructions over the issue rate: nothing overlaps them;
 - dH: U of arithmetic over the share of the tiles' last wave that is filled;
-- dW: U of arithmetic, or its sum read and written once a buffer, whichever takes longer;
+- dW: U of arithmetic, or its fp32 sum read and written once a buffer, whichever takes longer; one buffer writes bf16;
 - the gradient's pass by the upstream scale over dW, and the launches where the host is slower than the device.
 """
 
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from suite import Row, load, markdown
+
+from hsd_kernels import memory
 
 REFERENCE = (32_768, 4096, 151_936)
 
@@ -74,7 +76,8 @@ def predict(card: Card, design: Design, shape: tuple[int, int, int]) -> dict[str
     rows = min(n, design.buffer)
     tiles = math.ceil(rows / TILE[0]) * math.ceil(d / TILE[1])
     filled = tiles / (math.ceil(tiles / card.processors) * card.processors)
-    head, weights = 4.0 * v * d, 2.0 * v * d
+    weights = 2.0 * v * d
+    head = weights if buffers == 1 else 2.0 * weights
     moved = pairs * (design.logit_bytes * design.reads + 2)
     parts = {
         "logits": max(2 * unit / card.flops, (pairs * design.logit_bytes + chunks * weights) / card.bandwidth),
@@ -104,13 +107,23 @@ def measured_card(rows: list[Row]) -> Card:
     return Card(card.name, flops, bandwidth, card.processors, card.clock, launch)
 
 
-# Which design each contender is: by rows a chunk from its bytes, since the defaults may move.
-MEASURED = {
-    "hsd_kernels, 1 GiB": DESIGNS[0],
-    "hsd_kernels, 4.6 GiB": DESIGNS[2],
-    "hsd_kernels, linear bf16": DESIGNS[1],
-    "hsd_kernels, linear bf16, 4.6 GiB": Design("bf16 linear, two passes, 4.6 GiB", 8126, 8126, 4, 2, 65 + 23),
+# What each contender keeps of a pair of logits, in bytes, and its memory_bytes (`gpu_kernel.OURS`).
+MEASURED: dict[str, tuple[int, int | None]] = {
+    "hsd_kernels": (8, None),
+    "hsd_kernels, 512 MiB": (8, 512 << 20),
+    "hsd_kernels, 1 GiB": (8, 1 << 30),
+    "hsd_kernels, 4.6 GiB": (8, round(4.6 * 2**30)),
+    "hsd_kernels, linear bf16": (4, None),
+    "hsd_kernels, linear bf16, 4.6 GiB": (4, round(4.6 * 2**30)),
 }
+
+
+def design_of(contender: str, shape: tuple[int, int, int]) -> Design:
+    """What that contender does at that shape: one read, and the chunk and buffer that its memory gives."""
+    logit_bytes, budget = MEASURED[contender]
+    n, d, v = shape
+    size = memory.sizes(n, v, "cuda", logit_bytes, 2, budget, sum_bytes=2 * v * d)
+    return Design(contender, size.chunk, size.buffer, logit_bytes, 1, 31)
 
 
 def table(rows: list[Row]) -> str:
@@ -119,11 +132,13 @@ def table(rows: list[Row]) -> str:
     kernel = {(tuple(r["shape"]), r["contender"]): r for r in rows if r["table"] == "kernel" and "failed" not in r}
     shapes = list(dict.fromkeys(shape for shape, _ in kernel)) or [REFERENCE]
     for shape in shapes:
-        for contender, design in MEASURED.items():
+        for contender in MEASURED:
             found = kernel.get((shape, contender))
             if kernel and found is None:
                 continue
-            cells.append([", ".join(map(str, shape)), contender, *compared(card, design, shape, found)])
+            design = design_of(contender, shape)
+            name = f"{contender}: chunks of {design.chunk}, buffer of {design.buffer}"
+            cells.append([", ".join(map(str, shape)), name, *compared(card, design, shape, found)])
     for design in DESIGNS:
         cells.append([", ".join(map(str, REFERENCE)), design.name, *compared(card, design, REFERENCE, None)])
     header = ["N, D, V", "design", "predicted ms (of 4U)", "rows + dW + dH beyond 4U", "measured", "difference"]

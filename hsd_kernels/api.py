@@ -104,8 +104,8 @@ def fused_hsd_kl(
         num_items: replaces the count that "mean" divides by, for gradient accumulation.
         logits_dtype: None keeps the logits of a chunk in fp32. torch.bfloat16, for bf16 inputs, one head and no
             reference, stores the teacher's logits and the difference to the student's (the head is linear) in bf16:
-            half the traffic, and on a CPU a faster GEMM, for an error in the gradient of a few percent
-            (benchmarks/README.md has it by KL quartile).
+            half the traffic, and on a CPU a faster GEMM, for an error in the gradient of 2.2 to 3.4 % by KL quartile
+            where fp32 logits leave 0.2 % (benchmarks/results/error_smollm2.md).
         filter_eps: leaves columns of the logit gradient out of the two backward GEMMs, per chunk: with a number those
             where no entry exceeds ``filter_eps`` times the largest token weight; with "auto" the lightest ones, as
             long as their share of the L1 mass is at most what rounding to the input dtype loses (0.14 % for bf16).

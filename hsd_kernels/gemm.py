@@ -50,7 +50,7 @@ class Machine:
 def plan(product: ProductName, a: Tensor, b: Tensor, out: torch.dtype, on: Machine | None = None) -> By:
     """Who computes a CPU product of the operands a and b into ``out``.
 
-    Logits and dW: the C++ library's products, 1.2 to 2.3 times as fast as MKL's on AMX (csrc/cpu/amx_bf16.cpp,
+    Logits and dW: the C++ library's products, 1.7 to 2.5 times as fast as MKL's on AMX (csrc/cpu/amx_bf16.cpp,
     benchmarks/results/products_cpu_amx.md) and 2.3 times with AVX512_BF16 alone (csrc/cpu/avx512_bf16.cpp,
     products_cpu.md). They take operands and sums below 2**-126 in magnitude as 0, as torch's bf16 product does. dH is
     torch's where it is rounded to bf16 next. "mkl" is for dH in fp32, and where the C++ library was not built. Without

@@ -69,6 +69,16 @@ def test_the_model_says_not_measured_where_there_is_no_row(modules):
     assert "60.0 (1.16)" in model.table([row])
 
 
+def test_the_model_predicts_the_design_that_runs(modules):
+    """At one buffer, and at several: what `memory.sizes` gives this memory on a GPU (test_chunks.py)."""
+    _, model = modules
+    for shape, chunk, buffer in (((8192, 4096, 151_936), 384, 8192), (model.REFERENCE, 384, 4096)):
+        design = model.design_of("hsd_kernels", shape)
+        assert (design.chunk, design.buffer, design.logit_bytes, design.reads) == (chunk, buffer, 8, 1)
+    design = model.design_of("hsd_kernels, linear bf16, 4.6 GiB", model.REFERENCE)
+    assert (design.chunk, design.logit_bytes) == (512, 4) and design.buffer > 8192
+
+
 def test_the_model_orders_the_designs(modules):
     """Two passes cost more than one, and short chunks more than tall ones."""
     _, model = modules
