@@ -1,6 +1,8 @@
 """The notebook and the reward of one's own in examples/; `make release-check` runs the notebook."""
 
 import ast
+import importlib
+import inspect
 import json
 from pathlib import Path
 
@@ -22,6 +24,23 @@ def test_a_notebook_is_code_without_outputs(path):
     code = check.notebook_code(path.read_text(encoding="utf-8"))
     names = {node.module for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)}
     assert {"hsd_kernels", "hsd", "hsd.viewer.make"} <= names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_what_a_notebook_uses_of_us_exists(path):
+    tree = ast.parse(check.notebook_code(path.read_text(encoding="utf-8")))
+    ours = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hsd"):
+            for alias in node.names:
+                module = importlib.import_module(node.module)
+                found = getattr(module, alias.name, None) or importlib.import_module(f"{node.module}.{alias.name}")
+                ours[alias.asname or alias.name] = found
+    used = [
+        (n.value.id, n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    ]
+    of_modules = [(name, attr) for name, attr in used if inspect.ismodule(ours.get(name))]
+    assert of_modules and all(hasattr(ours[name], attr) for name, attr in of_modules)
 
 
 def notebook(**changes):

@@ -1,10 +1,10 @@
 """ATESD (arXiv 2605.11458) with its controller: how much of the solution the teacher sees is learned.
 
     L     = 1/|tokens| sum_{i,t} KL(q || p),  q shown the first floor(a m) of the solution's m segments and the answer
-    a     ~ Beta(exp(u), exp(v)), held for ``window`` steps
-    (u,v) += rate R d log Beta(a; exp(u), exp(v)) / d(u, v),  R = sum_k discount^k (drop of L at the k-th later step)
+    a     ~ Beta(exp(u), exp(v)), held for ``window`` generations, ``horizon`` + 1 at least
+    (u,v) += rate R d log Beta(a; exp(u), exp(v)) / d(u, v),  R = sum_k discount^k (drop of L at the k-th later one)
 
-R counts the ``horizon`` steps after the window's first. All four constants are unpublished, and so is what the
+R counts the ``horizon`` ones after the window's first. All four constants are unpublished, and so is what the
 controller reads: here it is two numbers, u = v = 0 at the start, and the first window has a = 0.5.
 
 Confidence: medium to low (second-hand). The state is `Controller`; a is equal on all ranks.
@@ -34,7 +34,7 @@ class Controller(Saved):
 
     def step(self, loss: float, step: int, c: Mapping[str, Any]) -> None:
         self.losses.append(loss)
-        if len(self.losses) <= max(c["window"], c["horizon"]):
+        if len(self.losses) < max(c["window"], c["horizon"] + 1):
             return
         drops = [a - b for a, b in zip(self.losses, self.losses[1:], strict=False)][: int(c["horizon"])]
         reward = sum(c["discount"] ** k * drop for k, drop in enumerate(drops))

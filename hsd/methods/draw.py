@@ -101,6 +101,7 @@ class GroupView:
     settings: Mapping[str, Any] = field(default_factory=dict)  # method_args
     state: Any = None
     spare: Callable[[], Mapping[str, Any]] = dict  # a row of the data set, at random
+    step: int = 0  # the optimizer step of the generation
 
     def ask(self, setting: str, **fields: Any) -> Prompt:
         """The question with what ``settings[setting]`` says, a str.format template, at its end."""

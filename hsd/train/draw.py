@@ -168,7 +168,7 @@ def run(
         anything = lambda rng=rng: spare[rng.randrange(len(spare))]  # noqa: E731
         pieces = lambda i, g=group: writer.tokenizer.batch_decode([[t] for t in g.rollouts[i].token_ids])  # noqa: E731
         said = texts[at : at + size], pieces, feedback[at : at + size]
-        views.append(GroupView(group, rows[at], *said, rng, args.settings, state, anything))
+        views.append(GroupView(group, rows[at], *said, rng, args.settings, state, anything, step))
 
     def answer(asked: list[tuple[int, Ask]], number: int) -> Sequence[Reply]:
         return writer(asked, views, peer_rng(args.seed, step, -(1 << 41) - number).getrandbits(31))

@@ -42,7 +42,7 @@ def view_of(group, i, method="hsd", row=BLANK, **changes):
     return RolloutView(Member(group, i, 0), row, **given | changes)
 
 
-def drawn(method, group, row=BLANK, reply="", settings=None, state=None):
+def drawn(method, group, row=BLANK, reply="", settings=None, state=None, step=0):
     """What the draw of a group leaves and what it asked, where every reply is the same text."""
     view = view_of(group, 0, method)
     texts = [str(r.token_ids[1]) for r in group.rollouts]
@@ -50,7 +50,15 @@ def drawn(method, group, row=BLANK, reply="", settings=None, state=None):
     state = view.state if state is None else state
     feedback = [None] * len(texts)
     made = GroupView(
-        group, row, texts, pieces, feedback, random.Random(0), {**view.settings, **(settings or {})}, state
+        group,
+        row,
+        texts,
+        pieces,
+        feedback,
+        random.Random(0),
+        {**view.settings, **(settings or {})},
+        state,
+        step=step,
     )
     talk, asked = METHODS[method].draw(made), []
     try:
@@ -271,6 +279,12 @@ def test_the_steps_that_a_reply_marks(reply, most, span):
     found, _ = drawn("trace", group, reply=reply, settings={"most": most / 6, "separator": "9"})
     steps = [0, 0, 1, 1, 1, 2]
     assert found.marks["key"] == ({0: [float(s in span) for s in steps]} if span else {})
+
+
+@pytest.mark.parametrize(("step", "asks"), [(0, 1), (39, 1), (40, 0), (400, 0)])
+def test_nothing_is_marked_where_the_marks_have_faded(step, asks):
+    found, asked = drawn("trace", group_of(1.0), reply="0", settings={"most": 1.0}, step=step)
+    assert len(asked) == asks and bool(found.marks["key"]) is bool(asks)
 
 
 @pytest.mark.parametrize("method", ["opcod", "resd"])

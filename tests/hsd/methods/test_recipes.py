@@ -25,6 +25,7 @@ from recipe_cases import (
 from torch.nn.functional import softplus
 
 from hsd.methods import METHODS
+from hsd.methods.atesd_learned import Controller
 from hsd.methods.cl_egrsd import lookahead
 from hsd.methods.state import Hysteresis, RefreshGate, RunningMoments
 from hsd.train.update import method_loss
@@ -230,6 +231,27 @@ def test_the_gate():
     assert [gate.step(v) for v in (1.0, 3.0, 2.0, 2.0, 9.0)] == [0.0] * 5 and gate.level == 2.0
     # Open at first, so also between the two levels; closed below 0.93 x 2; open again from 2 on only.
     assert [gate.step(v) for v in (1.9, 1.85, 1.9, 2.0, 1.87)] == [1.0, 0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("window", "horizon", "held"), [(1, 1, 2), (2, 1, 2), (3, 1, 3), (3, 2, 3), (3, 3, 4), (5, 2, 5)]
+)
+def test_a_share_is_held_for_its_window_and_learned_from_the_drops(window, horizon, held):
+    """The gradient of log Beta(a; exp u, exp v) in u is exp(u) (digamma(exp u + exp v) - digamma(exp u) + log a)."""
+    constants = {"window": window, "horizon": horizon, "discount": 0.5, "rate": 0.1}
+    state, losses = Controller(share=0.3, u=0.2, v=-0.1), [2.0, 1.6, 1.5, 1.1, 0.8, 0.2]
+    shares = []
+    for step, loss in enumerate(losses):
+        shares.append(state.share)
+        if step == held:
+            break
+        state.step(loss, step, constants)
+    assert shares[:held] == [0.3] * held and shares[held] != 0.3 and state.losses == []
+    reward = sum(0.5**k * (losses[k] - losses[k + 1]) for k in range(horizon))
+    a, b = (torch.tensor(x, dtype=torch.float64).exp() for x in (0.2, -0.1))
+    du = a * (torch.digamma(a + b) - torch.digamma(a) + math.log(0.3))
+    dv = b * (torch.digamma(a + b) - torch.digamma(b) + math.log(0.7))
+    assert (state.u, state.v) == pytest.approx((0.2 + 0.1 * reward * du.item(), -0.1 + 0.1 * reward * dv.item()))
 
 
 def test_a_teacher_is_refreshed_when_success_has_risen_and_few_rollouts_are_cut():
