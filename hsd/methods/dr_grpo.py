@@ -3,7 +3,8 @@
     A = R - mean over the group
     S = sum over rollouts and tokens of GRPO's summands / (rollouts x max_completion_length)
 
-No division by the group's standard deviation, nor by a rollout's own length.
+Confidence: high (TRL's code, whose steps these are). No division by the group's standard deviation, nor by a rollout's
+own length.
 """
 
 from hsd.methods.method import Method

@@ -3,7 +3,8 @@
     r = exp(mean_t (log p(o_t) - log p_old(o_t))),  clipped at 1 - 3e-4 and 1 + 4e-4
     S = mean over rollouts of -min(r A, clip(r) A)
 
-With one update per generated batch every ratio is 1, and this is GRPO.
+Confidence: high (TRL's code, whose steps these are). With one update per generated batch every ratio is 1, and this is
+GRPO.
 """
 
 from hsd.methods.method import Method

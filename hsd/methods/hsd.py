@@ -6,6 +6,9 @@ else ``c_i = a*``::
     J = 1/G sum_i 1/|o_i| sum_t KL(pi(. | q, c_i, o_<t) || pi(. | q, o_<t))  +  beta KL(pi || pi_0)
 
 With ``policy_coef`` c the loss is J + c times GRPO's clipped surrogate over the same rollouts.
+
+Confidence: high (paper). It calls this KL "reverse" and draws peers uniformly; ``peer_rule="auto"`` pairs them where
+prefixes are shared, with the same expected gradient.
 """
 
 from hsd.hindsight.context import Context

@@ -1,16 +1,17 @@
-"""Mixed-Policy Distillation (arXiv 2605.08776) with one model: the teacher shortens successes, and both read the
-rewrite.
+"""Mixed-Policy Distillation (arXiv 2605.08776) with one model: the teacher shortens successes, and the student
+learns the rewrite.
 
-    L = mean over rewrites y of 1/|y| sum_t KL(p(. | x, y_<t) || q(. | x, y_<t))
+    L = mean over rewrites y of 1/|y| sum_t KL(p(. | x, y_<t) || q(. | x', y_<t))
 
-y is what the run's teacher, the initial policy, writes when it is asked to say a success of the group more briefly;
-teacher and student read it behind the plain question. The rollouts themselves have no loss.
+y is what the run's teacher, the initial policy, writes behind x', the question with a success of the group and the wish
+to say it more briefly. The student reads y behind the plain question x. The rollouts themselves have no loss.
 
-Confidence: medium (second-hand). The source's teacher is a larger model (8 B for 1.7 B) and rewrites each rollout; as
-the initial policy is the student at the first step, the loss begins near 0 here. ``which`` is "success" (the shortest
-of a group, once) or "all".
+Confidence: medium (second-hand). The source's teacher is a larger model (8 B for 1.7 B), rewrites each rollout, and
+reads y behind x. Ours: x', for behind x the initial policy is the student, and neither would ever move. ``which`` is
+"success" (the shortest of a group, once) or "all".
 """
 
+from hsd.hindsight.context import Context
 from hsd.methods.draw import Ask, Drawn, GroupView, Row, Talk
 from hsd.methods.method import Method, nothing
 from hsd.methods.term import Term
@@ -25,8 +26,10 @@ def draw(view: GroupView) -> Talk:
     some = range(len(view.texts)) if which == "all" else [] if best is None else [best]
     if not some:
         return None
-    replies = yield [Ask(view.ask("ask", attempt=view.texts[i]), who="teacher") for i in some]
-    return Drawn(rows={i: [Row(r.token_ids)] for i, r in zip(some, replies, strict=True) if r.text.strip()})
+    asked = [view.ask("ask", attempt=view.texts[i]) for i in some]
+    replies = yield [Ask(question, who="teacher") for question in asked]
+    found = zip(some, asked, replies, strict=True)
+    return Drawn(rows={i: [Row(r.token_ids, (Context(question=q),))] for i, q, r in found if r.text.strip()})
 
 
 METHOD = Method(

@@ -5,7 +5,8 @@ are the initial policy's::
 
     L = 1/|tokens| sum_{i,t} sum_v min(q(v) log(q(v) / p(v)), 0.05)        # KL(teacher || student), clipped pointwise
 
-The paper's first version is ``divergence="jsd", kl_temperature=1.1, kl_clip=0``.
+Confidence: high (code). The paper's first version is ``divergence="jsd", kl_temperature=1.1, kl_clip=0``. Ours: the
+answer beside the solution (``show_answer``), and alone where there is none. Its lr is 5e-6, its gradient norm 0.1.
 """
 
 from hsd.hindsight.context import Context

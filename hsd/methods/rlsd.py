@@ -6,8 +6,9 @@ With ``D_t = log q(o_t) - log p(o_t)`` (stop-gradient) and the sequence advantag
     A_t = A ((1 - l) + l clip(w_t, 0.8, 1.2))        # l from 0.5 to 0 over 50 steps: advantage_mix
     L   = GRPO's clipped surrogate with A_t
 
-The teacher's prompt is OPSD's. The paper's last equation differs; this is the form that public ports use. Where
-A = 0 nothing happens.
+The teacher's prompt is OPSD's. Where A = 0 nothing happens.
+
+Confidence: medium to high (second-hand, ports). Conflict: the paper's last equation differs; this is the ports' form.
 """
 
 from torch import Tensor

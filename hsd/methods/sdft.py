@@ -2,8 +2,10 @@
 
     L = 1/|tokens| sum_{i,t} JSD_0.5(p, q)
 
-Published descriptions disagree on the teacher's weights and on the divergence; these are the defaults of TRL 1.16's
-SDFTTrainer (initial policy, JSD with 0.5) over the full vocabulary. The data set needs a ``demonstration`` column.
+Confidence: low (second-hand, a port). Conflict: published descriptions disagree on the teacher's weights (live, EMA)
+and on the divergence (KL(p || q)); two descendants skip the first 3 tokens (``skip_tokens=3``). These are the defaults
+of TRL 1.16's SDFTTrainer (initial policy, JSD with 0.5) over the full vocabulary. The data set needs a
+``demonstration`` column.
 """
 
 from hsd.hindsight.context import Context

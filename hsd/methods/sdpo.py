@@ -5,10 +5,10 @@ rollout; a rollout with neither is left out. An EMA of the student teaches::
 
     L = 1/|tokens| sum_{i,t} min(pi / pi_old, 2) JSD_0.5(p, q)
 
-pi / pi_old is 1 with one update per generated batch. The EMA moves by 0.05 an optimizer step; the paper's alternative
-is ``teacher="trust_region"``. Its settings: JSD, ``kl_top_k=100`` (the student's, and one bucket for the tail); with
-rich feedback ``divergence="reverse_kl"``, ``kl_top_k=20``. Its correction for a rollout engine that differs from the
-model is not here.
+Confidence: high (code). pi / pi_old is 1 with one update per generated batch. The EMA moves by 0.05 an optimizer step;
+the paper's alternative is ``teacher="trust_region"``. Its settings: JSD, ``kl_top_k=100`` (the student's, and one
+bucket for the tail); with rich feedback ``divergence="reverse_kl"``, ``kl_top_k=20``. Its correction for a rollout
+engine that differs from the model is not here.
 """
 
 from hsd.hindsight.context import Context

@@ -255,6 +255,23 @@ def test_a_writer_is_refused_where_nothing_is_drawn_and_must_answer_each(tmp_pat
         trainer_of(tmp_path, "pbsd", tree_token_budget=40)
 
 
+def test_a_rewrite_teaches_the_policy_that_wrote_it(tmp_path):
+    """The teacher has the student's weights: only what it reads before the rewrite can make a difference."""
+    a = trainer_of(tmp_path, "mixed_policy")
+    start = [p.detach().clone() for p in a.model.parameters()]
+    a.train()
+    assert max((x - y).abs().max().item() for x, y in zip(start, a.model.parameters(), strict=True)) > 1e-3
+    (batch,) = a.batches
+    questions, texts = (
+        TOKENIZER.batch_decode(batch[k], skip_special_tokens=True) for k in ("prompt_ids", "completion_ids")
+    )
+    there = batch["rows/mask"].any(-1)[:, 0]
+    assert there.sum() >= 4
+    for i in there.nonzero()[:, 0].tolist():
+        read = TOKENIZER.decode(batch["rows/teacher_ids"][i, 0, 0], skip_special_tokens=True)
+        assert read == f"{questions[i]}[{texts[i]}"
+
+
 # -- the pure half -----------------------------------------------------------------------------------------------------
 
 
