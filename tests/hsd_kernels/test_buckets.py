@@ -254,6 +254,42 @@ def test_a_floor_may_make_a_reverse_kl_negative_and_a_low_one_changes_nothing():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
 
 
+def test_a_floored_buckets_gradient_is_that_of_a_constant():
+    """Of p (log p - c): c follows p's value and has no gradient."""
+    z, q = draw(1, V).requires_grad_(), draw(2, V)
+    loss = fused_hsd_kl(
+        z[None],
+        q[None],
+        torch.eye(V, dtype=torch.float64),
+        divergence=Divergence("reverse_kl", floor=0.5),
+        impl="torch",
+    )
+    log_p, log_q = z.log_softmax(-1), q.log_softmax(-1)
+    c = torch.maximum(log_q, log_p.detach() + math.log(0.5))
+    assert 0 < (c > log_q).sum() < V
+    for got, wanted in zip(
+        *(torch.autograd.grad(x, z) for x in (loss, (log_p.exp() * (log_p - c)).sum())), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("beta", "kind"), [(1e-6, "forward_kl"), (1.0 - 1e-6, "reverse_kl")])
+def test_a_jsd_of_one_side_is_its_kl(beta, kind):
+    """JSD_b / b -> KL(q || p) for b -> 0, and JSD_b / (1 - b) -> KL(p || q) for b -> 1; at the ends it is the KL."""
+    z, eye = draw(1, V).requires_grad_(), torch.eye(V, dtype=torch.float64)
+    q = z.detach() + 0.3 * draw(2, V)
+
+    def of(divergence):
+        loss = fused_hsd_kl(z[None], q[None], eye, divergence=divergence, impl="torch")
+        return loss, *torch.autograd.grad(loss, z)
+
+    for near_end, end, want in zip(
+        of(Divergence("jsd", beta=beta)), of(Divergence("jsd", beta=round(beta))), of(Divergence(kind)), strict=True
+    ):
+        torch.testing.assert_close(end, want, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(near_end / 1e-6, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_tail_without_mass_is_finite():
     z = torch.zeros(1, V, dtype=torch.float32)
     z[0, 0] = 300.0

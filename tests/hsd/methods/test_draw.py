@@ -97,7 +97,7 @@ def test_accumulation_and_the_tree_change_nothing(method, tmp_path):
             torch.testing.assert_close(b, a, rtol=5e-3, atol=5e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("method", ["opcod", "atesd_learned", "dapo", "pbsd", "resd"])
+@pytest.mark.parametrize("method", ["opcod", "atesd_learned", "dapo", "pbsd", "resd", "trace"])
 def test_a_resumed_run_is_the_uninterrupted_one(method, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-3}
     whole = trainer_of(tmp_path / "whole", method, max_steps=4, **options)

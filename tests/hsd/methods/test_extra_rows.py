@@ -167,7 +167,9 @@ def test_trace():
 def test_trace_is_dapo_from_step_40_on():
     c, _, _ = trace(40)
     b = Case("dapo")
-    assert c.loss(c.batch, c.objective).loss == b.loss(b.batch, b.objective).loss
+    first, second = c.loss(c.batch, c.objective).loss, b.loss(b.batch, b.objective).loss
+    assert first == second
+    assert torch.equal(*(torch.autograd.grad(x, y.hidden)[0] for x, y in ((first, c), (second, b))))
     assert c.objective.epsilon_high == b.objective.epsilon_high
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def test_egrsd_keeps_an_advantage_where_grpo_has_none():
     assert c.advantages.abs().min() > 0
 
 
+@pytest.mark.parametrize("method", ["egrsd", "cl_egrsd"])
+def test_egrsd_does_nothing_under_grpos_advantage_of_an_unmixed_group(method):
+    c = Case(method)
+    batch = replace(c.batch, advantages=torch.zeros(B, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(c.loss(batch, c.objective).loss, c.hidden)
+    assert gradient.abs().max() == 0
+
+
 @pytest.mark.parametrize("method", ["rlrt", "rlsd", "rlcsd"])
 def test_nothing_happens_without_an_advantage(method):
     c = Case(method, contexts=METHODS[method].max_contexts, advantages=torch.zeros(B, dtype=torch.float64))
@@ -88,6 +97,15 @@ def test_rlrt_without_a_mix_is_dapo():
     a, b = Case("rlrt", advantage_mix=0.0), Case("dapo")
     assert a.objective.epsilon_high == b.objective.epsilon_high == 0.28
     assert a.loss(a.batch, a.objective).loss == b.loss(b.batch, b.objective).loss
+
+
+@pytest.mark.parametrize("mix", [0.3, 1.0])
+def test_rlrt_leaves_a_failures_tokens_alone(mix):
+    """Whatever the mix: their gradient is that without one."""
+    some, none = (Case("rlrt", advantage_mix=x) for x in (mix, 0.0))
+    of_each = [torch.autograd.grad(c.loss(c.batch, c.objective).loss, c.hidden)[0] for c in (some, none)]
+    torch.testing.assert_close(of_each[0][~SUCCESS], of_each[1][~SUCCESS], rtol=0, atol=0)
+    assert not torch.allclose(of_each[0][SUCCESS], of_each[1][SUCCESS])
 
 
 def test_rlcsd():
