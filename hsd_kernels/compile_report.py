@@ -76,7 +76,7 @@ class Line:
     spill_bytes: int
     shared_bytes: int
     widest_load: int  # bytes of one load of the logits
-    instructions: float  # in all, divided by the columns of a thread: a pair's, where there is no loop (one_read)
+    instructions: float  # a pair of logits (`_instructions`)
 
     @property
     def ok(self) -> bool:
@@ -152,7 +152,7 @@ def _compile(variant: Variant, arch: int) -> Line:
         spill_bytes=usage["LOCAL"] + usage["STACK"],
         shared_bytes=compiled.metadata.shared,
         widest_load=max(int(count or 1) * int(bits) // 8 for count, bits in loads),
-        instructions=_instructions(compiled.asm["cubin"]) * 32 * config.num_warps / config.block_v,
+        instructions=_instructions(compiled.asm["cubin"], variant.kernel) * 32 * config.num_warps / config.block_v,
     )
 
 
@@ -170,9 +170,18 @@ def _argument_type(name: str, variant: Variant) -> str:
     return "i32" if name in ("V", "C") or name.startswith("stride_") else "fp32"
 
 
-def _instructions(cubin: bytes) -> int:
-    """SASS instructions but for padding."""
-    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", _cuobjdump(cubin, "-sass"), re.M))
+def _instructions(cubin: bytes, kernel: str) -> int:
+    """SASS instructions that a thread runs for its columns of a block: those of the loops over the blocks of a row. A
+    one-read kernel has no such loop: there those that all programs of a row run but for loops, which are the wait and
+    what peaked slices need."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?!NOP)(.*?);", _cuobjdump(cubin, "-sass"), re.M)
+    code = [(int(at, 16), text) for at, text in found]
+    jumps = [(at, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for at, text in code]
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    if kernel != "one_read":
+        return sum(any(first <= at <= last for first, last in loops) for at, _ in code)
+    end = next(at for at, text in code if "EXIT" in text)  # of all programs of a row but the last
+    return sum(at <= end and not any(first <= at <= last < end for first, last in loops) for at, _ in code)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
