@@ -103,6 +103,22 @@ def test_brts():
     c.check(over_rollouts(kl(c.p, c.q[0]), c.shown) + 10.0 * c.over_rows(kl(c.rq, c.rp)))
 
 
+def test_brts_follows_a_trajectory_that_is_infinitely_far_from_the_student():
+    def of_logits_up_to(size):
+        """The largest KL(q || p) of a token, and the gradient."""
+        c = Rows("brts")
+        with torch.no_grad():
+            logits = c.states[B, 0] @ c.weight.T
+            c.states[B, 0] *= size / logits.abs().max()
+            student, teacher = ((x[B, 0] @ c.weight.T).log_softmax(-1) for x in (c.states, c.seen))
+        return kl(teacher, student).item(), torch.autograd.grad(c.result(), (c.states, c.weight))
+
+    (far, expected), (infinite, found) = of_logits_up_to(1e10), of_logits_up_to(1.2e308)
+    assert math.isfinite(far) and infinite == math.inf
+    torch.testing.assert_close(found[0][B:], expected[0][B:])
+    assert expected[0][B, 0].abs().max() > 0.1 and found[1].isfinite().all()
+
+
 def test_mixed_policy():
     c = Rows("mixed_policy")
     c.check(c.over_rows(kl(c.rp, c.rq)))
