@@ -118,14 +118,24 @@ Talk = Generator[list[Ask], list[Reply], Drawn | None]
 Draw = Callable[[GroupView], Talk]
 
 
-# Beside an answer these make another word or number of it: 5 is neither in 2.5 nor in 1,500, 5/6 or x5.
-_BEFORE, _AFTER = r"(?<!\w)(?<!\d[.,/])", r"(?!\w)(?![.,/]\d)"
+# Beside an answer these make another word or number of it: 5 is neither in 2.5 nor in 1,500, 5/6 or x5, and neither in
+# .5 nor in -5, but in 10-5.
+_BEFORE = r"(?<!\w)(?<!\d[.,/])(?:(?=\D)|(?<!^[-.])(?<![\s(\[{=:,$][-.]))"
+_AFTER = r"(?!\w)(?![.,/]\d)"
+
+
+def _in_one_spelling(text: str) -> str:
+    """1,500.50 as 1500.5, 5.0 as 5, a minus as a hyphen, and a fraction in LaTeX with a slash."""
+    text = re.sub(r"\\[dt]?frac\{(\w+)\}\{(\w+)\}", r"\1/\2", text.replace("\N{MINUS SIGN}", "-"))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    return re.sub(r"(?<=\d)(?:\.0+|(\.\d*[1-9])0+)(?!\.?\d)", r"\1", text)
 
 
 def gives_away(text: str, answers: Any) -> bool:
     """Whether the answer, or one of a list of accepted ones, stands in the text, as a word or number of its own."""
     accepted = [str(a).strip() for a in (answers if isinstance(answers, list) else [answers]) if a is not None]
-    return any(re.search(f"{_BEFORE}{re.escape(a)}{_AFTER}", text) is not None for a in accepted if a)
+    spelt = [re.escape(_in_one_spelling(a)) for a in accepted if a]
+    return any(re.search(_BEFORE + a + _AFTER, _in_one_spelling(text)) is not None for a in spelt)
 
 
 @dataclass(frozen=True)
