@@ -16,7 +16,7 @@ from hsd.tasks.files import check_parts, complete
 from hsd.tasks.settings import Settings
 from hsd.tasks.task import Policy, Task, load_policy
 from hsd.train.config import HSDConfig, unused
-from hsd.train.limits import check_columns, check_engine, check_no_tensor_parallelism, launched
+from hsd.train.limits import check_columns, check_engine, check_no_tensor_parallelism, check_reports, launched
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def check(run: Run) -> str:
     """What a run would begin with, in a line. Raises ValueError for all that is wrong with it and needs no weights."""
     check_engine(run.config, launched(run.config), peft=run.settings.model.lora is not None)
     check_no_tensor_parallelism(None, run.config)
+    check_reports(run.config)
     model, data = run.settings.model.path, run.settings.data
     if model is not None:
         check_model(model)
@@ -92,7 +93,8 @@ def check_questions(run: Run, task: Task) -> None:
     config = run.config
     needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
     if len(task.questions) < needed:
-        raise ValueError(f"data: expected at least {needed} questions, one step's worth, got {len(task.questions)}")
+        out = f" beside {len(task.held_out)} of data.held_out" if task.held_out else ""
+        raise ValueError(f"data: expected {needed} questions or more, one step's worth, got {len(task.questions)}{out}")
     check_columns("data", task.questions[0], config)
     if evaluates(config) and not task.held_out:
         raise ValueError("data.held_out: expected questions for train.eval_strategy to evaluate on, got none")

@@ -15,7 +15,7 @@ from hsd.progress import say
 from hsd.tasks.settings import Lora
 from hsd.train.builds import check_builds
 from hsd.train.callbacks import HELD_OUT, StepLine, StopOnSignal, last_checkpoint, load_metrics
-from hsd.train.limits import check_engine, check_no_tensor_parallelism, launched
+from hsd.train.limits import check_engine, check_no_tensor_parallelism, check_reports, launched
 from hsd.train.trainer import HSDTrainer
 
 
@@ -25,6 +25,7 @@ def train(run: Run) -> int:
     engine = launched(config)
     check_engine(config, engine, peft=run.settings.model.lora is not None)
     check_no_tensor_parallelism(None, config)
+    check_reports(config)
     if engine.name == "deepspeed":
         check_builds()
     with config.main_process_first(desc="the questions and the model's files"):

@@ -178,7 +178,8 @@ def _collect(name: str, raws: Iterable[dict[str, Any]], convert: Convert | None,
         dropped |= dict.fromkeys(c for c in row if c in TRAINER_COLUMNS)
         rows.append({c: value for c, value in row.items() if c not in TRAINER_COLUMNS})
     if not rows:
-        raise ValueError(f"{name}: expected at least one usable row, got none of {total} ({dict(reasons)})")
+        why = f" ({dict(reasons)})" if reasons else ""
+        raise ValueError(f"{name}: expected at least one usable row, got none of {total}{why}")
     if any(isinstance(row["answer"], list) for row in rows):  # a column has one type
         for row in rows:
             row["answer"] = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]

@@ -79,6 +79,8 @@ class HSDConfig(GRPOConfig):
     lr_scheduler_type: str = "constant"
     adam_beta2: float = 0.95
     top_p: float = option(0.95, "nucleus of the rollouts' sampling", SHARE)
+    temperature: float = option(1.0, "divides the logits in the rollouts' sampling", ABOVE_0)
+    max_completion_length: int | None = option(512, "tokens that a rollout may have", AT_LEAST_1)
     method: str = option("hsd", "member of the family (docs/methods.md), or module:METHOD, a Method of your own")
     divergence_coef: Schedule = option(None, "weight of the divergence from the teacher", AT_LEAST_0)
     policy_coef: Schedule = option(None, "weight of GRPO's clipped surrogate over the same rollouts", AT_LEAST_0)

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.train.config import HSDConfig
 from hsd.train.teachers import check_fresh_adapter, copies
@@ -31,7 +33,7 @@ class Engine:
 
     def __str__(self) -> str:
         if self.name == "ddp":
-            return "whole weights"
+            return "unsharded"
         return f"FSDP{self.fsdp_version}" if self.name == "fsdp" else f"DeepSpeed ZeRO-{self.stage}"
 
 
@@ -106,6 +108,16 @@ def check_no_tensor_parallelism(model: Any, args: HSDConfig) -> None:
                 f"{name}: expected no tensor parallelism, under which TRL's ranks sample different rollouts for one "
                 f"model, got {what}={value!r}"
             )
+
+
+def check_reports(args: HSDConfig) -> None:
+    """Raise ValueError where ``report_to`` asks for a package that is not installed."""
+    for name in args.report_to or ():
+        try:
+            for callback in get_reporting_integration_callbacks(name):
+                callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(f"report_to: expected names of installed packages, got {name!r}: {error}") from error
 
 
 def check_engine(args: HSDConfig, engine: Engine, *, peft: bool) -> None:

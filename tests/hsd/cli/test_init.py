@@ -105,7 +105,7 @@ def test_a_terminal_is_asked_for_what_is_missing(monkeypatch, capsys):
         ([*GIVEN, "--data", "nowhere.jsonl"], "--data: expected a file, got nowhere.jsonl, which is not there"),
         (["mine.yaml", *GIVEN, "--data", "nowhere.jsonl"], "--data: expected a file, got nowhere.jsonl, which is not"),
         ([*GIVEN, "--model", "./nowhere"], "--model: expected a folder with a model, or a hub id"),
-        ([*GIVEN, "--data.limit", "4"], "--data: expected at least 8 questions, one step's worth, got 4"),
+        ([*GIVEN, "--data.limit", "4"], "--data: expected 8 questions or more, one step's worth, got 4"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_and_leaves_no_file(words, named, capsys):

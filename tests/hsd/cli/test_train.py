@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny_runs import SMALLER, TOKENIZER, qwen3
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hsd.cli.__main__ import main
 from hsd.cli.folder import BEFORE, claim
@@ -232,6 +233,17 @@ def test_check_of_a_registered_task_does_not_make_its_model(here, monkeypatch):
     assert main(["train", "task.yaml", "--check", "--data.path", "questions.jsonl", "--num_generations", "4"]) == 2
 
 
+def test_a_package_that_reports_and_is_missing_is_one_line(here, model, monkeypatch, capsys):
+    class Missing:
+        def __init__(self):
+            raise RuntimeError("requires wandb to be installed")
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", Missing)
+    for check in ([], ["--check"]):
+        assert main(["train", "run.yaml", "--report_to", "wandb", *check]) == 2
+        assert "report_to: expected names of installed packages, got 'wandb': requires wandb" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -249,8 +261,15 @@ def test_check_of_a_registered_task_does_not_make_its_model(here, monkeypatch):
         (["--num_generations", "3"], "num_generations: expected a divisor of 4, the rollouts of one generation (per_d"),
         (
             ["--per_device_train_batch_size", "32"],
-            "run.yaml: data.path: expected at least 8 questions, one step's worth, got 4",
+            "run.yaml: data.path: expected 8 questions or more, one step's worth, got 4",
         ),
+        (
+            ["--data.held_out", "4"],
+            "run.yaml: data.path: expected 1 questions or more, one step's worth, got 0 beside 4 of data.held_out",
+        ),
+        (["--report_to", "nosuch"], "report_to: expected names of installed packages, got 'nosuch': nosuch is not"),
+        (["--temperature", "0"], "train.temperature: expected a number in (0, inf), got 0.0"),
+        (["--max_completion_length", "0"], "train.max_completion_length: expected a number in [1, inf), got 0"),
         (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
         (["--method", "sdft"], "demonstration"),
         (["--reward", "[]"], "reward: expected at least one function"),

@@ -77,7 +77,7 @@ def test_a_cell_may_be_long_and_a_row_blank(tmp_path):
         ),
         ("x.csv", b"question,answer\n\xe9,1\n", r"x.csv: expected UTF-8, got the byte 0xe9 .*in Latin-1 it is 'é'"),
         ("x.csv", "question,answer\na,1\n".encode("utf-16"), "x.csv: expected UTF-8, got what looks like UTF-16"),
-        ("x.csv", b"", "x.csv: expected at least one usable row, got none of 0"),
+        ("x.csv", b"", "x.csv: expected at least one usable row, got none of 0$"),
         ("x.csv.gz", b"question,answer\n", "x.csv.gz: expected a whole gzip file"),
         ("x.parquet", b"question,answer\na,1\n", "x.parquet: expected a Parquet file, got"),
         ("x.jsonl", b'[{"question": "a", "answer": "1"}]', "line 1: expected a JSON object, got a JSON array"),

@@ -146,7 +146,7 @@ def test_the_final_model_and_the_frozen_files_hold_weights(engine, name, folders
 def test_the_shipped_configurations_train_and_resume(engine, config, folders):
     """Neither waits for the other rank for ever: the job has a time limit."""
     folder = folders(engine)
-    named = {"ddp": "whole weights", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}[engine]
+    named = {"ddp": "unsharded", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}[engine]
     log, out, lora = (folder / "log0").read_text(), folder / config, "lora" in config
     assert log.count(f"{config}: 2 processes on cpu, {named}") == 2
     assert f"{config}: {8 if 'qwen3' in config else 2048} questions, resuming after step 1" in log
@@ -178,4 +178,4 @@ def test_a_launch_that_starts_one_process_says_so(tmp_path):
         timeout=120,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "out: 1 process on cpu, whole weights" in run.stdout
+    assert "out: 1 process on cpu, unsharded" in run.stdout

@@ -19,7 +19,7 @@ def make(**given):
 def test_every_field_of_its_own_is_declared_once():
     own = [f.name for f in dataclasses.fields(HSDConfig) if f.name not in INHERITED]
     declared = [o.name for o in options()]
-    assert sorted(declared) == sorted([*own, "learning_rate", "top_p"])
+    assert sorted(declared) == sorted([*own, "learning_rate", "top_p", "temperature", "max_completion_length"])
     assert all(o.help and not (o.choices and o.interval) for o in options())
     assert {o.name for o in options() if o.by_method} == set(METHODS["hsd"].defaults)
 
