@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def read_run(folder: Path, name: str) -> LoggedRun:
     from hsd.cli.settings import load_yaml
     from hsd.train.callbacks import load_metrics
-    from hsd.train.config import ignored
+    from hsd.train.rules import ignored
     from hsd.viewer.held_out import latest
 
     path = folder / "metrics.jsonl"

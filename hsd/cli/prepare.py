@@ -15,8 +15,9 @@ from hsd.tasks import registered
 from hsd.tasks.files import check_parts, complete
 from hsd.tasks.settings import Settings
 from hsd.tasks.task import Policy, Task, load_policy
-from hsd.train.config import HSDConfig, unused
+from hsd.train.config import HSDConfig
 from hsd.train.limits import check_columns, check_engine, check_no_tensor_parallelism, check_reports, launched
+from hsd.train.rules import unused
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hsd.methods import METHODS, Method
 from hsd.methods import method as find_method
 from hsd.methods.method import REQUIRED
 from hsd.methods.term import Schedule, scheduled
-from hsd.train.generations import steps_of_a_generation
+from hsd.train import rules
 from hsd.train.options import (
     ABOVE_0,
     AT_LEAST_0,
@@ -34,35 +34,10 @@ from hsd.train.options import (
     declared,
     option,
 )
+from hsd.train.rules import GRPO_OPTIONS, POLICY_MEANS, UNUSED, WITHOUT_TEACHER, grpo_defaults
 from hsd.train.update import Objective
 from hsd_kernels import Divergence
 from hsd_kernels.rows import IMPLS
-
-# Options of GRPO's policy-gradient loss: set to anything else, they would silently do nothing.
-UNUSED = (
-    "loss_type",
-    "importance_sampling_level",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "use_adaptive_entropy",
-    "off_policy_mask_threshold",
-    *("sapo_temperature_neg", "sapo_temperature_pos"),
-    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-    *("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
-    *("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
-    *("vllm_importance_sampling_cap", "use_bias_correction_kl"),
-    *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
-)
-UNUSED_WITHOUT_POLICY_TERM = ("epsilon", "epsilon_high", "delta")
-# The mean of the policy term that a loss of TRL's takes, where that loss is the clipped surrogate.
-POLICY_MEANS = {"grpo": "rollout", "dapo": "token", "dr_grpo": "max_length"}
-# Fields that a method without a teacher may have.
-OF_THE_POLICY = ("policy_coef", "reference_coef", "reference_kl")
-# Options of GRPO that its variants decide, None until then; a user may also want TRL's own default.
-GRPO_OPTIONS = ("loss_type", "scale_rewards", "importance_sampling_level", "epsilon", "epsilon_high")
-
-# HSD's own fields where the loss is a policy gradient alone, against METHODS["hsd"].defaults.
-WITHOUT_TEACHER = {"divergence_coef": 0.0, "policy_coef": 1.0, "reference_coef": 0.0}
 
 BY_METHOD: Any = None  # until `_take_defaults`
 
@@ -201,7 +176,9 @@ class HSDConfig(GRPOConfig):
             ) from error
         for of in options():
             check(of, getattr(self, of.name))
-        self._check_together()
+        self.settings  # noqa: B018  # raises for a wrong one
+        rules.check(self)
+        self.context_template(DEFAULT_CHAT_TEMPLATE)
         if self.deepspeed and self.use_cpu and self.world_size > 1:
             import deepspeed
 
@@ -216,7 +193,7 @@ class HSDConfig(GRPOConfig):
                 f"method: expected defaults of options that are None unless given, got {fixed[0]!r} in those of "
                 f"{self.method!r}"
             )
-        own = METHODS["hsd"].defaults | {name: _grpo_defaults()[name] for name in GRPO_OPTIONS}
+        own = METHODS["hsd"].defaults | {name: grpo_defaults()[name] for name in GRPO_OPTIONS}
         own |= method.defaults if method.has_teacher else WITHOUT_TEACHER | method.defaults
         for name in own:
             if getattr(self, name) is None:
@@ -225,97 +202,6 @@ class HSDConfig(GRPOConfig):
                         f"{name}: expected a value for method={self.method!r}, whose source publishes none, got None"
                     )
                 setattr(self, name, own[name])
-
-    def _check_together(self) -> None:
-        """What one field alone does not show."""
-        self.settings  # noqa: B018
-        policy_term = self.policy_coef != 0.0
-        if self.has_teacher:
-            if name := self._changed(*UNUSED, *(() if policy_term else UNUSED_WITHOUT_POLICY_TERM)):
-                raise ValueError(
-                    f"{name}: expected {_grpo_defaults()[name]!r}, GRPO's default, because the loss of method="
-                    f"{self.method!r} does not use it, got {getattr(self, name)!r}"
-                )
-            if self.vllm_importance_sampling_correction:
-                raise ValueError(
-                    "vllm_importance_sampling_correction: expected False, because the loss of method="
-                    f"{self.method!r} does not use it, got True"
-                )
-            if self.policy_loss == "trl":
-                raise ValueError(f"policy_loss: expected 'auto' or 'fused' with method={self.method!r}, got 'trl'")
-        else:
-            reason = self.why_trl()
-            if self.policy_loss == "fused" and reason is not None:
-                raise ValueError(f"policy_loss: expected 'trl' or 'auto' with {reason}, got 'fused'")
-            for name, value in (METHODS["hsd"].defaults | WITHOUT_TEACHER).items():
-                if getattr(self, name) != value and (name not in OF_THE_POLICY or not self.own_loss):
-                    raise ValueError(
-                        f"{name}: expected {value!r} with method={self.method!r}, "
-                        + ("which has no teacher" if self.own_loss else "whose loss is TRL's (its reference is beta)")
-                        + f", got {getattr(self, name)!r}"
-                    )
-        made_early = policy_term or (self.reference_coef and self.reference_kl == "k3") or self.tree_token_budget
-        if self.fp16 and self.own_loss and made_early:
-            raise ValueError(
-                "fp16: expected False (bf16 or fp32) with policy_coef, reference_kl='k3' or tree_token_budget, whose "
-                "gradients are made before the loss scale and would leave fp16's range, got True"
-            )
-        if self.importance_cap and self.kl_temperature != self.temperature:
-            raise ValueError(
-                f"importance_cap: expected 0 where the loss has another temperature ({self.kl_temperature}) than "
-                f"sampling ({self.temperature}), whose ratio pi / pi_old would be of two policies, got "
-                f"{self.importance_cap}"
-            )
-        if not self.method_spec.defaults.get("advantage_mix") and self.advantage_mix:
-            raise ValueError(f"advantage_mix: expected 0 with method={self.method!r}, got {self.advantage_mix}")
-        if self.beta != 0.0 and self.has_teacher:
-            raise ValueError(
-                f"beta: expected 0 (GRPO's beta loads a second reference and samples its KL), got {self.beta}; "
-                "use reference_coef for KL(student || initial policy), and reference_kl='k3' to sample it"
-            )
-        gate = self.teacher_gate
-        if (self.teacher == "gated") != (gate is not None):
-            raise ValueError(
-                f"teacher_gate: expected [generations, gain, truncated share] with teacher='gated' alone, got {gate}"
-            )
-        if gate is not None and (len(gate) != 3 or gate[0] < 1 or gate[1] < 0.0 or not 0.0 <= gate[2] <= 1.0):
-            raise ValueError(f"teacher_gate: expected [at least 1, at least 0, a share], got {gate}")
-        if self.teacher_success_every is not None and (not self.has_teacher or self.teacher == "trust_region"):
-            which = f"method={self.method!r}, which has no teacher"
-            if self.has_teacher:
-                which = f"teacher={self.teacher!r}, whose logits are of two models"
-            raise ValueError(f"teacher_success_every: expected None with {which}, got {self.teacher_success_every}")
-        if self.draw_cap is not None and not self.draws:
-            raise ValueError(
-                f"draw_cap: expected None with method={self.method!r}, which draws nothing, got {self.draw_cap}"
-            )
-        if self.tree_token_budget is not None and self.prefix_sharing == "none":
-            raise ValueError(
-                "tree_token_budget: expected None with prefix_sharing='none', which makes no tree, got "
-                f"{self.tree_token_budget}"
-            )
-        if self.tree_token_budget is not None and self.method_spec.max_rows > 1:
-            raise ValueError(
-                f"tree_token_budget: expected None with method={self.method!r}, whose losses compare two sequences, "
-                f"got {self.tree_token_budget}"
-            )
-        if self.reference_refresh_steps is not None and not self.reference_coef:
-            raise ValueError(
-                "reference_refresh_steps: expected None without a reference (reference_coef is 0), got "
-                f"{self.reference_refresh_steps}"
-            )
-        period = steps_of_a_generation(self)
-        if self.save_strategy == "steps" and period > 1 and self.save_steps % period:
-            raise ValueError(
-                f"save_steps: expected a multiple of {period}, the steps that one generation serves (its rollouts are "
-                f"not in a checkpoint, so that a run could not go on exactly from between them), got {self.save_steps}"
-            )
-        if (self.with_peer_template is None) != (self.answer_only_template is None):
-            raise ValueError(
-                "with_peer_template, answer_only_template: expected both or neither, got "
-                f"{self.with_peer_template!r} and {self.answer_only_template!r}"
-            )
-        self.context_template(DEFAULT_CHAT_TEMPLATE)
 
     def context_template(self, default: ContextTemplate) -> ContextTemplate:
         """The wording: ``default`` with the templates that are given. Raises ValueError for one with other fields."""
@@ -362,17 +248,13 @@ class HSDConfig(GRPOConfig):
         """What TRL's own loss alone can do, of a method without a teacher; None where the fused one does."""
         if self.loss_type not in POLICY_MEANS:
             return f"loss_type={self.loss_type!r}"
-        allowed = ("loss_type", "importance_sampling_level")
-        if name := self._changed(*(n for n in UNUSED if n not in allowed), "beta", "use_liger_kernel"):
-            return f"{name}={getattr(self, name)!r}"
+        own = ("loss_type", "importance_sampling_level")
+        for name, default in grpo_defaults().items():
+            if name in {*UNUSED, "beta", "use_liger_kernel"} - {*own} and getattr(self, name) != default:
+                return f"{name}={getattr(self, name)!r}"
         if self.vllm_importance_sampling_correction:
             return "vllm_importance_sampling_correction=True"
         return "fp16=True" if self.fp16 else None
-
-    def _changed(self, *names: str) -> str | None:
-        """The first of these options of GRPO that has not its default."""
-        inherited = _grpo_defaults()
-        return next((n for n in names if n in inherited and getattr(self, n) != inherited[n]), None)
 
     @property
     def own_loss(self) -> bool:
@@ -444,45 +326,7 @@ class HSDConfig(GRPOConfig):
         )
 
 
-def unused(given: Mapping[str, Any]) -> list[str]:
-    """The names in ``given`` that its method does not use and `HSDConfig` refuses beside it: a configuration that is
-    switched to another method leaves them out."""
-    neutral = ignored(given)
-    return [name for name in given if name in neutral and given[name] not in (None, neutral[name])]
-
-
-def ignored(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the method in ``given`` does not use, with the value that each of them then has."""
-    try:
-        method, hsd = find_method(given.get("method", "hsd")), METHODS["hsd"].defaults
-    except ValueError:  # `HSDConfig` says it; another run's may be a module that is not here
-        return {}
-    neutral: dict[str, Any] = {} if method.draw else {"draw_cap": None}
-    policy_coef = given.get("policy_coef")
-    if method.has_teacher:
-        if policy_coef is None:
-            policy_coef = method.defaults.get("policy_coef", hsd["policy_coef"])
-        names = (*UNUSED, *(() if policy_coef else UNUSED_WITHOUT_POLICY_TERM))
-        neutral |= {name: value for name, value in _grpo_defaults().items() if name in names}
-        neutral |= {"vllm_importance_sampling_correction": False}
-        if given.get("policy_loss") == "trl":
-            neutral["policy_loss"] = "auto"
-    else:
-        neutral |= {name: v for name, v in (hsd | WITHOUT_TEACHER).items() if name not in OF_THE_POLICY}
-        neutral |= {"teacher_gate": None, "teacher_success_every": None}
-        if policy_coef == 0.0:  # all that such a method's loss has
-            neutral["policy_coef"] = WITHOUT_TEACHER["policy_coef"]
-    args = given.get("method_args") or {}
-    if not method.settings.keys() >= args.keys() and any(m.settings.keys() >= args.keys() for m in METHODS.values()):
-        neutral["method_args"] = None
-    return neutral
-
-
 @cache
 def options() -> tuple[Option, ...]:
     """All fields that HSD adds to `GRPOConfig`, or whose values it restricts, in order."""
     return declared(HSDConfig, by_method=METHODS["hsd"].defaults)
-
-
-def _grpo_defaults() -> dict[str, Any]:
-    return {f.name: f.default for f in fields(GRPOConfig)}

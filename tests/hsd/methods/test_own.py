@@ -8,7 +8,8 @@ from tiny_runs import half, make, qwen3
 
 from hsd.cli.__main__ import main
 from hsd.methods import METHODS, method, module_of, title
-from hsd.train.config import HSDConfig, ignored
+from hsd.train.config import HSDConfig
+from hsd.train.rules import ignored
 
 OWN = '''"""Failures alone, on paper (nowhere).
 
