@@ -1,4 +1,4 @@
-"""Time and memory against N, V and D, ours beside naive full logits and the bare GEMMs, with the plot.
+"""Time and memory against N, V and D, ours beside full logits, eager and compiled, and the bare GEMMs, with the plot.
 
     python benchmarks/bench_scaling.py [--device cpu|cuda] [--dtype bfloat16] [--json PATH]
 
@@ -17,7 +17,7 @@ from bench_kernel import FLOOR
 from timing import environment, header, in_processes, save
 
 KERNEL = str(Path(__file__).with_name("bench_kernel.py"))
-NAMES = (FLOOR, "hsd_kernels", "naive full logits")
+NAMES = (FLOOR, "hsd_kernels", "naive full logits", "naive, torch.compile")
 PLANS = {
     "cuda": {
         "centre": (8192, 4096, 151936),

@@ -70,6 +70,8 @@ def write(folder: Path, task: str = "additions") -> str:
         * any("wall_seconds" in run for run in trained),
         success_table(runs, names),
     ]
+    if paired := paired_table(runs, names):
+        parts.append("## Minus GRPO on the same seed\n\nMean and 95 % interval over seeds (Student's t).\n\n" + paired)
     if task == "additions":
         about = "## What the replies are made of\n\nAll seeds together: share of the replies, success inside."
         parts += [about, form_table(runs, names)]
@@ -135,6 +137,26 @@ def pooled(by_seed: dict[int, dict[str, Any]]) -> str:
         grid += [rewards[at : at + n] for at in range(0, len(rewards), n)]
     found = share(grid)
     return with_interval(found.mean, found.low, found.high)
+
+
+def paired_table(runs: dict[str, dict[int, dict[str, Any]]], names: Sequence[str]) -> str:
+    """Differences of the rows that share two seeds or more with "grpo"; empty where there is none."""
+    rows = []
+    for name in names:
+        seeds = sorted(runs[name].keys() & runs.get("grpo", {}).keys()) if name not in ("start", "grpo") else []
+        if len(seeds) < 2:
+            continue
+        pairs = [(runs[name][seed], runs["grpo"][seed]) for seed in seeds]
+        success = interval([ours["held_out"]["mean"] - theirs["held_out"]["mean"] for ours, theirs in pairs])
+        rollouts = interval([of_rollouts(ours) - of_rollouts(theirs) for ours, theirs in pairs])
+        rows.append([name, str(len(seeds)), str(success), str(rollouts)])
+    return table(["run", "seeds", "held-out success", "mean success of all rollouts"], rows) if rows else ""
+
+
+def of_rollouts(run: dict[str, Any]) -> float:
+    """Mean over the steps: how fast it learns and where it ends, in one number."""
+    rates = run["steps"]["hsd/success_rate"]
+    return sum(rates) / len(rates)
 
 
 def form_table(runs: dict[str, dict[int, dict[str, Any]]], names: Sequence[str]) -> str:

@@ -127,3 +127,17 @@ def test_rows_of_a_task_are_its_own(capsys):
     with pytest.raises(SystemExit):
         parse(["--task", "chain_sum", "--rows", "hsd live"])
     assert "--rows: expected rows among start, grpo, hsd fixed" in capsys.readouterr().err
+
+
+def test_rows_are_compared_with_grpo_on_the_seeds_that_both_have():
+    def run(mean, rates):
+        return {"held_out": {"mean": mean}, "steps": {"hsd/success_rate": rates}}
+
+    runs = {
+        "grpo": {0: run(0.5, [0.0, 1.0]), 1: run(0.7, [1.0, 1.0]), 2: run(0.0, [0.0, 0.0])},
+        "hsd fixed": {0: run(0.6, [0.0, 0.0]), 1: run(0.9, [0.5, 1.0]), 2: run(0.2, [0.0, 0.0]), 3: run(1, [1.0])},
+        "opsd": {0: run(0.1, [0.0, 0.0])},  # one seed has no interval
+    }
+    lines = report.paired_table(runs, ["grpo", "hsd fixed", "opsd"]).splitlines()[2:]
+    assert len(lines) == 1 and lines[0].startswith("| hsd fixed | 3 | 0.167 ± 0.143 | -0.250 ± 0.621 |")
+    assert report.paired_table({"opsd": runs["opsd"]}, ["opsd"]) == ""
