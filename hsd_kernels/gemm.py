@@ -154,7 +154,12 @@ def sums_narrow(weight: Tensor) -> bool:
 
 
 def machine() -> Machine:
-    own = native.facts() if native.available() else None
+    return _machine(native.find())
+
+
+@cache
+def _machine(library: Path | None) -> Machine:
+    own = native.facts() if library is not None and native.available() else None
     vdpbf16ps, tiles = (own.has_products, own.has_tiles) if own is not None else (False, False)
     return Machine(_bf16_instructions(), vdpbf16ps, tiles, _mkl_routine() is not None)
 

@@ -66,8 +66,13 @@ class Facts(NamedTuple):
 
 
 def find() -> Path | None:
-    """The built library, None where there is none."""
-    paths = (FOLDER / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES)
+    """The built library, None where there is none. A process looks once: a call asks 17 times."""
+    return _built(FOLDER)
+
+
+@functools.cache
+def _built(folder: Path) -> Path | None:
+    paths = (folder / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in paths if path.exists()), None)
 
 
