@@ -81,6 +81,7 @@ def task(seed: int) -> Task:
             "learning_rate": 3e-4,  # the best of three for HSD and for GRPO (benchmarks/small_world, the pilot)
             "per_device_train_batch_size": 128,  # 16 questions x 8 rollouts
             "teacher": "fixed",  # at this learning rate a live teacher runs away (docs/teachers.md)
+            "divergence": "jsd",  # the paper's forward KL ends lower (benchmarks/results/demo/small-forward_kl-seed0)
             "reference_coef": 0.0,
             "bf16": False,
             "gradient_checkpointing": False,
