@@ -172,7 +172,9 @@ class HSDConfig(GRPOConfig):
     kernel_impl: str = option("auto", "impl of hsd_kernels.fused_hsd_kl", choices=IMPLS)
     memory_bytes: int | None = option(None, "memory_bytes of hsd_kernels.fused_hsd_kl", AT_LEAST_1)
     diagnostics: bool = option(
-        False, "also log top-k overlap, teacher sharpening, compression of the tails, epistemic words"
+        False,
+        "also log top-k overlap, teacher sharpening, compression of the tails, epistemic words; measure the teacher "
+        "also where no term reads it",
     )
     record_groups: int = option(
         1, "groups of each generation whose rollouts go to rollouts.jsonl; 0 is none", AT_LEAST_0
@@ -441,6 +443,7 @@ class HSDConfig(GRPOConfig):
             sampling_temperature=self.temperature,
             memory_bytes=self.memory_bytes,
             impl=self.kernel_impl,
+            measure=self.diagnostics or step == 0,  # each run says the gap before step 1
         )
 
 
