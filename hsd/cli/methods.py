@@ -84,7 +84,8 @@ def forwards(method: Method) -> str:
     settings = (METHODS["hsd"].defaults if method.has_teacher else {}) | method.defaults
     contexts = method.max_contexts if method.has_teacher else 0
     trust_region = 2 if settings.get("teacher") == "trust_region" else 1
-    parts = {"student 1 (with gradient)": 1, f"teacher {contexts * trust_region}": contexts}
+    read = any(not term.rows for term in method.terms)
+    parts = {"student 1 (with gradient)": read, f"teacher {contexts * trust_region}": read and contexts}
     parts[f"scoring {1 + contexts * trust_region}"] = method.scores
     parts[f"extra rows {method.max_rows} (student and teacher, at most)"] = method.max_rows
     parts["what it draws"] = method.draw is not None and method.settings.get("rounds") != 0  # `HSDConfig.draws`

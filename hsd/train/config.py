@@ -19,7 +19,7 @@ from hsd.hindsight.peers import PEER_RULES
 from hsd.hindsight.teacher_prompts import TeacherPrompts
 from hsd.methods import METHODS, Method
 from hsd.methods import method as find_method
-from hsd.methods.method import REQUIRED
+from hsd.methods.method import REQUIRED, nothing
 from hsd.methods.term import Schedule, scheduled
 from hsd.train.generations import steps_of_a_generation
 from hsd.train.options import (
@@ -411,7 +411,8 @@ class HSDConfig(GRPOConfig):
     @property
     def needs_old_logps(self) -> bool:
         """Whether the loss needs log-probs under the policy that sampled, where a generation serves several steps."""
-        return bool(self.importance_cap) or self.policy_coef != 0.0
+        surrogate = self.policy_coef != 0.0 and any(term.kind == "advantage" for term in self.method_spec.terms)
+        return bool(self.importance_cap) or surrogate
 
     def objective(self, step: int) -> Objective:
         """The objective at an optimizer step, counted from 0."""
@@ -443,7 +444,8 @@ class HSDConfig(GRPOConfig):
             sampling_temperature=self.temperature,
             memory_bytes=self.memory_bytes,
             impl=self.kernel_impl,
-            measure=self.diagnostics or step == 0,  # each run says the gap before step 1
+            # Each run whose teacher reads the rollouts says the gap before step 1.
+            measure=self.method_spec.contexts is not nothing and (self.diagnostics or step == 0),
         )
 
 

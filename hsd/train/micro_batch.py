@@ -84,6 +84,8 @@ class MicroBatchLoss:
         if objective.over_rows() is None:
             batch = replace(batch, extra=None)
         passes = self.passes(batch, objective)
+        if not passes.which:
+            return LossOutput(nothing_of(policy), None)
         tree, budget = self.tree(passes), self.token_budget
         if tree is not None and budget is not None and len(tree.trie) > budget and torch.is_grad_enabled():
             return self._in_chunks(policy, batch, passes, tree, budget, objective)
@@ -101,10 +103,11 @@ class MicroBatchLoss:
         """What the objective reads of a batch at its step."""
         over_rows = None if batch.extra is None else objective.over_rows()
         taught = objective.reads_teacher or (over_rows is not None and over_rows.reads_teacher)
-        inputs = batch.whole
+        inputs, first = batch.whole, 0 if objective.reads_rollouts else len(batch.loss_mask)
         if not taught:
             inputs = replace(inputs, prompts={"student": inputs.prompts["student"]})
-        which = range(len(inputs.completion_ids))
+        which = range(first, len(inputs.completion_ids))
+        inputs = inputs.rows(which) if first else inputs
         contexts = batch.contexts if "teacher" in inputs.prompts else 0
         return Passes(inputs, which, contexts, objective.reference_coef != 0.0)
 
@@ -217,6 +220,11 @@ class MicroBatchLoss:
         loss = two_phase_loss(policy, parts.body, tree, chunk_loss, budget, teacher=elsewhere)
         references = [out.reference for out in outs if out.reference is not None]
         return LossOutput(loss, joined([out.stats for out in outs if out.stats is not None]), joined(references))
+
+
+def nothing_of(policy: Any) -> Tensor:
+    """A loss of 0 that gives each weight a gradient, which DDP waits for."""
+    return 0.0 * torch.stack([p.sum().float() for p in policy.parameters() if p.requires_grad]).sum()
 
 
 def joined(tables: list[RowStats]) -> RowStats | None:

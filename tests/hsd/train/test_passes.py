@@ -10,7 +10,11 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import Qwen3Model
 
 from hsd.hindsight.context import PARTS, ContextTemplate
+from hsd.methods.draw import Drawn, Row
+from hsd.methods.method import Method, nothing
+from hsd.methods.term import Term
 from hsd.train.batch import unpack
+from hsd.train.update import Objective
 
 SHORT = dict.fromkeys(PARTS, "|{text}")
 TEMPLATE = ContextTemplate("[{answer}|{demonstration}]", "[{answer}]", "[|{demonstration}]", "[{feedback}]", SHORT, "]")
@@ -96,6 +100,76 @@ def test_a_term_whose_coefficient_is_0_costs_no_forward_pass(name, tmp_path):
     assert measured["others"] >= passes * B + reference and also.stats is not None
     assert torch.equal(out.loss, also.loss)
     assert all(map(torch.equal, gradients, same))
+
+
+OF_ROWS = {
+    "mixed_policy": {"method_args": {"ask": "[{attempt}", "which": "all"}},
+    "pbsd": {"method_args": {"beta": 0.3}},
+    "imitate": {"method": f"{__name__}:IMITATE"},
+    "stable_opd": {"method_args": {"gold": 0.5}, "reference_coef": 0.1},
+}
+
+
+def shortest(view):
+    yield from ()
+    best = view.shortest_success
+    return None if best is None else Drawn(rows={best: [Row(view.group.rollouts[best].token_ids)]})
+
+
+IMITATE = Method(
+    "imitate",
+    nothing,
+    (Term("sampled", lambda logps, s: -logps, rows=True, teacher=False),),
+    draw=shortest,
+    max_rows=1,
+    defaults={"teacher": "fixed", "divergence_coef": 0.0, "policy_coef": 1.0, "reference_coef": 0.0},
+)
+
+
+SHARING = ({"prefix_sharing": "none"}, {"prefix_sharing": "tree"}, {"tree_token_budget": 40})
+PAIRS = [(method, s) for method in OF_ROWS for s in SHARING if method != "pbsd" or "tree_token_budget" not in s]
+
+
+@pytest.mark.parametrize("teacher", ["live", "fixed"])
+@pytest.mark.parametrize(("method", "sharing"), PAIRS)
+def test_rollouts_that_no_term_reads_cost_no_forward_pass(method, teacher, sharing, tmp_path, monkeypatch):
+    options = {"method": method, "teacher": teacher} | OF_ROWS[method] | sharing
+    trainer = trainer_of(tmp_path, **options)
+    rows = int(trainer.batches[-1]["rows/mask"].any(-1).sum())
+    out, gradients, found = loss_of(trainer, trainer.args.objective(0))
+    reads = method == "stable_opd"
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "reads_rollouts", True)
+        also, same, more = loss_of(trainer, trainer.args.objective(0))
+    if sharing == {"prefix_sharing": "none"}:
+        taught = {"imitate": 0}.get(method, rows)
+        assert (found["student"], found["others"]) == ((B + rows, 2 * (B + rows)) if reads else (rows, taught))
+        assert more["student"] == B + rows
+    assert (found["tokens"] == more["tokens"]) if reads else (found["tokens"] < more["tokens"])
+    torch.testing.assert_close(out.loss, also.loss, rtol=1e-5, atol=1e-7)
+    scale = max(g.abs().max() for g in same).item()
+    assert scale > 1e-4
+    for a, b in zip(gradients, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("method", ["mixed_policy", "pbsd", "imitate"])
+def test_a_micro_batch_of_no_rows_goes_through_no_model(method, tmp_path):
+    trainer = trainer_of(tmp_path, **{"method": method, "prefix_sharing": "none"} | OF_ROWS[method])
+    batch = {k: v for k, v in trainer.batches[-1].items() if not k.startswith("rows/")}
+    trainer.batches.append(batch)
+    out, gradients, found = loss_of(trainer, trainer.args.objective(0))
+    assert out.loss == 0.0 and found["tokens"] == 0
+    assert len(gradients) == len(list(trainer.model.parameters())) and not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("method", "needed"), [("grpo", True), ("pbsd", False), ("mixed_policy", False), ("sdpo", True)]
+)
+def test_log_probs_of_older_rollouts_are_computed_where_a_ratio_reads_them(method, needed, tmp_path):
+    options = {"method": method} | OF_ROWS.get(method, {})
+    trainer = make(qwen3(), tmp_path, template=TEMPLATE, questions=ROWS, **options)
+    assert trainer.args.needs_old_logps is needed
 
 
 @pytest.mark.parametrize("teacher", ["live", "fixed"])
