@@ -57,8 +57,12 @@ def equation(module: ModuleType) -> list[str]:
 
 
 def needs(method: Method) -> str:
+    from hsd.methods.reads import reads
+
+    read = reads(method)
     found = [f"column {name!r}" for name in method.needs]
-    found += ["peers"] if method.draws_peers else []
+    found += [f"column {name!r} (optional)" for name in read.columns if name not in method.needs]
+    found += ["peers"] if read.peers else []
     found += ["feedback_fn (optional)"] if method.uses_feedback else []
     found += [f"method_args.{name}" for name in required(method)] + unpublished(method)
     return ", ".join(found) or "prompt and answer"
