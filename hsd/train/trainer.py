@@ -75,6 +75,7 @@ from hsd.train.limits import (
     check_method,
     check_no_tensor_parallelism,
     engine_of,
+    lacking,
     makes_loss,
 )
 from hsd.train.metrics import context_metrics, group_metrics, initial_gap, loss_metrics, teacher_success
@@ -572,6 +573,11 @@ class HSDTrainer(GRPOTrainer):
 class _AfterStep(TrainerCallback):
     def __init__(self, trainer: HSDTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        t = self.trainer
+        if state.is_world_process_zero and (told := lacking(t.args, t.train_dataset)) is not None:
+            say(told)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """The optimizer's clock, and the initial gap: the final gain was linear in it (arXiv 2605.30070)."""
