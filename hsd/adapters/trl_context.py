@@ -27,7 +27,7 @@ from hsd.hindsight.context import (
     build_context,
 )
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
-from hsd.hindsight.peers import PEER_RULES, choose_peers, peer_rng
+from hsd.hindsight.peers import PEER_RULES, GenerationNumbers, choose_peers, peer_rng
 from hsd.padding import padded
 
 RULES = tuple(rule for rule in PEER_RULES if not rule.endswith("perplexity"))  # SDPO keeps no log-probs of a group
@@ -49,6 +49,7 @@ class PeerAndAnswer:
             raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
         self.trainer, self.rule, self.template = trainer, rule, template
         self.last_metrics: dict[str, float] = {}
+        self.numbers = GenerationNumbers()
 
     def build(
         self, output: dict[str, Any], prompts: list[Prompt], rewards: Tensor, feedbacks: list[Any] | None = None
@@ -72,7 +73,8 @@ class PeerAndAnswer:
 
         rows = [{"prompt": q, "answer": a} for q, a in zip(prompts, feedbacks or [], strict=True)]
         mine = members(rows, rollouts, first=first, group_size=size, success_reward=args.success_reward_threshold)
-        contexts = [self._context(member) for member in mine]
+        generation = self.numbers.next(trainer.state.global_step, training=trainer.model.training)
+        contexts = [self._context(member, generation) for member in mine]
         solved = [bool(member.group.successes) for member in mine]
         shares = torch.tensor([[s, c.kind == "peer"] for s, c in zip(solved, contexts, strict=True)]).float()
         in_groups, with_peer = trainer.accelerator.gather(shares.to(rewards.device)).mean(0).tolist()
@@ -89,9 +91,9 @@ class PeerAndAnswer:
             "self_distillation_mask": torch.ones(len(contexts), device=device),
         }
 
-    def _context(self, member: Member) -> PrivilegedContext:
+    def _context(self, member: Member, generation: int) -> PrivilegedContext:
         trainer, group = self.trainer, member.group
-        rng = peer_rng(trainer.args.seed, trainer.state.global_step, member.number)
+        rng = peer_rng(trainer.args.seed, generation, member.number)
         peer = choose_peers(group, self.rule, rng=rng)[member.index]
         default = DEFAULT_TEXT_TEMPLATE if isinstance(group.prompt, str) else DEFAULT_CHAT_TEMPLATE
         return build_context(

@@ -57,8 +57,12 @@ def equation(module: ModuleType) -> list[str]:
 
 
 def needs(method: Method) -> str:
+    from hsd.methods.reads import reads
+
+    read = reads(method)
     found = [f"column {name!r}" for name in method.needs]
-    found += ["peers"] if method.draws_peers else []
+    found += [f"column {name!r} (optional)" for name in read.columns if name not in method.needs]
+    found += ["peers"] if read.peers else []
     found += ["feedback_fn (optional)"] if method.uses_feedback else []
     found += [f"method_args.{name}" for name in required(method)] + unpublished(method)
     return ", ".join(found) or "prompt and answer"
@@ -84,7 +88,8 @@ def forwards(method: Method) -> str:
     settings = (METHODS["hsd"].defaults if method.has_teacher else {}) | method.defaults
     contexts = method.max_contexts if method.has_teacher else 0
     trust_region = 2 if settings.get("teacher") == "trust_region" else 1
-    parts = {"student 1 (with gradient)": 1, f"teacher {contexts * trust_region}": contexts}
+    read = any(not term.rows for term in method.terms)
+    parts = {"student 1 (with gradient)": read, f"teacher {contexts * trust_region}": read and contexts}
     parts[f"scoring {1 + contexts * trust_region}"] = method.scores
     parts[f"extra rows {method.max_rows} (student and teacher, at most)"] = method.max_rows
     parts["what it draws"] = method.draw is not None and method.settings.get("rounds") != 0  # `HSDConfig.draws`

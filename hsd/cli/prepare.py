@@ -16,7 +16,14 @@ from hsd.tasks.files import check_parts, complete
 from hsd.tasks.settings import Settings
 from hsd.tasks.task import Policy, Task, load_policy
 from hsd.train.config import HSDConfig
-from hsd.train.limits import check_columns, check_engine, check_no_tensor_parallelism, check_reports, launched
+from hsd.train.limits import (
+    check_columns,
+    check_engine,
+    check_no_tensor_parallelism,
+    check_reports,
+    lacking,
+    launched,
+)
 from hsd.train.rules import unused
 
 
@@ -68,7 +75,8 @@ def prepare(settings: Settings, name: str, *, source: str = "settings", check: b
 
 
 def check(run: Run) -> str:
-    """What a run would begin with, in a line. Raises ValueError for all that is wrong with it and needs no weights."""
+    """What a run would begin with, in a line, and what its rows lack, in another. Raises ValueError for all that is
+    wrong with it and needs no weights."""
     check_engine(run.config, launched(run.config), peft=run.settings.model.lora is not None)
     check_no_tensor_parallelism(None, run.config)
     check_reports(run.config)
@@ -81,7 +89,8 @@ def check(run: Run) -> str:
     check_questions(run, task)
     files.check_folder("output_dir", run.folder)
     rewards = ", ".join(getattr(reward, "__name__", "?") for reward in task.rewards)
-    return f"{task.title}: {len(task.questions)} questions, {len(task.held_out)} held out, reward {rewards}"
+    told = f"{task.title}: {len(task.questions)} questions, {len(task.held_out)} held out, reward {rewards}"
+    return "\n".join(filter(None, (told, lacking(run.config, task.questions))))
 
 
 def left_out(run: Run) -> str:

@@ -49,16 +49,33 @@ def choose_peers(group: Group, rule: str = "uniform", *, rng: random.Random) -> 
     return peers
 
 
-def peer_rng(seed: int, step: int, group_index: int) -> random.Random:
+class GenerationNumbers:
+    """Numbers the generations of a run, each of which draws its own peers.
+
+    The first one at an optimizer step has the step's number, the k-th after it ``step + (k << 40)``. Evaluations are
+    counted apart from training. A run that resumes between two steps goes on with the numbers of an uninterrupted one.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[bool, tuple[int, int]] = {}
+
+    def next(self, step: int, *, training: bool) -> int:
+        last, before = self._last.get(training, (-1, 0))
+        k = before + 1 if step == last else 0
+        self._last[training] = step, k
+        return step + (k << 40)
+
+
+def peer_rng(seed: int, generation: int, group_index: int) -> random.Random:
     """A generator that depends on its three arguments only.
 
     A resumed run draws the peers the first run drew, and ranks agree without communicating, provided that
-    ``group_index`` counts the groups of the whole step, not those of one rank.
+    ``generation`` is of `GenerationNumbers` and ``group_index`` counts the groups of all ranks, not those of one.
 
     Raises:
         TypeError: An argument is not an integer.
     """
-    key = ",".join(str(operator.index(n)) for n in (seed, step, group_index))
+    key = ",".join(str(operator.index(n)) for n in (seed, generation, group_index))
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "big"))
 

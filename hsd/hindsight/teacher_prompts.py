@@ -109,13 +109,14 @@ class TeacherPrompts:
         rows: Sequence[Mapping[str, Any]],
         feedback: Sequence[str | None],
         *,
-        step: int,
+        generation: int,
         groups: Sequence[Sequence[Rollout]] = (),
         notes: Mapping[tuple[int, int], Any] | None = None,
         state: Any = None,
     ) -> list[list[TeacherPrompt]]:
-        """``count`` for each of ``members``, whose data-set rows and feedback these are; ``groups`` and ``state`` as
-        in `RolloutView`, ``notes`` by (`Member.number`, index).
+        """``count`` for each of ``members``, whose data-set rows and feedback these are; ``generation`` as in
+        `hsd.hindsight.peers.peer_rng`, ``groups`` and ``state`` as in `RolloutView`, ``notes`` by (`Member.number`,
+        index).
 
         Where a rollout has fewer contexts the question alone, of kind "nothing", stands for the others.
         """
@@ -123,7 +124,7 @@ class TeacherPrompts:
         prompts = []
         for m, row, text in zip(members, rows, feedback, strict=True):
             if self.peer_rule is not None and m.number not in drawn:
-                drawn[m.number] = choose_peers(m.group, self.peer_rule, rng=peer_rng(self.seed, step, m.number))
+                drawn[m.number] = choose_peers(m.group, self.peer_rule, rng=peer_rng(self.seed, generation, m.number))
             peer = drawn[m.number][m.index] if drawn else None
             if peer is not None and not self._shown(m.group.rollouts[peer].token_ids):
                 peer = None
@@ -136,7 +137,7 @@ class TeacherPrompts:
                 fallback=self.fallback,
                 groups=groups,
                 # Negative numbers are not groups'.
-                rng=peer_rng(self.seed, step, -1 - m.number * len(m.group.rollouts) - m.index),
+                rng=peer_rng(self.seed, generation, -1 - m.number * len(m.group.rollouts) - m.index),
                 settings=self.settings,
                 shown=self._shown,
                 note=(notes or {}).get((m.number, m.index)),

@@ -31,7 +31,7 @@ def gold(logps: Tensor, s: Stats) -> Tensor:
 METHOD = Method(
     "stable_opd",
     opsd.contexts,
-    terms=(Term("advantage", lambda s: s.d), Term("sampled", gold, rows=True)),
+    terms=(Term("advantage", lambda s: s.d), Term("sampled", gold, rows=True, teacher=False)),
     draw=draw,
     max_rows=1,
     needs=("solution",),

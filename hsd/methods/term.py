@@ -13,6 +13,7 @@ from hsd_kernels import RowStats
 
 # A number; [start, end, steps]; or knots [[step, value], ...], linear between them and constant outside.
 Schedule = float | list[float] | list[list[float]]
+KINDS = ("divergence", "advantage", "sampled")
 
 
 def scheduled(value: Schedule, step: int) -> float:
@@ -110,6 +111,8 @@ class Term:
         rows: over the extra rows of a draw instead of the rollouts, with their own mean (`hsd.methods.draw.Row`). Their
             columns are those of the rollout that a row belongs to, but for its own "mask", "length", "position", and
             "slot", its number among that rollout's rows. No "advantage" has rows.
+        teacher: whether ``fn`` reads a teacher's statistics. At a step at which no term reads them there is no forward
+            pass of the teacher, and `Stats.rows` is None.
     """
 
     kind: Literal["divergence", "advantage", "sampled"]
@@ -118,6 +121,11 @@ class Term:
     divergence: Mapping[str, Any] = field(default_factory=dict)
     context: int = 0
     rows: bool = False
+    teacher: bool = True
+
+    @property
+    def reads_teacher(self) -> bool:
+        return self.kind == "divergence" or (self.fn is not None and self.teacher)
 
 
 TERMS = (Term("divergence"), Term("advantage"))

@@ -62,18 +62,17 @@ METHOD = Method(
     "trace",
     contexts,
     terms=(
-        Term("advantage", lambda s: s.advantages * (1.0 - (s["key"] + s["error"]) * scheduled(FADE, s.step) / 0.5)),
+        Term(
+            "advantage",
+            lambda s: s.advantages * (1.0 - (s["key"] + s["error"]) * scheduled(FADE, s.step) / 0.5),
+            teacher=False,
+        ),
         Term("divergence", lambda s: s.settings["mu_key"] * s["key"], FADE, {"kind": "forward_kl", "clip": 0.05}),
         Term("divergence", lambda s: s.settings["mu_error"] * s["error"], FADE, {"kind": "reverse_kl", "clip": 0.05}),
     ),
     draw=draw,
     marks=("key", "error"),
     settings={"mu_key": 1.0, "mu_error": 0.0, "most": 0.25, "separator": "\n", "ask": ASK, **WORDS},
-    defaults={
-        "teacher": "copy",
-        "policy_coef": 1.0,
-        "policy_mean": "token",
-        "epsilon_high": 0.28,
-        "reference_coef": 0.0,
-    },
+    defaults={"teacher": "copy", "reference_coef": 0.0, "policy_coef": 1.0, "policy_mean": "token"}
+    | {"epsilon_high": 0.28},
 )

@@ -19,7 +19,7 @@ from hsd.hindsight.peers import PEER_RULES
 from hsd.hindsight.teacher_prompts import TeacherPrompts
 from hsd.methods import METHODS, Method
 from hsd.methods import method as find_method
-from hsd.methods.method import REQUIRED
+from hsd.methods.method import REQUIRED, nothing
 from hsd.methods.term import Schedule, scheduled
 from hsd.train import rules
 from hsd.train.options import (
@@ -147,7 +147,9 @@ class HSDConfig(GRPOConfig):
     kernel_impl: str = option("auto", "impl of hsd_kernels.fused_hsd_kl", choices=IMPLS)
     memory_bytes: int | None = option(None, "memory_bytes of hsd_kernels.fused_hsd_kl", AT_LEAST_1)
     diagnostics: bool = option(
-        False, "also log top-k overlap, teacher sharpening, compression of the tails, epistemic words"
+        False,
+        "also log top-k overlap, teacher sharpening, compression of the tails, epistemic words; measure the teacher "
+        "also where no term reads it",
     )
     record_groups: int = option(
         1, "groups of each generation whose rollouts go to rollouts.jsonl; 0 is none", AT_LEAST_0
@@ -291,7 +293,8 @@ class HSDConfig(GRPOConfig):
     @property
     def needs_old_logps(self) -> bool:
         """Whether the loss needs log-probs under the policy that sampled, where a generation serves several steps."""
-        return bool(self.importance_cap) or self.policy_coef != 0.0
+        surrogate = self.policy_coef != 0.0 and any(term.kind == "advantage" for term in self.method_spec.terms)
+        return bool(self.importance_cap) or surrogate
 
     def objective(self, step: int) -> Objective:
         """The objective at an optimizer step, counted from 0."""
@@ -323,6 +326,8 @@ class HSDConfig(GRPOConfig):
             sampling_temperature=self.temperature,
             memory_bytes=self.memory_bytes,
             impl=self.kernel_impl,
+            # Each run whose teacher reads the rollouts says the gap before step 1.
+            measure=self.method_spec.contexts is not nothing and (self.diagnostics or step == 0),
         )
 
 

@@ -147,11 +147,12 @@ def run(
     state: Any,
     spare: Sequence[Mapping[str, Any]],
     step: int,
+    generation: int,
 ) -> tuple[Outcome, float]:
     """The draws of all groups of a step, and the success rate before them.
 
-    ``rows`` are those of this rank's rollouts, ``spare`` is the data set. Seed and step alone decide what chance does,
-    and the sampler's seed.
+    ``rows`` are those of this rank's rollouts, ``spare`` is the data set. Seed and ``generation``, of
+    `hsd.hindsight.peers.GenerationNumbers`, alone decide what chance does, and the sampler's seed.
     """
     draw = args.method_spec.draw
     assert draw is not None
@@ -164,14 +165,14 @@ def run(
     views = []
     for at in range(0, len(everyone), size):
         group, n = everyone[at].group, everyone[at].number
-        rng = peer_rng(args.seed, step, -(1 << 40) - n)  # apart from the peers' and the contexts'
+        rng = peer_rng(args.seed, generation, -(1 << 40) - n)  # apart from the peers' and the contexts'
         anything = lambda rng=rng: spare[rng.randrange(len(spare))]  # noqa: E731
         pieces = lambda i, g=group: writer.tokenizer.batch_decode([[t] for t in g.rollouts[i].token_ids])  # noqa: E731
         said = texts[at : at + size], pieces, feedback[at : at + size]
         views.append(GroupView(group, rows[at], *said, rng, args.settings, state, anything, step))
 
     def answer(asked: list[tuple[int, Ask]], number: int) -> Sequence[Reply]:
-        return writer(asked, views, peer_rng(args.seed, step, -(1 << 41) - number).getrandbits(31))
+        return writer(asked, views, peer_rng(args.seed, generation, -(1 << 41) - number).getrandbits(31))
 
     outcome = converse([draw(view) for view in views], answer, args.draw_cap or 4 * len(rows))
     return outcome, sum(m.success for m in everyone) / max(1, int((~scored.unscored).sum()))

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from hsd.methods.reads import reads
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.train.config import HSDConfig
 from hsd.train.teachers import check_fresh_adapter, copies
@@ -75,6 +76,25 @@ def check_columns(name: str, columns: Collection[str], args: HSDConfig) -> None:
     if columns and not needed <= set(columns):
         wanted = f"columns {sorted(needed)} for {wanted}"
         raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
+
+
+def lacking(args: HSDConfig, rows: Any) -> str | None:
+    """In a line, the columns that the method reads and that rows do without, of a data set or of a list of rows; None
+    where every row has them."""
+    found = []
+    for name in reads(args.method_spec).columns:
+        columns = getattr(rows, "column_names", None)
+        if columns is None:
+            values: Any = [row.get(name) for row in rows]
+        else:
+            values = rows[name] if name in columns else [None] * len(rows)
+        if without := sum(map(_is_blank, values)):
+            found.append(f"the column {name!r}, which {without} of {len(values)} rows lack or leave blank")
+    return f"method {args.method} reads {', and '.join(found)}; it trains on those without" if found else None
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def check_method(args: HSDConfig, given: dict[str, Any]) -> None:

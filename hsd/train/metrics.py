@@ -56,18 +56,22 @@ def context_metrics(prompts: Sequence[Sequence[TeacherPrompt]]) -> dict[str, flo
 
 
 def loss_metrics(out: LossOutput, batch: RolloutBatch, *, diagnostics: bool = False) -> dict[str, Tensor]:
-    """Means over the tokens of a micro-batch, in nats, and credit of its failing rollouts."""
-    stats = out.stats
+    """Means over the tokens of a micro-batch, in nats, and credit of its failing rollouts. Nothing of a teacher that no
+    term reads at this step."""
+    stats, mask, found = out.stats, batch.divergence_mask, {}
+    tokens = mask.sum()
+    if out.reference is not None:
+        found["student_entropy"] = (out.reference.student_entropy * mask).sum() / tokens
+        found["reference_kl"] = (out.reference.kl * mask).sum() / tokens
     if stats is None:
-        return {}
+        return found
     assert batch.teacher.divergence_position is not None
     assert stats.student_logps is not None and stats.teacher_logps is not None
-    mask = batch.divergence_mask
     a = credit(stats.teacher_logps, stats.student_logps)
     failing = torch.where(batch.teacher.success, -1, batch.teacher.divergence_position)
     diverged = failing[failing >= 0].float()
-    tokens, nan = mask.sum(), stats.kl.new_tensor(torch.nan)
-    found = {
+    nan = stats.kl.new_tensor(torch.nan)
+    found |= {
         "kl": (stats.kl * mask).sum() / tokens,
         "student_entropy": (stats.student_entropy * mask).sum() / tokens,
         "teacher_entropy": (stats.teacher_entropy * mask).sum() / tokens,
@@ -79,6 +83,4 @@ def loss_metrics(out: LossOutput, batch: RolloutBatch, *, diagnostics: bool = Fa
         # Every rank logs the same names: one without a token, or with a batch in chunks, has no overlap.
         unknown = {"top_overlap": nan, "overlap_advantage": nan}
         found |= of_stats(stats, mask) | unknown | dict(out.overlap)
-    if out.reference is not None:
-        found["reference_kl"] = (out.reference.kl * mask).sum() / tokens
     return found

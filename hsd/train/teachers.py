@@ -90,17 +90,21 @@ class FrozenPolicies:
         """Whether the student's own weights compute the teacher's states, alone or as a share."""
         return self.args.has_teacher and self.args.teacher in ("live", "trust_region")
 
-    def forward(self, policy: Any, forward: Forward) -> tuple[FrozenStates | None, FrozenStates | None]:
-        """The frozen part of the teacher (None for a live one), and the reference, one forward pass each.
+    def forward(
+        self, policy: Any, forward: Forward, *, teacher: bool, reference: bool
+    ) -> tuple[FrozenStates | None, FrozenStates | None]:
+        """The frozen part of the teacher (None for a live one), and the reference, one forward pass each of those that
+        are read.
 
         A teacher and a reference of the same weights share one pass, so that a tree can share their prefixes.
         """
-        if self.teacher is not None and self.teacher == self.reference:
-            reference, teacher = self._under(policy, self.teacher, forward, ("student", "teacher"))
-            return teacher, reference
-        teacher = self._under(policy, self.teacher, forward, ("teacher",))[0] if self.teacher else None
-        reference = self._under(policy, self.reference, forward, ("student",))[0] if self.reference else None
-        return teacher, reference
+        taught, referred = self.teacher if teacher else None, self.reference if reference else None
+        if taught is not None and taught == referred:
+            of_reference, of_teacher = self._under(policy, taught, forward, ("student", "teacher"))
+            return of_teacher, of_reference
+        of_teacher = self._under(policy, taught, forward, ("teacher",))[0] if taught else None
+        of_reference = self._under(policy, referred, forward, ("student",))[0] if referred else None
+        return of_teacher, of_reference
 
     @contextmanager
     def sampler(self, policy: Any) -> Iterator[Any]:

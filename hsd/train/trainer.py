@@ -47,6 +47,7 @@ from hsd.data.rows import completions_of
 from hsd.evaluate.sampling import Sampling, choice_of, sample_from_ids, until_end
 from hsd.hindsight.context import ContextTemplate, known_words, tokenize_prompt
 from hsd.hindsight.groups import Member, Prompt, Rollout, members
+from hsd.hindsight.peers import GenerationNumbers
 from hsd.hindsight.teacher_prompts import TeacherPrompt
 from hsd.methods.method import State
 from hsd.methods.state import GATE, STATE, RefreshGate, load_states, save_states
@@ -75,6 +76,7 @@ from hsd.train.limits import (
     check_method,
     check_no_tensor_parallelism,
     engine_of,
+    lacking,
     makes_loss,
 )
 from hsd.train.metrics import context_metrics, group_metrics, initial_gap, loss_metrics, teacher_success
@@ -180,6 +182,7 @@ class HSDTrainer(GRPOTrainer):
         self.refresh = False  # set by a generation, taken at the end of its first step
         # Set by _calculate_rewards, taken and cleared by _generate_and_score_completions, which calls it.
         self._scored: draw.Scored | None = None
+        self._numbers, self._generation = GenerationNumbers(), 0
         self.add_callback(_AfterStep(self))
         self.add_callback(RunFiles(Path(str(args.output_dir)), args.teacher if args.has_teacher else ""))
 
@@ -266,6 +269,7 @@ class HSDTrainer(GRPOTrainer):
         return draw.weighted(rewards, self.reward_weights, self.args.success_reward)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._generation = self._numbers.next(self.state.global_step, training=self._mode == "train")
         with self.step_time.part("rewards"):  # and contexts
             return self._generated(inputs)
 
@@ -292,7 +296,7 @@ class HSDTrainer(GRPOTrainer):
                 mine,
                 inputs,
                 scored.feedback,
-                step=self.state.global_step,
+                generation=self._generation,
                 groups=[rollouts[i : i + size] for i in range(0, len(rollouts), size)],
                 notes=None if outcome is None else outcome.notes,
                 state=self.method_state,
@@ -346,7 +350,7 @@ class HSDTrainer(GRPOTrainer):
     ) -> Tensor:
         """Share of successes among replies sampled from the teacher, one from the first context of each rollout."""
         asked = [row[0].context.prompt_ids for row in prompts]
-        seed = hash((self.args.seed, self.state.global_step, first)) % 2**31
+        seed = hash((self.args.seed, self._generation, first)) % 2**31
         with self.frozen.sampler(self._policy) as model, in_eval_mode(model), self._autocast_sampling():
             rollouts = sample_from_ids(model, self._tokenizer, asked, self._sampling(len(inputs)), seed=seed)
         texts = self._tokenizer.batch_decode(rollouts, skip_special_tokens=True)
@@ -397,6 +401,7 @@ class HSDTrainer(GRPOTrainer):
             state=state,
             spare=spare,  # type: ignore[arg-type]
             step=step,
+            generation=self._generation,
         )
         if not training:  # an evaluation is of the policy's own rollouts
             outcome = replace(outcome, drawn=[replace(d, rollouts={}, row=None) for d in outcome.drawn])
@@ -572,6 +577,11 @@ class HSDTrainer(GRPOTrainer):
 class _AfterStep(TrainerCallback):
     def __init__(self, trainer: HSDTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        t = self.trainer
+        if state.is_world_process_zero and (told := lacking(t.args, t.train_dataset)) is not None:
+            say(told)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """The optimizer's clock, and the initial gap: the final gain was linear in it (arXiv 2605.30070)."""

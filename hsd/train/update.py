@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsd.methods.term import TERMS, Stats, Term, active
+from hsd.methods.term import KINDS, TERMS, Stats, Term, active
 from hsd.policy.forward import FrozenStates
 from hsd_kernels import Divergence, Head, HSDKLOutput, RowStats, fused_hsd_kl, fused_token_logps, fused_token_loss
 
@@ -36,6 +36,7 @@ class Objective:
     memory_bytes: int | None = None
     impl: str = "auto"
     rows: bool = False  # the terms over extra rows, in place of those over rollouts
+    measure: bool = False  # student and teacher on the rollouts, also where no term reads them
 
     def active(self, kind: str) -> list[tuple[Term, float]]:
         outer = self.divergence_coef if kind == "divergence" else self.policy_coef
@@ -43,8 +44,20 @@ class Objective:
 
     def over_rows(self) -> Objective | None:
         """The terms over extra rows; None where none counts at this step."""
-        there = replace(self, rows=True, reference_coef=0.0, importance_cap=None)
+        there = replace(self, rows=True, reference_coef=0.0, importance_cap=None, measure=False)
         return there if there.active("divergence") or there.active("sampled") else None
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the teacher counts at this step."""
+        return self.measure or any(term.reads_teacher for kind in KINDS for term, _ in self.active(kind))
+
+    @property
+    def reads_rollouts(self) -> bool:
+        """Whether the rollouts count at this step. Where all terms are over rollouts the student's pass is made anyway:
+        engines expect a gradient of each weight."""
+        counts = self.measure or self.reference_coef != 0.0 or any(map(self.active, KINDS))
+        return counts or not any(term.rows for term in self.terms)
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,39 @@ def test_check_prints_the_resolved_configuration_and_leaves_nothing(here, model,
     assert sorted(here.rglob("*")) == before
 
 
+SOLVED, BLANK = {"solution": "1+1="}, {"solution": " "}
+NOTE = "method {} reads the column 'solution', which {} of 4 rows lack or leave blank; it trains on those without"
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "lacking"),
+    [
+        *((name, {}, 4) for name in ("egrsd", "cl_egrsd", "vopd", "rlsd", "sdpg", "grpo+opsd", "opsd", "antisd")),
+        ("egrsd", {0: BLANK, 1: SOLVED, 2: SOLVED, 3: {"solution": None}}, 2),
+        ("egrsd", dict.fromkeys(range(4), SOLVED), 0),
+        ("atesd", {0: SOLVED, 1: BLANK, 2: BLANK, 3: BLANK}, 3),  # which needs the column
+        ("hsd", {}, 0),
+        ("grpo", {}, 0),
+    ],
+)
+def test_check_says_what_the_method_reads_and_rows_lack(method, more, lacking, here, model, capsys):
+    rows = [q | more.get(i, {}) for i, q in enumerate(small_world.make_questions(4, seed=0))]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["train", "run.yaml", "--check", "--method", method]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "rows lack" in line]
+    assert notes == ([NOTE.format(method, lacking)] if lacking else [])
+
+
+@pytest.mark.parametrize(("method", "lacking"), [("vopd", 4), ("hsd", 0)])
+def test_a_run_says_so_at_its_start(method, lacking, here, model, capsys):
+    words = ["--method", method, "--use_cpu", "true", "--output_dir", "out"]
+    assert main(["train", "run.yaml", *words]) == 0
+    said = capsys.readouterr().out.splitlines()
+    notes = [line for line in said if "rows lack" in line]
+    assert notes == ([NOTE.format(method, lacking)] if lacking else [])
+    assert not lacking or said.index(notes[0]) < min(i for i, line in enumerate(said) if "before step 1" in line)
+
+
 def test_check_of_a_registered_task_does_not_make_its_model(here, monkeypatch):
     monkeypatch.setattr(small_world, "warm_started", lambda *args: pytest.fail("made a model"))
     Path("task.yaml").write_text("task: small_world\ntrain: {use_cpu: true, bf16: false}\n")

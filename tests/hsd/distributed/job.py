@@ -25,6 +25,11 @@ DDP = {
     "egrsd": (2, {"method": "egrsd", "gradient_accumulation_steps": 3}),  # numbers of the whole generation
     # Texts that ranks write in shares, judged in shares, and rows of which a rank may have none.
     "brts": (2, {"method": "brts", "method_args": {"trajectories": 3}, "gradient_accumulation_steps": 3}),
+    # One row a group, and nothing else goes through the models: a micro-batch of a rank may have none.
+    "mixed_policy": (
+        1,
+        {"method": "mixed_policy", "method_args": {"ask": "[{attempt}"}, "gradient_accumulation_steps": 6},
+    ),
     "budget": (4, {"teacher": "live", "reference_coef": 0.0, "prefix_sharing": "tree", "tree_token_budget": 40}),
 }
 

@@ -8,9 +8,13 @@ import pytest
 from tiny_runs import half, make, qwen3
 
 from hsd.cli.__main__ import main
-from hsd.cli.methods import equation, forwards
-from hsd.hindsight.context import PARTS, ContextTemplate
+from hsd.cli.methods import equation, forwards, needs
+from hsd.hindsight.context import PARTS, Context, ContextTemplate
+from hsd.hindsight.teacher_prompts import parts
 from hsd.methods import METHODS, MODULES
+from hsd.methods.draw import Ask, Drawn, Row
+from hsd.methods.method import Method
+from hsd.methods.reads import Reads, reads
 from hsd.train.config import HSDConfig
 
 ROOT = Path(__file__).parents[3]
@@ -61,6 +65,41 @@ def test_the_command_lists_them(capsys):
     listed = capsys.readouterr().out
     assert all(f"{name}: " in listed for name in METHODS)
     assert "scoring 2" in listed and "method_args.no_confidence" in listed and "teacher 8" in listed
+
+
+PEERS = {"hsd", "hsd_unpaired", "sdpo", "mopd", "opcod", "ssopd", "rlrt", "rlcsd", "antisd"}
+OPTIONAL = {"opsd", "grpo+opsd", "sdpg", "rlsd", "egrsd", "cl_egrsd", "vopd", "antisd"}  # the column "solution"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_command_says_what_a_teacher_is_shown(name):
+    found = reads(METHODS[name])
+    assert found.peers is (name in PEERS) and ("peers" in needs(METHODS[name]).split(", ")) is (name in PEERS)
+    assert found.columns == (METHODS[name].needs or (("solution",) if name in OPTIONAL else ()))
+    assert ("column 'solution' (optional)" in needs(METHODS[name])) is (name in OPTIONAL)
+
+
+def noting(view):
+    yield [Ask("q")]
+    return Drawn(notes=dict.fromkeys(range(4), view.texts[2]), rows={1: [Row("x", (Context(parts(plan="p")),))]})
+
+
+@pytest.mark.parametrize(
+    ("contexts", "columns", "peers"),
+    [
+        (lambda v: [Context(parts(a=v.row["x"], b=v.row.get("y")))], ("x", "y"), False),
+        (lambda v: [Context(parts(a=v.rollout(v.i)))], (), False),  # its own
+        (lambda v: [Context(parts(a=v.rollout((v.i + 1) % 4)))], (), True),
+        (lambda v: [Context(parts(a=v.peer_ids))], (), False),  # none is drawn
+        (lambda v: [Context(parts(a=f"as in {v.note}"))], (), True),
+        (lambda v: [Context(parts(a=v.row["prompt"], b=v.row["answer"]))], (), False),
+        (lambda v: [Context(parts(a=v.rollout(0)))] if v.row["n"] > 1 else [], ("n",), False),  # a text is no number
+        (lambda v: [], (), False),
+        (None, (), False),
+    ],
+)
+def test_what_a_method_of_ones_own_reads(contexts, columns, peers):
+    assert reads(Method("own", contexts, draw=noting)) == Reads(columns, peers)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,9 @@ def test_a_blank_peer_is_none(fallback):
     def made(peer):
         prompts = TeacherPrompts(METHODS["hsd"].contexts, TOKENIZER, lambda q: template, fallback=fallback)
         rollouts = tuple(Rollout(tuple(TOKENIZER(t)["input_ids"]), r) for t, r in (("9", 0.0), (peer, 1.0)))
-        ((prompt,),) = prompts.make([Member(Group("1+6=", "7", rollouts), 0, 0)], [{"solution": "1+6"}], [None], step=0)
+        ((prompt,),) = prompts.make(
+            [Member(Group("1+6=", "7", rollouts), 0, 0)], [{"solution": "1+6"}], [None], generation=0
+        )
         return TOKENIZER.decode(prompt.context.prompt_ids), prompt.peer, prompt.tau
 
     added = {"mask": "", "answer": "[7]", "solution": "[7|1+6]"}[fallback]

@@ -259,7 +259,8 @@ def test_masked_rollouts_and_a_batch_of_nothing_but_them(tmp_path):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
     batch = copy.copy(trainer.batches[0])
     batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
-    assert trainer.micro_batch_loss.tree(unpack(batch)) is None
+    passes = trainer.micro_batch_loss.passes(unpack(batch), trainer.args.objective(1))
+    assert trainer.micro_batch_loss.tree(passes) is None
 
 
 def test_the_paired_draw_keeps_the_marginals_and_needs_two_contexts():
