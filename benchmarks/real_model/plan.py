@@ -153,6 +153,13 @@ CHAIN_ROWS = (
         {**ASKED_AGAIN, **PEERS_ONLY, "policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 30]},
         "GRPO's end, reached in fewer steps",
     ),
+    # Added after the JSD had taken away what the divergence costs on additions.
+    Row(
+        "hsd again JSD 1 to 0, peers only + policy",
+        "hsd",
+        {**ASKED_AGAIN, **PEERS_ONLY, "policy_coef": 1.0, "divergence_coef": [1.0, 0.0, 30], "divergence": "jsd"},
+        "as fast as GRPO, and its end",
+    ),
 )
 PLANS = {"additions": ROWS, "chain_sum": CHAIN_ROWS}
 
