@@ -55,6 +55,11 @@ def third(completion_ids, **kwargs):
     return [float(sum(ids) % 3 == 0) for ids in completion_ids]
 
 
+def ninth(completion_ids, **kwargs):
+    """So few that a group has none, and another one under a plan or of another question has some."""
+    return [float(sum(ids) % 9 == 0) for ids in completion_ids]
+
+
 def hard(completion_ids, prompts, **kwargs):
     """Groups of the first questions are all wrong, but behind their own prompts only texts count."""
     return [float(sum(ids) % 5 == 0 and len(p) % 2 == 0) for ids, p in zip(completion_ids, prompts, strict=True)]
@@ -81,15 +86,18 @@ def step_of(trainer):
 
 @pytest.mark.parametrize("method", GIVEN)
 def test_accumulation_and_the_tree_change_nothing(method, tmp_path):
-    reward = hard if method in ("actguide", "plan_reference") else third
+    reward = {"actguide": ninth, "dapo": ninth, "plan_reference": hard}.get(method, third)
     first = trainer_of(tmp_path / "a", method, reward, prefix_sharing="none")
     loss, moved = step_of(first)
+    (log,) = (row for row in first.state.log_history if "loss" in row)
+    assert (log.get("hsd/drawn_replaced", 0.0) > 0) is (method in ("actguide", "dapo", "npo"))
+    assert (log.get("hsd/drawn_rows", 0.0) > 0) is (METHODS[method].max_rows > 0)
     scale = max(g.abs().max() for g in moved).item()
     assert scale > 1e-5
     ways = {"parts": {"prefix_sharing": "none", **ACCUMULATED}}
-    budget = {} if METHODS[method].max_rows > 1 else {"tree_token_budget": 40}
-    if METHODS[method].has_teacher:
-        ways["tree, in chunks"] = {"prefix_sharing": "tree", **budget}
+    ways["tree"] = {"prefix_sharing": "tree"}
+    if METHODS[method].max_rows < 2:  # else it is refused
+        ways["tree, in chunks"] = {"prefix_sharing": "tree", "tree_token_budget": 40}
     for name, options in ways.items():
         other_loss, other = step_of(trainer_of(tmp_path / name, method, reward, **options))
         assert other_loss == pytest.approx(loss, rel=1e-3, abs=1e-6), name

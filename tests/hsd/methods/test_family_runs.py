@@ -24,9 +24,9 @@ ROWS = [
     {**q, "solution": f"{i}+{i}=", "full_prompt": f"{i}+", "hints": [f"{i}", "7", f"{i}+"], "translation": f"{i}="}
     for i, q in enumerate(QUESTIONS)
 ]
-GIVEN = {"msd": {"no_confidence": 4.0}, "antisd": {"verdict": False}}
-# Of those that differ in their contexts alone, one.
+GIVEN = {"msd": {"no_confidence": 4.0}, "antisd": {"verdict": False}, "atesd": {"share": 1.0}}
 NEW = ("ccopd", "msd", "ssopd", "sdpg", "egrsd", "cl_egrsd", "rlrt", "rlcsd", "antisd", "vopd", "sgsd")
+NEW += ("mopd", "atesd", "hsd_unpaired")
 
 
 def third(completion_ids, **kwargs):
@@ -62,6 +62,7 @@ def test_accumulation_and_the_tree_change_nothing(method, tmp_path):
     scale = max(g.abs().max() for g in moved).item()
     assert scale > 1e-5
     ways = {"parts": {"prefix_sharing": "none", **ACCUMULATED}}
+    ways["tree"] = {"prefix_sharing": "tree"}
     ways["tree, in chunks"] = {"prefix_sharing": "tree", "tree_token_budget": 40}
     for name, options in ways.items():
         other_loss, other = step_of(trainer_of(tmp_path / name, method, **options))
