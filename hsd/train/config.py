@@ -30,6 +30,7 @@ from hsd.train.options import (
     SHARE,
     Option,
     check,
+    check_enums,
     check_setting,
     declared,
     option,
@@ -187,6 +188,7 @@ class HSDConfig(GRPOConfig):
 
     def __post_init__(self):
         self._take_defaults()
+        check_enums(self, GRPOConfig)
         given = self.generation_batch_size
         try:
             super().__post_init__()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from trl.import_utils import is_vllm_available
 
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.train.config import HSDConfig
@@ -110,8 +111,10 @@ def check_no_tensor_parallelism(model: Any, args: HSDConfig) -> None:
             )
 
 
-def check_reports(args: HSDConfig) -> None:
-    """Raise ValueError where ``report_to`` asks for a package that is not installed."""
+def check_packages(args: HSDConfig) -> None:
+    """Raise ValueError where ``use_vllm`` or ``report_to`` asks for a package that is not installed."""
+    if args.use_vllm and not is_vllm_available():
+        raise ValueError("use_vllm: expected the package vllm (pip install vllm) for True, got none")
     for name in args.report_to or ():
         try:
             for callback in get_reporting_integration_callbacks(name):

@@ -135,7 +135,7 @@ def test_values_take_the_type_of_their_field(load, text, kind, value):
             "policy_coef: x",
             "train.policy_coef: expected a valid number, unable to parse string as a number or a valid list",
         ),
-        ("save_strategy: sometimes", None),  # transformers refuses it
+        ("save_strategy: sometimes", None),  # HSDConfig refuses it
         ("learning_rat: 1", "run.yaml: train.learning_rat: unknown key, the nearest is train.learning_rate"),
         ("path: x", "run.yaml: train.path: unknown key, the nearest is model.path or data.path"),
         ("xyzzy: 1", "run.yaml: train.xyzzy: unknown key"),

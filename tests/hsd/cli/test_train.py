@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_runs import SMALLER, TOKENIZER, qwen3
+from transformers import T5Config
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hsd.cli.__main__ import main
@@ -273,6 +275,20 @@ def test_a_package_that_reports_and_is_missing_is_one_line(here, model, monkeypa
         (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
         (["--method", "sdft"], "demonstration"),
         (["--reward", "[]"], "reward: expected at least one function"),
+        (["--model.attention", "nosuch"], "model.attention: expected an attn_implementation that this model can have"),
+        (["--lora.r", "0"], "--lora.r: unknown key"),
+        (["--model.lora.r", "0"], "model.lora.r: expected greater than or equal to 1, got 0"),
+        (["--dropout", "1"], "model.lora.dropout: expected less than 1, got 1"),
+        (
+            ["--target_modules", "[q_proj, v_prj]"],
+            "target_modules: expected modules of the model that LoRA can train, the nearest is v_proj, got 'v_prj'",
+        ),
+        (["--target_modules", "nosuch"], "target_modules: expected modules of the model that LoRA can train, got 'no"),
+        (["--target_modules", "[lm_head]"], "a head with an adapter of its own (LoRA on lm_head"),
+        (["--optim", "adamw_torc"], "train.optim: expected one of adamw_torch, "),
+        (["--optim", "lomo"], "optim: expected one that can run here, got 'lomo': You need to install `lomo_optim`"),
+        (["--optim", "adamw_torc"], ", the nearest is adamw_torch, got 'adamw_torc'"),
+        (["--save_strategy", "sometimes"], "train.save_strategy: expected one of no, steps, epoch, best, got 'sometim"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
@@ -281,6 +297,47 @@ def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and said in error
     assert "expected at least" not in said or not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.lora.r", "1"],
+        ["--dropout", "0.5", "--target_modules", "[q_proj, self_attn.v_proj]"],
+        ["--target_modules", ".*mlp.*_proj"],
+        ["--model.attention", "eager", "--optim", "sgd", "--lr_scheduler_type", "cosine"],
+    ],
+)
+def test_what_can_be_trained_passes_the_check(model, words):
+    before = torch.get_rng_state()
+    assert main(["train", "run.yaml", "--check", *words]) == 0
+    assert torch.equal(torch.get_rng_state(), before)  # as a run's, which goes on to draw its adapters
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "said"),
+    [
+        ("flash_attn", ["--model.attention", "flash_attention_2"], "model.attention: expected an attn_implementation"),
+        ("vllm", ["--use_vllm", "true"], "use_vllm: expected the package vllm (pip install vllm) for True, got none"),
+    ],
+)
+def test_a_package_that_is_there_passes_the_check_and_a_missing_one_does_not(
+    model, monkeypatch, capsys, package, words, said
+):
+    there = set()
+    monkeypatch.setattr("hsd.policy.pretrained.find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr("hsd.train.limits.is_vllm_available", lambda: "vllm" in there)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["train", "run.yaml", "--check", *words]) == 2
+    assert said in capsys.readouterr().err
+    there.add(package)
+    assert main(["train", "run.yaml", "--check", *words]) == 0
+
+
+def test_a_model_that_continues_no_text_is_refused(model, capsys):
+    T5Config(num_layers=1, d_model=8, d_kv=4, d_ff=8, num_heads=2).save_pretrained("model")
+    assert main(["train", "run.yaml", "--check"]) == 2
+    assert "model.path: expected a causal language model, got 'model', a t5" in capsys.readouterr().err
 
 
 def test_one_word_switches_the_method(model, here, capsys):
