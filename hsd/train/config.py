@@ -21,6 +21,7 @@ from hsd.methods import METHODS, Method
 from hsd.methods import method as find_method
 from hsd.methods.method import REQUIRED
 from hsd.methods.term import Schedule, scheduled
+from hsd.named import nearest
 from hsd.train.generations import steps_of_a_generation
 from hsd.train.options import (
     ABOVE_0,
@@ -323,7 +324,11 @@ class HSDConfig(GRPOConfig):
         """The wording: ``default`` with the templates that are given. Raises ValueError for one with other fields."""
         names = ("with_peer", "answer_only", "demonstration_only", "feedback_only")
         given = {name: getattr(self, f"{name}_template") for name in names}
-        return replace(default, **{name: text for name, text in given.items() if text is not None})
+        try:
+            return replace(default, **{name: text for name, text in given.items() if text is not None})
+        except ValueError as error:
+            name, colon, rest = str(error).partition(": ")
+            raise ValueError(f"{name}_template{colon}{rest}") from error
 
     def teacher_prompts(
         self, tokenizer: Any, template: ContextTemplate | None, peer_rule: str, chat_template_kwargs: Mapping[str, Any]
@@ -393,7 +398,7 @@ class HSDConfig(GRPOConfig):
         own, given = self.method_spec.settings, self.method_args or {}
         for name in given:
             if name not in own:
-                raise ValueError(f"method_args: expected names among {sorted(own)}, got {name!r}")
+                raise ValueError(f"method_args: expected names among {sorted(own)}{nearest(name, own)}, got {name!r}")
             check_setting(f"method_args.{name}", own[name], given[name])
         missing = [name for name, value in own.items() if value is REQUIRED and name not in given]
         if missing:

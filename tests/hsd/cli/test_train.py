@@ -270,8 +270,12 @@ def test_a_package_that_reports_and_is_missing_is_one_line(here, model, monkeypa
             "run.yaml: data.path: expected 1 questions or more, one step's worth, got 0 beside 4 of data.held_out",
         ),
         (["--report_to", "nosuch"], "report_to: expected names of installed packages, got 'nosuch': nosuch is not"),
-        (["--temperature", "0"], "train.temperature: expected a number in (0, inf), got 0.0"),
-        (["--max_completion_length", "0"], "train.max_completion_length: expected a number in [1, inf), got 0"),
+        (["--temperature", "0"], "error: --temperature: expected a number in (0, inf), got 0.0"),
+        (
+            ["--with_peer_template", "{answer}"],
+            "error: --with_peer_template: expected exactly the fields ['answer', 'demonstration'], and question if wa",
+        ),
+        (["--max_completion_length", "0"], "--max_completion_length: expected a number in [1, inf), got 0"),
         (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
         (["--method", "sdft"], "demonstration"),
         (["--reward", "[]"], "reward: expected at least one function"),
@@ -285,10 +289,10 @@ def test_a_package_that_reports_and_is_missing_is_one_line(here, model, monkeypa
         ),
         (["--target_modules", "nosuch"], "target_modules: expected modules of the model that LoRA can train, got 'no"),
         (["--target_modules", "[lm_head]"], "a head with an adapter of its own (LoRA on lm_head"),
-        (["--optim", "adamw_torc"], "train.optim: expected one of adamw_torch, "),
+        (["--optim", "adamw_torc"], "error: --optim: expected one of adamw_torch, "),
         (["--optim", "lomo"], "optim: expected one that can run here, got 'lomo': You need to install `lomo_optim`"),
         (["--optim", "adamw_torc"], ", the nearest is adamw_torch, got 'adamw_torc'"),
-        (["--save_strategy", "sometimes"], "train.save_strategy: expected one of no, steps, epoch, best, got 'sometim"),
+        (["--save_strategy", "sometimes"], "--save_strategy: expected one of no, steps, epoch, best, got 'sometim"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
