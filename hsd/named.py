@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import Any
 
 
-def nearest(word: object, known: Iterable[str]) -> str:
+def nearest(word: Any, known: Iterable[str]) -> str:
     """ ", the nearest is ..." behind an error about an unknown word; nothing where none is similar."""
-    found = difflib.get_close_matches(str(word), known, n=1)
+    found = difflib.get_close_matches(word, known, n=1) if isinstance(word, str) else []
     return f", the nearest is {found[0]}" if found else ""
 
 

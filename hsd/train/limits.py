@@ -11,6 +11,7 @@ from typing import Any
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl.import_utils import is_vllm_available
 
+from hsd.named import nearest
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.train.config import HSDConfig
 from hsd.train.teachers import check_fresh_adapter, copies
@@ -74,7 +75,8 @@ def check_columns(name: str, columns: Collection[str], args: HSDConfig) -> None:
     if args.has_teacher and args.fallback == "solution":
         needed, wanted = needed | {"solution"}, f"{wanted} and fallback='solution'"
     if columns and not needed <= set(columns):
-        wanted = f"columns {sorted(needed)} for {wanted}"
+        missing = min(needed - set(columns))
+        wanted = f"columns {sorted(needed)} for {wanted}{nearest(missing, columns)}"
         raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
 
 

@@ -278,6 +278,11 @@ def test_a_package_that_reports_and_is_missing_is_one_line(here, model, monkeypa
         (["--max_completion_length", "0"], "--max_completion_length: expected a number in [1, inf), got 0"),
         (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
         (["--method", "sdft"], "demonstration"),
+        (
+            ["--reward", "maths"],
+            "reward: expected one of ('number', 'math', 'code', 'reasoning_gym') or module:function",
+        ),
+        (["--reward", "maths"], " or module:function, the nearest is math, got 'maths'"),
         (["--reward", "[]"], "reward: expected at least one function"),
         (["--model.attention", "nosuch"], "model.attention: expected an attn_implementation that this model can have"),
         (["--lora.r", "0"], "--lora.r: unknown key"),
