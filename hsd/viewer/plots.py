@@ -115,13 +115,12 @@ def plot_coverage(
     ps = [i / 200 for i in range(201)]
     for axes, (panel, (bins, overall)) in zip(row, panels.items(), strict=True):
         axes.plot(ps, [coverage(p, group_size) for p in ps], color=_GREY, linewidth=1.2, label=f"f(p, {group_size})")
-        success, covered, error, groups = zip(*bins, strict=True)
+        success, covered, error, groups = zip(*sorted(bins), strict=True)
         bars = [0.0 if math.isnan(e) else 1.96 * e for e in error]
-        points = {"label": "measured, by difficulty", "capsize": 3, "linestyle": ""}
+        # Beside the points such labels would lie over each other: bins of few groups may have one success rate.
+        label = f"measured, by difficulty\n(groups from the left: {', '.join(map(str, groups))})"
+        points = {"label": label, "capsize": 3, "linestyle": ""}
         axes.errorbar(success, covered, yerr=bars, **points, **_style(0))
-        for i, (x, y, n) in enumerate(zip(success, covered, groups, strict=True)):
-            label, place = f"{n} group{'s' * (n > 1)}", (6, (6, -12)[i % 2])  # bins may lie together
-            axes.annotate(label, (x, y), place, textcoords="offset points", fontsize=8, color=_GREY)
         axes.plot([overall[0]], [overall[1]], label="measured, all", **_star())
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
