@@ -16,6 +16,7 @@ from hsd.named import nearest
 from hsd.policy.body_and_head import body_and_head
 from hsd.policy.pretrained import check as check_model
 from hsd.policy.pretrained import without_weights
+from hsd.progress import counted
 from hsd.tasks import registered
 from hsd.tasks.files import check_parts, complete
 from hsd.tasks.settings import Lora, Settings
@@ -86,7 +87,7 @@ def check(run: Run) -> str:
     check_questions(run, task)
     files.check_folder("output_dir", run.folder)
     rewards = ", ".join(getattr(reward, "__name__", "?") for reward in task.rewards)
-    return f"{task.title}: {len(task.questions)} questions, {len(task.held_out)} held out, reward {rewards}"
+    return f"{task.title}: {counted(len(task.questions), 'question')}, {len(task.held_out)} held out, reward {rewards}"
 
 
 def check_policy(run: Run, path: str) -> None:
@@ -147,7 +148,9 @@ def check_questions(run: Run, task: Task) -> None:
     needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
     if len(task.questions) < needed:
         out = f" beside {len(task.held_out)} of data.held_out" if task.held_out else ""
-        raise ValueError(f"data: expected {needed} questions or more, one step's worth, got {len(task.questions)}{out}")
+        raise ValueError(
+            f"data: expected {counted(needed, 'question')} or more, one step's worth, got {len(task.questions)}{out}"
+        )
     check_columns("data", task.questions[0], config)
     if evaluates(config) and not task.held_out:
         raise ValueError("data.held_out: expected questions for train.eval_strategy to evaluate on, got none")

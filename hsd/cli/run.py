@@ -10,7 +10,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from hsd.cli.folder import check_folder, claim, remove_checkpoints, save_model_of, steps_done, steps_of
 from hsd.cli.prepare import Run, check_policy, check_questions, evaluates, left_out, peft_config
-from hsd.progress import say
+from hsd.progress import counted, say
 from hsd.train.builds import check_builds
 from hsd.train.callbacks import HELD_OUT, StepLine, StopOnSignal, last_checkpoint, load_metrics
 from hsd.train.limits import check_engine, check_no_tensor_parallelism, check_packages, launched
@@ -56,13 +56,19 @@ def train(run: Run) -> int:
         if checkpoint and steps_of(out / "model") < done and trainer.is_world_process_zero():
             save_model_of(checkpoint, out / "model")  # the run ended between its last checkpoint and its model
             end(run, trainer)
-        say(f"{out}: this run already has {done} steps" + ("; --max_steps asks for more" * bool(last_checkpoint(out))))
+        say(
+            f"{out}: this run already has {counted(done, 'step')}"
+            + ("; --max_steps asks for more" * bool(last_checkpoint(out)))
+        )
         return 0
     # An accelerate launch with --cpu starts one process, whatever number it is given.
-    say(f"{out}: {config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}, {engine}")
+    say(f"{out}: {counted(config.world_size, 'process', 'es')} on {config.device.type}, {engine}")
     if run.left_out:
         say(f"{out}: {left_out(run)}")
-    say(f"{out}: {len(task.questions)} questions, " + (f"resuming after step {done}" if done else "from the start"))
+    say(
+        f"{out}: {counted(len(task.questions), 'question')}, "
+        + (f"resuming after step {done}" if done else "from the start")
+    )
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (ValueError, TypeError, OSError) as error:
@@ -80,7 +86,7 @@ def train(run: Run) -> int:
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(out / "model" / "trainer_state.json"))
         end(run, trainer)
-    say(f"{out}: {trainer.state.global_step} steps; the model is in {out / 'model'}")
+    say(f"{out}: {counted(trainer.state.global_step, 'step')}; the model is in {out / 'model'}")
     return 0
 
 

@@ -21,6 +21,7 @@ from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable, likely_first
 from hsd.hub import asking, no_answer
 from hsd.json_files import read_jsonl
 from hsd.named import nearest
+from hsd.progress import counted
 from hsd.verify.generators import PREFIX, generator
 
 Convert = Callable[[dict[str, Any]], Row]
@@ -98,7 +99,7 @@ class Loaded:
     def __str__(self) -> str:
         reasons = "".join(f", {count} left out: {reason}" for reason, count in self.unusable.items())
         dropped = "".join(f", without the column {name!r}: a trainer uses this name itself" for name in self.dropped)
-        return f"{self.name}: {len(self.rows)} of {self.total} rows{reasons}{dropped}"
+        return f"{self.name}: {len(self.rows)} of {counted(self.total, 'row')}{reasons}{dropped}"
 
 
 def load(name: str, split: str | None = None, limit: int | None = None) -> list[Row]:

@@ -15,6 +15,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hsd.progress import counted
+
 WINDOW = 5
 DEVIATIONS = 3.0  # of the difference between two windows, where the questions' difficulty is all that varies
 TAIL, COPIES, LONGEST_CYCLE = 20, 4, 32  # tokens, times, tokens
@@ -51,8 +53,8 @@ def alarms(history: Sequence[Mapping[str, float]], questions: float | None = Non
     (best, end), success = _best(history, "hsd/success_rate"), _last(history, "hsd/success_rate")
     if best is not None and success is not None and best > 0.05 and _halved(best, success, questions):
         found["success"] = (
-            f"success fell from {best:.3f}, the mean of the best {WINDOW} steps, which ended {len(history) - end} "
-            f"steps ago, to {success:.3f} in the last {WINDOW}"
+            f"success fell from {best:.3f}, the mean of the best {WINDOW} steps, which ended "
+            f"{counted(len(history) - end, 'step')} ago, to {success:.3f} in the last {WINDOW}"
         )
     first, entropy = _first(history, "hsd/student_entropy"), _last(history, "hsd/student_entropy")
     start = _first(history, "hsd/success_rate")

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from hsd.files import replacing
 from hsd.methods import title
 from hsd.policy.frozen import inner_model, is_peft
+from hsd.progress import counted
 from hsd.train.config import HSDConfig
 
 CARD = "README.md"
@@ -57,7 +58,7 @@ def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
             "",
             f"# {Path(base).name}, trained by {title(args.method)}",
             "",
-            f"{WHOLE if lora is None else ADAPTER} `{base}` after {steps} steps of "
+            f"{WHOLE if lora is None else ADAPTER} `{base}` after {counted(steps, 'step')} of "
             f"hsd-kernels' `method: {args.method}`.",
             "",
             "| setting | value |",

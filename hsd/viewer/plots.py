@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsd.files import replacing
+from hsd.progress import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,7 +148,7 @@ def plot_silence(
     for axes, (panel, both) in zip(row, panels.items(), strict=True):
         xs, ys = ([max(floor, v) for v in values] for values in both)
         axes.plot([low, high], [low, high], color=_GREY, linewidth=1, linestyle="--", label="equal")
-        axes.scatter(xs, ys, s=14, color=_COLOURS[0], alpha=0.5, edgecolors="none", label=f"{len(xs)} rollouts")
+        axes.scatter(xs, ys, s=14, color=_COLOURS[0], alpha=0.5, edgecolors="none", label=counted(len(xs), "rollout"))
         mean_x, mean_y = (sum(values) / len(values) for values in both)
         axes.plot([max(floor, mean_x)], [max(floor, mean_y)], label=f"mean: {mean_x:.3f} and {mean_y:.3f}", **_star())
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
@@ -184,7 +185,7 @@ def plot_methods(
         held_out.annotate(f"{measured.mean:.2f}", (i, measured.mean), (8, 0), textcoords="offset points", fontsize=9)
     held_out.set_xticks(range(1 + len(after)), labels=["before", *after])
     held_out.margins(x=0.15)
-    held_out.set_title(f"{before.questions} held-out questions, 95 % intervals")
+    held_out.set_title(f"{counted(before.questions, 'held-out question')}, 95 % intervals")
     _clean(held_out)
     _finish(fig, [learning], path, title)
 

@@ -146,7 +146,7 @@ def test_a_finished_run_keeps_what_more_steps_need_only_where_it_is_asked_to(mod
     weights = [str(p.relative_to(here)) for p in (here / "runs").rglob("*") if p.suffix in (".safetensors", ".pt")]
     assert weights == ["runs/run/model/model.safetensors"]
     assert main(["train", "run.yaml"]) == 0
-    assert "already has 1 steps\n" in capsys.readouterr().out
+    assert "already has 1 step\n" in capsys.readouterr().out
     assert main(["train", "run.yaml", "--max_steps", "2"]) == 2
     assert "got 2; for a new run add --output_dir runs/run-2" in capsys.readouterr().err
     kept = ["train", "run.yaml", "--output_dir", "kept", "--save_total_limit", "1"]
@@ -167,7 +167,7 @@ def test_a_run_that_ended_before_its_model_was_saved_gets_it(model, here, capsys
     assert {p.name for p in (here / "out" / "model").iterdir()} == whole
     assert (here / "out" / "model" / "model.safetensors").read_bytes() == written
     assert not list((here / "out").glob("checkpoint-*"))
-    assert capsys.readouterr().out.endswith("already has 1 steps\n")
+    assert capsys.readouterr().out.endswith("already has 1 step\n")
 
 
 @pytest.mark.parametrize(("rank", "writes"), [(0, True), (1, False)])
@@ -267,7 +267,7 @@ def test_a_package_that_reports_and_is_missing_is_one_line(here, model, monkeypa
         ),
         (
             ["--data.held_out", "4"],
-            "run.yaml: data.path: expected 1 questions or more, one step's worth, got 0 beside 4 of data.held_out",
+            "run.yaml: data.path: expected 1 question or more, one step's worth, got 0 beside 4 of data.held_out",
         ),
         (["--report_to", "nosuch"], "report_to: expected names of installed packages, got 'nosuch': nosuch is not"),
         (["--temperature", "0"], "error: --temperature: expected a number in (0, inf), got 0.0"),
