@@ -4,6 +4,7 @@ Training, a stop and a resume through the command line are in tests/hsd/train/te
 """
 
 import json
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -434,6 +435,13 @@ def test_held_out_questions_are_evaluated_and_drawn(model, here, capsys, monkeyp
     assert [row["step"] for row in load_metrics(out / "metrics.jsonl")] == [1, 2, 3]  # evaluations are no steps
     path, curves = drawn[-1]
     assert path == Path("runs/run/training.png") and curves["success"]["held-out questions"] == ([1, 2, 3], [0.0] * 3)
+    table = (Path(__file__).parents[3] / "docs" / "tutorial.md").read_text().partition("| file | content |")[2]
+    told = {
+        name for row in table.partition("\n\n")[0].splitlines() for name in re.findall("`(.*?)`", row.split(" | ")[0])
+    }
+    there = {path.name + "/" * path.is_dir() for path in out.iterdir()}
+    # A method that draws writes texts.jsonl; the picture is not drawn here.
+    assert {re.sub(r"-\d+/", "-N/", name) for name in there} == told - {"texts.jsonl", "training.png"}
     assert "step 3/3  success on held-out questions 0" in capsys.readouterr().out
     assert main(["train", "run.yaml", "--check", *words[2:]]) == 2
     assert (
