@@ -1,12 +1,20 @@
-"""What a user names in a configuration as ``module:NAME``: a reward function, a method."""
+"""What a user names in a configuration: a known word, or ``module:NAME``, a reward function or a method."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """ ", the nearest is ..." behind an error about an unknown word; nothing where none is similar."""
+    found = difflib.get_close_matches(word, known, n=1) if isinstance(word, str) else []
+    return f", the nearest is {found[0]}" if found else ""
 
 
 def is_named(name: object) -> bool:

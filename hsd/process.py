@@ -12,6 +12,7 @@ import warnings
 # What libraries say in an ordinary run and nobody can act on: the logger, and how the message begins.
 HARMLESS = (
     ("DeepSpeed", "Setting accelerator to CPU."),  # installed beside a machine without a GPU
+    ("transformers.trainer_utils", "The tokenizer has new PAD/BOS/EOS tokens"),  # as it should: the run's tokenizer
 )
 
 

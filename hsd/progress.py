@@ -10,6 +10,11 @@ Progress = Callable[[int, int], None]  # (done, total)
 EVERY = 2.0  # seconds between two lines of a counter
 
 
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """ "1 step", "2 steps"."""
+    return f"{number} {noun}{ending * (number != 1)}"
+
+
 def say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)

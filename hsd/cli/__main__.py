@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from hsd.hub import asking
+from hsd.named import nearest
 from hsd.process import hush, settle
 
 COMMANDS = (
@@ -85,7 +86,7 @@ def dispatch(words: list[str]) -> int:
         return 0 if words else 2
     name = words[0]
     if name not in COMMANDS:
-        raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
+        raise ValueError(f"command: expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}, got {name!r}")
     module = load(name)
     parser = Parser(prog=f"hsd {name}", description=module.HELP, allow_abbrev=False)
     module.add_arguments(parser)

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_run(folder: Path, name: str) -> LoggedRun:
-    from hsd.cli.settings import load_yaml
+    from hsd.cli.settings import flat, load_yaml
     from hsd.train.callbacks import load_metrics
     from hsd.train.rules import ignored
     from hsd.viewer.held_out import latest
@@ -156,14 +156,6 @@ def short_names(folders: Sequence[Path]) -> list[str]:
         raise ValueError(f"RUN: expected different folders, got {', '.join(map(str, folders))}")
     candidates = (["/".join(p[-n:]) for p in parts] for n in range(1, max(map(len, parts)) + 1))
     return next(names for names in candidates if len(set(names)) == len(names))
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys in dotted form."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 def number(value: float) -> str:

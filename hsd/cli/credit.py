@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hsd.progress import counted
+
 HELP = "figures of where the credit lands, and a page of rollouts token by token"
 LEAST = {"questions": 1, "rollouts": 2, "shown": 1, "max_new_tokens": 1}
 
@@ -54,7 +56,10 @@ def run(args: argparse.Namespace) -> int:
     policy = load_policy(model, "auto" if torch.cuda.is_available() else "float32").on_accelerator()
     policy.tokenizer.pad_token = policy.tokenizer.pad_token or policy.tokenizer.eos_token
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{task.title}: {model}, {len(questions)} questions x {args.rollouts} rollouts, twice", flush=True)
+    print(
+        f"{task.title}: {model}, {counted(len(questions), 'question')} x {counted(args.rollouts, 'rollout')}, twice",
+        flush=True,
+    )
     note = f"Model {model}, seed {args.seed}. The teacher has the same weights."
     numbers = {"seed": args.seed, "size": args.rollouts, "shown": args.shown}
     credit = measure_credit(task, policy, questions, **numbers)

@@ -18,6 +18,7 @@ from hsd.data.mix import mix, with_difficulty
 from hsd.data.sources import load_source
 from hsd.files import check_file
 from hsd.json_files import read_jsonl, write_json, write_jsonl
+from hsd.progress import counted
 
 HELP = "prepare, decontaminate, bin and mix questions"
 
@@ -74,7 +75,7 @@ def _prepare(args: argparse.Namespace) -> int:
     rows = [r for r in rows if not before or "" < r.get("date", "") < before]
     if not rows:
         raise ValueError(f"--level, --since, --before: expected to leave a row of {loaded.name}, got none")
-    print(f"{args.out}: {write_jsonl(args.out, rows[: args.limit])} rows")
+    print(f"{args.out}: {counted(write_jsonl(args.out, rows[: args.limit]), 'row')}")
     return 0
 
 
@@ -99,11 +100,11 @@ def _decontaminate(args: argparse.Namespace) -> int:
     kept, report = decontaminate(train.rows, against)
     write_jsonl(args.out, (train.rows[i] for i in kept))
     write_json(args.report, {"train": train.name, "unusable": train.unusable} | report)
-    print(f"{train}\nagainst " + ", ".join(f"{name} ({len(rows)} rows)" for name, rows in against.items()))
+    print(f"{train}\nagainst " + ", ".join(f"{name} ({counted(len(rows), 'row')})" for name, rows in against.items()))
     for rule, count in report["removed"].items():
         print(f"  {rule}: {count} removed ({report['rules'][rule]})")
     if report["answers_not_comparable"]:
-        print(f"  {len(report['answers_not_comparable'])} answers could not be compared; their rows stay")
+        print(f"  {counted(len(report['answers_not_comparable']), 'answer')} could not be compared; the rows stay")
     print(f"  {report['kept']} of {report['train_rows']} stay; every removed pair is in {args.report}")
     return 0
 
@@ -127,5 +128,5 @@ def _mix(args: argparse.Namespace) -> int:
     rows = mix([s.rows for s in streams], ratio, seed=args.seed, length=args.length)
     write_jsonl(args.out, rows)
     counts = Counter(row["source"] for row in rows)
-    print(f"{args.out}: {len(rows)} rows, " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    print(f"{args.out}: {counted(len(rows), 'row')}, " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     return 0

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsd.progress import counter, say
+from hsd.progress import counted, counter, say
 
 if TYPE_CHECKING:
     from hsd.cli.prepare import Run
@@ -118,10 +118,11 @@ class Demo:
         measured = self.evaluation(policy, held_out.after(trained.folder, steps))
         after = measured.success
         say(f"success after{'' if own else f' {trained.config.method}'}: {after}")
-        questions = f"{after.questions} {'held-out' if self.task.held_out else 'training'} questions x {after.samples}"
+        kind = "held-out" if self.task.held_out else "training"
+        questions = f"{counted(after.questions, f'{kind} question')} x {after.samples}"
         write_success(trained.folder / "model", f"Of {questions}: {before.success} before training, {after} after it.")
         if own:
-            name, shown = f"after {steps} steps", credits[BEFORE_TRAINING]["shown"]
+            name, shown = f"after {counted(steps, 'step')}", credits[BEFORE_TRAINING]["shown"]
             credits[name] = self.credit(policy, name, f"credit-after-{steps}.json", shown)
         return End(load_metrics(trained.folder / "metrics.jsonl"), measured)
 

@@ -24,6 +24,7 @@ from hsd.cli.prepare import Run, prepare
 from hsd.cli.settings import load, parse
 from hsd.json_files import read_json
 from hsd.methods.state import GATE, STATE
+from hsd.progress import counted
 from hsd.tasks.files import title
 from hsd.tasks.settings import Data
 from hsd.tasks.task import Question, Task
@@ -176,13 +177,14 @@ def check_steps(run: Run) -> None:
     done, saved = steps_done(out), last_checkpoint(out)
     if 0 < done < most and (saved is None or steps_of(saved) < done):
         raise ValueError(
-            f"train.max_steps: {out} holds a finished run of {done} steps, without the checkpoint that more need "
-            f"(--save_total_limit 1 would have kept it), got {most}; for a new run add --output_dir {out}-{most}"
+            f"train.max_steps: {out} holds a finished run of {counted(done, 'step')}, without the checkpoint that more "
+            f"need (--save_total_limit 1 would have kept it), got {most}; for a new run add --output_dir {out}-{most}"
         )
     if 0 < most < done:  # as of this call, its settings and report would be of fewer steps than its model
         raise ValueError(
-            f"train.max_steps: {out} holds a run of {done} steps, got {most}; for a run of {most} steps beside it "
-            f"add --output_dir {out}-{most} (with make: ARGS='--output_dir {out}-{most}')"
+            f"train.max_steps: {out} holds a run of {counted(done, 'step')}, got {most}; for a run of "
+            f"{counted(most, 'step')} beside it add --output_dir {out}-{most} "
+            f"(with make: ARGS='--output_dir {out}-{most}')"
         )
 
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = parse({}, words)
     settings = replace(settings, train=BEGIN | without_gpu() | settings.train)
-    job = prepare(settings, path.stem, source=str(path), check=True)
+    job = prepare(settings, path.stem, check=True)
     found = check(job)
     with replacing(path) as part:
         part.write_text("\n".join(lines(path, settings, job.config)) + "\n", encoding="utf-8")

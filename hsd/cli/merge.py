@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from hsd.cli.folder import run_and_model
     from hsd.files import check_folder, replacing
     from hsd.policy.pretrained import load, load_config, load_tokenizer
+    from hsd.train.card import write_merged_card
 
     _, adapters = run_and_model(args.run)
     if not (adapters / "adapter_config.json").exists():
@@ -44,5 +45,6 @@ def run(args: argparse.Namespace) -> int:
     with replacing(args.out) as part:
         merged.to(dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
+        write_merged_card(adapters, part)
     print(f"{args.out}: {adapters} merged into {base}, {str(dtype).removeprefix('torch.')}")
     return 0

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hsd.progress import counted
+
 HELP = "count the memory and the traffic of a configuration on each GPU"
 TAKES_OVERRIDES = True
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     room = args.memory * GB
     found = plan(config, shape, engine, args.gpus, room=room, weight_bytes=bytes_of_weight, prompt=prompt)
     print(f"{model.path}: {shape.parameters:,} parameters, {shape.trained:,} trained")
-    print(f"{args.gpus} GPU{'s' * (args.gpus > 1)} of {args.memory:g} GB, {engine}; counted, not measured\n")
+    print(f"{counted(args.gpus, 'GPU')} of {args.memory:g} GB, {engine}; counted, not measured\n")
     for title, items in (("GB on each GPU", found.memory), ("GB that each GPU sends in a step", found.traffic)):
         if items:
             print(title)

@@ -9,18 +9,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
+
 from hsd import files
+from hsd.named import nearest
+from hsd.policy.body_and_head import body_and_head
 from hsd.policy.pretrained import check as check_model
+from hsd.policy.pretrained import without_weights
+from hsd.progress import counted
 from hsd.tasks import registered
 from hsd.tasks.files import check_parts, complete
-from hsd.tasks.settings import Settings
+from hsd.tasks.settings import Lora, Settings
 from hsd.tasks.task import Policy, Task, load_policy
 from hsd.train.config import HSDConfig
 from hsd.train.limits import (
     check_columns,
     check_engine,
     check_no_tensor_parallelism,
-    check_reports,
+    check_packages,
     lacking,
     launched,
 )
@@ -79,18 +85,66 @@ def check(run: Run) -> str:
     wrong with it and needs no weights."""
     check_engine(run.config, launched(run.config), peft=run.settings.model.lora is not None)
     check_no_tensor_parallelism(None, run.config)
-    check_reports(run.config)
+    check_packages(run.config)
     model, data = run.settings.model.path, run.settings.data
     if model is not None:
         check_model(model)
+        check_policy(run, model)
     elif data.path is not None and data.chat is None:  # the task would make its model to say
         run = replace(run, settings=replace(run.settings, data=replace(data, chat=False)))
     task = run.task()
     check_questions(run, task)
     files.check_folder("output_dir", run.folder)
     rewards = ", ".join(getattr(reward, "__name__", "?") for reward in task.rewards)
-    told = f"{task.title}: {len(task.questions)} questions, {len(task.held_out)} held out, reward {rewards}"
+    told = f"{task.title}: {counted(len(task.questions), 'question')}, {len(task.held_out)} held out, reward {rewards}"
     return "\n".join(filter(None, (told, lacking(run.config, task.questions))))
+
+
+def check_policy(run: Run, path: str) -> None:
+    """Raise ValueError where the model at ``path`` rules out an attention, LoRA, loss or optimizer of the run; its
+    weights are not loaded, and torch's generator stays as it is."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        policy = without_weights(path, run.settings.model.attention)
+        if (lora := run.settings.model.lora) is not None:
+            policy = with_adapters(policy, lora)
+    if run.config.has_teacher:
+        body_and_head(policy)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(run.config, policy)
+    except (ValueError, ImportError, RuntimeError) as error:
+        name = getattr(run.config.optim, "value", run.config.optim)
+        raise ValueError(f"optim: expected one that can run here, got {name!r}: {error}") from error
+
+
+def with_adapters(policy: Any, lora: Lora) -> Any:
+    """The policy with PEFT's adapters. Raises ValueError where a target is no module of it that LoRA can train."""
+    from peft import get_peft_model
+
+    modules = [f".{name}" for name, _ in policy.named_modules()]
+    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules
+    expected = "model.lora.target_modules: expected modules of the model that LoRA can train"
+    # PEFT is content where one of them is there.
+    if missing := [name for name in targets if not any(module.endswith(f".{name}") for module in modules)]:
+        last = {module.rpartition(".")[2] for module in modules}
+        raise ValueError(f"{expected}{nearest(missing[0], last)}, got {missing[0]!r}")
+    try:
+        return get_peft_model(policy, peft_config(lora))
+    except ValueError as error:
+        raise ValueError(f"{expected}, got {lora.target_modules!r}: {error}") from error
+
+
+def peft_config(lora: Lora) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
 
 
 def left_out(run: Run) -> str:
@@ -104,7 +158,9 @@ def check_questions(run: Run, task: Task) -> None:
     needed = config.generation_batch_size // config.num_generations  # type: ignore[operator]
     if len(task.questions) < needed:
         out = f" beside {len(task.held_out)} of data.held_out" if task.held_out else ""
-        raise ValueError(f"data: expected {needed} questions or more, one step's worth, got {len(task.questions)}{out}")
+        raise ValueError(
+            f"data: expected {counted(needed, 'question')} or more, one step's worth, got {len(task.questions)}{out}"
+        )
     check_columns("data", task.questions[0], config)
     if evaluates(config) and not task.held_out:
         raise ValueError("data.held_out: expected questions for train.eval_strategy to evaluate on, got none")

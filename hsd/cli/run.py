@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from transformers.trainer_callback import ProgressCallback
 
 from hsd.cli.folder import check_folder, claim, remove_checkpoints, save_model_of, steps_done, steps_of
-from hsd.cli.prepare import Run, check_questions, evaluates, left_out
-from hsd.progress import say
-from hsd.tasks.settings import Lora
+from hsd.cli.prepare import Run, check_policy, check_questions, evaluates, left_out, peft_config
+from hsd.progress import counted, say
 from hsd.train.builds import check_builds
 from hsd.train.callbacks import HELD_OUT, StepLine, StopOnSignal, last_checkpoint, load_metrics
-from hsd.train.limits import check_engine, check_no_tensor_parallelism, check_reports, launched
+from hsd.train.limits import check_engine, check_no_tensor_parallelism, check_packages, launched
 from hsd.train.trainer import HSDTrainer
 
 
 def train(run: Run) -> int:
     """Train, or go on with the run in the folder; the exit code."""
-    config, out = run.config, run.folder
+    config, out, lora = run.config, run.folder, run.settings.model.lora
     engine = launched(config)
-    check_engine(config, engine, peft=run.settings.model.lora is not None)
+    check_engine(config, engine, peft=lora is not None)
     check_no_tensor_parallelism(None, config)
-    check_reports(config)
+    check_packages(config)
     if engine.name == "deepspeed":
         check_builds()
     with config.main_process_first(desc="the questions and the model's files"):
         task = run.task()
         check_questions(run, task)
         check_folder(run, task)  # a task may take minutes to make its model
-        task.model()
+        check_policy(run, task.model())
     # On all ranks at once: under ZeRO-3 they share the weights out as they read them.
     model, tokenizer = run.initial_policy(task)
     if config.process_index == 0:
@@ -45,7 +43,7 @@ def train(run: Run) -> int:
         train_dataset=Dataset.from_list(list(task.questions)),
         eval_dataset=Dataset.from_list(list(task.held_out)) if evaluates(config) else None,
         processing_class=tokenizer,
-        peft_config=peft_config(run.settings.model.lora),
+        peft_config=None if lora is None else peft_config(lora),
         context_template=task.template,
         callbacks=[stop],
     )
@@ -58,13 +56,19 @@ def train(run: Run) -> int:
         if checkpoint and steps_of(out / "model") < done and trainer.is_world_process_zero():
             save_model_of(checkpoint, out / "model")  # the run ended between its last checkpoint and its model
             end(run, trainer)
-        say(f"{out}: this run already has {done} steps" + ("; --max_steps asks for more" * bool(last_checkpoint(out))))
+        say(
+            f"{out}: this run already has {counted(done, 'step')}"
+            + ("; --max_steps asks for more" * bool(last_checkpoint(out)))
+        )
         return 0
     # An accelerate launch with --cpu starts one process, whatever number it is given.
-    say(f"{out}: {config.world_size} process{'es' * (config.world_size > 1)} on {config.device.type}, {engine}")
+    say(f"{out}: {counted(config.world_size, 'process', 'es')} on {config.device.type}, {engine}")
     if run.left_out:
         say(f"{out}: {left_out(run)}")
-    say(f"{out}: {len(task.questions)} questions, " + (f"resuming after step {done}" if done else "from the start"))
+    say(
+        f"{out}: {counted(len(task.questions), 'question')}, "
+        + (f"resuming after step {done}" if done else "from the start")
+    )
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (ValueError, TypeError, OSError) as error:
@@ -82,7 +86,7 @@ def train(run: Run) -> int:
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(out / "model" / "trainer_state.json"))
         end(run, trainer)
-    say(f"{out}: {trainer.state.global_step} steps; the model is in {out / 'model'}")
+    say(f"{out}: {counted(trainer.state.global_step, 'step')}; the model is in {out / 'model'}")
     return 0
 
 
@@ -100,17 +104,3 @@ def write_picture(trainer: HSDTrainer) -> None:
     out = Path(str(trainer.args.output_dir))
     if trainer.is_world_process_zero():
         training_picture(out, load_metrics(out / "metrics.jsonl"), load_metrics(out / HELD_OUT))
-
-
-def peft_config(lora: Lora | None) -> Any:
-    if lora is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )

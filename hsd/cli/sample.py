@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSONL with question or prompt"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="text with a prompt a line, or JSONL, CSV or Parquet with question or prompt",
     )
     parser.add_argument("--n", type=int, default=1, help="replies of each model to each prompt (1, at most 1000)")
     parser.add_argument("--temperature", type=float, help="1.0, or the run's; 0 is greedy")
@@ -99,21 +102,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The lines of a text file; of a JSONL file each row's question, else its prompt."""
-    from hsd.data.rows import is_prompt
-    from hsd.json_files import decoded, read_jsonl
+    """The lines of a text file; of a file of questions each row's question, else its prompt or problem."""
+    from hsd.data.local_files import ENDINGS, read_rows
+    from hsd.data.rows import is_prompt, likely_first
+    from hsd.json_files import decoded
 
     if not path.is_file():
         raise ValueError(f"--prompts: expected a file, got {path}, which is not there")
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+    if not path.name.removesuffix(".gz").lower().endswith(ENDINGS):
         lines = decoded(path.read_bytes(), str(path)).splitlines()
         return [line for line in lines if line.strip()]
     asked = []
-    for number, row in enumerate(read_jsonl(path), 1):
-        prompt = row.get("question") or row.get("prompt")
+    for number, row in enumerate(read_rows(path), 1):
+        prompt = next((row[name] for name in ("question", "prompt", "problem") if row.get(name)), None)
         if not prompt or not is_prompt(prompt):
-            wanted = "a question or a prompt, text or messages that end with the user's text"
-            raise ValueError(f"{path}, row {number}: expected {wanted}, got {prompt!r:.200}")
+            wanted = "a question, prompt or problem, text or messages that end with the user's text"
+            got = f"the columns {likely_first(row)}" if prompt is None else f"{prompt!r:.200}"
+            raise ValueError(f"--prompts: {path}, row {number}: expected {wanted}, got {got}")
         asked.append(prompt)
     return asked
 

@@ -21,7 +21,8 @@ from hsd.tasks.settings import Settings
 
 SECTIONS = ("model", "data", "train")
 OF_A_PATH = ("model", "data")  # a text in their place is their path
-OF_DATA = {"split": "data.split", "limit": "data.limit"}  # arguments of hsd.data.load
+# Arguments by whose names errors call a key.
+ARGUMENTS = {"split": "data.split", "limit": "data.limit", "max_length": "train.max_teacher_prompt_length"}
 EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
 
 
@@ -50,17 +51,21 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return found
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys in dotted form."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
 def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "settings") -> Settings:
     """``raw`` as checked settings, with ``--key value`` pairs on top. ``source`` names ``raw`` in errors."""
     merged: dict[str, Any] = {key: _section(key, v) for key, v in raw.items()}
     came_from: dict[str, str] = {}
-    for word, text in _pairs(overrides):
-        key = _full_name(word)
-        value = _value(text, known_keys()[key])
-        if key in OF_A_PATH and isinstance(value, str):  # and the section's other keys stay
-            key = f"{key}.path"
+    for key, value, option in _options(overrides):
         _put(merged, key.split("."), value)
-        came_from[key] = f"--{word}"
+        came_from[key] = option
     for section in SECTIONS:
         merged[section] = _section(section, merged.get(section))
     try:
@@ -79,15 +84,37 @@ def _section(name: str, value: Any) -> Any:
 
 
 def as_typed(message: str, config: Path | None, overrides: Sequence[str]) -> str:
-    """An error that begins with "data: " or "model: ", with the key that the user gave it under in this place."""
-    name, colon, rest = message.partition(": ")
-    if not colon or name not in (*OF_A_PATH, *OF_DATA):
+    """An error that begins with a key, or with several, behind the option or the file that gave the key."""
+    place = f"{config or 'settings'}: "
+    names, colon, rest = message.removeprefix(place).partition(": ")
+    keys = {name: _key_of(name) for name in names.split(", ")}
+    if not colon or not keys.keys() <= {name for name, key in keys.items() if key}:
         return message
-    key = OF_DATA.get(name, f"{name}.path")
-    given = {_full_name(word): f"--{word}" for word, _ in _pairs(overrides)}
-    if key not in given and name not in given and config is not None:
-        given[key] = f"{config}: {name if isinstance(load_yaml(config).get(name), str) else key}"
-    return f"{given.get(key, given.get(name, key))}: {rest}"
+    given = {key: option for key, _, option in _options(overrides)}
+    if typed := {name: option for name, key in keys.items() if (option := _around(key, given))}:
+        return f"{', '.join(typed.get(name, name) for name in keys)}: {rest}"
+    if config is None:
+        return f"{', '.join(keys.values())}: {rest}"
+    written = load_yaml(config)
+    shown = [name if isinstance(written.get(name), str) else key for name, key in keys.items()]
+    by_file = message.startswith(place) or any(
+        name in OF_A_PATH or _around(k, flat(written)) for name, k in keys.items()
+    )
+    return f"{place if by_file else ''}{', '.join(shown)}: {rest}"
+
+
+def _key_of(name: str) -> str:
+    """The dotted key that an error means by ``name``; empty where it means none."""
+    if name in OF_A_PATH:
+        return f"{name}.path"
+    return next((key for key in (ARGUMENTS.get(name, name), f"train.{name}") if key in known_keys()), "")
+
+
+def _around(key: str, given: Mapping[str, Any]) -> Any:
+    """What is given for ``key``, or for a section around it; None where nothing is."""
+    parts = key.split(".")
+    names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((given[name] for name in names if name in given), None)
 
 
 @cache
@@ -141,7 +168,7 @@ def _explain(error: ValidationError, prefix: str, came_from: Mapping[str, str], 
     lengths = range(len(place), 0, -1)
     length = next((n for n in lengths if unknown or prefix + ".".join(place[:n]) in known_keys()), 0)
     key = (prefix + ".".join(place[:length])).rstrip(".")
-    where = came_from.get(key, source)
+    where = _around(key, came_from) or source
     if unknown:
         return f"{where}: {key}: unknown key{nearest(key)}"
     about = [p for p in problems if [str(part) for part in p["loc"][:length]] == place[:length]]
@@ -177,6 +204,15 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
                 raise ValueError(f"--{key}: expected a value, got none")
             text = rest.pop(0)
         yield key.replace("-", "_"), text
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    """Key, value and the option as typed."""
+    for word, text in _pairs(words):
+        key = _full_name(word)
+        value = _value(text, known_keys()[key])
+        # A text in a section's place is its path, and the section's other keys stay.
+        yield f"{key}.path" if key in OF_A_PATH and isinstance(value, str) else key, value, f"--{word}"
 
 
 def _full_name(word: str) -> str:

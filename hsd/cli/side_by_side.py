@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hsd.progress import counted
+
 if TYPE_CHECKING:
     from hsd.hindsight.groups import Prompt
 
@@ -20,7 +22,7 @@ class Reply:
     truncated: bool
 
     def __str__(self) -> str:
-        return f"{self.tokens} token{'s' * (self.tokens != 1)}" + (", cut off" if self.truncated else "")
+        return f"{counted(self.tokens, 'token')}" + (", cut off" if self.truncated else "")
 
 
 def shown(asked: Prompt, names: Sequence[str], replies: Sequence[Sequence[Reply]], width: int | None) -> list[str]:

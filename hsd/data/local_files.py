@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hsd.json_files import decoded, read_jsonl
+from hsd.progress import counted
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".jsonl", ".json", *DELIMITERS, ".parquet")
@@ -39,7 +40,9 @@ def _separated(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path}: expected a first line with a name for each column, got {header}")
         for cells in lines:
             if len(cells) != len(header) and cells:
-                raise ValueError(f"{path}, line {lines.line_num}: expected {len(header)} cells, got {len(cells)}")
+                raise ValueError(
+                    f"{path}, line {lines.line_num}: expected {counted(len(header), 'cell')}, got {len(cells)}"
+                )
             if cells:
                 yield dict(zip(header, cells, strict=True))
     except csv.Error as error:

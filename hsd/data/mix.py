@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hsd.data.rows import Row
+from hsd.named import nearest
 
 EASY, HARD = 0.5, 0.2
 
@@ -27,7 +28,9 @@ def with_difficulty(rows: Sequence[Row], samples: Iterable[dict[str, Any]]) -> l
     rewards: dict[int, list[float]] = defaultdict(list)
     for record in samples:
         if missing := {"row", "id", "answer", "reward"} - record.keys():
-            raise ValueError(f"samples: expected a column {min(missing)!r}, got {sorted(record)}")
+            raise ValueError(
+                f"samples: expected a column {min(missing)!r}{nearest(min(missing), record)}, got {sorted(record)}"
+            )
         at, reward = record["row"], record["reward"]
         if (
             type(at) is not int

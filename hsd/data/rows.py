@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from math import isfinite
 from typing import Any
+
+from hsd.named import nearest
 
 Row = dict[str, Any]
 
@@ -22,6 +24,8 @@ TEXTS = ("question", "solution", "demonstration", "tests", "kind", "source", "id
 TRAINER_COLUMNS = frozenset(
     "prompts completion completions completion_ids trainer_state log_extra log_metric environments".split()
 )
+LIKELY = ("question", "problem", "prompt", "query", "instruction", "input", "answer", "solution", "response", "output")
+LIKELY += ("target", "label", "completion")
 KINDS = ("math", "code", "generated")  # each has a verifier
 
 
@@ -33,7 +37,7 @@ def check_row(row: Row) -> Row:
     """``row`` itself, if it has the form above; else ValueError or TypeError. Further columns are the owner's."""
     for column in ("prompt", "answer"):
         if column not in row:
-            raise ValueError(f"row: expected a column {column!r}, got {sorted(row)}")
+            raise ValueError(f"row: expected a column {column!r}{nearest(column, row)}, got {sorted(row)}")
     prompt, answer = row["prompt"], row["answer"]
     if not is_prompt(prompt):
         raise TypeError(f"prompt: expected a string or messages that end with the user's text, got {prompt!r:.200}")
@@ -46,6 +50,11 @@ def check_row(row: Row) -> Row:
     if row.get("kind", "math") not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {row['kind']!r}")
     return row
+
+
+def likely_first(columns: Iterable[str]) -> list[str]:
+    """The columns, those first that may be a question or an answer by their names."""
+    return sorted(columns, key=lambda column: not any(word in column.lower() for word in LIKELY))
 
 
 def answer_text(answer: Any) -> str:

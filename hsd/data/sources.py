@@ -17,9 +17,11 @@ from hsd.data import code_sources as code
 from hsd.data import math_sources as math
 from hsd.data.local_files import ENDINGS, read_rows
 from hsd.data.ready_rows import ready, verl
-from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable
+from hsd.data.rows import TRAINER_COLUMNS, Row, Unusable, likely_first
 from hsd.hub import asking, no_answer
 from hsd.json_files import read_jsonl
+from hsd.named import nearest
+from hsd.progress import counted
 from hsd.verify.generators import PREFIX, generator
 
 Convert = Callable[[dict[str, Any]], Row]
@@ -97,7 +99,7 @@ class Loaded:
     def __str__(self) -> str:
         reasons = "".join(f", {count} left out: {reason}" for reason, count in self.unusable.items())
         dropped = "".join(f", without the column {name!r}: a trainer uses this name itself" for name in self.dropped)
-        return f"{self.name}: {len(self.rows)} of {self.total} rows{reasons}{dropped}"
+        return f"{self.name}: {len(self.rows)} of {counted(self.total, 'row')}{reasons}{dropped}"
 
 
 def load(name: str, split: str | None = None, limit: int | None = None) -> list[Row]:
@@ -133,13 +135,14 @@ def load_source(name: str, split: str | None = None, limit: int | None = None) -
     by_repo = {source.repo.lower(): source for source in SOURCES.values()}
     source = SOURCES.get(key.lower()) or by_repo.get(key.lower())
     if source is None:
-        known = f"one of {', '.join(SOURCES)} (or its hub name) or {PREFIX}NAME"
+        known = f"one of {', '.join(SOURCES)} (or its hub name) or {PREFIX}NAME{nearest(key, (*SOURCES, *by_repo))}"
         raise ValueError(f"data: expected a file, {known}, got {name!r}")
     if split and named and split != named:
         raise ValueError(f"split: expected {named!r}, as in {name!r}, or None, got {split!r}")
     split = split or named or source.splits[0]
     if split not in source.splits:
-        raise ValueError(f"data: expected a split of {key} among {', '.join(source.splits)}, got {split!r}")
+        known = f"{', '.join(source.splits)}{nearest(split, source.splits)}"
+        raise ValueError(f"data: expected a split of {key} among {known}, got {split!r}")
     configs = [c for c in source.configs if c]
     exact = " ".join([source.repo, *(configs if len(configs) == 1 else []), split])
     with asking():
@@ -153,7 +156,7 @@ def convert_row(raw: dict[str, Any]) -> Row:
             return convert(raw)
     raise ValueError(
         "columns: expected 'question' and 'answer', or 'prompt' and 'answer', or those of a known data set "
-        f"(docs/data.md), got {', '.join(map(repr, raw)) or 'none'}"
+        f"(docs/data.md), got {', '.join(map(repr, likely_first(raw))) or 'none'}"
     )
 
 

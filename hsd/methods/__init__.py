@@ -4,7 +4,7 @@ from importlib import import_module
 from types import ModuleType
 
 from hsd.methods.method import Method
-from hsd.named import is_named, named
+from hsd.named import is_named, named, nearest
 
 NAMES = (
     *("hsd", "hsd_unpaired", "opsd", "sdpo", "sdft", "mopd", "atesd", "atesd_learned", "ccopd", "msd"),  # a divergence
@@ -24,7 +24,8 @@ def method(name: str) -> Method:
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     if not is_named(name):
-        raise ValueError(f"method: expected one of {', '.join(METHODS)} or module:METHOD, got {name!r}")
+        known = f"{', '.join(METHODS)} or module:METHOD{nearest(name, METHODS)}"
+        raise ValueError(f"method: expected one of {known}, got {name!r}")
     found = named("method", name)[1]
     if not isinstance(found, Method):
         raise ValueError(f"method: expected a hsd.methods.Method, got {name!r}, which is {found!r:.60}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hsd.json_files import read_json
 from hsd.progress import hide_bars
 
 ADAPTERS = "adapter_config.json"
+FLASH = {f"flash_attention_{n}": "flash_attn_interface" if n == 3 else "flash_attn" for n in (2, 3, 4)}  # packages
 
 
 def load(path: str, dtype: str = "float32", attention: str | None = None) -> tuple[Any, Any]:
@@ -46,6 +48,32 @@ def check(path: str) -> None:
     if not (Path(path) / ADAPTERS).exists():
         load_config(path)
     load_tokenizer(path)
+
+
+def without_weights(path: str, attention: str | None = None) -> Any:
+    """The causal LM of a folder or hub id on the meta device, for what its structure shows; `load` with an error.
+
+    An attention of a package that is there counts on a machine without a GPU.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = load_config(_base(path) or path)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise ValueError(f"model: expected a causal language model, got {path!r}, a {config.model_type}")
+    if model_class.config_class == config.sub_configs.get("text_config"):
+        config = config.get_text_config()
+    if torch.cuda.is_available() or not (package := FLASH.get(attention or "")) or find_spec(package) is None:
+        config._attn_implementation = attention
+    try:
+        with torch.device("meta"):
+            return model_class(config)  # not from_config, which would partition it under ZeRO-3
+    except (ValueError, ImportError) as error:
+        if attention is None:
+            raise
+        expected = "model.attention: expected an attn_implementation that this model can have here"
+        raise ValueError(f"{expected}, got {attention!r}: {error}") from error
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from hsd.named import nearest
+
 if TYPE_CHECKING:
     from hsd.tasks.task import Task
 
@@ -19,5 +21,5 @@ TASKS = (
 def registered(name: str, seed: int) -> Task:
     """The task of that name; its questions depend on ``seed``. Raises ValueError for an unknown name."""
     if name not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}{nearest(name, TASKS)}, got {name!r}")
     return importlib.import_module(f"hsd.tasks.{name}").task(seed)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsd.evaluate.sampling import Sampling, choice_of
 from hsd.hindsight.context import DEFAULT_CHAT_TEMPLATE, DEFAULT_TEXT_TEMPLATE
-from hsd.named import is_named, named
+from hsd.named import is_named, named, nearest
 from hsd.policy.pretrained import load_tokenizer
 from hsd.tasks import TASKS
 from hsd.tasks.settings import Data, Settings
@@ -125,7 +125,9 @@ def _reward(name: str) -> Callable[..., Any]:
     elif name in VERIFIERS:
         found = getattr(importlib.import_module("hsd.verify"), f"{name}_reward", None)
     else:
-        raise ValueError(f"reward: expected one of {VERIFIERS} or module:function, got {name!r}")
+        raise ValueError(
+            f"reward: expected one of {VERIFIERS} or module:function{nearest(name, VERIFIERS)}, got {name!r}"
+        )
     if not callable(found):
         raise ValueError(f"reward: expected a function, got {name!r}, which is not callable")
     return found

@@ -9,7 +9,9 @@ train: {learning_rate: 1e-6}
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 STRICT = {"extra": "forbid"}  # pydantic: an unknown key is an error
 
@@ -24,9 +26,9 @@ class Lora:
     """As in `peft.LoraConfig`."""
 
     __pydantic_config__: ClassVar = STRICT
-    r: int = 16
+    r: Annotated[int, Field(ge=1)] = 16
     alpha: int = 32
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = "all-linear"
 
 

@@ -1,8 +1,9 @@
 """Alarms: signs in a run's metrics that training collapses, or learns nothing.
 
 A live teacher at a high learning rate ends at success 0 (docs/teachers.md). Each sign alone has innocent causes, so
-every alarm compares the last `WINDOW` steps with the run's own past. A fall must also be larger than chance makes it
-with the number of questions: with 4 a step the mean of five steps falls by half in most runs of a policy that stays.
+every alarm but "no verdict" compares the last `WINDOW` steps with the run's own past. A fall must also be larger than
+chance makes it with the number of questions: with 4 a step the mean of five steps falls by half in most runs of a
+policy that stays.
 
 The paper's run without a reference term ends in repeated trailing tokens (arXiv 2606.15576, beta = 0 at step 1,200).
 `repeated_tail` detects them in one rollout; the share of such rollouts is the metric ``hsd/repeated_tail``.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from hsd.progress import counted
 
 WINDOW = 5
 DEVIATIONS = 3.0  # of the difference between two windows, where the questions' difficulty is all that varies
@@ -41,14 +44,17 @@ def alarms(history: Sequence[Mapping[str, float]], questions: float | None = Non
 
     ``questions``: of a step. Without their number every fall by half counts.
     """
-    if len(history) < 2 * WINDOW:
-        return {}
     found = {}
+    unscored = _mean(history[-WINDOW:], "hsd/unscored")
+    if unscored is not None and unscored > 0.5:  # from the first step on: such a run has no past to compare with
+        found["no verdict"] = f"{unscored:.0%} of the rollouts have no verdict: every reward function gave None"
+    if len(history) < 2 * WINDOW:
+        return found
     (best, end), success = _best(history, "hsd/success_rate"), _last(history, "hsd/success_rate")
     if best is not None and success is not None and best > 0.05 and _halved(best, success, questions):
         found["success"] = (
-            f"success fell from {best:.3f}, the mean of the best {WINDOW} steps, which ended {len(history) - end} "
-            f"steps ago, to {success:.3f} in the last {WINDOW}"
+            f"success fell from {best:.3f}, the mean of the best {WINDOW} steps, which ended "
+            f"{counted(len(history) - end, 'step')} ago, to {success:.3f} in the last {WINDOW}"
         )
     first, entropy = _first(history, "hsd/student_entropy"), _last(history, "hsd/student_entropy")
     start = _first(history, "hsd/success_rate")

@@ -13,10 +13,12 @@ from huggingface_hub.utils import validate_repo_id
 from hsd.files import replacing
 from hsd.methods import title
 from hsd.policy.frozen import inner_model, is_peft
+from hsd.progress import counted
 from hsd.train.config import HSDConfig
 
 CARD = "README.md"
 SUCCESS = "\n## Success\n"
+ADAPTER, WHOLE, MERGED = "A LoRA adapter of", "All weights of", "All weights, with a LoRA adapter added, of"
 SETTINGS = ("method", "teacher", "divergence", "divergence_coef", "policy_coef", "reference_coef", "learning_rate")
 SETTINGS += ("lr_scheduler_type", "num_generations", "generation_batch_size", "max_completion_length", "temperature")
 SETTINGS += ("top_p", "seed")
@@ -56,7 +58,7 @@ def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
             "",
             f"# {Path(base).name}, trained by {title(args.method)}",
             "",
-            f"{'A LoRA adapter of' if lora is not None else 'All weights of'} `{base}` after {steps} steps of "
+            f"{WHOLE if lora is None else ADAPTER} `{base}` after {counted(steps, 'step')} of "
             f"hsd-kernels' `method: {args.method}`.",
             "",
             "| setting | value |",
@@ -75,6 +77,13 @@ def model_card(args: HSDConfig, base: str, steps: int, lora: Any = None) -> str:
             "",
         ]
     )
+
+
+def write_merged_card(adapters: Path, folder: Path) -> None:
+    """The adapters' card in the folder of the model that they were merged into. Without a card do nothing."""
+    if (path := adapters / CARD).exists():
+        text = path.read_text(encoding="utf-8").replace("library_name: peft", "library_name: transformers", 1)
+        (folder / CARD).write_text(text.replace(ADAPTER, MERGED, 1), encoding="utf-8")
 
 
 def is_hub_id(base: str) -> bool:

@@ -21,6 +21,7 @@ from hsd.methods import METHODS, Method
 from hsd.methods import method as find_method
 from hsd.methods.method import REQUIRED, nothing
 from hsd.methods.term import Schedule, scheduled
+from hsd.named import nearest
 from hsd.train import rules
 from hsd.train.options import (
     ABOVE_0,
@@ -30,6 +31,7 @@ from hsd.train.options import (
     SHARE,
     Option,
     check,
+    check_enums,
     check_setting,
     declared,
     option,
@@ -164,6 +166,7 @@ class HSDConfig(GRPOConfig):
 
     def __post_init__(self):
         self._take_defaults()
+        check_enums(self, GRPOConfig)
         given = self.generation_batch_size
         try:
             super().__post_init__()
@@ -209,7 +212,11 @@ class HSDConfig(GRPOConfig):
         """The wording: ``default`` with the templates that are given. Raises ValueError for one with other fields."""
         names = ("with_peer", "answer_only", "demonstration_only", "feedback_only")
         given = {name: getattr(self, f"{name}_template") for name in names}
-        return replace(default, **{name: text for name, text in given.items() if text is not None})
+        try:
+            return replace(default, **{name: text for name, text in given.items() if text is not None})
+        except ValueError as error:
+            name, colon, rest = str(error).partition(": ")
+            raise ValueError(f"{name}_template{colon}{rest}") from error
 
     def teacher_prompts(
         self, tokenizer: Any, template: ContextTemplate | None, peer_rule: str, chat_template_kwargs: Mapping[str, Any]
@@ -275,7 +282,7 @@ class HSDConfig(GRPOConfig):
         own, given = self.method_spec.settings, self.method_args or {}
         for name in given:
             if name not in own:
-                raise ValueError(f"method_args: expected names among {sorted(own)}, got {name!r}")
+                raise ValueError(f"method_args: expected names among {sorted(own)}{nearest(name, own)}, got {name!r}")
             check_setting(f"method_args.{name}", own[name], given[name])
         missing = [name for name, value in own.items() if value is REQUIRED and name not in given]
         if missing:

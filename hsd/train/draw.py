@@ -20,6 +20,7 @@ from hsd.methods.draw import Ask, Drawn, GroupView, Outcome, Reply, Row, convers
 from hsd.methods.method import Method
 from hsd.padding import padded
 from hsd.policy.forward import Prompts, RolloutInputs
+from hsd.progress import counted
 from hsd.train.batch import COLUMN, PackedRows, student_inputs
 from hsd.train.config import HSDConfig
 
@@ -64,7 +65,9 @@ class Writer:
                 share = self._share(others)
                 texts = self.write([asks[i].prompt for i in share])
                 if len(texts) != len(share):
-                    raise ValueError(f"writer_fn: expected {len(share)} texts, one a prompt, got {len(texts)}")
+                    raise ValueError(
+                        f"writer_fn: expected {counted(len(share), 'text')}, one a prompt, got {len(texts)}"
+                    )
                 texts = self.gather(list(texts))[: len(others)]
                 tokens |= {i: (self.encoded(text), None) for i, text in zip(others, texts, strict=True)}
             if mine := [i for i in wanted if i not in tokens]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from trl.import_utils import is_vllm_available
 
 from hsd.methods.reads import reads
+from hsd.named import nearest
 from hsd.policy.body_and_head import body_and_head, check_body_and_head
 from hsd.train.config import HSDConfig
 from hsd.train.teachers import check_fresh_adapter, copies
@@ -74,7 +76,8 @@ def check_columns(name: str, columns: Collection[str], args: HSDConfig) -> None:
     if args.has_teacher and args.fallback == "solution":
         needed, wanted = needed | {"solution"}, f"{wanted} and fallback='solution'"
     if columns and not needed <= set(columns):
-        wanted = f"columns {sorted(needed)} for {wanted}"
+        missing = min(needed - set(columns))
+        wanted = f"columns {sorted(needed)} for {wanted}{nearest(missing, columns)}"
         raise ValueError(f"{name}: expected {wanted}, got {sorted(columns)}")
 
 
@@ -130,8 +133,10 @@ def check_no_tensor_parallelism(model: Any, args: HSDConfig) -> None:
             )
 
 
-def check_reports(args: HSDConfig) -> None:
-    """Raise ValueError where ``report_to`` asks for a package that is not installed."""
+def check_packages(args: HSDConfig) -> None:
+    """Raise ValueError where ``use_vllm`` or ``report_to`` asks for a package that is not installed."""
+    if args.use_vllm and not is_vllm_available():
+        raise ValueError("use_vllm: expected the package vllm (pip install vllm) for True, got none")
     for name in args.report_to or ():
         try:
             for callback in get_reporting_integration_callbacks(name):

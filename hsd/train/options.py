@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hsd.hindsight.context import fields_of
 from hsd.methods.term import Schedule
+from hsd.named import nearest
 
 SHARE, AT_LEAST_0, ABOVE_0, AT_LEAST_1, FINITE = "(0, 1]", "[0, inf)", "(0, inf)", "[1, inf)", "(-inf, inf)"
 
@@ -56,6 +58,17 @@ def check(of: Option, value: Any) -> None:
             )
     elif not _inside(value, of.interval):
         raise ValueError(f"{of.name}: expected a number in {of.interval}, got {value!r}")
+
+
+def check_enums(config: Any, declared_by: type) -> None:
+    """Raise ValueError for a value that is none of the enum's by which ``declared_by`` types its field."""
+    for name, hint in get_type_hints(declared_by).items():
+        for of in get_args(hint):
+            if isinstance(of, type) and issubclass(of, Enum) and (value := getattr(config, name)) is not None:
+                known = [member.value for member in of]
+                if value not in known:  # a member is its text
+                    expected = f"one of {', '.join(known)}{nearest(value, known)}"
+                    raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_setting(name: str, default: Any, value: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hsd.progress import counted
 from hsd.train.config import HSDConfig
 from hsd.train.limits import Engine
 from hsd.train.teachers import AVERAGE, EMA, copies
@@ -177,6 +178,7 @@ def _traffic(
     if gpus == 1:
         return []
     share, micro = (gpus - 1) / gpus, args.gradient_accumulation_steps
+    times = counted(micro, "time")
     once, p, t = share * shape.parameters * c, shape.parameters, shape.trained
     if not gathers:
         found = [Item("gradients, all-reduced", 2 * share * t * g)]
@@ -187,12 +189,12 @@ def _traffic(
                 found.append(Item("fp32 masters for averages, all-reduced", 2 * share * p * 4))
         return found
     found = [
-        Item(f"weights for the student's forward and backward, {micro} times", 2 * once * micro),
-        Item(f"gradients, reduce-scattered, {micro} times", share * t * c * micro),
+        Item(f"weights for the student's forward and backward, {times}", 2 * once * micro),
+        Item(f"gradients, reduce-scattered, {times}", share * t * c * micro),
     ]
     if args.has_teacher and args.teacher in ("live", "trust_region"):
-        found.append(Item(f"weights for the live teacher, {micro} times", once * micro))
+        found.append(Item(f"weights for the live teacher, {times}", once * micro))
     reads = set(twins) - {AVERAGE}
     if reads:
-        found.append(Item(f"weights for {' and '.join(sorted(reads))}, {micro} times", len(reads) * once * micro))
+        found.append(Item(f"weights for {' and '.join(sorted(reads))}, {times}", len(reads) * once * micro))
     return found

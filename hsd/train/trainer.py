@@ -61,7 +61,7 @@ from hsd.policy.stand_in import small_model
 from hsd.policy.tree.check import choose_sharing
 from hsd.policy.vocabulary import check_vocabulary
 from hsd.process import settle
-from hsd.progress import say
+from hsd.progress import counted, say
 from hsd.train import draw
 from hsd.train.alarms import repeated_tail
 from hsd.train.batch import facts_of, has_contexts, own_columns, shuffle_groups, some_rows, student_inputs, unpack
@@ -261,7 +261,9 @@ class HSDTrainer(GRPOTrainer):
             columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
             feedback = list(self.feedback_fn(prompts=prompts, completions=completions, **columns))
             if len(feedback) != len(inputs):
-                raise ValueError(f"feedback_fn: expected {len(inputs)} texts, one a completion, got {len(feedback)}")
+                raise ValueError(
+                    f"feedback_fn: expected {counted(len(inputs), 'text')}, one a completion, got {len(feedback)}"
+                )
         self._scored = draw.Scored(*self._weighted(rewards), [list(ids) for ids in completion_ids_list], feedback)
         return self._draw(inputs, prompts, completions, rewards, self._scored) if self.args.draws else rewards
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from hsd.named import nearest
 from hsd.verify.answers import final_part
 from hsd.verify.status import Completion, check_column, completion_text
 
@@ -33,18 +34,23 @@ def generator(name: str) -> Any:
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
-        raise ValueError(f"data: expected the package reasoning-gym for {name!r}, got {error}") from error
+        raise ValueError(
+            f'data: expected the package reasoning-gym (pip install "hsd-kernels[gym]") for {name!r}, got {error}'
+        ) from error
     kind, *pairs = name.removeprefix(PREFIX).split(",")
     if kind not in DATASETS:
-        raise ValueError(f"data: expected a generator among {', '.join(sorted(DATASETS))}, got {kind!r}")
+        known = f"{', '.join(sorted(DATASETS))}{nearest(kind, DATASETS)}"
+        raise ValueError(f"data: expected a generator among {known}, got {kind!r}")
     if kind in EVALUATES_REPLIES:
         raise ValueError(f"data: expected a generator whose scorer does not run the reply as Python, got {kind!r}")
     config = DATASETS[kind][1]
+    keys = config.__dataclass_fields__
     options: dict[str, Any] = {"size": 500, "seed": 0}
     for pair in _whole(pairs):
         key, equals, value = pair.partition("=")
-        if not equals or key not in config.__dataclass_fields__:
-            raise ValueError(f"data: expected {kind},key=value with keys {_keys(config)}, got {pair!r}")
+        if not equals or key not in keys:
+            known = f"{', '.join(keys)}{nearest(key, keys)}"
+            raise ValueError(f"data: expected {kind},key=value with keys {known}, got {pair!r}")
         options[key] = _value(value)
     try:
         return create_dataset(kind, **options)
@@ -108,7 +114,3 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _keys(config: Any) -> str:
-    return ", ".join(config.__dataclass_fields__)

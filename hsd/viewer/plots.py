@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsd.files import replacing
+from hsd.progress import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,13 +116,12 @@ def plot_coverage(
     ps = [i / 200 for i in range(201)]
     for axes, (panel, (bins, overall)) in zip(row, panels.items(), strict=True):
         axes.plot(ps, [coverage(p, group_size) for p in ps], color=_GREY, linewidth=1.2, label=f"f(p, {group_size})")
-        success, covered, error, groups = zip(*bins, strict=True)
+        success, covered, error, groups = zip(*sorted(bins), strict=True)
         bars = [0.0 if math.isnan(e) else 1.96 * e for e in error]
-        points = {"label": "measured, by difficulty", "capsize": 3, "linestyle": ""}
+        # Beside the points such labels would lie over each other: bins of few groups may have one success rate.
+        label = f"measured, by difficulty\n(groups from the left: {', '.join(map(str, groups))})"
+        points = {"label": label, "capsize": 3, "linestyle": ""}
         axes.errorbar(success, covered, yerr=bars, **points, **_style(0))
-        for i, (x, y, n) in enumerate(zip(success, covered, groups, strict=True)):
-            label, place = f"{n} group{'s' * (n > 1)}", (6, (6, -12)[i % 2])  # bins may lie together
-            axes.annotate(label, (x, y), place, textcoords="offset points", fontsize=8, color=_GREY)
         axes.plot([overall[0]], [overall[1]], label="measured, all", **_star())
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
@@ -148,7 +148,7 @@ def plot_silence(
     for axes, (panel, both) in zip(row, panels.items(), strict=True):
         xs, ys = ([max(floor, v) for v in values] for values in both)
         axes.plot([low, high], [low, high], color=_GREY, linewidth=1, linestyle="--", label="equal")
-        axes.scatter(xs, ys, s=14, color=_COLOURS[0], alpha=0.5, edgecolors="none", label=f"{len(xs)} rollouts")
+        axes.scatter(xs, ys, s=14, color=_COLOURS[0], alpha=0.5, edgecolors="none", label=counted(len(xs), "rollout"))
         mean_x, mean_y = (sum(values) / len(values) for values in both)
         axes.plot([max(floor, mean_x)], [max(floor, mean_y)], label=f"mean: {mean_x:.3f} and {mean_y:.3f}", **_star())
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
@@ -185,7 +185,7 @@ def plot_methods(
         held_out.annotate(f"{measured.mean:.2f}", (i, measured.mean), (8, 0), textcoords="offset points", fontsize=9)
     held_out.set_xticks(range(1 + len(after)), labels=["before", *after])
     held_out.margins(x=0.15)
-    held_out.set_title(f"{before.questions} held-out questions, 95 % intervals")
+    held_out.set_title(f"{counted(before.questions, 'held-out question')}, 95 % intervals")
     _clean(held_out)
     _finish(fig, [learning], path, title)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hsd.hindsight.credit import coverage
 from hsd.hindsight.groups import Group, last_user_text
+from hsd.progress import counted
 from hsd.viewer.measure import WINDOWS, TokenCredit, coverage_by_difficulty, credit_tables
 from hsd.viewer.plots import Bin, Profile, plot_coverage, plot_credit_mass, plot_credit_profile, plot_silence
 
@@ -61,11 +62,11 @@ def summarise(
 def lines(credit: dict[str, Any]) -> list[str]:
     """The measurement in Markdown."""
     text = [
-        f"{credit['questions']} questions x {credit['group_size']} rollouts: success "
+        f"{counted(credit['questions'], 'question')} x {counted(credit['group_size'], 'rollout')}: success "
         f"{credit['success']:.3f}, coverage (failing, with a successful peer) {credit['coverage']:.3f} of all rollouts "
         f"(were all questions alike, f({credit['success']:.3f}, {credit['group_size']}) = "
         f"{coverage(credit['success'], credit['group_size']):.3f}), mixed groups {credit['mixed_groups']:.3f}; "
-        f"{credit['failing_with_peer']} failing rollouts with a peer."
+        f"{counted(credit['failing_with_peer'], 'failing rollout')} with a peer."
     ]
     if unscored := credit.get("unscored"):  # a resumed demo may have older numbers
         text[0] += f" Without a verdict and in no share: {unscored} of the rollouts."
@@ -126,13 +127,13 @@ def write_figures(folder: Path, credits: Mapping[str, dict[str, Any]]) -> list[P
     first = next(iter(credits.values()))
     if bins := {name: (_bins(c), (c["success"], c["coverage"])) for name, c in credits.items() if c["by_difficulty"]}:
         pictures.append(covered)
-        title = f"Failing rollouts with a peer ({first['questions']} questions, two groups each)"
+        title = f"Failing rollouts with a peer ({counted(first['questions'], 'question')}, two groups each)"
         plot_coverage(covered, bins, first["group_size"], title=title)
     return pictures
 
 
 def _panel(name: str, rollouts: int, questions: int) -> str:
-    told = f"n = {rollouts} failing rollouts of {questions} question{'s' * (questions > 1)}"
+    told = f"n = {counted(rollouts, 'failing rollout')} of {counted(questions, 'question')}"
     return f"{name}, {told}" if name else told
 
 

@@ -9,6 +9,11 @@ from transformers.utils import logging
 from hsd import progress
 
 
+@pytest.mark.parametrize(("n", "said"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps")])
+def test_one_is_singular(n, said):
+    assert progress.counted(n, "step") == said and progress.counted(1, "process", "es") == "1 process"
+
+
 def lines(monkeypatch, capsys, calls: list[tuple[float, int, int]]) -> list[str]:
     """What a counter prints for calls at (seconds, done, total)."""
     clock = iter([0.0, *(seconds for seconds, _, _ in calls)])

@@ -79,5 +79,8 @@ def test_what_the_config_refuses_is_named_with_its_file():
         run_of(path, "--kl_temperature", "0")
     with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train\.beta: expected 0"):
         run_of(path, "--beta", "0.1")
-    with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train: .*sometimes"):  # transformers names no key
+    with pytest.raises(ValueError, match=r"cpu_demo\.yaml: train\.save_strategy: expected one of no, .*'sometimes'"):
         run_of(path, "--save_strategy", "sometimes")
+    no_key = r"cpu_demo\.yaml: train: --load_best_model_at_end requires"  # transformers' own error
+    with pytest.raises(ValueError, match=no_key):
+        run_of(path, "--load_best_model_at_end", "true")

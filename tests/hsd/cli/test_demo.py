@@ -85,10 +85,10 @@ def test_a_finished_run_is_only_reported_again_and_another_run_is_refused(tiny, 
     assert main(["demo", "small", "--max_steps", "1"]) == 0
     assert main(["demo", "small", "--max_steps", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "already has 1 steps" in printed and "--against" not in printed
+    assert "already has 1 step" in printed and "--against" not in printed
     assert [row["step"] for row in load_metrics(tiny / "metrics.jsonl")] == [1]
     assert main(["demo", "small", "--max_steps", "1", "--teacher", "live"]) == 2
-    assert "train.teacher: runs/small-seed0 holds a run with 'ema', got 'live'" in capsys.readouterr().err
+    assert "--teacher: runs/small-seed0 holds a run with 'ema', got 'live'" in capsys.readouterr().err
 
 
 def test_what_is_not_a_demo_is_named(capsys):

@@ -101,7 +101,7 @@ def test_a_terminal_is_asked_for_what_is_missing(monkeypatch, capsys):
         (["mine.txt", *GIVEN], "OUT: expected a file that ends in .yaml, got mine.txt"),
         (["--max_steps", "3", "mine.yaml", *GIVEN], "expected --key value, got 'mine.yaml'"),
         ([*GIVEN, "--learning_rat", "1"], "--learning_rat: unknown key, the nearest is train.learning_rate"),
-        ([*GIVEN, "--method", "grpoo"], "hsd.yaml: train.method: expected one of"),
+        ([*GIVEN, "--method", "grpoo"], "error: --method: expected one of"),
         ([*GIVEN, "--data", "nowhere.jsonl"], "--data: expected a file, got nowhere.jsonl, which is not there"),
         (["mine.yaml", *GIVEN, "--data", "nowhere.jsonl"], "--data: expected a file, got nowhere.jsonl, which is not"),
         ([*GIVEN, "--model", "./nowhere"], "--model: expected a folder with a model, or a hub id"),

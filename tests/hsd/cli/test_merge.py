@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import SMALLER, TOKENIZER, qwen3, start_adapters, with_lora
+from tiny_runs import LORA, SMALLER, TOKENIZER, qwen3, start_adapters, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hsd.cli.__main__ import main
+from hsd.train.card import model_card
+from hsd.train.config import HSDConfig
 
 IDS = torch.tensor([TOKENIZER("47+38+25+61=")["input_ids"]])
 
@@ -52,6 +54,25 @@ def test_its_logits_are_the_adapted_models(words, base, dtype, rounding, capsys)
     largest = wanted.abs().max().item()
     torch.testing.assert_close(logits("deep/out"), wanted, rtol=0, atol=rounding * largest)
     assert (logits("base") - wanted).abs().max() > 10 * rounding * largest  # the adapters do something
+
+
+@pytest.mark.parametrize("card", [True, False])
+def test_it_has_the_card_of_its_adapters(card):
+    save(torch.float32)
+    text = model_card(HSDConfig("run", use_cpu=True, bf16=False), "base", 7, LORA)
+    Path("run/model/README.md").write_text(text) if card else Path("run/model/README.md").unlink()
+    assert main(["merge", "run", "out"]) == 0
+    if not card:
+        assert not Path("out/README.md").exists()
+        return
+    changes = [
+        (a, b) for a, b in zip(text.split("\n"), Path("out/README.md").read_text().split("\n"), strict=True) if a != b
+    ]
+    after = "`base` after 7 steps of hsd-kernels' `method: hsd`."
+    assert changes == [
+        ("library_name: peft", "library_name: transformers"),
+        (f"A LoRA adapter of {after}", f"All weights, with a LoRA adapter added, of {after}"),
+    ]
 
 
 def test_what_cannot_be_merged_is_named(capsys):

@@ -33,9 +33,9 @@ def here(tmp_path, monkeypatch):
     [
         (["credit", *MODEL, "--out", "file"], "--out: expected a folder, got file, which is a file"),
         (["eval", *MODEL, "--reward", "number", "--out", "file/x"], "--out: expected a folder in a folder, got file/x"),
-        (["train", "run.yaml", "--output_dir", "file/x"], "output_dir: expected a folder in a folder, got file/x"),
-        (["train", "run.yaml", "--check", "--output_dir", "file"], "output_dir: expected a folder, got file"),
-        (["demo", "small", "--output_dir", "file/x"], "output_dir: expected a folder in a folder, got file/x"),
+        (["train", "run.yaml", "--output_dir", "file/x"], "--output_dir: expected a folder in a folder, got file/x"),
+        (["train", "run.yaml", "--check", "--output_dir", "file"], "--output_dir: expected a folder, got file"),
+        (["demo", "small", "--output_dir", "file/x"], "--output_dir: expected a folder in a folder, got file/x"),
         (
             ["data", "prepare", "questions.jsonl", "--out", "model"],
             "--out: expected a file, got model",

@@ -1,10 +1,12 @@
 """`hsd sample`: how a run asks, which models it takes, and the layout of replies."""
 
 import copy
+import gzip
 import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tiny_runs import SMALLER, TOKENIZER, qwen3, start_adapters, with_lora
 from transformers import AutoModelForCausalLM
 
@@ -114,7 +116,7 @@ def test_bad_input_is_named_before_a_model_is_loaded(run, words, named, monkeypa
     assert named in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_prompts_of_a_jsonl_file(tmp_path):
+def test_prompts_of_a_file_of_questions(tmp_path):
     path = tmp_path / "asked.jsonl"
     path.write_text('{"question": "a?", "prompt": "a?\\nShort."}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
     assert read_prompts(path) == ["a?", [user("b")]]
@@ -126,8 +128,28 @@ def test_prompts_of_a_jsonl_file(tmp_path):
         {"prompt": [user("b"), {"role": "assistant", "content": "c"}]},
     ):
         path.write_text(json.dumps(row) + "\n")
-        with pytest.raises(ValueError, match=r"asked\.jsonl, row 1: expected a question or a prompt, text or messages"):
+        with pytest.raises(
+            ValueError, match=r"asked\.jsonl, row 1: expected a question, prompt or problem, text or mes"
+        ):
             read_prompts(path)
+
+
+def test_prompts_of_tables_and_of_plain_text(tmp_path):
+    text = 'question,answer\n"1, 2?",3\n4?,5\n'
+    for name, asked in (
+        ("q.csv", ["1, 2?", "4?"]),
+        ("q.CSV", ["1, 2?", "4?"]),
+        ("q.txt", ["question,answer", '"1, 2?",3', "4?,5"]),
+        ("csv", ["question,answer", '"1, 2?",3', "4?,5"]),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_prompts(tmp_path / name) == asked
+    (tmp_path / "q.csv.gz").write_bytes(gzip.compress(text.encode()))
+    Dataset.from_list([{"problem": "1, 2?"}, {"problem": "4?"}]).to_parquet(tmp_path / "q.parquet")
+    assert read_prompts(tmp_path / "q.csv.gz") == read_prompts(tmp_path / "q.parquet") == ["1, 2?", "4?"]
+    (tmp_path / "q.tsv").write_text("id\tquery\n1\t2?\n")
+    with pytest.raises(ValueError, match=r"q\.tsv, row 1: expected a question, .*, got the columns \['query', 'id'\]"):
+        read_prompts(tmp_path / "q.tsv")
 
 
 def row(text, question=None, before=()):

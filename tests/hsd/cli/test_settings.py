@@ -89,10 +89,37 @@ def test_an_error_of_the_data_names_the_key_as_it_was_typed(tmp_path, monkeypatc
     Path("run.yaml").write_text(text or "")
     config = Path("run.yaml") if text else None
     assert as_typed("data: expected a file", config, overrides) == f"{key}: expected a file"
-    assert as_typed("train.seed: expected 1", config, overrides) == "train.seed: expected 1"
+    assert as_typed("train.seed: expected 1", config, overrides) == "train.seed: expected 1"  # at its default
     model = as_typed("model: expected a folder", config, ["--model.path", "m"])
     assert model == "--model.path: expected a folder"
     assert as_typed("limit: expected 1", config, ["--limit", "0"]) == "--limit: expected 1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "said"),
+    [
+        (["--train.top_p", "2"], "run.yaml: train.top_p: expected 1", "--train.top_p: expected 1"),
+        (["--top-p=2"], "run.yaml: train.top_p: expected 1", "--top_p: expected 1"),
+        ([], "run.yaml: train.top_p: expected 1", "run.yaml: train.top_p: expected 1"),
+        (["--seed", "2"], "train.top_p: expected 1: 2", "run.yaml: train.top_p: expected 1: 2"),
+        (["--use_vllm", "1"], "use_vllm: expected 1", "--use_vllm: expected 1"),
+        (["--lora", "{r: 4}"], "model.lora.target_modules: expected 1", "--lora: expected 1"),
+        (["--model", "m"], "model.lora.target_modules: expected 1", "run.yaml: model.lora.target_modules: expected 1"),
+        (["--epsilon", "1"], "run.yaml: train.top_p, epsilon: expected both", "train.top_p, --epsilon: expected both"),
+        (["--max_teacher_prompt_length", "9"], "max_length: expected 1", "--max_teacher_prompt_length: expected 1"),
+        (["--top_p", "1"], "nowhere: expected 1", "nowhere: expected 1"),
+        (["--top_p", "1"], "no colon", "no colon"),
+    ],
+)
+def test_an_error_names_the_option_that_gave_the_key_and_else_the_file(tmp_path, monkeypatch, overrides, message, said):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("model: {path: m, lora: {target_modules: [x]}}\ntrain: {top_p: 2}\n")
+    assert as_typed(message, Path("run.yaml"), overrides) == said
+
+
+def test_a_key_inside_an_option_is_named_with_the_option(load):
+    with pytest.raises(ValueError, match=r"^--lora: model\.lora\.r: expected greater than or equal to 1, got 0"):
+        load(GOOD, "--lora", "{r: 0}")
 
 
 def test_every_field_of_the_config_is_a_key():
@@ -135,7 +162,7 @@ def test_values_take_the_type_of_their_field(load, text, kind, value):
             "policy_coef: x",
             "train.policy_coef: expected a valid number, unable to parse string as a number or a valid list",
         ),
-        ("save_strategy: sometimes", None),  # transformers refuses it
+        ("save_strategy: sometimes", None),  # HSDConfig refuses it
         ("learning_rat: 1", "run.yaml: train.learning_rat: unknown key, the nearest is train.learning_rate"),
         ("path: x", "run.yaml: train.path: unknown key, the nearest is model.path or data.path"),
         ("xyzzy: 1", "run.yaml: train.xyzzy: unknown key"),

@@ -4,13 +4,16 @@ Training, a stop and a resume through the command line are in tests/hsd/train/te
 """
 
 import json
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_runs import SMALLER, TOKENIZER, qwen3
+from transformers import T5Config
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hsd.cli.__main__ import main
@@ -144,7 +147,7 @@ def test_a_finished_run_keeps_what_more_steps_need_only_where_it_is_asked_to(mod
     weights = [str(p.relative_to(here)) for p in (here / "runs").rglob("*") if p.suffix in (".safetensors", ".pt")]
     assert weights == ["runs/run/model/model.safetensors"]
     assert main(["train", "run.yaml"]) == 0
-    assert "already has 1 steps\n" in capsys.readouterr().out
+    assert "already has 1 step\n" in capsys.readouterr().out
     assert main(["train", "run.yaml", "--max_steps", "2"]) == 2
     assert "got 2; for a new run add --output_dir runs/run-2" in capsys.readouterr().err
     kept = ["train", "run.yaml", "--output_dir", "kept", "--save_total_limit", "1"]
@@ -165,7 +168,7 @@ def test_a_run_that_ended_before_its_model_was_saved_gets_it(model, here, capsys
     assert {p.name for p in (here / "out" / "model").iterdir()} == whole
     assert (here / "out" / "model" / "model.safetensors").read_bytes() == written
     assert not list((here / "out").glob("checkpoint-*"))
-    assert capsys.readouterr().out.endswith("already has 1 steps\n")
+    assert capsys.readouterr().out.endswith("already has 1 step\n")
 
 
 @pytest.mark.parametrize(("rank", "writes"), [(0, True), (1, False)])
@@ -298,14 +301,37 @@ def test_a_package_that_reports_and_is_missing_is_one_line(here, model, monkeypa
         ),
         (
             ["--data.held_out", "4"],
-            "run.yaml: data.path: expected 1 questions or more, one step's worth, got 0 beside 4 of data.held_out",
+            "run.yaml: data.path: expected 1 question or more, one step's worth, got 0 beside 4 of data.held_out",
         ),
         (["--report_to", "nosuch"], "report_to: expected names of installed packages, got 'nosuch': nosuch is not"),
-        (["--temperature", "0"], "train.temperature: expected a number in (0, inf), got 0.0"),
-        (["--max_completion_length", "0"], "train.max_completion_length: expected a number in [1, inf), got 0"),
+        (["--temperature", "0"], "error: --temperature: expected a number in (0, inf), got 0.0"),
+        (
+            ["--with_peer_template", "{answer}"],
+            "error: --with_peer_template: expected exactly the fields ['answer', 'demonstration'], and question if wa",
+        ),
+        (["--max_completion_length", "0"], "--max_completion_length: expected a number in [1, inf), got 0"),
         (["--num_iterations", "2", "--save_steps", "3"], "save_steps: expected a multiple of 2"),
         (["--method", "sdft"], "demonstration"),
+        (
+            ["--reward", "maths"],
+            "reward: expected one of ('number', 'math', 'code', 'reasoning_gym') or module:function",
+        ),
+        (["--reward", "maths"], " or module:function, the nearest is math, got 'maths'"),
         (["--reward", "[]"], "reward: expected at least one function"),
+        (["--model.attention", "nosuch"], "model.attention: expected an attn_implementation that this model can have"),
+        (["--lora.r", "0"], "--lora.r: unknown key"),
+        (["--model.lora.r", "0"], "model.lora.r: expected greater than or equal to 1, got 0"),
+        (["--dropout", "1"], "model.lora.dropout: expected less than 1, got 1"),
+        (
+            ["--target_modules", "[q_proj, v_prj]"],
+            "target_modules: expected modules of the model that LoRA can train, the nearest is v_proj, got 'v_prj'",
+        ),
+        (["--target_modules", "nosuch"], "target_modules: expected modules of the model that LoRA can train, got 'no"),
+        (["--target_modules", "[lm_head]"], "a head with an adapter of its own (LoRA on lm_head"),
+        (["--optim", "adamw_torc"], "error: --optim: expected one of adamw_torch, "),
+        (["--optim", "lomo"], "optim: expected one that can run here, got 'lomo': You need to install `lomo_optim`"),
+        (["--optim", "adamw_torc"], ", the nearest is adamw_torch, got 'adamw_torc'"),
+        (["--save_strategy", "sometimes"], "--save_strategy: expected one of no, steps, epoch, best, got 'sometim"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
@@ -314,6 +340,47 @@ def test_what_cannot_be_trained_is_one_line(model, words, said, capsys):
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and said in error
     assert "expected at least" not in said or not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.lora.r", "1"],
+        ["--dropout", "0.5", "--target_modules", "[q_proj, self_attn.v_proj]"],
+        ["--target_modules", ".*mlp.*_proj"],
+        ["--model.attention", "eager", "--optim", "sgd", "--lr_scheduler_type", "cosine"],
+    ],
+)
+def test_what_can_be_trained_passes_the_check(model, words):
+    before = torch.get_rng_state()
+    assert main(["train", "run.yaml", "--check", *words]) == 0
+    assert torch.equal(torch.get_rng_state(), before)  # as a run's, which goes on to draw its adapters
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "said"),
+    [
+        ("flash_attn", ["--model.attention", "flash_attention_2"], "model.attention: expected an attn_implementation"),
+        ("vllm", ["--use_vllm", "true"], "use_vllm: expected the package vllm (pip install vllm) for True, got none"),
+    ],
+)
+def test_a_package_that_is_there_passes_the_check_and_a_missing_one_does_not(
+    model, monkeypatch, capsys, package, words, said
+):
+    there = set()
+    monkeypatch.setattr("hsd.policy.pretrained.find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr("hsd.train.limits.is_vllm_available", lambda: "vllm" in there)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["train", "run.yaml", "--check", *words]) == 2
+    assert said in capsys.readouterr().err
+    there.add(package)
+    assert main(["train", "run.yaml", "--check", *words]) == 0
+
+
+def test_a_model_that_continues_no_text_is_refused(model, capsys):
+    T5Config(num_layers=1, d_model=8, d_kv=4, d_ff=8, num_heads=2).save_pretrained("model")
+    assert main(["train", "run.yaml", "--check"]) == 2
+    assert "model.path: expected a causal language model, got 'model', a t5" in capsys.readouterr().err
 
 
 def test_one_word_switches_the_method(model, here, capsys):
@@ -401,6 +468,13 @@ def test_held_out_questions_are_evaluated_and_drawn(model, here, capsys, monkeyp
     assert [row["step"] for row in load_metrics(out / "metrics.jsonl")] == [1, 2, 3]  # evaluations are no steps
     path, curves = drawn[-1]
     assert path == Path("runs/run/training.png") and curves["success"]["held-out questions"] == ([1, 2, 3], [0.0] * 3)
+    table = (Path(__file__).parents[3] / "docs" / "tutorial.md").read_text().partition("| file | content |")[2]
+    told = {
+        name for row in table.partition("\n\n")[0].splitlines() for name in re.findall("`(.*?)`", row.split(" | ")[0])
+    }
+    there = {path.name + "/" * path.is_dir() for path in out.iterdir()}
+    # A method that draws writes texts.jsonl; the picture is not drawn here.
+    assert {re.sub(r"-\d+/", "-N/", name) for name in there} == told - {"texts.jsonl", "training.png"}
     assert "step 3/3  success on held-out questions 0" in capsys.readouterr().out
     assert main(["train", "run.yaml", "--check", *words[2:]]) == 2
     assert (

@@ -275,9 +275,9 @@ def test_ready_rows_and_their_checks():
         "kind": "math",
     }
     assert converted({"prompt": "1+1=", "answer": ["2", 2, "two"]})["answer"] == ["2", "two"]
-    said = "columns: expected 'question' and 'answer', or 'prompt' and 'answer', or .*, got 'text', 'label'"
+    said = "columns: expected 'question' and 'answer', or 'prompt' and 'answer', or .*, got 'the_label', 'text'"
     with pytest.raises(ValueError, match=said):
-        convert_row({"text": "x", "label": 1})
+        convert_row({"text": "x", "the_label": 1})  # what may be an answer stands first
 
 
 VERL = {

@@ -41,7 +41,8 @@ def test_is_found_from_the_current_folder(own):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("hds", "method: expected one of hsd, .* or module:METHOD, got 'hds'"),
+        ("hds", "method: expected one of hsd, .* or module:METHOD, the nearest is hsd, got 'hds'"),
+        ("xyzzy", "method: expected one of hsd, .* or module:METHOD, got 'xyzzy'"),
         ("own_of_a_test:", "method: expected one of hsd, .* or module:METHOD, got 'own_of_a_test:'"),
         (":METHOD", "method: expected one of hsd, .* or module:METHOD, got ':METHOD'"),
         (["hsd"], r"method: expected one of hsd, .* or module:METHOD, got \['hsd'\]"),

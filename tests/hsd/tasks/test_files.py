@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from hsd.cli.prepare import prepare
-from hsd.cli.run import peft_config
+from hsd.cli.prepare import peft_config, prepare
 from hsd.cli.settings import parse
 from hsd.tasks import registered, small_world
 from hsd.tasks.files import load_rewards, load_rows
@@ -84,9 +83,10 @@ def test_a_registered_tasks_questions_follow_the_seed():
         with pytest.raises(ValueError, match=r"data\.limit: expected a positive number"):
             task_of(task="small_world", data={"limit": limit})
     with pytest.raises(
-        ValueError, match=r"^task: expected one of small_world, smollm2, additions, chain_sum, got 'smal'"
+        ValueError,
+        match=r"^task: expected one of small_world, smollm2, additions, chain_sum, the nearest is smollm2, got 'smol'",
     ):
-        registered("smal", 0)
+        registered("smol", 0)
 
 
 def test_settings_replace_parts_of_a_registered_task(jsonl):
@@ -149,4 +149,3 @@ def test_reward_functions_by_name_and_by_path(tmp_path, monkeypatch):
 def test_lora():
     config = peft_config(Lora(r=4, alpha=8))
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 8, "all-linear")
-    assert peft_config(None) is None

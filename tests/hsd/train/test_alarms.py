@@ -40,6 +40,15 @@ def test_success_that_falls_back():
     assert alarms(run[:28]) == {}  # still above half of the best
 
 
+def test_rollouts_without_a_verdict_from_the_first_step_on():
+    def run(*shares):
+        return [{"hsd/unscored": share} for share in shares]
+
+    assert alarms(run(1.0)).keys() == {"no verdict"} and "100% of the rollouts" in alarms(run(1.0))["no verdict"]
+    assert alarms(run(*[0.0] * 20, *[0.51] * WINDOW)).keys() == {"no verdict"}
+    assert alarms(run(0.5)) == alarms(run(*[0.0] * 4, 1.0)) == alarms([{}]) == {}
+
+
 def test_a_hopeless_task_is_no_fall():
     assert alarms(history(success=[0.04] * 10 + [0.0] * 10)) == {}
     assert alarms(history(success=[0.0] * 20)) == {}

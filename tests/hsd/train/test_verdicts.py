@@ -62,7 +62,8 @@ def test_what_was_not_measured_is_in_no_log_and_no_file(verdict, tmp_path):
     scored = {"hsd/success_rate", "hsd/failing_with_peer", "rewards/<lambda>/mean"}
     assert scored & row.keys() == (set() if verdict is None else scored)
     (written,) = load_metrics(tmp_path / "metrics.jsonl")
-    assert written == row
+    alarm = written.pop("alarms", {})
+    assert written == row and alarm.keys() == ({"no verdict"} if verdict is None else set())
 
 
 def test_a_blank_or_missing_answer_is_not_shown(tmp_path):

@@ -2,6 +2,9 @@
 
 import inspect
 import re
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -59,8 +62,10 @@ def test_what_is_scored(reply, text):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("reasoning_gym:gdc", "data: expected a generator among ab, acre, .*, got 'gdc'"),
+        ("reasoning_gym:gdc", "data: expected a generator among ab, acre, .*, the nearest is gcd, got 'gdc'"),
+        ("reasoning_gym:xyzzy", "zebra_puzzles, got 'xyzzy'"),
         ("reasoning_gym:gcd,maximum=3", "data: expected gcd,key=value with keys .*max_value.*, got 'maximum=3'"),
+        ("reasoning_gym:gcd,maxvalue=3", ", the nearest is max_value, got 'maxvalue=3'"),
         ("reasoning_gym:gcd,20", "data: expected gcd,key=value with keys .*, got '20'"),
         ("reasoning_gym:gcd,max_value=0", "data: expected values that gcd accepts, got .*'max_value': 0"),
         ("reasoning_gym:gcd,max_value=high", "data: expected values that gcd accepts, got .*'high'"),
@@ -70,6 +75,18 @@ def test_what_is_scored(reply, text):
 def test_bad_names(name, said):
     with pytest.raises(ValueError, match=said):
         load(name)
+
+
+def test_a_missing_package_names_the_extra_that_brings_it(monkeypatch):
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert extras["gym"] == ["reasoning-gym"]
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(
+        ValueError, match=r'^data: expected the package reasoning-gym \(pip install "hsd-kernels\[gym\]"\) for '
+    ):
+        load("reasoning_gym:gcd,max_value=77")
 
 
 def test_every_scorer_that_runs_replies_is_refused():

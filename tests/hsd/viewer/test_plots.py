@@ -84,6 +84,16 @@ def test_coverage(tmp_path):
     assert {BLUE, ORANGE} <= colours(path)
 
 
+def test_the_sizes_of_bins_that_lie_together_are_in_the_legend(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("hsd.viewer.plots._save", lambda figure, path: drawn.append(figure))
+    bins = [(0.1, 0.5, math.nan, 2), (0.1, 0.5, math.nan, 1), (0.0, 0.0, math.nan, 3)]
+    plot_coverage(tmp_path / "coverage.png", {"": (bins, (0.4, 0.5))}, 8, title="Coverage")
+    (axes,) = drawn[0].axes
+    said = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "measured, by difficulty\n(groups from the left: 3, 1, 2)" in said and not list(axes.texts)
+
+
 def test_silence(tmp_path):
     path = tmp_path / "silence.png"
     values = ([0.5, 0.0, 2.0], [0.01, 0.0, 1e-6])  # zeros on a log scale

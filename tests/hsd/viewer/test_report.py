@@ -208,7 +208,7 @@ def test_credit_after_training_stands_beside_that_before(tmp_path):
     save(tmp_path / "later.json", [], [MIXED])
     metrics(tmp_path)
     text = write(tmp_path, later={"after 3 steps": json.loads((tmp_path / "later.json").read_text())})
-    assert "Before training, 2 questions" in text and "After 3 steps, 1 questions" in text
+    assert "Before training, 2 questions" in text and "After 3 steps, 1 question" in text
     assert text.count("credit mass within") == 1
     with Image.open(tmp_path / "coverage.png") as both, Image.open(tmp_path / "credit_profile.png") as before:
         assert both.width > before.width  # after training there is no failure left whose credit could be drawn
