@@ -97,9 +97,8 @@ def as_typed(message: str, config: Path | None, overrides: Sequence[str]) -> str
         return f"{', '.join(keys.values())}: {rest}"
     written = load_yaml(config)
     shown = [name if isinstance(written.get(name), str) else key for name, key in keys.items()]
-    by_file = message.startswith(place) or any(
-        name in OF_A_PATH or _around(k, flat(written)) for name, k in keys.items()
-    )
+    there = dict.fromkeys(flat(written), place)
+    by_file = message.startswith(place) or any(name in OF_A_PATH or _around(key, there) for name, key in keys.items())
     return f"{place if by_file else ''}{', '.join(shown)}: {rest}"
 
 
@@ -110,8 +109,8 @@ def _key_of(name: str) -> str:
     return next((key for key in (ARGUMENTS.get(name, name), f"train.{name}") if key in known_keys()), "")
 
 
-def _around(key: str, given: Mapping[str, Any]) -> Any:
-    """What is given for ``key``, or for a section around it; None where nothing is."""
+def _around(key: str, given: Mapping[str, str]) -> str | None:
+    """Who gave ``key``, or a section around it; None where nobody did."""
     parts = key.split(".")
     names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((given[name] for name in names if name in given), None)

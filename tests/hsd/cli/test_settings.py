@@ -102,6 +102,7 @@ def test_an_error_of_the_data_names_the_key_as_it_was_typed(tmp_path, monkeypatc
         (["--top-p=2"], "run.yaml: train.top_p: expected 1", "--top_p: expected 1"),
         ([], "run.yaml: train.top_p: expected 1", "run.yaml: train.top_p: expected 1"),
         (["--seed", "2"], "train.top_p: expected 1: 2", "run.yaml: train.top_p: expected 1: 2"),
+        ([], "use_cpu: expected 1", "run.yaml: train.use_cpu: expected 1"),  # which is false there
         (["--use_vllm", "1"], "use_vllm: expected 1", "--use_vllm: expected 1"),
         (["--lora", "{r: 4}"], "model.lora.target_modules: expected 1", "--lora: expected 1"),
         (["--model", "m"], "model.lora.target_modules: expected 1", "run.yaml: model.lora.target_modules: expected 1"),
@@ -113,7 +114,7 @@ def test_an_error_of_the_data_names_the_key_as_it_was_typed(tmp_path, monkeypatc
 )
 def test_an_error_names_the_option_that_gave_the_key_and_else_the_file(tmp_path, monkeypatch, overrides, message, said):
     monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text("model: {path: m, lora: {target_modules: [x]}}\ntrain: {top_p: 2}\n")
+    Path("run.yaml").write_text("model: {path: m, lora: {target_modules: [x]}}\ntrain: {top_p: 2, use_cpu: false}\n")
     assert as_typed(message, Path("run.yaml"), overrides) == said
 
 
