@@ -37,11 +37,12 @@ WRITTEN = ("method", "learning_rate", "max_steps", "num_generations", "per_devic
 WRITTEN += ("gradient_accumulation_steps", "max_completion_length", "save_steps")
 BEGIN = {"max_steps": 200, "save_steps": 50, "gradient_accumulation_steps": 8}
 # The keys of ``train`` that are shown at their defaults.
-OTHERS = ("teacher", "reference_coef", "temperature", "top_p", "success_reward", "gradient_checkpointing")
+OTHERS = ("teacher", "divergence", "reference_coef", "temperature", "top_p", "success_reward", "gradient_checkpointing")
 OTHERS += ("save_total_limit", "eval_strategy", "eval_steps", "report_to", "use_vllm", "seed")
 # What `hsd train` does with a key, instead of TRL's words.
 NOTES = {
-    "save_total_limit": "checkpoints that a finished run keeps, for more steps later; without this key it keeps none"
+    "save_total_limit": "checkpoints that a finished run keeps, for more steps later; without this key it keeps none",
+    "divergence": "forward_kl (the paper's), reverse_kl, or jsd, which learnt faster (docs/methods.md)",
 }
 
 
