@@ -122,7 +122,7 @@ def _compile(variant: Variant, arch: int) -> Line:
         "WAITS": True,
         "PARTS": parts,
         "SLOTS": slots,
-        "LANES": config.lanes(2 if variant.logits == "bf16" else 4),
+        **config.lanes(VOCABULARY, 2 if variant.logits == "bf16" else 4),
         "BLOCK_V": config.block_v,
     }
     given = {"bias_ptr": variant.bias, "teacher_bias_ptr": variant.bias, "in_scale": variant.softcap}

@@ -33,10 +33,18 @@ from hsd_kernels import configs
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.row_stats import COLUMNS, RowStats
 from hsd_kernels.rows import triton_rows
-from hsd_kernels.rows.triton_rows import REVERSE_KL, STUDENT_LOGPS, TEACHER_LOGPS, _log1p, _times, pair, store_row
+from hsd_kernels.rows.triton_rows import (
+    LOG2E,
+    REVERSE_KL,
+    STUDENT_LOGPS,
+    TEACHER_LOGPS,
+    _log1p,
+    _times,
+    pair,
+    store_row,
+)
 
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
-LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
 # Stands for a logit beyond V: finite, since 0 times it must be 0.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 SUMS: tl.constexpr = tl.constexpr(9)  # of a slice
