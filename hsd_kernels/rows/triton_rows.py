@@ -237,10 +237,10 @@ def statistics_kernel(
     if ONE_PASS:
         d = tl.sum(d, 0)
         if DIVERGENCE == FORWARD_KL:
-            kl = kappa * d / l_t - _log1p((l_t - l_s) / l_s)
+            kl = kappa * d / l_t - _log1p((more_t - more_s) / l_s)
         else:
             d = kappa * d / l_s
-            kl = d - _log1p((l_s - l_t) / l_t)
+            kl = d - _log1p((more_s - more_t) / l_t)
             # G with the rounded log-sums that the gradient will use: ps (ls - lt - G) does not see an error that is
             # in both ls - lt and G.
             grad_sum = (d.to(tl.float64) - (log_s.to(tl.float64) - log_t.to(tl.float64))).to(tl.float32)

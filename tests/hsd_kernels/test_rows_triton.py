@@ -272,10 +272,13 @@ def test_the_likeliest_token_hides_no_other_one(rows, gap):
         x[:] = -45.0
         x[:, 5] = 0.0
         x[range(3), [6, 5 + 128, 5 + 256]] = -gap
+    inputs.x_teacher[:, 100] = -21.0
     stats, _ = run(rows, inputs, row_spec())
-    rest = inputs.x_student.double().exp().sum(-1) - 1.0
-    for log_sum in (stats.student_log_sum, stats.teacher_log_sum):
+    for x, log_sum in ((inputs.x_student, stats.student_log_sum), (inputs.x_teacher, stats.teacher_log_sum)):
+        rest = x.double().exp().sum(-1) - 1.0
         torch.testing.assert_close(log_sum.double(), rest.log1p(), rtol=2e-6, atol=0.0)
+    if gap > 0.0:
+        torch.testing.assert_close(stats.kl.double(), exact(inputs, row_spec())[0]["kl"], rtol=1e-4, atol=0.0)
 
 
 @triton.jit
