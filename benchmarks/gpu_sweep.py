@@ -23,7 +23,7 @@ from hsd_kernels import Divergence, Head
 
 SHAPE = {"cuda": (1024, 64, 151_936), "cpu": (8, 16, 512)}
 GRID: dict[str, tuple[int, ...]] = {"block_v": (1024, 2048, 4096), "num_warps": (2, 4, 8, 16), "num_stages": (1,)}
-LANE_COLUMNS = (8, 32)  # columns a thread holds at a time: what is outside spills or starves
+LANE_COLUMNS = (8, 64)  # columns a thread holds at a time: what is outside spills or starves
 CALLS = 5
 TWO_PASSES = ("statistics", "gradient")  # what runs where a row's slices do not fit the device, and over shards
 WORK: dict[str, dict[str, Any]] = {"one_read_softcap": {"softcap": 30.0}}

@@ -20,14 +20,17 @@ class RowConfig:
         """Triton's launch options. Fusing x * y + z is its default up to 3.9 only, so it is asked for."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
-    def lanes(self, itemsize: int) -> int:
-        """Columns side by side: one 16-byte load per thread, so that a reduction over the rest of the block
-        stays within the thread. With half of that the compile report has more registers for bf16 logits."""
-        return min(self.block_v, 16 // itemsize * 32 * self.num_warps)
+    def lanes(self, vocab: int, itemsize: int) -> dict[str, int]:
+        """Launch constants of the statistics: WIDTH columns of a lane are one 16-byte load, each thread has a lane, and
+        a lane has at most IN_LANE columns of a row."""
+        width = min(self.block_v, 16 // itemsize)
+        lanes = min(self.block_v // width, 32 * self.num_warps)
+        loads = -(-vocab // (lanes * width))
+        return {"WIDTH": width, "LANES": lanes, "IN_LANE": width << (loads - 1).bit_length()}
 
 
-# From the compile report, not from timings: 64 registers for the one-read statistics of fp32 logits keep
-# 32 warps on an SM, 4096 columns need 86 (sm_90), and 1024 at 4 warps spill in the JSD.
+# From the compile report, not from timings: 40 registers for the statistics of a KL keep 48 warps on an SM; 4096
+# columns take 64 registers and one instruction a pair less (sm_90).
 PINNED = {
     ("statistics", 80): RowConfig(block_v=2048, num_warps=8, num_stages=1),
     ("statistics", 90): RowConfig(block_v=2048, num_warps=8, num_stages=1),

@@ -33,13 +33,20 @@ from hsd_kernels import configs
 from hsd_kernels.divergence import RowSpec
 from hsd_kernels.row_stats import COLUMNS, RowStats
 from hsd_kernels.rows import triton_rows
-from hsd_kernels.rows.triton_rows import REVERSE_KL, STUDENT_LOGPS, TEACHER_LOGPS, _log1p, _times, pair, store_row
+from hsd_kernels.rows.triton_rows import (
+    REVERSE_KL,
+    STUDENT_LOGPS,
+    TEACHER_LOGPS,
+    _log1p,
+    _times,
+    pair,
+    store_row,
+)
 
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
-LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
 # Stands for a logit beyond V: finite, since 0 times it must be 0.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
-SUMS: tl.constexpr = tl.constexpr(9)  # of a slice
+SUMS: tl.constexpr = tl.constexpr(7)  # of a slice
 PEAKED: tl.constexpr = tl.constexpr(0.25)  # a slice whose likeliest token has four fifths of it is summed with care,
 FEW: tl.constexpr = tl.constexpr(128)  # so many columns at a time
 
@@ -173,16 +180,15 @@ def one_read_kernel(
     else:
         y_s, y_t = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, cols, V, in_scale, HAS_SOFTCAP, LINEAR, LOWEST)
 
-    top_s = tl.maximum(tl.max(y_s, 0), LOWEST)
-    top_t = tl.maximum(tl.max(y_t, 0), LOWEST)
+    top_s, top_t = tl.split(tl.max(tl.join(y_s, y_t), 0))  # joined: one barrier
+    top_s = tl.maximum(top_s, LOWEST)
+    top_t = tl.maximum(top_t, LOWEST)
     u_s = (y_s - top_s) * k
     u_t = (y_t - top_t) * k
     e_s = tl.exp2(u_s)
     e_t = tl.exp2(u_t)
     more_s = tl.sum(e_s, 0) - 1.0
     more_t = tl.sum(e_t, 0) - 1.0
-    ones_s = 1.0
-    ones_t = 1.0
     a_s = tl.sum(e_s * u_s, 0)
     a_t = tl.sum(e_t * u_t, 0)
     if DIVERGENCE == REVERSE_KL:
@@ -195,8 +201,8 @@ def one_read_kernel(
         # hold more in registers would be paid by every slice.
         more_s = 0.0
         more_t = 0.0
-        ones_s = 0.0
-        ones_t = 0.0
+        ones_s = -1.0
+        ones_t = -1.0
         a_s = 0.0
         a_t = 0.0
         d = 0.0
@@ -219,6 +225,8 @@ def one_read_kernel(
                 d += tl.sum(_times(p_s, few_s - few_t), 0)
             else:
                 d += tl.sum(_times(p_t, few_t - few_s), 0)
+        more_s += ones_s
+        more_t += ones_t
     slot = partial_ptr + part
     tl.store(slot, top_s)
     tl.store(slot + SLOTS, top_t)
@@ -227,10 +235,8 @@ def one_read_kernel(
     tl.store(slot + 4 * SLOTS, a_s)
     tl.store(slot + 5 * SLOTS, a_t)
     tl.store(slot + 6 * SLOTS, d)
-    tl.store(slot + 7 * SLOTS, ones_s)
-    tl.store(slot + 8 * SLOTS, ones_t)
     _exchange(sync_ptr, PARTS, WAITS)
-    row_top_s, row_top_t, r_s, r_t, more_s, more_t, d = _merged(partial_ptr, k, DIVERGENCE, PARTS, SLOTS)
+    row_top_s, row_top_t, r_s, r_t, more_s, more_t = _merged(partial_ptr, k, PARTS, SLOTS)
     l_s = 1.0 + more_s
     l_t = 1.0 + more_t
     # By a division: 2 ** -log2(sum) would lose the last bits of a row with one likely token.
@@ -238,36 +244,37 @@ def one_read_kernel(
     shift_t = (top_t - row_top_t) * k
     p_s = e_s * tl.div_rn(tl.exp2(shift_s), l_s)
     p_t = e_t * tl.div_rn(tl.exp2(shift_t), l_t)
-    log_s = _log1p(more_s)
-    log_t = _log1p(more_t)
-    shift_s -= log_s * LOG2E
-    shift_t -= log_t * LOG2E
-    grad_sum = 0.0
     if DIVERGENCE == REVERSE_KL:
-        # With the logarithms as in `shift`: p_s (log p_s - log p_t - G) does not see what is in both.
-        grad_sum = (d / l_s - (log_s * LOG2E - log_t * LOG2E)) * LN2
-        dz = _times(p_s, ((u_s - u_t) + (shift_s - shift_t)) * LN2 - grad_sum)
+        # p_s (log p_s - log p_t - G): the log-sums are in both and cancel.
+        d = _divergence(partial_ptr, r_s, r_t, 2, PARTS, SLOTS) / l_s
+        dz = _times(p_s, ((u_s - u_t) + (shift_s - shift_t - d)) * LN2)
     else:
         dz = p_s - p_t
     weight = tl.load(weights_ptr + row).to(tl.float32)
     dz *= weight * chain
     if HAS_SOFTCAP:
         dz *= 1.0 - y_s * y_s
+    dz = dz.to(dz_ptr.dtype.element_ty)
+    tl.store(dz_ptr + row64 * stride_dz + cols, dz, mask=cols < tl.where(weight == 0.0, 0, V))
     if weight == 0.0:
-        dz = tl.zeros_like(dz)
-    tl.store(dz_ptr + row64 * stride_dz + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
+        tl.store(dz_ptr + row64 * stride_dz + cols, tl.zeros_like(dz), mask=cols < V)
 
     if part == PARTS - 1:  # the last to start
-        in_s = _slots(partial_ptr, 2, 0.0, PARTS, SLOTS) + _slots(partial_ptr, 7, 0.0, PARTS, SLOTS)
-        in_t = _slots(partial_ptr, 3, 0.0, PARTS, SLOTS) + _slots(partial_ptr, 8, 0.0, PARTS, SLOTS)
+        in_s = 1.0 + _slots(partial_ptr, 2, -1.0, PARTS, SLOTS)
+        in_t = 1.0 + _slots(partial_ptr, 3, -1.0, PARTS, SLOTS)
         whole_s = tl.exp2(r_s) * (_slots(partial_ptr, 4, 0.0, PARTS, SLOTS) + r_s * in_s)
         whole_t = tl.exp2(r_t) * (_slots(partial_ptr, 5, 0.0, PARTS, SLOTS) + r_t * in_t)
+        log_s = _log1p(more_s)
+        log_t = _log1p(more_t)
         entropy_s = log_s - tl.sum(whole_s, 0) / l_s * LN2
         entropy_t = log_t - tl.sum(whole_t, 0) / l_t * LN2
         if DIVERGENCE == REVERSE_KL:
-            kl = d / l_s * LN2 - _log1p((more_s - more_t) / l_t)
+            kl = d * LN2 - _log1p((more_s - more_t) / l_t)
+            grad_sum = d * LN2 - (log_s - log_t)
         else:
-            kl = d / l_t * LN2 - _log1p((more_t - more_s) / l_s)
+            d = _divergence(partial_ptr, r_t, r_s, 3, PARTS, SLOTS) / l_t
+            kl = d * LN2 - _log1p((more_t - more_s) / l_s)
+            grad_sum = 0.0
         store_row(
             table_ptr, stride_table, kl, entropy_s, entropy_t, row_top_s, row_top_t, log_s, log_t, grad_sum, k * LN2
         )
@@ -298,33 +305,28 @@ def _slots(partial_ptr, n, other, PARTS: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _merged(partial_ptr, k, DIVERGENCE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):
-    """Of the row: both maxima; how far below them each slice's lie; both sums but for a 1; that of the divergence."""
+def _merged(partial_ptr, k, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    """Of the row: both maxima; how far below them each slice's lie; both sums of exponentials but for a 1, NaN where no
+    logit is finite."""
     y_s = _slots(partial_ptr, 0, LOWEST, PARTS, SLOTS)
     y_t = _slots(partial_ptr, 1, LOWEST, PARTS, SLOTS)
-    more_s = _slots(partial_ptr, 2, 0.0, PARTS, SLOTS)
-    more_t = _slots(partial_ptr, 3, 0.0, PARTS, SLOTS)
-    ones_s = _slots(partial_ptr, 7, 0.0, PARTS, SLOTS)
-    ones_t = _slots(partial_ptr, 8, 0.0, PARTS, SLOTS)
-    d = _slots(partial_ptr, 6, 0.0, PARTS, SLOTS)
-    top_s = tl.max(y_s, 0)
-    top_t = tl.max(y_t, 0)
+    more_s = _slots(partial_ptr, 2, -1.0, PARTS, SLOTS)
+    more_t = _slots(partial_ptr, 3, -1.0, PARTS, SLOTS)
+    top_s, top_t = tl.split(tl.max(tl.join(y_s, y_t), 0))
     r_s = (y_s - top_s) * k
     r_t = (y_t - top_t) * k
-    w_s = tl.exp2(r_s)
-    w_t = tl.exp2(r_t)
-    if DIVERGENCE == REVERSE_KL:
-        d = _times(w_s, d + (r_s - r_t) * (more_s + ones_s))
-    else:
-        d = _times(w_t, d + (r_t - r_s) * (more_t + ones_t))
-    more_s = _beyond_one(top_s, w_s, r_s, more_s, ones_s)
-    more_t = _beyond_one(top_t, w_t, r_t, more_t, ones_t)
-    return top_s, top_t, r_s, r_t, more_s, more_t, tl.sum(d, 0)
+    # How many slices hold each maximum, both in one sum.
+    tops = tl.sum(tl.where(r_s < 0.0, 0, 1) + tl.where(r_t < 0.0, 0, 65536), 0)
+    more_s = tl.exp2(r_s) * (more_s + tl.where(r_s < 0.0, 1.0, 0.0))
+    more_t = tl.exp2(r_t) * (more_t + tl.where(r_t < 0.0, 1.0, 0.0))
+    more_s, more_t = tl.split(tl.sum(tl.join(more_s, more_t), 0))
+    more_s = tl.where(top_s > LOWEST, more_s + ((tops & 65535) - 1).to(tl.float32), float("nan"))
+    more_t = tl.where(top_t > LOWEST, more_t + ((tops >> 16) - 1).to(tl.float32), float("nan"))
+    return top_s, top_t, r_s, r_t, more_s, more_t
 
 
 @triton.jit
-def _beyond_one(top, w, r, more, ones):
-    """The row's sum of exponentials but for one 1 of its maximum. NaN where no logit is finite."""
-    lower = r < 0.0
-    total = tl.sum(w * more + tl.where(lower, w * ones, 0.0), 0) + (tl.sum(tl.where(lower, 0.0, ones), 0) - 1.0)
-    return tl.where(top > LOWEST, total, float("nan"))
+def _divergence(partial_ptr, r_p, r_q, n, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    """The row's sum of e_p (u_p - u_q), of whose e_p the n-th sums are."""
+    e = 1.0 + _slots(partial_ptr, n, -1.0, PARTS, SLOTS)
+    return tl.sum(_times(tl.exp2(r_p), _slots(partial_ptr, 6, 0.0, PARTS, SLOTS) + (r_p - r_q) * e), 0)

@@ -4,8 +4,8 @@ One program per row. A logit is read as ``y`` with ``z = kappa * y`` (`_formed`,
 maximum is exact for large probabilities, and the temperature multiplies that difference, not a large logit.
 """
 
-# Triton's reductions are inferred to return tuples:
-# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+# Triton's reductions are inferred to return tuples, and a literal for a constexpr is refused:
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ TEACHER_LOG_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("teacher_log_sum"))
 GRAD_SUM: tl.constexpr = tl.constexpr(COLUMNS.index("grad_sum"))
 # Where a running maximum starts: finite, since a whole block may be -inf and exp(-inf - -inf) is NaN.
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
 MINUS_INF: tl.constexpr = tl.constexpr(-math.inf)
 
 
@@ -54,7 +55,7 @@ def statistics(
 ) -> RowStats:
     table = torch.empty(len(COLUMNS), x_student.shape[0], dtype=torch.float32, device=x_student.device)
     config = configs.row_config("statistics", capability(x_student.device))
-    more = {"LANES": config.lanes(x_student.element_size())}
+    more = config.lanes(x_student.shape[1], x_student.element_size())
     sides = (x_student, x_teacher, spec, bias, teacher_bias)
     _launch(statistics_kernel, config, *sides, (target_ids,), table, scales(spec), more)
     return RowStats.unstack(table, rows, with_targets=target_ids is not None)
@@ -148,8 +149,9 @@ def contiguous(per_row: Tensor | None) -> Tensor | None:
     return None if per_row is None else per_row.contiguous()
 
 
-# The two kernels. The first keeps every sum and maximum over the vocabulary per lane, LANES columns of a
-# (K, LANES) block side by side, and reduces them once at the end: no barrier in its loops, and short sums.
+# The two kernels. The first keeps every sum and maximum over the vocabulary per lane, one for each thread, and reduces
+# them once at the end: no barrier in its loops, short sums, and one rescaling for the K * WIDTH columns that a lane has
+# of a (K, LANES, WIDTH) block. The blocks that V fills need no mask.
 
 
 @triton.jit
@@ -174,64 +176,58 @@ def statistics_kernel(
     NONNEGATIVE: tl.constexpr,
     LINEAR: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IN_LANE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     # A KL needs only E[z_p - z_q] and both log-sums: one read. The JSD, a clip and a floor need both for each summand.
     IS_KL: tl.constexpr = DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL  # pyright: ignore
     ONE_PASS: tl.constexpr = IS_KL and clip is None and log_floor is None  # pyright: ignore
-    K: tl.constexpr = BLOCK_V // LANES
+    K: tl.constexpr = BLOCK_V // (LANES * WIDTH)
     # int64 before the multiply: row * stride passes 2^31 at row 14,135 for V = 151,936.
     row = tl.program_id(0).to(tl.int64)
     xs_ptr += row * stride_xs
     xt_ptr += row * stride_xt
-    block = tl.arange(0, K)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lanes = tl.arange(0, LANES)
+    block = tl.arange(0, K)[:, None, None] * (LANES * WIDTH) + lanes[None, :, None] * WIDTH
+    block += tl.arange(0, WIDTH)[None, None, :]
 
     m_s = tl.full([LANES], LOWEST, tl.float32)  # running maximum of y
     m_t = tl.full([LANES], LOWEST, tl.float32)
-    # Sum of e = exp(kappa (y - m)) but for the 1 of the maximum: beside it all below 6e-8 would be lost.
-    l_s = tl.zeros([LANES], tl.float32)
+    l_s = tl.zeros([LANES], tl.float32)  # sum of e = exp(kappa (y - m))
     l_t = tl.zeros([LANES], tl.float32)
     a_s = tl.zeros([LANES], tl.float32)  # sum of e (y - m), for the entropy
     a_t = tl.zeros([LANES], tl.float32)
     d = tl.zeros([LANES], tl.float32)  # sum of e_p ((y_p - m_p) - (y_q - m_q)) for KL(p || q)
-    for start in range(0, V, BLOCK_V):
-        y_s, y_t = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_SOFTCAP, LINEAR)
-        top_s = tl.maximum(m_s, tl.max(y_s, 0))
-        top_t = tl.maximum(m_t, tl.max(y_t, 0))
-        rise_s = top_s - m_s
-        rise_t = top_t - m_t
-        all_s = l_s + _one(m_s > LOWEST)
-        all_t = l_t + _one(m_t > LOWEST)
-        w_s, w_t, a_s, a_t, d = _rescaled(rise_s, rise_t, all_s, all_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS)
-        l_s = tl.where(rise_s > 0.0, w_s * all_s, l_s)
-        l_t = tl.where(rise_t > 0.0, w_t * all_t, l_t)
-        m_s = top_s
-        m_t = top_t
-        u_s = y_s - m_s[None, :]
-        u_t = y_t - m_t[None, :]
-        e_s = tl.exp(kappa * u_s)
-        e_t = tl.exp(kappa * u_t)
-        l_s += _without_top(e_s, rise_s > 0.0, K)
-        l_t += _without_top(e_t, rise_t > 0.0, K)
-        a_s += tl.sum(_times(e_s, u_s), 0)
-        a_t += tl.sum(_times(e_t, u_t), 0)
-        if ONE_PASS:
-            if DIVERGENCE == FORWARD_KL:
-                d += tl.sum(_times(e_t, u_t - u_s), 0)
-            else:
-                d += tl.sum(_times(e_s, u_s - u_t), 0)
+    k = kappa * LOG2E
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        y_s, y_t = pair(
+            xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, start + block, V, in_scale, HAS_SOFTCAP, LINEAR, FULL=True
+        )
+        m_s, m_t, l_s, l_t, a_s, a_t, d = _with_block(
+            y_s, y_t, m_s, m_t, l_s, l_t, a_s, a_t, d, k, DIVERGENCE, ONE_PASS
+        )
+    if whole < V:
+        y_s, y_t = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, whole + block, V, in_scale, HAS_SOFTCAP, LINEAR)
+        m_s, m_t, l_s, l_t, a_s, a_t, d = _with_block(
+            y_s, y_t, m_s, m_t, l_s, l_t, a_s, a_t, d, k, DIVERGENCE, ONE_PASS
+        )
 
     top_s = tl.max(m_s, 0)
     top_t = tl.max(m_t, 0)
-    rise_s = top_s - m_s
-    rise_t = top_t - m_t
-    one_s = _one(m_s > LOWEST)
-    one_t = _one(m_t > LOWEST)
-    w_s, w_t, a_s, a_t, d = _rescaled(
-        rise_s, rise_t, l_s + one_s, l_t + one_t, a_s, a_t, d, kappa, DIVERGENCE, ONE_PASS
-    )
-    more_s = (tl.sum(w_s * (l_s.to(tl.float64) + one_s), 0) - 1.0).to(tl.float32)
-    more_t = (tl.sum(w_t * (l_t.to(tl.float64) + one_t), 0) - 1.0).to(tl.float32)
+    w_s, w_t, a_s, a_t, d = _rescaled(top_s - m_s, top_t - m_t, l_s, l_t, a_s, a_t, d, k, DIVERGENCE, ONE_PASS)
+    # Beside the 1 of the row's maximum a sum loses all below 6e-8. That lane is read and summed again, without.
+    lane_s = tl.min(tl.where(m_s == top_s, lanes, LANES), 0)
+    lane_t = tl.min(tl.where(m_t == top_t, lanes, LANES), 0)
+    more_s = tl.sum(tl.where(lanes == lane_s, 0.0, w_s * l_s), 0)
+    more_t = tl.sum(tl.where(lanes == lane_t, 0.0, w_t * l_t), 0)
+    few = tl.arange(0, IN_LANE)
+    few = few // WIDTH * (LANES * WIDTH) + few % WIDTH
+    few_s, _ = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, few + lane_s * WIDTH, V, in_scale, HAS_SOFTCAP, LINEAR)
+    _, few_t = pair(xs_ptr, xt_ptr, bias_ptr, teacher_bias_ptr, few + lane_t * WIDTH, V, in_scale, HAS_SOFTCAP, LINEAR)
+    more_s = _with_lane(more_s, few_s - top_s, k)
+    more_t = _with_lane(more_t, few_t - top_t, k)
     log_s = _log1p(more_s)
     log_t = _log1p(more_t)
     l_s = 1.0 + more_s
@@ -241,10 +237,10 @@ def statistics_kernel(
     if ONE_PASS:
         d = tl.sum(d, 0)
         if DIVERGENCE == FORWARD_KL:
-            kl = kappa * d / l_t - _log1p((l_t - l_s) / l_s)
+            kl = kappa * d / l_t - _log1p((more_t - more_s) / l_s)
         else:
             d = kappa * d / l_s
-            kl = d - _log1p((l_s - l_t) / l_t)
+            kl = d - _log1p((more_s - more_t) / l_t)
             # G with the rounded log-sums that the gradient will use: ps (ls - lt - G) does not see an error that is
             # in both ls - lt and G.
             grad_sum = (d.to(tl.float64) - (log_s.to(tl.float64) - log_t.to(tl.float64))).to(tl.float32)
@@ -258,9 +254,9 @@ def statistics_kernel(
             lt = tl.fma(y_t - top_t, kappa, -log_t)
             ps = tl.exp(ls)
             f, g = _summands(ls, lt, ps, beta, clip, log_floor, DIVERGENCE, NONNEGATIVE)
-            f_sum += tl.sum(f, 0)
-            g_sum += tl.sum(g, 0)
-            p_sum += tl.sum(ps, 0)
+            f_sum += _over(f)
+            g_sum += _over(g)
+            p_sum += _over(ps)
         kl = tl.sum(f_sum, 0)
         grad_sum = tl.sum(g_sum, 0) / tl.sum(p_sum, 0)  # p_sum is 1 but for the rounding of the log-sum
 
@@ -356,7 +352,7 @@ def pair(
     HAS_SOFTCAP: tl.constexpr,
     LINEAR: tl.constexpr,
     BEYOND: tl.constexpr = MINUS_INF,
-    FULL: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
+    FULL: tl.constexpr = False,
 ):
     """y of both sides at ``cols``. Beyond V it is BEYOND: -inf is a probability of zero on both sides, which no sum
     sees. FULL: no column is. LINEAR: the student's block holds the difference to the teacher's."""
@@ -392,28 +388,45 @@ def _formed(x, bias_ptr, cols, V, in_scale, HAS_SOFTCAP: tl.constexpr, BEYOND: t
 
 
 @triton.jit
-def _one(where):
-    return tl.where(where, 1.0, 0.0)
+def _with_block(y_s, y_t, m_s, m_t, l_s, l_t, a_s, a_t, d, k, DIVERGENCE: tl.constexpr, ONE_PASS: tl.constexpr):
+    """The lanes' maxima and sums of `statistics_kernel` with those of one more block."""
+    top_s = tl.maximum(m_s, tl.max(tl.max(y_s, 2), 0))
+    top_t = tl.maximum(m_t, tl.max(tl.max(y_t, 2), 0))
+    w_s, w_t, a_s, a_t, d = _rescaled(top_s - m_s, top_t - m_t, l_s, l_t, a_s, a_t, d, k, DIVERGENCE, ONE_PASS)
+    u_s = y_s - top_s[None, :, None]
+    u_t = y_t - top_t[None, :, None]
+    e_s = tl.exp2(k * u_s)
+    e_t = tl.exp2(k * u_t)
+    l_s = w_s * l_s + _over(e_s)
+    l_t = w_t * l_t + _over(e_t)
+    if ONE_PASS:
+        if DIVERGENCE == FORWARD_KL:
+            d += _over(_times(e_t, u_t - u_s))
+        else:
+            d += _over(_times(e_s, u_s - u_t))
+    a_s += _over(_times(e_s, u_s))
+    a_t += _over(_times(e_t, u_t))
+    return top_s, top_t, l_s, l_t, a_s, a_t, d
 
 
 @triton.jit
-def _without_top(e, has_top, K: tl.constexpr):
-    """Sums of (K, LANES) exponentials over K, in lanes that ``has_top`` but for one that is 1. Of two terms it is the
-    smaller: 1 + it - 1 would be off by 6e-8. A NaN stays."""
-    total = tl.sum(e, 0)
-    rest = total - 1.0
-    if K <= 2:
-        rest = total - total
-        if K == 2:
-            rest += tl.min(e, 0)
-    return tl.where(has_top, rest, total)
+def _over(block):
+    """The sum of a block's columns in each lane."""
+    return tl.sum(tl.sum(block, 2), 0)
 
 
 @triton.jit
-def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, kappa, DIVERGENCE: tl.constexpr, ONE_PASS: tl.constexpr):
-    """exp(-kappa rise) of both sides, and the sums of `statistics_kernel` after their maxima rose; ``l`` with the 1."""
-    w_s = tl.exp(-kappa * rise_s)
-    w_t = tl.exp(-kappa * rise_t)
+def _with_lane(more, u, k):
+    """A row's sum of exponentials but for one 1, from the sum of all lanes but one, and that one's y - top."""
+    more += tl.sum(tl.where(u == 0.0, 0.0, tl.exp2(k * u)), 0)
+    return more + (tl.sum(tl.where(u == 0.0, 1.0, 0.0), 0) - 1.0)
+
+
+@triton.jit
+def _rescaled(rise_s, rise_t, l_s, l_t, a_s, a_t, d, k, DIVERGENCE: tl.constexpr, ONE_PASS: tl.constexpr):
+    """exp(-kappa rise) of both sides, and the sums of `statistics_kernel` after their maxima rose."""
+    w_s = tl.exp2(-k * rise_s)
+    w_t = tl.exp2(-k * rise_t)
     if ONE_PASS:
         # d is infinite where q is -inf and p is not; `_times` for when a later maximum makes p negligible.
         if DIVERGENCE == FORWARD_KL:
@@ -469,8 +482,8 @@ def _summands(
 
 @triton.jit
 def _times(p, log_ratio):
-    """p * log_ratio with 0 log 0 = 0."""
-    return tl.where(p == 0.0, 0.0, p * log_ratio)
+    """p * log_ratio with 0 log 0 = 0. The product comes last, where a sum can take it in."""
+    return p * tl.where(p == 0.0, 0.0, log_ratio)
 
 
 # Written out: libdevice does not run in the interpreter, and exp(x) - 1 and log(1 + x) are inaccurate near 0.

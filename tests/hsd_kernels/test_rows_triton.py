@@ -264,6 +264,23 @@ def test_gradient_where_one_token_has_all_the_mass(rows, divergence):
     assert (error <= 2.0 * (torch_error + rounding)).all(), f"L1 error {error}, torch {torch_error}"
 
 
+@pytest.mark.parametrize("gap", [0.0, 20.0])
+def test_the_likeliest_token_hides_no_other_one(rows, gap):
+    """Its 1 and what lies beside it in memory, a load further or a block further are summed by one thread."""
+    inputs = make_inputs(vocab=300)
+    for x in (inputs.x_student, inputs.x_teacher):
+        x[:] = -45.0
+        x[:, 5] = 0.0
+        x[range(3), [6, 5 + 128, 5 + 256]] = -gap
+    inputs.x_teacher[:, 100] = -21.0
+    stats, _ = run(rows, inputs, row_spec())
+    for x, log_sum in ((inputs.x_student, stats.student_log_sum), (inputs.x_teacher, stats.teacher_log_sum)):
+        rest = x.double().exp().sum(-1) - 1.0
+        torch.testing.assert_close(log_sum.double(), rest.log1p(), rtol=2e-6, atol=0.0)
+    if gap > 0.0:
+        torch.testing.assert_close(stats.kl.double(), exact(inputs, row_spec())[0]["kl"], rtol=1e-4, atol=0.0)
+
+
 @triton.jit
 def elementary_kernel(x_ptr, out_ptr, N: tl.constexpr):  # pyright: ignore[reportInvalidTypeForm]
     at = tl.arange(0, N)
