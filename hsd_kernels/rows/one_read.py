@@ -1,7 +1,7 @@
 """Both KLs and their gradients in one read of a chunk of logits, for CUDA. Mathematics: `hsd_kernels.divergence`.
 
 A row is cut into slices, one program each. A program keeps its slice of both sides in registers, publishes the
-slice's sums, waits until the last program of the row has merged those of all slices, and writes its slice of dz: 8
+slice's sums, waits until the last program of the row has done so, merges all of them, and writes its slice of dz: 8
 bytes a pair of fp32 logits are read and 2 written, where two passes read 16.
 
 No program waits for one that has not started: programs take their place in the order in which they start (a ticket),
