@@ -115,7 +115,7 @@ def check_policy(run: Run, path: str) -> None:
         Trainer.get_optimizer_cls_and_kwargs(run.config, policy)
     except (ValueError, ImportError, RuntimeError) as error:
         name = getattr(run.config.optim, "value", run.config.optim)
-        raise ValueError(f"optim: expected one that can run here, got {name!r}: {error}") from error
+        raise ValueError(f"optim: expected one that can run here, got {name!r}: {_first_line(error)}") from error
 
 
 def with_adapters(policy: Any, lora: Lora) -> Any:
@@ -132,7 +132,12 @@ def with_adapters(policy: Any, lora: Lora) -> Any:
     try:
         return get_peft_model(policy, peft_config(lora))
     except ValueError as error:
-        raise ValueError(f"{expected}, got {lora.target_modules!r}: {error}") from error
+        raise ValueError(f"{expected}, got {lora.target_modules!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """PEFT's error prints the whole module, line by line."""
+    return str(error).strip().partition("\n")[0]
 
 
 def peft_config(lora: Lora) -> Any:

@@ -55,13 +55,19 @@ def context_metrics(prompts: Sequence[Sequence[TeacherPrompt]]) -> dict[str, flo
     }
 
 
-def loss_metrics(out: LossOutput, batch: RolloutBatch, *, diagnostics: bool = False) -> dict[str, Tensor]:
+def loss_metrics(
+    out: LossOutput, batch: RolloutBatch, *, temperature: float = 1.0, diagnostics: bool = False
+) -> dict[str, Tensor]:
     """Means over the tokens of a micro-batch, in nats, and credit of its failing rollouts. Nothing of a teacher that no
-    term reads at this step."""
+    term reads at this step.
+
+    ``temperature``: of the divergence, at which all but the KL to the reference is measured.
+    """
     stats, mask, found = out.stats, batch.divergence_mask, {}
     tokens = mask.sum()
     if out.reference is not None:
-        found["student_entropy"] = (out.reference.student_entropy * mask).sum() / tokens
+        if temperature == 1.0:  # the reference's: an entropy at another one would seem to grow or collapse
+            found["student_entropy"] = (out.reference.student_entropy * mask).sum() / tokens
         found["reference_kl"] = (out.reference.kl * mask).sum() / tokens
     if stats is None:
         return found

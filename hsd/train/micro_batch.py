@@ -22,7 +22,7 @@ from hsd.policy.tree.two_phase import two_phase_loss
 from hsd.train.batch import RolloutBatch
 from hsd.train.diagnostics import overlap
 from hsd.train.teachers import FrozenPolicies
-from hsd.train.update import LossOutput, Objective, Targets, method_loss
+from hsd.train.update import LossOutput, Objective, Targets, method_loss, zero_of
 from hsd_kernels import Head, RowStats
 
 
@@ -85,7 +85,8 @@ class MicroBatchLoss:
             batch = replace(batch, extra=None)
         passes = self.passes(batch, objective)
         if not passes.which:
-            return LossOutput(nothing_of(policy), None)
+            # Of each weight, whose gradient DDP waits for.
+            return LossOutput(zero_of(p for p in policy.parameters() if p.requires_grad), None)
         tree, budget = self.tree(passes), self.token_budget
         if tree is not None and budget is not None and len(tree.trie) > budget and torch.is_grad_enabled():
             return self._in_chunks(policy, batch, passes, tree, budget, objective)
@@ -123,7 +124,7 @@ class MicroBatchLoss:
             targets = targets.rows(torch.tensor(mine, dtype=torch.long, device=targets.ids.device))
         else:
             states_of_mine = states
-        parts = [LossOutput(states.student.sum() * 0.0, None)]
+        parts = [LossOutput(zero_of([states.student]), None)]
         if mine:
             parts = [_loss(states_of_mine, head, targets, objective)]
         at = [k for k, n in enumerate(which) if n >= size]
@@ -220,11 +221,6 @@ class MicroBatchLoss:
         loss = two_phase_loss(policy, parts.body, tree, chunk_loss, budget, teacher=elsewhere)
         references = [out.reference for out in outs if out.reference is not None]
         return LossOutput(loss, joined([out.stats for out in outs if out.stats is not None]), joined(references))
-
-
-def nothing_of(policy: Any) -> Tensor:
-    """A loss of 0 that gives each weight a gradient, which DDP waits for."""
-    return 0.0 * torch.stack([p.sum().float() for p in policy.parameters() if p.requires_grad]).sum()
 
 
 def joined(tables: list[RowStats]) -> RowStats | None:

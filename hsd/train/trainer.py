@@ -506,7 +506,8 @@ class HSDTrainer(GRPOTrainer):
     def _hsd_loss(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
         batch, mode = unpack(inputs, self.args.skip_tokens), self._mode
         out = self.micro_batch_loss(policy, batch, self.args.objective(self.state.global_step))
-        if metrics := loss_metrics(out, batch, diagnostics=self.args.diagnostics):
+        asked = {"temperature": self.args.kl_temperature, "diagnostics": self.args.diagnostics}
+        if metrics := loss_metrics(out, batch, **asked):
             self._record(mode, metrics)
         # As in GRPOTrainer: the mean over the micro-batches of one optimizer step.
         return out.loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -192,9 +192,13 @@ def method_loss(
             assert term.fn is not None
             loss = loss + coef * (targets.policy_weights * term.fn(logps, facts)).sum()
     if torch.is_grad_enabled() and not loss.requires_grad:  # every coefficient is 0 at this step of its schedule
-        leaves = (student_hidden, head.weight, head.bias)
-        loss = loss + 0.0 * sum(x.sum() for x in leaves if x is not None)
+        loss = loss + zero_of(x for x in (student_hidden, head.weight, head.bias) if x is not None)
     return LossOutput(loss, stats, to_reference)
+
+
+def zero_of(tensors: Iterable[Tensor]) -> Tensor:
+    """0 that gives each tensor a gradient of zeros. In fp32: a sum beyond fp16's range times 0 is NaN."""
+    return 0.0 * torch.stack([x.sum(dtype=torch.float32) for x in tensors]).sum()
 
 
 def _facts(o: Objective, rows: RowStats | None, columns: Mapping[str, Tensor], contexts: Sequence[RowStats]) -> Stats:

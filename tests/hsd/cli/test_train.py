@@ -18,9 +18,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hsd.cli.__main__ import main
 from hsd.cli.folder import BEFORE, claim
-from hsd.cli.prepare import prepare
+from hsd.cli.prepare import prepare, with_adapters
 from hsd.cli.settings import load
 from hsd.tasks import small_world
+from hsd.tasks.settings import Lora
 from hsd.train.callbacks import load_metrics
 from hsd.train.config import HSDConfig
 
@@ -495,3 +496,11 @@ def test_another_run_is_refused_before_its_model_is_made(here, monkeypatch, caps
     monkeypatch.setattr(small_world, "warm_start", lambda *args, **kwargs: pytest.fail("made a model"))
     assert main(["train", "task.yaml"]) == 2
     assert "out holds a run with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("targets", ["all_linear", ["norm"], ["model"], ["layers", "q_proj"]])
+def test_an_error_about_targets_of_lora_is_one_line(targets):
+    """PEFT prints the module, which may be the whole model."""
+    with pytest.raises(ValueError, match=r"^model\.lora\.target_modules: expected modules .*") as refused:
+        with_adapters(qwen3(**SMALLER), Lora(target_modules=targets))
+    assert "\n" not in str(refused.value)

@@ -190,6 +190,7 @@ def test_the_tree_has_no_node_of_a_teacher_that_nothing_reads(teacher, budget, t
     [
         ({}, set()),
         ({"reference_coef": 0.5}, {"student_entropy", "reference_kl"}),  # the alarm of the entropy goes on
+        ({"reference_coef": 0.5, "kl_temperature": 0.6}, {"reference_kl"}),  # its entropy is at temperature 1
         ({"diagnostics": True}, {"kl", "student_entropy", "teacher_entropy"}),
     ],
 )

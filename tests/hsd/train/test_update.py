@@ -158,3 +158,13 @@ def test_a_missing_reference_is_named():
             MASK,
             Objective(reference_coef=0.1),
         )
+
+
+def test_a_loss_of_no_term_is_0_where_fp16_has_no_sum_of_the_states():
+    student = torch.full((1, 4, 256), 100.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(V, 256, dtype=torch.float16, requires_grad=True)
+    assert student.sum().isinf()
+    objective = Objective(divergence_coef=0.0)
+    out = hsd_loss(student, Head(weight), FrozenStates(student.detach()), MASK[:1, :4], MASK[:1, :4], objective)
+    out.loss.backward()
+    assert out.loss == 0.0 and not student.grad.any() and not weight.grad.any()
