@@ -35,7 +35,7 @@ def _is_last_use(g: Tensor) -> bool:
 
 def _is_one(upstream: Tensor) -> bool:
     """Several upstream gradients at a time (``is_grads_batched``) have no one value."""
-    return not torch._C._functorch.is_batchedtensor(upstream) and bool(upstream == 1.0)  # pyright: ignore
+    return not torch._C._functorch.is_batchedtensor(upstream) and upstream.item() == 1.0  # pyright: ignore
 
 
 def _times_scalar(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
