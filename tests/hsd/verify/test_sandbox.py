@@ -259,11 +259,10 @@ def test_programs_end_with_the_process_that_runs_them():
         "run_program('import time\\nprint(1, flush=True)\\ntime.sleep(60)', 'hsd-orphan', Limits(timeout=60))"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    deadline = time.monotonic() + 20
-    while not _harnesses(trainer.pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    started = _harnesses(trainer.pid)
+    started, deadline = [], time.monotonic() + 60
+    while not started and time.monotonic() < deadline:  # one look may miss a process that another one becomes
+        time.sleep(0.3)
+        started = _harnesses(trainer.pid)
     trainer.kill()
     trainer.wait()
     deadline = time.monotonic() + 5
