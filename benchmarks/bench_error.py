@@ -57,15 +57,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(about: str | None) -> tuple[workloads.Workload, dict[str, Any], Path | None]:
+    """From the command line: bf16 states, the facts above the table, and where it goes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", required=True, help="a file of smollm2_states.py")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     facts = environment("cpu") | {"workload": Path(args.workload).stem, "tokens": args.tokens}
     print(header(facts))
-    tensors = workloads.recorded(args.workload, args.tokens, torch.bfloat16, "cpu")
+    return workloads.recorded(args.workload, args.tokens, torch.bfloat16, "cpu"), facts, args.json
+
+
+def main() -> None:
+    tensors, facts, path = asked(__doc__)
     rows: list[dict[str, Any]] = []
     for name, reason in contenders("cpu", "bfloat16").items():
         try:
@@ -74,8 +79,8 @@ def main() -> None:
             found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
         rows.append({"contender": name} | found)
     print(table(rows))
-    if args.json:
-        save(args.json, facts, rows, table(rows))
+    if path:
+        save(path, facts, rows, table(rows))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ of dz in fp32, and of dz rounded to bf16 as the kernel stores it.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 import workloads
-from timing import environment, header, save
+from bench_error import asked
+from timing import save
 from torch import Tensor
 
 BF16 = torch.bfloat16
@@ -94,22 +93,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", required=True, help="a file of smollm2_states.py")
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    facts = environment("cpu") | {"workload": Path(args.workload).stem, "tokens": args.tokens}
-    print(header(facts))
-    tensors = workloads.recorded(args.workload, args.tokens, BF16, "cpu")
+    tensors, facts, path = asked(__doc__)
     rows = [
         {"temperature": t, "form": form, "dz": errors[0].tolist(), "rounded": errors[1].tolist()}
         for t in TEMPERATURES
         for form, errors in zip(FORMS, quartiles(tensors, t), strict=True)
     ]
     print(table(rows))
-    if args.json:
-        save(args.json, facts, rows, table(rows))
+    if path:
+        save(path, facts, rows, table(rows))
 
 
 if __name__ == "__main__":

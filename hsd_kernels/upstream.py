@@ -28,7 +28,7 @@ def times_upstream(g: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_last_use(g: Tensor) -> bool:
     """Whether autograd frees ``g`` after this backward. Else a leaf's .grad would be the saved tensor itself, and what
-    is accumulated next would change it. The pass over dW into fresh pages is 6 % of a call on a CPU."""
+    is accumulated next would change it. The product is a pass over dW into fresh pages."""
     # A compiler's tensors are of other types: it traces the product.
     return type(g) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
 
